@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import yaml
+
+from xbt.config import config_to_yaml, flatten, parse_config, run_recipe
+from xbt.errors import ConfigError, DataError
+
+
+@dataclass
+class Inner:
+    """Inner settings."""
+
+    rank: int = 8
+    """Rank of the update."""
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ConfigError(f"inner.rank must be at least 1, got {self.rank}")
+
+
+@dataclass
+class Settings:
+    """Settings of a test.
+
+    Attributes that nobody needs.
+    """
+
+    source: str
+    """Where from."""
+    inner: Inner = field(default_factory=Inner)
+    """The inner ones."""
+    labels: dict[str, str] = field(default_factory=dict)
+    targets: str | list[str] | None = None
+
+
+def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("source: a\ninner:\n  rank: 4\n")
+    assert parse_config(Settings, ["--config", str(file)]) == Settings("a", Inner(4))
+    assert parse_config(Settings, ["--config", str(file), "--inner.rank", "2"]) == Settings("a", Inner(2))
+
+
+def test_dicts_and_unions(tmp_path):
+    parsed = parse_config(Settings, ["--source", "a", "--labels.one", "x", "--targets", "[p, q]"])
+    assert parsed == Settings("a", labels={"one": "x"}, targets=["p", "q"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["source", "required"]),
+        (["--source", "a", "--inner.rnk", "3"], ["--inner.rnk"]),
+        (["--source", "a", "--sorce", "b"], ["--sorce"]),
+        (["--source", "a", "--inner.rank", "many"], ["inner.rank", "int", "many"]),
+        (["--source", "a", "--inner.rank", "0"], ["inner.rank must be at least 1, got 0"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "not exist"]),
+    ],
+)
+def test_errors_name_key_and_value(flags, words):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(Settings, flags)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["source: a\ninner:\n  rnk: 3\n", "source: a\nsorce: b\n"])
+def test_unknown_key_in_yaml(tmp_path, text):
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"(rnk|sorce).*settings\.yaml"):
+        parse_config(Settings, ["--config", str(file)])
+
+
+def test_malformed_yaml(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("source: [")
+    with pytest.raises(ConfigError, match=r"settings\.yaml"):
+        parse_config(Settings, [f"--config={file}"])
+
+
+def test_yaml_record_reads_back(tmp_path):
+    settings = Settings("ä: #", Inner(3), {"one": "x"}, ["p"])
+    file = tmp_path / "settings.yaml"
+    file.write_text(config_to_yaml(settings), encoding="utf-8")
+    assert parse_config(Settings, ["--config", str(file)]) == settings
+    assert yaml.safe_load(file.read_text(encoding="utf-8"))["inner"] == {"rank": 3}
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
+
+
+def test_only_dataclass_instances_are_configs():
+    with pytest.raises(ConfigError, match="dataclass instance"):
+        config_to_yaml(Settings)
+
+
+def test_help_shows_the_attribute_docstrings(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(lambda settings: None, Settings)
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "Rank of the update." in shown
+    assert "Where from." in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (DataError("corpus is empty"), 2, "recipe.py: error: corpus is empty"),
+        (FileNotFoundError("gone.txt"), 2, "gone.txt"),
+        (KeyboardInterrupt(), 130, "the same command continues"),
+    ],
+)
+def test_recipe_errors_are_one_line_and_a_status(capsys, monkeypatch, error, code, shown):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--source", "a"])
+
+    def main(settings):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_recipe(main, Settings)
+    assert caught.value.code == code
+    said = capsys.readouterr().err
+    assert shown in said
+    assert said.count("\n") == 1
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--source", "a"])
+
+    def main(settings):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_recipe(main, Settings)

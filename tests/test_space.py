@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from xbt.errors import SpaceMismatchError
+from xbt.space import PROBE_TEXTS, SAME_COSINE, EmbeddingSpace
+
+
+def probe(dim=32, seed=0):
+    vectors = torch.randn(20, dim, generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(vectors, dim=1)
+
+
+def make_space(model="a", dim=32, seed=0):
+    return EmbeddingSpace(model, dim, {"backend": "pil", "size": 224}, probe(dim, seed))
+
+
+def test_probe_texts_are_sixteen_different_ones():
+    assert len(set(PROBE_TEXTS)) == 16
+
+
+def test_equal_probes_are_one_space_whatever_the_name():
+    assert make_space("a").same_as(make_space("b"))
+    assert make_space("a").agreement(make_space("b")) == pytest.approx(1.0, abs=1e-6)
+    make_space("a").require(make_space("b"), "x")
+
+
+def test_other_probes_are_other_spaces_even_under_one_name():
+    assert not make_space("a", seed=0).same_as(make_space("a", seed=1))
+
+
+def test_the_worst_probe_vector_decides():
+    ours, theirs = make_space(), make_space()
+    theirs.probe[7] = -theirs.probe[7]
+    assert ours.agreement(theirs) == pytest.approx(-1.0, abs=1e-6)
+    assert not ours.same_as(theirs)
+
+
+@pytest.mark.parametrize(("cosine", "same"), [(SAME_COSINE + 2e-4, True), (SAME_COSINE - 2e-4, False)])
+def test_the_threshold(cosine, same):
+    ours = make_space()
+    noise = probe(seed=1)
+    sideways = torch.nn.functional.normalize(
+        noise - (noise * ours.probe).sum(1, keepdim=True) * ours.probe, dim=1
+    )
+    theirs = EmbeddingSpace("b", 32, {}, cosine * ours.probe + (1 - cosine**2) ** 0.5 * sideways)
+    assert ours.same_as(theirs) is theirs.same_as(ours) is same
+
+
+def test_without_a_probe_names_decide():
+    named, unnamed = EmbeddingSpace("a", 32), EmbeddingSpace("b", 32)
+    assert named.agreement(make_space("a")) is None
+    assert named.same_as(make_space("a"))
+    assert make_space("a").same_as(named)
+    assert not unnamed.same_as(make_space("a"))
+    with pytest.raises(SpaceMismatchError, match="one has no probe to compare"):
+        named.require(unnamed, "x")
+
+
+def test_another_dimension_is_another_space():
+    small = EmbeddingSpace("a", 16, {}, probe(16))
+    assert make_space("a").agreement(small) is None
+    assert not make_space("a").same_as(small)
+    assert not EmbeddingSpace("a", 16).same_as(EmbeddingSpace("a", 32))
+    with pytest.raises(SpaceMismatchError, match="their dimensions differ"):
+        make_space("a").require(small, "x")
+
+
+def test_a_refusal_names_both_spaces_and_the_offer():
+    with pytest.raises(SpaceMismatchError) as caught:
+        make_space("old model").require(make_space("new model", seed=1), "the query vectors")
+    message = str(caught.value)
+    assert message.startswith("the query vectors belongs to the space of 'new model' (32-d)")
+    assert "the space of 'old model' (32-d) is needed" in message
+    assert "agree only to a cosine of" in message
+
+
+def test_json_round_trip():
+    space = make_space("öld")
+    copy = EmbeddingSpace.from_dict(json.loads(json.dumps(space.to_dict())))
+    assert (copy.model, copy.dim, copy.preprocessing) == ("öld", 32, {"backend": "pil", "size": 224})
+    assert copy.probe.dtype == torch.float32
+    assert torch.equal(copy.probe, space.probe.half().float())
+    assert space.agreement(copy) > 0.99999
+    assert copy.to_dict() == space.to_dict()
+
+
+def test_json_round_trip_without_a_probe():
+    copy = EmbeddingSpace.from_dict(json.loads(json.dumps(EmbeddingSpace("a", 8).to_dict())))
+    assert copy.probe is None
+    assert copy.same_as(EmbeddingSpace("a", 8))

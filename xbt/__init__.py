@@ -1,0 +1,48 @@
+"""xbt: put a better CLIP in front of a gallery that was embedded by an older one."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from xbt.version import __version__
+
+if TYPE_CHECKING:
+    from xbt.compatible import CompatibleEncoder as CompatibleEncoder
+    from xbt.encoders import DualEncoder as DualEncoder
+    from xbt.encoders import load_encoder as load_encoder
+    from xbt.errors import SpaceMismatchError as SpaceMismatchError
+    from xbt.errors import XbtError as XbtError
+    from xbt.evaluation import evaluate_retrieval as evaluate_retrieval
+    from xbt.evaluation import recall_at_k as recall_at_k
+    from xbt.gallery import Gallery as Gallery
+    from xbt.projections import Projection as Projection
+    from xbt.projections import fit_projection as fit_projection
+    from xbt.space import EmbeddingSpace as EmbeddingSpace
+
+# Loaded at first use: `import xbt` must not cost the seconds that torch and the backends take.
+_HOMES = {
+    "CompatibleEncoder": "xbt.compatible",
+    "DualEncoder": "xbt.encoders",
+    "EmbeddingSpace": "xbt.space",
+    "Gallery": "xbt.gallery",
+    "Projection": "xbt.projections",
+    "SpaceMismatchError": "xbt.errors",
+    "XbtError": "xbt.errors",
+    "evaluate_retrieval": "xbt.evaluation",
+    "fit_projection": "xbt.projections",
+    "load_encoder": "xbt.encoders",
+    "recall_at_k": "xbt.evaluation",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'xbt' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

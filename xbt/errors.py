@@ -1,0 +1,33 @@
+"""The errors xbt raises on purpose.
+
+Each message is one sentence that names the value, the place and the mend. Recipes print it and exit with
+status 2; library users catch :class:`XbtError` (a ``ValueError``) or one of its kinds.
+"""
+
+
+class XbtError(ValueError):
+    """Something the user can mend: the message says what, where and how."""
+
+
+class ConfigError(XbtError):
+    """A configuration key or value that cannot be used."""
+
+
+class DataError(XbtError):
+    """Captions, pairs or vectors that cannot be used (empty, malformed, NaN)."""
+
+
+class ImageError(DataError):
+    """One image that cannot be decoded; the message names it."""
+
+
+class EncoderError(XbtError):
+    """A model that cannot be loaded as a dual encoder, or would be loaded wrongly."""
+
+
+class SpaceMismatchError(XbtError):
+    """Vectors of one embedding space were offered where another is needed; the message names both."""
+
+
+class TruncationWarning(UserWarning):
+    """Texts longer than a model's context length were cut; the message counts them."""

@@ -1,0 +1,121 @@
+"""A run's directory: the resolved config, the versions that made it, its checkpoints and its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from xbt.config import config_to_dict, config_to_yaml, flatten
+from xbt.errors import ConfigError
+
+_CONFIG = "config.yaml"
+_NOT_IDENTITY = frozenset(
+    ["overwrite", "output_dir"]
+    + [
+        f"training.{name}"
+        for name in ("log_with", "log_every", "checkpoint_every", "keep_checkpoints", "num_workers")
+    ]
+)
+"""Settings that may change when a run is continued: they do not change its result."""
+_PACKAGES = (
+    "xbt", "torch", "torchvision", "transformers", "open_clip_torch", "peft", "accelerate", "datasets",
+    "faiss-cpu", "huggingface_hub", "safetensors", "numpy", "pillow",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str | int]:
+    """Versions of xbt, its core packages, Python and the machine, for the record beside every result."""
+    found: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    found["cpu_cores"] = os.cpu_count() or 0
+    found["torch_threads"] = torch.get_num_threads()
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """Writes a JSON file whole: under a temporary name first, then renamed; its directory is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+class RunDirectory:
+    """Where one run keeps everything, and how a killed run is recognised as the same run.
+
+    Args:
+        path: The directory; made when :meth:`prepare` is called.
+        config: The run's config dataclass.
+        overwrite: Start afresh even if the directory holds a run.
+
+    Raises:
+        ConfigError: If the directory holds a run with other settings and ``overwrite`` is not given; the
+            message lists what differs.
+    """
+
+    def __init__(self, path: str | Path, config: Any, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self._config = config
+        self._overwrite = overwrite
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"--output_dir {self.path} is a file; give a directory")
+        if not overwrite:
+            self._refuse_other_run()
+
+    def prepare(self) -> None:
+        """Makes the directory and records config and versions; the main process alone calls this.
+
+        Raises:
+            ConfigError: If the directory cannot be written.
+        """
+        try:
+            if self._overwrite:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / _CONFIG).write_text(config_to_yaml(self._config), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--output_dir {self.path} cannot be written: {error.strerror}") from error
+        self.write_json("versions.json", versions())
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def write_json(self, name: str, data: Any) -> Path:
+        """Writes one JSON file into the directory; see :func:`write_json`."""
+        return write_json(self.path / name, data)
+
+    def _refuse_other_run(self) -> None:
+        recorded = self.path / _CONFIG
+        if not recorded.is_file():
+            return
+        there = _identity(yaml.safe_load(recorded.read_text(encoding="utf-8")) or {})
+        now = _identity(config_to_dict(self._config))
+        changed = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
+        if changed:
+            listed = ", ".join(f"{key} was {there.get(key)!r} and is {now.get(key)!r}" for key in changed[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            raise ConfigError(
+                f"{self.path} holds a run with other settings ({listed}{more}); "
+                "choose another --output_dir, or pass --overwrite true to start afresh there"
+            )
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in flatten(config).items() if key not in _NOT_IDENTITY}
