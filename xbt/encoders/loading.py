@@ -1,0 +1,71 @@
+"""One specification string, one encoder."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from xbt.encoders.base import DualEncoder
+from xbt.encoders.quiet import brief, quiet
+from xbt.errors import EncoderError
+
+FORMS = (
+    "open_clip:ARCH/PRETRAINED (a tag or a weights file)",
+    "open_clip:local-dir:PATH",
+    "open_clip:hf-hub:org/repo",
+    "transformers:REPO_OR_DIR",
+)
+"""Every form a specification can take."""
+
+
+def load_encoder(spec: str, device: str | torch.device = "cpu") -> DualEncoder:
+    """Loads a CLIP as a frozen dual encoder.
+
+    Args:
+        spec: One of ``"open_clip:ARCH/PRETRAINED"`` (a pretrained tag or a weights file),
+            ``"open_clip:local-dir:PATH"``, ``"open_clip:hf-hub:org/repo"`` and
+            ``"transformers:REPO_OR_DIR"``.
+        device: Where to put the weights.
+
+    Returns:
+        The encoder: fp32, eval mode, without gradients.
+
+    Raises:
+        EncoderError: If the specification is malformed, or the model cannot be loaded, or would be loaded
+            wrongly: with random weights, another activation, or a tokenizer that does not belong to it.
+
+    Example:
+        >>> encoder = load_encoder("open_clip:ViT-B-32-quickgelu/openai")  # doctest: +SKIP
+        >>> encoder.encode_texts(["a dog on a beach"]).shape  # doctest: +SKIP
+        torch.Size([1, 512])
+    """
+    loader, rest = _parse(spec)
+    try:
+        with quiet():
+            encoder = loader(rest, spec)
+    except EncoderError:
+        raise
+    except Exception as error:
+        raise EncoderError(f"'{spec}' could not be loaded: {brief(error)}") from error
+    try:
+        return encoder.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise EncoderError(f"'{spec}' could not be moved to device '{device}': {brief(error)}") from error
+
+
+def _parse(spec: str) -> tuple[Callable[[str, str], DualEncoder], str]:
+    backend, _, rest = str(spec).partition(":")
+    if backend == "open_clip":
+        prefixed = rest.startswith(("local-dir:", "hf-hub:"))
+        head, _, tail = rest.partition(":" if prefixed else "/")
+        complete = bool(head and tail)
+    else:
+        complete = backend == "transformers" and bool(rest)
+    if not complete:
+        raise EncoderError(f"'{spec}' is not an encoder specification; write one of: {'; '.join(FORMS)}")
+    # Imported by name and only now: open_clip and transformers take seconds.
+    module = importlib.import_module(f"xbt.encoders.{backend}_encoder")
+    loader: Callable[[str, str], DualEncoder] = getattr(module, f"load_{backend}")
+    return loader, rest

@@ -1,0 +1,301 @@
+"""LoRA on both towers of an encoder, in peft's own format.
+
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685) adds ``alpha / rank · B A`` to chosen weight matrices
+and trains only A and B.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from xbt.encoders.base import DualEncoder
+from xbt.encoders.quiet import brief, quiet
+from xbt.errors import ConfigError, EncoderError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.MultiheadAttention)
+"""Modules LoRA can be put on."""
+
+
+@dataclass
+class LoraSettings:
+    """How large a LoRA is and where it sits."""
+
+    rank: int = 8
+    """Rank of the update of every adapted weight matrix."""
+    alpha: float = 16.0
+    """Scale of the update; it is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Probability of dropping an input of the update during training; transformers models only."""
+    target_modules: str | list[str] | None = None
+    """A regular expression for full module names, or a list of name endings; the attention of both towers by
+    default."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank is {self.rank}, but must be at least 1")
+        if not self.alpha > 0:
+            raise ConfigError(f"lora.alpha is {self.alpha}, but must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout is {self.dropout}, but must be at least 0 and less than 1")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ConfigError(
+                    f"lora.target_modules '{self.target_modules}' is not a regular expression: {error}"
+                ) from error
+
+
+def add_lora(encoder: DualEncoder, settings: LoraSettings) -> None:
+    """Puts a fresh LoRA on an encoder; afterwards only its weights require gradients.
+
+    The update starts at zero, so the encoder's vectors do not change.
+
+    Args:
+        encoder: Changed in place: ``encoder.module`` becomes a peft model.
+        settings: Rank, scale and place.
+
+    Raises:
+        EncoderError: If the encoder has LoRA already, or the targets match nothing, something LoRA cannot be
+            put on, or, by default, nothing in one of the towers.
+        ConfigError: If dropout is asked for where peft would ignore it.
+    """
+    from peft import LoraConfig
+
+    _require_bare(encoder)
+    pattern = _pattern(encoder, settings.target_modules)
+    if settings.dropout and any(isinstance(m, nn.MultiheadAttention) for m in _matches(encoder, pattern)):
+        raise ConfigError(
+            f"lora.dropout is {settings.dropout}, but {encoder.name} has nn.MultiheadAttention layers, where "
+            "there is nothing to drop; set it to 0"
+        )
+    _attach(
+        encoder,
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,
+            lora_dropout=settings.dropout,
+            target_modules=pattern,
+        ),
+    )
+
+
+def save_lora(encoder: DualEncoder, directory: str | Path) -> None:
+    """Writes the LoRA of an encoder as ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Nothing of the base model is written, and a merged adapter gives the same bytes as an unmerged one.
+
+    Args:
+        encoder: An encoder with LoRA.
+        directory: Made if it does not exist.
+
+    Raises:
+        EncoderError: If the encoder has no LoRA.
+    """
+    if not has_lora(encoder):
+        raise EncoderError(f"{encoder.name} has no LoRA to save; add one with add_lora")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().cpu().contiguous() for key, value in _state(encoder.module).items()}
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    module: Any = encoder.module
+    config = module.peft_config["default"]
+    was_inference, base = config.inference_mode, config.base_model_name_or_path
+    # A path of this machine means nothing elsewhere; what the adapter belongs to is told by who saves it.
+    config.inference_mode, config.base_model_name_or_path = True, None
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode, config.base_model_name_or_path = was_inference, base
+
+
+def load_lora(
+    encoder: DualEncoder, directory: str | Path, merge: bool = True, trainable: bool = False
+) -> None:
+    """Puts a saved LoRA on an encoder.
+
+    Args:
+        encoder: Changed in place.
+        directory: What :func:`save_lora`, or peft itself, wrote.
+        merge: Whether to add the update to the weights, so that serving costs nothing extra.
+        trainable: Whether its weights require gradients; needs ``merge=False``.
+
+    Raises:
+        EncoderError: If the encoder has LoRA already, or the directory holds no readable LoRA, or one of
+            another model: every weight must be there and have the right shape. The encoder is left as it was.
+        ConfigError: If both ``merge`` and ``trainable`` are set.
+    """
+    if merge and trainable:
+        raise ConfigError("a merged LoRA receives no gradients; pass merge=False to train it")
+    _require_bare(encoder)
+    folder = Path(directory)
+    config, state = _read(folder)
+    try:
+        _attach(encoder, config)
+    except EncoderError as error:
+        raise EncoderError(f"the adapter in {folder} does not fit {encoder.name}: {error}") from error
+    module: Any = encoder.module
+    misfit = _misfit(_state(module), state)
+    if misfit:
+        encoder.module = module.unload()
+        raise EncoderError(f"the adapter in {folder} does not fit {encoder.name}: {misfit}")
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(module, state)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(trainable and ".lora_" in name)
+    if merge:
+        with torch.no_grad(), warnings.catch_warnings():
+            # peft visits the output projection of an attention layer a second time and says so.
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
+            module.merge_adapter()
+    encoder.invalidate_space()
+
+
+def has_lora(encoder: DualEncoder) -> bool:
+    """Whether an encoder has LoRA attached, merged or not."""
+    return hasattr(encoder.module, "peft_config")
+
+
+def _require_bare(encoder: DualEncoder) -> None:
+    if has_lora(encoder):
+        raise EncoderError(f"{encoder.name} has LoRA already; load the encoder anew")
+
+
+def _attach(encoder: DualEncoder, config: Any) -> None:
+    from peft import get_peft_model
+
+    from xbt.encoders.exact_attention import ExactAttention
+
+    _matches(encoder, config.target_modules)
+    config._register_custom_module({nn.MultiheadAttention: ExactAttention})
+    training = encoder.module.training
+    try:
+        with quiet(), warnings.catch_warnings():
+            # peft asks transformers for a property under its old name.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            encoder.module = get_peft_model(encoder.module, config)
+    except ValueError as error:
+        raise EncoderError(f"peft cannot put LoRA on {encoder.name}: {brief(error)}") from error
+    encoder.module.train(training)
+    encoder.invalidate_space()
+
+
+def _pattern(encoder: DualEncoder, targets: str | list[str] | None) -> str:
+    """The targets as one regular expression for full module names, whichever way they were given."""
+    if isinstance(targets, str):
+        return targets
+    if targets is not None:
+        return _endings(targets)
+    for tower, pattern in encoder.lora_targets.items():
+        if not _named(encoder, pattern):
+            raise EncoderError(
+                f"the {tower} tower of {encoder.name} has no attention that LoRA knows; set "
+                f"lora.target_modules to modules it has, such as {_examples(encoder)}"
+            )
+    return "|".join(encoder.lora_targets.values())
+
+
+def _endings(targets: Iterable[str]) -> str:
+    # Not left to peft as a list: it keeps that as a set, whose order in the saved file is random.
+    return rf"(.*\.)?({'|'.join(re.escape(target) for target in sorted(targets))})"
+
+
+def _named(encoder: DualEncoder, pattern: str) -> dict[str, nn.Module]:
+    return {name: module for name, module in encoder.module.named_modules() if re.fullmatch(pattern, name)}
+
+
+def _matches(encoder: DualEncoder, pattern: str) -> list[nn.Module]:
+    """The modules a pattern names, all of them fit for LoRA."""
+    found = _named(encoder, pattern)
+    if not found:
+        raise EncoderError(
+            f"lora.target_modules '{pattern}' matches no module of {encoder.name}, which has, for example, "
+            f"{_examples(encoder)}"
+        )
+    for name, module in found.items():
+        parent = encoder.module.get_submodule(name.rpartition(".")[0])
+        # nn.MultiheadAttention reads its output projection's weight without calling it.
+        if not isinstance(module, ADAPTABLE) or isinstance(parent, nn.MultiheadAttention):
+            inner = ", whose parent must be named instead" if isinstance(module, ADAPTABLE) else ""
+            raise EncoderError(
+                f"lora.target_modules '{pattern}' matches {name} of {encoder.name}, a {type(module).__name__}"
+                f"{inner}; LoRA goes on modules such as {_examples(encoder)}"
+            )
+    return list(found.values())
+
+
+def _examples(encoder: DualEncoder) -> str:
+    attention = [name for name, m in encoder.module.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    linear = [name for name, m in encoder.module.named_modules() if type(m) is nn.Linear]
+    names = attention[:1] + attention[-1:] + linear
+    return ", ".join(names[:4])
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    # By default peft would ask the Hub whether the vocabulary was resized.
+    state: dict[str, Tensor] = get_peft_model_state_dict(module, save_embedding_layers=False)
+    return state
+
+
+def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    """The settings that matter for inference, and the weights, of a saved LoRA."""
+    from peft import LoraConfig, PeftConfig
+
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise EncoderError(f"{folder} has no {file}, so it is not a saved LoRA")
+    try:
+        saved = PeftConfig.from_pretrained(str(folder))
+        state = load_file(folder / WEIGHTS_FILE)
+    except Exception as error:
+        raise EncoderError(f"the adapter in {folder} cannot be read: {brief(error)}") from error
+    if not isinstance(saved, LoraConfig):
+        raise EncoderError(f"the adapter in {folder} is of type {saved.peft_type}, not a LoRA")
+    if saved.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        raise EncoderError(
+            f"the adapter in {folder} was initialised by '{saved.init_lora_weights}', which changes the base "
+            "model; convert it to a plain LoRA first"
+        )
+    targets = saved.target_modules
+    plain = LoraConfig(
+        r=saved.r,
+        lora_alpha=saved.lora_alpha,
+        lora_dropout=saved.lora_dropout,
+        use_rslora=saved.use_rslora,
+        rank_pattern=saved.rank_pattern,
+        alpha_pattern=saved.alpha_pattern,
+        target_modules=targets if isinstance(targets, str) else _endings(targets),
+    )
+    return plain, state
+
+
+def _misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:
+    """Says in words how two sets of weights differ; empty when they do not."""
+    missing = sorted(set(expected) - set(given))
+    extra = sorted(set(given) - set(expected))
+    wrong = [key for key in sorted(set(given) & set(expected)) if given[key].shape != expected[key].shape]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} weights are missing, first {missing[0]}")
+    if extra:
+        faults.append(f"{len(extra)} are unknown to it, first {extra[0]}")
+    if wrong:
+        key = wrong[0]
+        shapes = f"{tuple(given[key].shape)} instead of {tuple(expected[key].shape)}"
+        faults.append(f"{len(wrong)} have another shape, first {key} with {shapes}")
+    return "; ".join(faults)

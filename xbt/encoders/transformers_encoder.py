@@ -1,0 +1,183 @@
+"""Encoders from Hugging Face transformers: CLIP and SigLIP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from xbt.encoders.base import DualEncoder
+from xbt.errors import EncoderError
+from xbt.space import PROBE_TEXTS
+
+SUPPORTED = ("clip", "siglip")
+"""Values of ``model_type`` in a config.json that can be loaded."""
+
+LEGACY_EOS = 2
+"""The end token of old CLIP configs; it is wrong, and transformers then pools at the highest id instead."""
+
+
+class TransformersEncoder(DualEncoder):
+    """A ``CLIPModel`` or ``SiglipModel``.
+
+    Attributes:
+        tokenizer: Pads to the text tower's full length, as open_clip and the training of SigLIP do.
+        processor: The image processor, always the one that resizes with PIL.
+    """
+
+    lora_targets: ClassVar[dict[str, str]] = {
+        "text": r"text_model\.(.*\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+        "image": r"vision_model\.(.*\.)?encoder\.layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|out_proj)",
+    }
+
+    def __init__(self, name: str, module: nn.Module, tokenizer: Any, processor: Any) -> None:
+        config: Any = module.config
+        super().__init__(
+            name,
+            module,
+            dim=_dimension(name, config),
+            context_length=int(config.text_config.max_position_embeddings),
+            preprocessing=_describe(processor),
+        )
+        self.tokenizer = tokenizer
+        self.processor = processor
+        _check_tokenizer(name, config, tokenizer)
+        # Positions are learned for texts that start at 0, whatever the tokenizer's files say.
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        self._tokenize(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """The library's own image processor, PIL backend: (3, height, width) float32 pixels."""
+        pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        # No attention mask: CLIP's text tower is causal and pools before the padding, SigLIP's was trained
+        # to attend to it.
+        return pooled(self._clip.get_text_features(input_ids=tokens))
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return pooled(self._clip.get_image_features(pixel_values=pixels))
+
+    def _tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
+        if not texts:
+            return torch.zeros(0, self.context_length, dtype=torch.int64), 0
+        encoded = self.tokenizer(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=self.context_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        # Only rows without padding can have been cut, so only those are counted a second time.
+        full = encoded["attention_mask"][:, -1].bool().tolist()
+        suspects = [text for text, is_full in zip(texts, full, strict=True) if is_full]
+        whole = self.tokenizer(suspects, verbose=False)["input_ids"] if suspects else []
+        tokens = self._known(encoded["input_ids"], self._clip.config.text_config.vocab_size)
+        return tokens, sum(len(ids) > self.context_length for ids in whole)
+
+
+def pooled(output: Any) -> Tensor:
+    """The projected vectors: transformers 5 wraps them in an output object, 4 returned the tensor."""
+    if isinstance(output, Tensor):
+        return output
+    vectors: Tensor = output.pooler_output
+    return vectors
+
+
+def load_transformers(source: str, name: str) -> TransformersEncoder:
+    """Loads what stands after ``transformers:`` in a specification.
+
+    Args:
+        source: A directory, or a repository of the Hugging Face Hub.
+        name: The whole specification.
+
+    Returns:
+        A frozen fp32 encoder in eval mode.
+
+    Raises:
+        EncoderError: If the directory does not exist, the model is not a CLIP, weights are missing, or the
+            tokenizer does not fit the model. Errors of transformers itself are passed through.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        source = str(path)
+    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise EncoderError(f"the directory {path} of '{name}' does not exist")
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in SUPPORTED:
+        raise EncoderError(
+            f"'{name}' is a '{config.model_type}' model, not a CLIP; xbt loads models of type "
+            f"{' and '.join(SUPPORTED)} from transformers"
+        )
+    module, info = AutoModel.from_pretrained(
+        source, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise EncoderError(
+            f"{len(missing)} weights of '{name}' are missing from its files and would be random, first "
+            f"{missing[0]}; load a complete model"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    encoder = TransformersEncoder(name, module, tokenizer, processor)
+    module.eval().requires_grad_(False)
+    return encoder
+
+
+def _dimension(name: str, config: Any) -> int:
+    if config.model_type == "clip":
+        return int(config.projection_dim)
+    text, image = config.text_config.projection_size, config.vision_config.hidden_size
+    if text != image:
+        raise EncoderError(
+            f"'{name}' gives {text}-d text vectors but {image}-d image vectors; check its config"
+        )
+    return int(image)
+
+
+def _check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
+    """Refuses a tokenizer with which the model would read texts wrongly and say nothing."""
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if not set(vocabulary) - set(tokenizer.all_special_tokens):
+        raise EncoderError(
+            f"the tokenizer of '{name}' has no words; its files (such as vocab.json) are missing"
+        )
+    if config.model_type != "clip":
+        return
+    # CLIP's text vector is read at the end token. Where none is found every text is read at position 0, which
+    # only sees the start token: all texts get the same vector.
+    own, model_id = tokenizer.eos_token_id, config.text_config.eos_token_id
+    if model_id == LEGACY_EOS:
+        highest = max(vocabulary.values())
+        if own != highest:
+            raise EncoderError(
+                f"the model of '{name}' reads a text at its highest token id, so the tokenizer's end token "
+                f"must be its highest id {highest}, but is {own}; give it the tokenizer it was trained with"
+            )
+    elif own != model_id:
+        raise EncoderError(
+            f"the tokenizer of '{name}' ends texts with id {own}, but the model reads them at id {model_id} "
+            "(text_config.eos_token_id); give it the tokenizer it was trained with"
+        )
+
+
+def _describe(processor: Any) -> dict[str, Any]:
+    size = dict(processor.size)
+    cropped = bool(getattr(processor, "do_center_crop", False))
+    final = dict(processor.crop_size) if cropped else size
+    edge = final.get("shortest_edge")
+    return {
+        "backend": "pil",
+        "size": [edge, edge] if edge else [final["height"], final["width"]],
+        "interpolation": Image.Resampling(processor.resample).name.lower(),
+        "resize_mode": "shortest" if "shortest_edge" in size else "squash",
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+    }
