@@ -1,0 +1,150 @@
+"""Data sets of the Hugging Face Hub, and local directories in their formats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import datasets
+
+from xbt.errors import DataError
+from xbt.images import ImageSource
+
+HUB_PREFIX = "hf:"
+
+
+def open_dataset(source: str, subset: str | None = None, split: str | None = None) -> Any:
+    """Opens one split of a data set.
+
+    Args:
+        source: ``hf:`` and the name of a Hub data set, or a local directory that ``Dataset.save_to_disk``
+            made or that holds parquet or jsonl files.
+        subset: Configuration of a Hub data set.
+        split: Which split; may be left out where there is only one.
+
+    Returns:
+        A ``datasets.Dataset``, nothing of it decoded.
+
+    Raises:
+        DataError: If it cannot be opened, there is no such split, or there are several and none is chosen.
+    """
+    name = source.removeprefix(HUB_PREFIX)
+    directory = Path(name).expanduser()
+    if directory.is_file():
+        raise DataError(f"{source} is a file; leave out hf: to read it, or name its directory")
+    if name.startswith(("/", ".", "~")) and not directory.exists():
+        raise DataError(f"{source}: the directory {directory} does not exist; check the path")
+    opened = _open(directory if directory.is_dir() else None, source, subset, split)
+    if isinstance(opened, datasets.DatasetDict):
+        return _choose_split(opened, source, split)
+    if split is not None and opened.split is not None and str(opened.split) != split:
+        raise DataError(f"{source} has no split {split!r}; it has only {opened.split}")
+    if split is not None and opened.split is None:
+        raise DataError(f"{source} has no splits, but {split!r} was asked for; leave split out")
+    return opened
+
+
+def _open(directory: Path | None, source: str, subset: str | None, split: str | None) -> Any:
+    name = source.removeprefix(HUB_PREFIX)
+    try:
+        if directory is None:
+            # Asking for the split lets a Hub data set be downloaded in part.
+            return datasets.load_dataset(name, subset, split=split)
+        if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(directory))
+        return datasets.load_dataset(str(directory), subset)
+    except Exception as error:
+        # The hub client, fsspec, pyarrow and the builders share no kind of error.
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise DataError(
+            f"{source} cannot be opened ({type(error).__name__}: {reason}); check its name and subset, "
+            "and that it holds parquet or jsonl files rather than a loading script"
+        ) from error
+
+
+def _choose_split(opened: Any, source: str, split: str | None) -> Any:
+    names = ", ".join(opened)
+    if split is None:
+        if len(opened) > 1:
+            raise DataError(f"{source} has the splits {names}; choose one with split")
+        split = next(iter(opened))
+    if split not in opened:
+        raise DataError(f"{source} has no split {split!r}; it has {names}")
+    return opened[split]
+
+
+def check_column(column: str, columns: Sequence[str], where: str) -> None:
+    """Checks that a column exists.
+
+    Raises:
+        DataError: If it does not; the message lists the columns there are.
+    """
+    if column not in columns:
+        raise DataError(f"{where} has no column {column!r}; it has {', '.join(map(str, columns))}")
+
+
+def read_column(dataset: Any, column: str, source: str) -> list[Any]:
+    """Reads one column of a data set and leaves the others, images above all, untouched.
+
+    Args:
+        dataset: A ``datasets.Dataset``.
+        column: Its name.
+        source: What to call the data set in the error.
+
+    Returns:
+        One value a row.
+
+    Raises:
+        DataError: If there is no such column.
+    """
+    check_column(column, dataset.column_names, source)
+    return list(dataset.select_columns([column]).with_format(None)[:][column])
+
+
+class HubImages(Sequence[ImageSource]):
+    """An image column, whose rows are handed out encoded, so that a damaged one can be named and left out."""
+
+    def __init__(self, dataset: Any, column: str, source: str, image_root: str | None = None) -> None:
+        """Takes the column without decoding it.
+
+        Args:
+            dataset: A ``datasets.Dataset``.
+            column: A column of ``datasets.Image``, of encoded bytes, or of paths.
+            source: What to call the data set in errors.
+            image_root: Folder that relative paths in the column are relative to.
+
+        Raises:
+            DataError: If there is no such column or it cannot hold images.
+        """
+        check_column(column, dataset.column_names, source)
+        feature = dataset.features[column]
+        dataset = dataset.select_columns([column]).with_format(None)
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        elif getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
+            raise DataError(
+                f"{source}: the column {column!r} holds {feature}, not images, encoded images or paths; name "
+                "the image column"
+            )
+        self._dataset = dataset
+        self._column = column
+        self._root = Path(image_root).expanduser() if image_root is not None else Path()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageSource: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ImageSource]: ...
+    def __getitem__(self, index: int | slice) -> ImageSource | list[ImageSource]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        cell = self._dataset[index][self._column]
+        if isinstance(cell, dict):
+            cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+        if isinstance(cell, str):
+            return str(self._root / cell)
+        # A row without an image becomes no bytes, which no decoder accepts: it is named like any other.
+        return bytes(cell) if cell is not None else b""

@@ -1,0 +1,235 @@
+"""Images with any number of captions each, and the relevance between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+from PIL import Image
+from tqdm.auto import tqdm
+
+from xbt.errors import ConfigError, DataError, ImageError
+from xbt.images import ImageSource, load_image
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An item that was left out."""
+
+    id: str
+    """Which one."""
+    reason: str
+    """Why, in a sentence."""
+
+
+class ImageTextPairs:
+    """Images and their captions, any number of captions per image.
+
+    Images stay where they are (on disk, encoded, in an array) until one is asked for, so that a copy can be
+    sent to data-loading workers cheaply.
+
+    Attributes:
+        ids: One unique name per image.
+        images: One lazily read source per image.
+        captions: The captions of each image, at least one.
+
+    Example:
+        >>> pairs = make_scenes(100)
+        >>> pairs.image(0).size, pairs.captions[0][0]
+    """
+
+    def __init__(
+        self, ids: Sequence[str], images: Sequence[ImageSource], captions: Sequence[Sequence[str]]
+    ) -> None:
+        """Checks that ids, images and captions belong together.
+
+        Args:
+            ids: One name per image, unique.
+            images: One path, PIL image or encoded image each; indexed only when an image is needed.
+            captions: The captions of each image.
+
+        Raises:
+            DataError: If the lengths differ, there is no image, an id occurs twice or an image has no
+                caption.
+        """
+        if not len(ids) == len(images) == len(captions):
+            raise DataError(
+                f"ids, images and captions must have one entry per image, but there are {len(ids)} ids, "
+                f"{len(images)} images and {len(captions)} lists of captions"
+            )
+        if len(ids) == 0:
+            raise DataError("there are no image–text pairs: give at least one image with a caption")
+        if len(set(ids)) != len(ids):
+            seen: set[str] = set()
+            twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise DataError(f"the image id {twice!r} occurs more than once; ids must be unique")
+        for name, told in zip(ids, captions, strict=True):
+            if isinstance(told, str) or not told:
+                raise DataError(f"the captions of image {name!r} must be a list of at least one string")
+        self.ids = list(ids)
+        self.images = images
+        self.captions = [list(told) for told in captions]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"ImageTextPairs({len(self)} images, {len(self.texts)} captions)"
+
+    def image(self, index: int) -> Image.Image:
+        """Decodes one image.
+
+        Args:
+            index: Row of the image.
+
+        Returns:
+            An RGB image.
+
+        Raises:
+            ImageError: If it cannot be decoded; the message names its id.
+        """
+        return load_image(self.images[index], name=self.ids[index])
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """All captions in one list, image by image."""
+        return [caption for told in self.captions for caption in told]
+
+    @cached_property
+    def text_image(self) -> list[int]:
+        """The row of the image that each of ``texts`` describes."""
+        return [row for row, told in enumerate(self.captions) for _ in told]
+
+    @property
+    def positives_t2i(self) -> list[list[int]]:
+        """For each of ``texts``, the rows of the images that answer it."""
+        return [[row] for row in self.text_image]
+
+    @property
+    def positives_i2t(self) -> list[list[int]]:
+        """For each image, the positions in ``texts`` of the captions that answer it."""
+        positives: list[list[int]] = [[] for _ in self.ids]
+        for position, row in enumerate(self.text_image):
+            positives[row].append(position)
+        return positives
+
+    def select(self, indices: Sequence[int]) -> ImageTextPairs:
+        """Returns some of the images with their captions, in the given order; no image is read.
+
+        Args:
+            indices: Rows, each at most once and not negative.
+
+        Returns:
+            A new collection that shares the image sources.
+
+        Raises:
+            DataError: If there is no index, or one is out of range or given twice.
+        """
+        rows = [int(row) for row in indices]
+        for row in rows:
+            if not 0 <= row < len(self):
+                raise DataError(f"image {row} was selected, but the rows go from 0 to {len(self) - 1}")
+        images = _SelectedImages(self.images, rows)
+        return ImageTextPairs([self.ids[row] for row in rows], images, [self.captions[row] for row in rows])
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ImageTextPairs, ImageTextPairs]:
+        """Holds out a random part of the images, with all their captions.
+
+        Args:
+            fraction: Part to hold out, above 0 and below 1; at least one image stays on either side.
+            seed: Chooses the part.
+
+        Returns:
+            The remaining pairs and the held-out pairs, disjoint, both in the original order.
+
+        Raises:
+            ConfigError: If ``fraction`` is not between 0 and 1.
+            DataError: If there are fewer than two images.
+        """
+        if not 0 < fraction < 1:
+            raise ConfigError(f"the held-out fraction is {fraction}, but must lie between 0 and 1")
+        if len(self) < 2:
+            raise DataError("one image cannot be split into two parts; give at least two")
+        count = min(max(round(fraction * len(self)), 1), len(self) - 1)
+        held_out = choose_subset(len(self), count, seed)
+        taken = set(held_out)
+        return self.select([row for row in range(len(self)) if row not in taken]), self.select(held_out)
+
+    def drop_unreadable(
+        self, workers: int = 4, progress: bool = False
+    ) -> tuple[ImageTextPairs, list[Rejected]]:
+        """Decodes every image once and leaves out those that cannot be decoded.
+
+        Args:
+            workers: Threads that decode.
+            progress: Whether to show a bar.
+
+        Returns:
+            The pairs whose image can be read, and the others with the reason, in the original order.
+
+        Raises:
+            DataError: If no image can be read; the message gives the reason of the first.
+        """
+        if workers < 1:
+            raise ConfigError(f"workers is {workers}, but must be at least 1")
+        with ThreadPoolExecutor(workers) as pool:
+            checks = pool.map(self._problem, range(len(self)))
+            problems = list(tqdm(checks, total=len(self), desc="checking images", disable=not progress))
+        rejected = [
+            Rejected(name, problem)
+            for name, problem in zip(self.ids, problems, strict=True)
+            if problem is not None
+        ]
+        if len(rejected) == len(self):
+            raise DataError(f"none of the {len(self)} images can be read; the first: {rejected[0].reason}")
+        if not rejected:
+            return self, []
+        return self.select([row for row, problem in enumerate(problems) if problem is None]), rejected
+
+    def _problem(self, row: int) -> str | None:
+        try:
+            self.image(row)
+        except ImageError as error:
+            return str(error)
+        return None
+
+
+class _SelectedImages(Sequence[ImageSource]):
+    """Some rows of a sequence of images, still unread."""
+
+    def __init__(self, images: Sequence[ImageSource], rows: list[int]) -> None:
+        # A selection of a selection looks into the original, so that chains do not grow.
+        self._images: Sequence[ImageSource] = images
+        self._rows: list[int] = rows
+        if isinstance(images, _SelectedImages):
+            self._images = images._images
+            self._rows = [images._rows[row] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageSource: ...
+    @overload
+    def __getitem__(self, index: slice) -> _SelectedImages: ...
+    def __getitem__(self, index: int | slice) -> ImageSource | _SelectedImages:
+        if isinstance(index, slice):
+            return _SelectedImages(self._images, self._rows[index])
+        return self._images[self._rows[index]]
+
+    def __iter__(self) -> Iterator[ImageSource]:
+        return (self._images[row] for row in self._rows)
+
+
+def choose_subset(count: int, limit: int | None, seed: int) -> list[int]:
+    """Chooses ``limit`` of ``count`` positions at random, in ascending order; all where that is not fewer."""
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, but must not be negative")
+    if limit is None or limit >= count:
+        return list(range(count))
+    chosen = np.random.default_rng(seed).choice(count, limit, replace=False)
+    return [int(position) for position in np.sort(chosen)]

@@ -1,0 +1,120 @@
+"""The reader of Karpathy's split files, ``dataset_{flickr8k,flickr30k,coco}.json``.
+
+Published results on Flickr30k and COCO use these splits and the ``raw`` sentences; COCO's images have five,
+six or seven captions, all of which count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xbt.data.files import read_json
+from xbt.errors import DataError
+
+
+@dataclass(frozen=True)
+class KarpathyImage:
+    """One record of a split file."""
+
+    name: str
+    """The file name, with its folder (``val2014/COCO_...jpg``) where the file gives one."""
+    split: str
+    """``train``, ``restval``, ``val`` or ``test``."""
+    sentences: tuple[str, ...]
+    """The captions as people wrote them (``raw``), stripped; blank ones are kept."""
+
+
+def is_karpathy(content: Any) -> bool:
+    """Tells Karpathy's format from other JSON: an object with images but without COCO's annotations."""
+    return isinstance(content, dict) and "images" in content and "annotations" not in content
+
+
+def read_karpathy(path: Path, split: str | None = None) -> list[KarpathyImage]:
+    """Reads a Karpathy split file, plain or gzipped.
+
+    Args:
+        path: The ``dataset_*.json`` file.
+        split: ``train`` means the split of that name alone; ``train+restval`` joins two; None takes all.
+
+    Returns:
+        The images of the split, in the file's order.
+
+    Raises:
+        DataError: If the file cannot be read or is not of this format, a record lacks a key (the message
+            gives its position), or there is no such split (the message lists those there are).
+    """
+    content = read_json(path)
+    if not is_karpathy(content):
+        raise DataError(
+            f"{path} is not in Karpathy's format, an object with the key 'images'; give a dataset_*.json file"
+        )
+    return parse_karpathy(content, path, split)
+
+
+def parse_karpathy(content: Any, path: Path, split: str | None = None) -> list[KarpathyImage]:
+    """Parses what :func:`read_karpathy` reads; ``path`` only names the file in errors."""
+    records = content["images"]
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path} is empty: its 'images' hold no record; give a complete split file")
+    images = [_parse_record(record, position, path) for position, record in enumerate(records)]
+    if split is None:
+        return images
+    present = sorted({image.split for image in images})
+    wanted = [name.strip() for name in split.split("+")]
+    for name in wanted:
+        if name not in present:
+            raise DataError(f"{path} has no split {name!r}; it has {', '.join(present)}")
+    return [image for image in images if image.split in wanted]
+
+
+def find_images(images: Sequence[KarpathyImage], root: Path) -> list[str]:
+    """Finds the image files of records.
+
+    Args:
+        images: The records.
+        root: Folder that their names are relative to.
+
+    Returns:
+        The path of each image.
+
+    Raises:
+        DataError: If files are missing; the message counts them and names the first.
+    """
+    paths = [root / image.name for image in images]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(paths)} image files are missing, first {missing[0].relative_to(root)}, "
+            f"under {root}; set image_root to the folder that holds the images"
+        )
+    return [str(path) for path in paths]
+
+
+def _parse_record(record: Any, position: int, path: Path) -> KarpathyImage:
+    where = f"{path}: record {position} of 'images'"
+    filename = _field(record, "filename", str, where)
+    folder = _field(record, "filepath", str, where) if "filepath" in record else ""
+    sentences = _field(record, "sentences", list, where)
+    told = [
+        _field(sentence, "raw", str, f"{where}, sentence {number}")
+        for number, sentence in enumerate(sentences)
+    ]
+    return KarpathyImage(
+        name=f"{folder}/{filename}" if folder else filename,
+        split=_field(record, "split", str, where),
+        sentences=tuple(text.strip() for text in told),
+    )
+
+
+def _field(record: Any, key: str, kind: type, where: str) -> Any:
+    if not isinstance(record, dict) or key not in record:
+        raise DataError(f"{where} lacks the key {key!r}; give a file in Karpathy's format")
+    if not isinstance(record[key], kind):
+        raise DataError(
+            f"{where} has a {type(record[key]).__name__} under {key!r} instead of a {kind.__name__}; "
+            "give a file in Karpathy's format"
+        )
+    return record[key]

@@ -1,0 +1,154 @@
+"""The built-in world: as many captioned scenes as wanted, without a download.
+
+A split is a property of a scene, not of a call: a digest of the scene's description decides which split it
+belongs to, so that no test scene can be trained on, whatever the seeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from xbt.data.image_text_pairs import ImageTextPairs
+from xbt.data.scene import Scene, SceneObject
+from xbt.data.scene_drawing import BACKGROUNDS, COLOURS, RADII, SHAPES
+from xbt.errors import ConfigError
+
+SPLITS = ("train", "val", "test")
+DEFAULT_COUNT = 10_000
+_COLOURS = tuple(COLOURS)
+_SIZES = tuple(RADII)
+# One object is enough to learn the words; two and three make scenes that can be told apart.
+_COUNTS = (1, 2, 2, 2, 2, 3, 3, 3, 3, 3)
+
+
+class ArrayImages(Sequence[Image.Image]):
+    """Images of one size kept as one array, each made into a PIL image when it is asked for."""
+
+    def __init__(self, pixels: NDArray[np.uint8]) -> None:
+        """Keeps the array.
+
+        Args:
+            pixels: (n, height, width, 3) uint8.
+        """
+        self.pixels = pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> ArrayImages: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | ArrayImages:
+        if isinstance(index, slice):
+            return ArrayImages(self.pixels[index])
+        return Image.fromarray(self.pixels[index])
+
+
+def scene_split(scene: Scene) -> str:
+    """Says which split a scene belongs to: 80 % are ``train``, 10 % ``val`` and 10 % ``test``."""
+    share = hashlib.sha256(scene.key.encode()).digest()[0] / 256
+    return "train" if share < 0.8 else "val" if share < 0.9 else "test"
+
+
+def iterate_scenes(n: int, seed: int = 0, split: str = "train") -> Iterator[Scene]:
+    """Yields distinct random scenes; the first k of n are those of a call with k.
+
+    Args:
+        n: How many.
+        seed: Chooses the scenes within the split.
+        split: ``train``, ``val`` or ``test``.
+
+    Yields:
+        Scenes, no two of them equal.
+
+    Raises:
+        ConfigError: If ``n`` is below 1 or there is no such split.
+    """
+    if n < 1:
+        raise ConfigError(f"the number of scenes is {n}, but must be at least 1")
+    if split not in SPLITS:
+        raise ConfigError(f"the built-in scenes have no split {split!r}; choose one of {', '.join(SPLITS)}")
+    rng = random.Random(f"scenes/{split}/{seed}")
+    seen: set[str] = set()
+    while len(seen) < n:
+        scene = _random_scene(rng)
+        # Two blue stars in one scene would make captions ambiguous.
+        if len({(thing.colour, thing.shape) for thing in scene.objects}) < len(scene.objects):
+            continue
+        if scene.key not in seen and scene_split(scene) == split:
+            seen.add(scene.key)
+            yield scene
+
+
+def make_scenes(
+    n: int, seed: int = 0, split: str = "train", image_size: int = 32, captions_per_scene: int = 5
+) -> ImageTextPairs:
+    """Draws and describes random scenes: coloured shapes on a 3 x 3 grid.
+
+    The same arguments give the same scenes and captions on every machine.
+
+    Args:
+        n: How many scenes; they are distinct.
+        seed: Chooses the scenes within the split and their captions.
+        split: ``train``, ``val`` or ``test``; no scene is in two of them, whatever the seeds.
+        image_size: Side in pixels, 16 or more.
+        captions_per_scene: How many captions each scene gets.
+
+    Returns:
+        Pairs whose images are kept in one (n, image_size, image_size, 3) uint8 array.
+
+    Raises:
+        ConfigError: If a number is too small or there is no such split.
+    """
+    if image_size < 16:
+        raise ConfigError(f"image_size is {image_size}, but the scenes' shapes need at least 16 pixels")
+    if captions_per_scene < 1:
+        raise ConfigError(f"captions_per_scene is {captions_per_scene}, but must be at least 1")
+    scenes = list(iterate_scenes(n, seed, split))
+    pixels = np.empty((n, image_size, image_size, 3), dtype=np.uint8)
+    for row, scene in enumerate(scenes):
+        pixels[row] = np.asarray(scene.draw(image_size))
+    captions = [scene.captions(captions_per_scene, _caption_rng(scene, seed)) for scene in scenes]
+    ids = [f"scene-{split}-{seed}-{row:06d}" for row in range(n)]
+    return ImageTextPairs(ids, ArrayImages(pixels), captions)
+
+
+def scene_captions(n: int, seed: int = 0, split: str = "train") -> list[str]:
+    """Describes n random scenes once each, without drawing them.
+
+    Args:
+        n: How many captions.
+        seed: Chooses the scenes within the split and the words.
+        split: ``train``, ``val`` or ``test``.
+
+    Returns:
+        The first caption of each scene that :func:`make_scenes` makes from the same arguments.
+
+    Raises:
+        ConfigError: If ``n`` is below 1 or there is no such split.
+    """
+    return [scene.captions(1, _caption_rng(scene, seed))[0] for scene in iterate_scenes(n, seed, split)]
+
+
+def _caption_rng(scene: Scene, seed: int) -> random.Random:
+    return random.Random(f"captions/{seed}/{scene.key}")
+
+
+def _random_scene(rng: random.Random) -> Scene:
+    # Only rng.random() is used: the one method whose sequence Python promises to keep between versions.
+    def pick(options: Sequence[str]) -> str:
+        return options[int(rng.random() * len(options))]
+
+    count = _COUNTS[int(rng.random() * len(_COUNTS))]
+    free = list(range(9))
+    cells = sorted(free.pop(int(rng.random() * len(free))) for _ in range(count))
+    objects = tuple(SceneObject(pick(SHAPES), pick(_COLOURS), pick(_SIZES), cell) for cell in cells)
+    return Scene(objects, pick(BACKGROUNDS))
