@@ -1,0 +1,187 @@
+"""What every projection shares: one map for texts and images, two spaces, one way to be saved."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import ModelHubMixin
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xbt.errors import SpaceMismatchError
+from xbt.hub import SavedPartError, fetch, load_weights, read_json
+from xbt.space import EmbeddingSpace
+from xbt.version import __version__
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class Projection(
+    nn.Module,
+    ModelHubMixin,
+    library_name="xbt",
+    license="apache-2.0",
+    pipeline_tag="feature-extraction",
+    tags=["backward-compatible", "clip", "projection"],
+):
+    """A map from the new space into the old one, the same for texts and images.
+
+    ``projection(new_vectors)`` takes (n, new_dim) vectors and returns (n, old_dim) float unit rows.
+
+    Attributes:
+        new_space: The space the projection maps from, if known.
+        old_space: The space the projection maps to, if known.
+    """
+
+    kind: ClassVar[str]
+    _kinds: ClassVar[dict[str, type[Projection]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Projection._kinds[cls.kind] = cls
+
+    def __init__(
+        self,
+        new_dim: int,
+        old_dim: int,
+        new_space: EmbeddingSpace | None = None,
+        old_space: EmbeddingSpace | None = None,
+    ) -> None:
+        super().__init__()
+        self.new_dim, self.old_dim = new_dim, old_dim
+        self.new_space: EmbeddingSpace | None = None
+        self.old_space: EmbeddingSpace | None = None
+        self.set_spaces(new_space, old_space)
+
+    def set_spaces(self, new_space: EmbeddingSpace | None, old_space: EmbeddingSpace | None) -> None:
+        """Attaches the spaces the projection maps between.
+
+        Raises:
+            SpaceMismatchError: If a space's dimension is not the projection's.
+        """
+        for space, dim, side in ((new_space, self.new_dim, "new"), (old_space, self.old_dim, "old")):
+            if space is not None and space.dim != dim:
+                raise SpaceMismatchError(
+                    f"the projection maps {self.new_dim} → {self.old_dim} dimensions, "
+                    f"but its {side} space is {space}"
+                )
+        self.new_space, self.old_space = new_space, old_space
+
+    @abstractmethod
+    def project(self, vectors: Tensor) -> Tensor:
+        """(n, new_dim) → (n, old_dim), before normalisation."""
+
+    @abstractmethod
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments beyond the dimensions and spaces that rebuild this projection."""
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Maps (n, new_dim) vectors of the new space to (n, old_dim) unit rows of the old space.
+
+        Raises:
+            SpaceMismatchError: If the dimension is not ``new_dim``.
+        """
+        if vectors.shape[-1] != self.new_dim:
+            raise SpaceMismatchError(
+                f"the projection takes vectors of dimension {self.new_dim}"
+                + (f" from {self.new_space}" if self.new_space else "")
+                + f", got {vectors.shape[-1]}"
+            )
+        return nn.functional.normalize(self.project(vectors), dim=-1)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, save_directory / WEIGHTS_NAME)
+        config = {
+            "xbt_version": __version__,
+            "kind": self.kind,
+            "new_dim": self.new_dim,
+            "old_dim": self.old_dim,
+            "options": self.options(),
+            "new_space": self.new_space.to_dict() if self.new_space else None,
+            "old_space": self.old_space.to_dict() if self.old_space else None,
+        }
+        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **hub_options: Any
+    ) -> Self:
+        """Loads a projection from a directory or a Hub repository, strictly.
+
+        Args:
+            pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
+            revision: Branch, tag or commit on the Hub.
+            **hub_options: ``cache_dir``, ``token``, ``force_download``, ``local_files_only``.
+
+        Returns:
+            The projection, of whatever kind was saved, in evaluation mode.
+
+        Raises:
+            SavedPartError: If the directory or a file is missing, damaged, or does not fit its config.
+        """
+        directory = fetch(pretrained_model_name_or_path, revision=revision, **hub_options)
+        config = read_json(directory / CONFIG_NAME)
+        kind = config.get("kind")
+        if kind not in cls._kinds:
+            raise SavedPartError(
+                f"{directory / CONFIG_NAME} is of kind {kind!r}, not a projection; "
+                f"the known kinds are {', '.join(sorted(cls._kinds))}"
+            )
+        chosen = cls._kinds[kind]
+        if not issubclass(chosen, cls):
+            raise SavedPartError(f"{directory} holds a {chosen.__name__}, not a {cls.__name__}")
+        try:
+            spaces = {
+                key: EmbeddingSpace.from_dict(config[key]) if config[key] else None
+                for key in ("new_space", "old_space")
+            }
+            projection = chosen(config["new_dim"], config["old_dim"], **config["options"], **spaces)
+        except (KeyError, TypeError) as error:
+            raise SavedPartError(f"{directory / CONFIG_NAME} lacks or misnames a key: {error}") from error
+        load_weights(projection, directory / WEIGHTS_NAME)
+        return projection.eval()
+
+
+class LinearProjection(Projection):
+    """φ(z) = normalise(W z) with a plain matrix W.
+
+    Args:
+        new_dim: Dimension of the vectors that come in.
+        old_dim: Dimension of the vectors that go out.
+        new_space: The space the projection maps from.
+        old_space: The space the projection maps to.
+    """
+
+    kind = "linear"
+
+    def __init__(
+        self,
+        new_dim: int,
+        old_dim: int,
+        new_space: EmbeddingSpace | None = None,
+        old_space: EmbeddingSpace | None = None,
+    ) -> None:
+        super().__init__(new_dim, old_dim, new_space, old_space)
+        self.weight = nn.Parameter(torch.eye(old_dim, new_dim))
+
+    @classmethod
+    def from_weight(cls, weight: Tensor) -> Self:
+        """Wraps an (old_dim, new_dim) matrix."""
+        projection = cls(weight.shape[1], weight.shape[0])
+        with torch.no_grad():
+            projection.weight.copy_(weight)
+        return projection.eval()
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """(n, new_dim) → (n, old_dim), before normalisation."""
+        return nn.functional.linear(vectors, self.weight)
+
+    def options(self) -> dict[str, Any]:
+        """See :meth:`Projection.options`."""
+        return {}
