@@ -1,0 +1,289 @@
+"""Query/gallery cells: what an upgrade gains, measured the way the field measures it.
+
+A cell ``new/old`` is named after the model of the queries, then the model of the gallery. The criterion of
+backward compatibility (Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020; for
+CLIPs per direction and per k, Jang & Lim, "Towards Cross-modal Backward-compatible Representation Learning
+for Vision-Language Models", ICCV 2025) is that ``new/old`` is strictly better than ``old/old``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, overload
+
+from PIL import Image
+from torch import Tensor
+
+from xbt.errors import DataError
+from xbt.evaluation.retrieval import check_ks, check_positives, recall_at_k
+from xbt.vectors import Vectors
+
+if TYPE_CHECKING:
+    from xbt.data import ImageTextPairs
+    from xbt.encoders import DualEncoder
+
+DIRECTIONS = ("T2I", "I2T")
+"""Text query against the image gallery, and image query against the text gallery."""
+
+PerDirection = dict[str, dict[int, bool]]
+Gains = dict[str, dict[int, float | None]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """R@k of one pairing of query model and gallery model.
+
+    Attributes:
+        name: ``"old/old"``, ``"new/old"`` or ``"new/new"``, maybe with a suffix: ``"new/old (stage 1)"``.
+        t2i: ``{k: fraction}`` for text queries against the image gallery.
+        i2t: ``{k: fraction}`` for image queries against the text gallery.
+        n_images: Images in the gallery.
+        n_texts: Texts in the gallery.
+    """
+
+    name: str
+    t2i: dict[int, float]
+    i2t: dict[int, float]
+    n_images: int
+    n_texts: int
+
+    def recall(self, direction: str) -> dict[int, float]:
+        """The R@k of ``"T2I"`` or ``"I2T"``.
+
+        Raises:
+            DataError: If it is another word.
+        """
+        if direction not in DIRECTIONS:
+            raise DataError(f"there is no direction {direction!r}; use 'T2I' or 'I2T'")
+        return self.t2i if direction == "T2I" else self.i2t
+
+
+def evaluate_cell(
+    name: str,
+    query_texts: Vectors,
+    query_images: Vectors,
+    gallery_texts: Vectors,
+    gallery_images: Vectors,
+    pairs_positives_t2i: Sequence[Sequence[int]],
+    pairs_positives_i2t: Sequence[Sequence[int]],
+    ks: Sequence[int] = (1, 5, 10),
+) -> Cell:
+    """Measures one cell in both directions.
+
+    Args:
+        name: What to call it.
+        query_texts: (n_texts, dim) vectors of the query model, searched in ``gallery_images``.
+        query_images: (n_images, dim) vectors of the query model, searched in ``gallery_texts``.
+        gallery_texts: (n_texts, dim) vectors of the gallery model.
+        gallery_images: (n_images, dim) vectors of the gallery model.
+        pairs_positives_t2i: For every text the images that show it.
+        pairs_positives_i2t: For every image the texts that describe it.
+        ks: Cut-offs.
+
+    Raises:
+        DataError, SpaceMismatchError: As :func:`xbt.evaluation.recall_at_k`.
+    """
+    return Cell(
+        name,
+        t2i=recall_at_k(query_texts, gallery_images, pairs_positives_t2i, ks),
+        i2t=recall_at_k(query_images, gallery_texts, pairs_positives_i2t, ks),
+        n_images=len(gallery_images),
+        n_texts=len(gallery_texts),
+    )
+
+
+def criterion(new_old: Cell, old_old: Cell) -> PerDirection:
+    """Whether new queries beat old queries on the old gallery, strictly, per direction and k."""
+    return {
+        direction: {k: value > old_old.recall(direction)[k] for k, value in new_old.recall(direction).items()}
+        for direction in DIRECTIONS
+    }
+
+
+def recovered_gain(new_old: Cell, old_old: Cell, new_new: Cell) -> Gains:
+    """Share of a full re-embedding's gain that comes without one, per direction and k.
+
+    It is (new/old - old/old) / (new/new - old/old): 0 for no better than the old model, 1 for as good as
+    re-embedding the gallery, negative for worse than the old model, and ``None`` where re-embedding gains
+    nothing.
+    """
+    gains: Gains = {}
+    for direction in DIRECTIONS:
+        old, full = old_old.recall(direction), new_new.recall(direction)
+        gains[direction] = {
+            k: (value - old[k]) / (full[k] - old[k]) if full[k] > old[k] else None
+            for k, value in new_old.recall(direction).items()
+        }
+    return gains
+
+
+@dataclass
+class RetrievalReport:
+    """The cells of one upgrade on one set of pairs, and what follows from them.
+
+    Attributes:
+        cells: In the order in which they are shown; names are unique, and one is ``"old/old"``.
+
+    Raises:
+        DataError: If there is no ``"old/old"``, a name comes twice, or the cells have different k.
+    """
+
+    cells: list[Cell]
+
+    def __post_init__(self) -> None:
+        names = [cell.name for cell in self.cells]
+        if "old/old" not in names:
+            raise DataError(f"a report needs the cell 'old/old' to compare with; it has {names}")
+        for cell in self.cells:
+            if names.count(cell.name) > 1:
+                raise DataError(f"the cell {cell.name!r} comes twice; give each a name of its own")
+            if tuple(cell.t2i) != self.ks or tuple(cell.i2t) != self.ks:
+                raise DataError(
+                    f"the cell {cell.name!r} has R@{list(cell.t2i)} (T2I) and R@{list(cell.i2t)} (I2T), but "
+                    f"{self.cells[0].name!r} has R@{list(self.ks)}; evaluate all cells with the same ks"
+                )
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The cut-offs."""
+        return tuple(self.cells[0].t2i)
+
+    @property
+    def upgrades(self) -> list[Cell]:
+        """The cells whose name starts with ``new/old``."""
+        return [cell for cell in self.cells if cell.name.startswith("new/old")]
+
+    @property
+    def verdicts(self) -> dict[str, PerDirection]:
+        """:func:`criterion` of every upgrade, by the cell's name."""
+        return {cell.name: criterion(cell, self.cell("old/old")) for cell in self.upgrades}
+
+    @property
+    def gains(self) -> dict[str, Gains]:
+        """:func:`recovered_gain` of every upgrade, by the cell's name; empty without a ``new/new`` cell."""
+        if all(cell.name != "new/new" for cell in self.cells):
+            return {}
+        old, new = self.cell("old/old"), self.cell("new/new")
+        return {cell.name: recovered_gain(cell, old, new) for cell in self.upgrades}
+
+    def cell(self, name: str) -> Cell:
+        """The cell of that name.
+
+        Raises:
+            DataError: If there is none; the message lists those there are.
+        """
+        for cell in self.cells:
+            if cell.name == name:
+                return cell
+        raise DataError(f"there is no cell {name!r}; there are {[cell.name for cell in self.cells]}")
+
+    def meets_criterion(self, direction: str, name: str | None = None) -> bool:
+        """Whether the criterion holds at every k.
+
+        Args:
+            direction: ``"T2I"`` or ``"I2T"``.
+            name: The ``new/old`` cell meant; by default all of them must meet it.
+
+        Raises:
+            DataError: If the direction or the cell does not exist, or there is no ``new/old`` cell at all.
+        """
+        chosen = self.upgrades if name is None else [self.cell(name)]
+        if not chosen:
+            raise DataError("there is no cell 'new/old' to judge; evaluate at least one upgraded encoder")
+        old = self.cell("old/old").recall(direction)
+        return all(cell.recall(direction)[k] > old[k] for cell in chosen for k in self.ks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form: counts, fractions, verdicts and recovered gains, with keys such as ``"R@1"``."""
+        return {
+            "cells": [
+                {
+                    "name": cell.name,
+                    "n_images": cell.n_images,
+                    "n_texts": cell.n_texts,
+                    **{direction: _named(cell.recall(direction)) for direction in DIRECTIONS},
+                }
+                for cell in self.cells
+            ],
+            "criterion": {
+                name: {direction: _named(values) for direction, values in verdict.items()}
+                for name, verdict in self.verdicts.items()
+            },
+            "recovered_gain": {
+                name: {direction: _named(values) for direction, values in gain.items()}
+                for name, gain in self.gains.items()
+            },
+        }
+
+
+def evaluate_retrieval(
+    pairs: ImageTextPairs,
+    old: DualEncoder,
+    new: DualEncoder,
+    upgraded: Mapping[str, DualEncoder],
+    ks: Sequence[int] = (1, 5, 10),
+    progress: bool = False,
+) -> RetrievalReport:
+    """Measures old/old, new/old for every upgraded encoder, and new/new on the same pairs.
+
+    Every encoder embeds every image and every text once.
+
+    Args:
+        pairs: Images, texts and which of them belong together.
+        old: The encoder the gallery was embedded with.
+        new: The new encoder as it is off the shelf; on both sides it shows what re-embedding would give.
+        upgraded: By label, encoders built on the new one whose vectors live in the old space. A single one is
+            called ``new/old``, several are called ``new/old (label)``.
+        ks: Cut-offs.
+        progress: Whether the encoders show progress bars.
+
+    Raises:
+        SpaceMismatchError: If an upgraded encoder does not speak the old space.
+        DataError: If ``ks`` or the pairs cannot be used; both are checked before anything is embedded.
+    """
+    ks = check_ks(ks)
+    texts, images = list(pairs.texts), _LazyImages(pairs)
+    t2i, i2t = pairs.positives_t2i, pairs.positives_i2t
+    check_positives(t2i, len(texts), len(images), "positives_t2i")
+    check_positives(i2t, len(images), len(texts), "positives_i2t")
+    for label, encoder in upgraded.items():
+        old.space.require(encoder.space, f"the upgraded encoder {label!r}")
+
+    def embed(encoder: DualEncoder) -> tuple[Tensor, Tensor]:
+        text_vectors = encoder.encode_texts(texts, progress=progress)
+        return text_vectors, encoder.encode_images(images, progress=progress)
+
+    old_vectors = embed(old)
+    cells = [evaluate_cell("old/old", *old_vectors, *old_vectors, t2i, i2t, ks)]
+    for label, encoder in upgraded.items():
+        name = "new/old" if len(upgraded) == 1 else f"new/old ({label})"
+        cells.append(evaluate_cell(name, *embed(encoder), *old_vectors, t2i, i2t, ks))
+    new_vectors = embed(new)
+    cells.append(evaluate_cell("new/new", *new_vectors, *new_vectors, t2i, i2t, ks))
+    return RetrievalReport(cells)
+
+
+class _LazyImages(Sequence[Image.Image]):
+    """The images of some pairs, decoded one at a time when they are asked for."""
+
+    def __init__(self, pairs: ImageTextPairs) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Image.Image]: ...
+    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
+        if isinstance(index, slice):
+            return [self._pairs.image(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        return self._pairs.image(index % len(self))
+
+
+def _named(values: Mapping[int, Any]) -> dict[str, Any]:
+    return {f"R@{k}": value for k, value in values.items()}

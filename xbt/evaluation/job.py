@@ -1,0 +1,86 @@
+"""The evaluation recipe's job: load the encoders, measure the cells, write them down."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from xbt.compatible import CompatibleEncoder
+from xbt.data import PairSource, load_pairs
+from xbt.encoders import DualEncoder, load_encoder
+from xbt.errors import ConfigError
+from xbt.evaluation.cells import RetrievalReport, evaluate_retrieval
+from xbt.evaluation.table import format_markdown
+from xbt.projections import Projection
+from xbt.run_dir import RunDirectory
+
+
+@dataclass
+class EvaluationConfig:
+    """Measure old/old, new/old and new/new retrieval on image–text pairs, in both directions.
+
+    Writes ``retrieval.json`` and ``retrieval.md`` to the output directory.
+    """
+
+    old: str
+    """The encoder that embedded the gallery."""
+    new: str
+    """The new encoder as it is off the shelf."""
+    pairs: PairSource
+    """Held-out image–text pairs."""
+    output_dir: str
+    """Where the results go."""
+    upgraded: dict[str, str] = field(default_factory=dict)
+    """By label, what makes the new model speak the old space: directories or Hub repositories of compatible
+    encoders, or of projections alone (stage 1)."""
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10])
+    """Cut-offs of R@k."""
+    device: str | None = None
+    """Where the encoders run; the GPU if there is one."""
+    overwrite: bool = False
+    """Replace the results of another evaluation in the output directory."""
+
+
+def run_evaluation(config: EvaluationConfig) -> RetrievalReport:
+    """Measures the cells and writes them to the output directory.
+
+    Args:
+        config: What to measure.
+
+    Returns:
+        The report; ``format_table`` prints it.
+
+    Raises:
+        XbtError: If an encoder, a saved part or the pairs cannot be used.
+
+    Warns:
+        UserWarning: If images were left out because they cannot be decoded.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("the evaluation runs in one process; launch it with --num_processes 1")
+    run = RunDirectory(config.output_dir, config, config.overwrite)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pairs, rejected = load_pairs(config.pairs).drop_unreadable(progress=True)
+    if rejected:
+        warnings.warn(
+            f"skipped {len(rejected)} images: {'; '.join(r.reason for r in rejected[:5])}", stacklevel=2
+        )
+    old, new = load_encoder(config.old, device), load_encoder(config.new, device)
+    upgraded = {label: _load_upgraded(path, config.new, device) for label, path in config.upgraded.items()}
+    report = evaluate_retrieval(pairs, old, new, upgraded, tuple(config.ks), progress=True)
+    run.prepare()
+    skipped = [{"id": each.id, "reason": each.reason} for each in rejected]
+    run.write_json("retrieval.json", {**report.to_dict(), "skipped_images": skipped})
+    (run.path / "retrieval.md").write_text(format_markdown(report) + "\n", encoding="utf-8")
+    return report
+
+
+def _load_upgraded(path: str, new: str, device: str) -> DualEncoder:
+    """A compatible encoder as saved, or the new encoder behind a projection alone."""
+    if (Path(path) / "model.safetensors").is_file():
+        return CompatibleEncoder(load_encoder(new, device), Projection.from_pretrained(path))
+    return CompatibleEncoder.from_pretrained(path, base=new, device=device)

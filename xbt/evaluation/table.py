@@ -1,0 +1,87 @@
+"""A retrieval report as text: for a terminal, and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from xbt.evaluation.cells import DIRECTIONS, Cell, RetrievalReport
+
+
+def format_table(report: RetrievalReport) -> str:
+    """Lays a report out as plain text.
+
+    Args:
+        report: What was measured.
+
+    Returns:
+        A table of R@k in percent with one row per cell, then for every ``new/old`` cell whether it meets the
+        criterion and how much of the gain of re-embedding it recovers. No newline at the end.
+    """
+    width = max(len("query/gallery"), *(len(cell.name) for cell in report.cells))
+    columns = [f"R@{k}" for k in report.ks]
+    widths = [max(5, len(column)) for column in columns]
+
+    def block(values: list[str]) -> str:
+        return "  ".join(value.rjust(size) for value, size in zip(values, widths, strict=True))
+
+    heading = "  |  ".join(f"{direction} {block(columns)}" for direction in DIRECTIONS)
+    lines = [f"{'query/gallery'.ljust(width)}  |  {heading}"]
+    rule = "-" * (len(DIRECTIONS[0]) + 1 + len(block(columns)))
+    lines.append("--|--".join(["-" * width, *(rule for _ in DIRECTIONS)]))
+    for cell in report.cells:
+        blocks = [f"{' ' * len(direction)} {block(_percents(cell, direction))}" for direction in DIRECTIONS]
+        lines.append("  |  ".join([cell.name.ljust(width), *blocks]))
+    return "\n".join([*lines, "", _counts(report), *_verdict_lines(report)])
+
+
+def format_markdown(report: RetrievalReport) -> str:
+    """Lays a report out as a Markdown table with the same lines below it as a list.
+
+    Args:
+        report: What was measured.
+
+    Returns:
+        Markdown without a newline at the end.
+    """
+    heads = [f"{direction} R@{k}" for direction in DIRECTIONS for k in report.ks]
+    lines = [f"| query/gallery | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for cell in report.cells:
+        values = [value for direction in DIRECTIONS for value in _percents(cell, direction)]
+        # A label with a bar in it would open another column.
+        lines.append(f"| {cell.name.replace('|', chr(92) + '|')} | {' | '.join(values)} |")
+    notes = [f"- {line}" for line in [_counts(report), *_verdict_lines(report)]]
+    return "\n".join([*lines, "", *notes])
+
+
+def _percents(cell: Cell, direction: str) -> list[str]:
+    return [f"{100 * value:.1f}" for value in cell.recall(direction).values()]
+
+
+def _counts(report: RetrievalReport) -> str:
+    first = report.cells[0]
+    return f"R@k in percent over {first.n_images:,} images and {first.n_texts:,} texts"
+
+
+def _verdict_lines(report: RetrievalReport) -> list[str]:
+    lines = []
+    for name, verdict in report.verdicts.items():
+        parts = "; ".join(f"{direction} {_met(verdict[direction])}" for direction in DIRECTIONS)
+        lines.append(f"criterion ({name} > old/old): {parts}")
+        if name in report.gains:
+            gain = report.gains[name]
+            parts = "; ".join(f"{direction} {_recovered(gain[direction])}" for direction in DIRECTIONS)
+            lines.append(f"recovered gain ({name}): {parts}")
+    return lines
+
+
+def _met(verdict: Mapping[int, bool]) -> str:
+    met = ", ".join(f"R@{k}" for k, good in verdict.items() if good)
+    missed = ", ".join(f"R@{k}" for k, good in verdict.items() if not good)
+    if not met:
+        return f"not met at {missed}"
+    return f"met at {met}" + (f" - not at {missed}" if missed else "")
+
+
+def _recovered(gains: Mapping[int, float | None]) -> str:
+    """Percentages; a dash where re-embedding gains nothing, so that there is nothing to recover."""
+    return ", ".join(f"{'-' if gain is None else f'{100 * gain:.0f}%'} at R@{k}" for k, gain in gains.items())
