@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from scipy.linalg import orthogonal_procrustes
+from torch.nn.functional import normalize
+
+from xbt.data import CaptionSource, read_captions
+from xbt.encoders import load_encoder
+from xbt.errors import ConfigError, DataError
+from xbt.projections import Projection
+from xbt.run_dir import RunDirectory
+from xbt.training import TextProjectionConfig, TrainArgs, pretrain_text_projection
+from xbt.training.loop import make_accelerator
+from xbt.training.text_projection import TextVectors, held_out_recall, train_text_projection
+
+
+def settings(tmp_path, steps=20, **changes):
+    training = TrainArgs(
+        steps=steps, batch_size=64, lr=3e-3, warmup_steps=2, eval_every=5, checkpoint_every=5
+    )
+    base = {
+        "old": "old", "new": "new", "captions": CaptionSource("scenes"),
+        "output_dir": str(tmp_path / "run"), "training": training, "held_out": 200,
+    }  # fmt: skip
+    return TextProjectionConfig(**{**base, **changes})
+
+
+def toy_vectors(n=1000, new_dim=24, old_dim=16, seed=0):
+    """New vectors that are a stretched, noisy view of the old ones: more than a rotation can undo."""
+    generator = torch.Generator().manual_seed(seed)
+    old = normalize(torch.randn(n, old_dim, generator=generator), dim=1)
+    frame = torch.linalg.qr(torch.randn(max(new_dim, old_dim), old_dim, generator=generator))[0][:new_dim]
+    stretched = (old * torch.logspace(0, -2, old_dim)) @ frame.T
+    return TextVectors(normalize(stretched + 0.05 * torch.randn(n, new_dim, generator=generator), dim=1), old)
+
+
+def train(config, vectors):
+    run = RunDirectory(config.output_dir, config, config.overwrite)
+    accelerator = make_accelerator(config.training, run, config, "test")
+    return train_text_projection(vectors, config, accelerator, run)
+
+
+def split(config, n):
+    order = np.random.default_rng(config.training.seed).permutation(n)
+    return order[config.held_out :], order[: config.held_out]
+
+
+def test_step_zero_is_the_procrustes_rotation(tmp_path):
+    vectors, config = toy_vectors(new_dim=16), settings(tmp_path, steps=0)
+    projection, state = train(config, vectors)
+    rows, _ = split(config, 1000)
+    expected, _ = orthogonal_procrustes(
+        vectors.new[rows].double().numpy(), vectors.old[rows].double().numpy()
+    )
+    closed = normalize(vectors.new.double() @ torch.from_numpy(expected), dim=1)
+    assert state.best_step == 0
+    assert (projection(vectors.new).double() - closed).abs().max() < 1e-6
+
+
+def test_training_improves_held_out_recall_where_it_can(tmp_path):
+    vectors = toy_vectors()
+    start, _ = train(settings(tmp_path / "a", steps=0), vectors)
+    config = settings(tmp_path / "b", steps=200, noise=0.2)
+    trained, state = train(config, vectors)
+    _, held_out = split(config, 1000)
+    before, after = (
+        held_out_recall(projection(vectors.new[held_out]).detach(), vectors.old[held_out])["score"]
+        for projection in (start, trained)
+    )
+    assert after > before + 0.02
+    assert after == pytest.approx(state.best_score)
+    assert state.best_step > 0
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1.0])
+def test_saved_projection_is_never_worse_than_step_zero(tmp_path, lr):
+    config = settings(tmp_path)
+    config.training.lr = lr  # the second one wrecks the projection, so that step 0 must be kept
+    projection, state = train(config, toy_vectors(seed=5))
+    scores = [entry["score"] for entry in state.history]
+    _, held_out = split(config, 1000)
+    vectors = toy_vectors(seed=5)
+    kept = held_out_recall(projection(vectors.new[held_out]).detach(), vectors.old[held_out])["score"]
+    assert kept == pytest.approx(max(scores))
+    assert kept >= scores[0]
+
+
+def test_the_rotation_stays_fixed_unless_asked(tmp_path):
+    vectors = toy_vectors()
+    start, _ = train(settings(tmp_path / "a", steps=0), vectors)
+    for flag in (False, True):
+        config = settings(tmp_path / f"b{flag}", steps=100, noise=0.2, train_rotation=flag)
+        trained, state = train(config, vectors)
+        assert state.best_step > 0
+        assert torch.equal(trained.weight, start.weight) != flag
+
+
+def test_seed_fixes_the_run(tmp_path):
+    first, _ = train(settings(tmp_path / "a"), toy_vectors())
+    second, _ = train(settings(tmp_path / "b"), toy_vectors())
+    assert all(torch.equal(first.state_dict()[k], v) for k, v in second.state_dict().items())
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kill_at", [7, 13, 20])
+def test_a_killed_run_ends_like_an_uninterrupted_one(tmp_path, monkeypatch, kill_at):
+    vectors = toy_vectors()
+    whole, whole_state = train(settings(tmp_path / "whole"), vectors)
+
+    from xbt.training.loop import TrainingLoop
+
+    original = TrainingLoop._step
+
+    def step_until_killed(self, batch):
+        if self.state.step == kill_at - 1:
+            raise Killed
+        return original(self, batch)
+
+    config = settings(tmp_path / "killed")
+    monkeypatch.setattr(TrainingLoop, "_step", step_until_killed)
+    with pytest.raises(Killed):
+        train(config, vectors)
+    monkeypatch.setattr(TrainingLoop, "_step", original)
+    done = []
+    monkeypatch.setattr(TrainingLoop, "_step", lambda self, batch: done.append(1) or original(self, batch))
+    continued, state = train(config, vectors)
+
+    assert len(done) == 20 - (kill_at - 1) // 5 * 5  # from the last checkpoint, not from the start
+    assert state.best_step == whole_state.best_step
+    assert state.history == whole_state.history
+    for name, tensor in whole.state_dict().items():
+        assert (continued.state_dict()[name] - tensor).abs().max() <= 1e-6
+
+
+def test_a_half_written_checkpoint_is_ignored(tmp_path):
+    config, vectors = settings(tmp_path), toy_vectors()
+    first, _ = train(config, vectors)
+    broken = tmp_path / "run" / "checkpoints" / "step_00000025.partial"
+    broken.mkdir()
+    (broken / "trainable.safetensors").write_bytes(b"half")
+    again, _ = train(config, vectors)
+    assert torch.equal(first(vectors.new), again(vectors.new))
+    assert sorted(path.name for path in broken.parent.iterdir() if path.suffix == "") == [
+        "step_00000015", "step_00000020",
+    ]  # fmt: skip
+
+
+def test_output_directory_of_another_run_is_refused(tmp_path):
+    vectors = toy_vectors()
+    train(settings(tmp_path), vectors)
+    with pytest.raises(ConfigError, match=r"noise was 1.0 and is 0.5.*--overwrite"):
+        train(settings(tmp_path, noise=0.5), vectors)
+    _, state = train(settings(tmp_path, noise=0.5, overwrite=True), vectors)
+    assert state.step == 20
+    logged = settings(tmp_path, noise=0.5)
+    logged.training = dataclasses.replace(logged.training, log_every=1, num_workers=1)
+    train(logged, vectors)  # how it is logged does not make it another run
+
+
+def test_nan_in_vectors_is_named(tmp_path):
+    vectors = toy_vectors()
+    vectors.new[17, 2] = float("nan")
+    with pytest.raises(DataError, match=r"new text vectors has NaN.*1 of 1000 rows, first in row 17"):
+        train(settings(tmp_path), vectors)
+
+
+def test_diverging_training_stops_and_says_so(tmp_path):
+    config = settings(tmp_path, contrastive_weight=0.0, cosine_weight=1e38)
+    config.training = dataclasses.replace(config.training, lr=1e30, log_every=1, grad_clip=0.0)
+    with pytest.raises(DataError, match=r"the loss is (nan|inf) at step \d+; lower --training.lr"):
+        train(config, toy_vectors())
+
+
+def test_too_few_captions(tmp_path):
+    with pytest.raises(DataError, match=r"40 distinct training captions.*batch_size 64"):
+        train(settings(tmp_path), toy_vectors(n=50))
+    with pytest.raises(DataError, match="at least 5 distinct captions, got 4"):
+        train(settings(tmp_path), toy_vectors(n=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"noise": -1.0}, "--noise"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"held_out": 0}, "--held_out"),
+        ({"encode_batch_size": 0}, "--encode_batch_size"),
+    ],
+)
+def test_settings_are_checked(tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        settings(tmp_path, **changes)
+    with pytest.raises(ConfigError, match=r"--training\.batch_size must be at least 1, got 0"):
+        TrainArgs(batch_size=0)
+
+
+def test_end_to_end_with_two_backends(tmp_path, open_clip_spec, transformers_spec, monkeypatch):
+    captions = tmp_path / "captions.txt"
+    texts = read_captions(CaptionSource("scenes", limit=200))
+    captions.write_text("\n".join([*texts, *texts[:20]]), encoding="utf-8")
+    config = settings(
+        tmp_path, old=open_clip_spec, new=transformers_spec, captions=CaptionSource(str(captions))
+    )
+    config.held_out = 40
+    projection = pretrain_text_projection(config)
+    out = tmp_path / "run"
+    saved = Projection.from_pretrained(out / "projection")
+    new, old = load_encoder(transformers_spec), load_encoder(open_clip_spec)
+    assert torch.equal(saved(new.encode_texts(texts[:3])), projection(new.encode_texts(texts[:3])))
+    assert saved.new_space.same_as(new.space)
+    assert saved.old_space.same_as(old.space)
+    assert {"config.yaml", "versions.json", "result.json", "projection", "checkpoints"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert json.loads((out / "result.json").read_text())["history"][0]["step"] == 0
+    assert json.loads((out / "vectors" / "new.json").read_text())["count"] == 200  # repeats are embedded once
+
+    def must_not_run(*arguments, **options):
+        raise AssertionError("texts were embedded a second time")
+
+    monkeypatch.setattr("xbt.training.embedding.embed_split", must_not_run)
+    pretrain_text_projection(config)
+
+
+def test_cached_vectors_of_another_model_are_not_used(tmp_path, open_clip_spec):
+    captions = CaptionSource("scenes", limit=100)
+    other = tiny.tiny_open_clip(tmp_path / "model", seed=1)
+    config = settings(tmp_path, steps=0, old=open_clip_spec, new=other, captions=captions, held_out=10)
+    first = pretrain_text_projection(config)
+    tiny.tiny_open_clip(tmp_path / "model", seed=2)  # same name, other weights
+    second = pretrain_text_projection(config)
+    assert not torch.equal(first.weight, second.weight)

@@ -1,0 +1,290 @@
+"""One training loop for every recipe: seeded batches, held-out selection, checkpoints that resume exactly."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed, tqdm
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+
+from xbt.config import config_to_dict, flatten
+from xbt.errors import ConfigError, DataError
+from xbt.run_dir import RunDirectory
+from xbt.training.args import TrainArgs
+from xbt.training.batches import SeededBatches
+
+_WEIGHTS = "trainable.safetensors"
+
+
+def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str) -> Accelerator:
+    """Seeds everything, starts Accelerate for this run and prepares the run's directory.
+
+    Batches are split, so ``batch_size`` is global. Precision, devices and processes come from
+    ``accelerate launch``.
+    """
+    accelerator = Accelerator(
+        log_with=args.log_with,
+        project_dir=str(run.path),
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
+    set_seed(args.seed)
+    if args.batch_size % accelerator.num_processes:
+        raise ConfigError(
+            f"--training.batch_size {args.batch_size} cannot be split over {accelerator.num_processes} "
+            f"processes; choose a multiple of {accelerator.num_processes}"
+        )
+    if accelerator.is_main_process:
+        run.prepare()
+    accelerator.wait_for_everyone()
+    if args.log_with:
+        flat = {key: _trackable(value) for key, value in flatten(config_to_dict(config)).items()}
+        accelerator.init_trackers(name, config=flat)
+    return accelerator
+
+
+@dataclass
+class LoopState:
+    """What a checkpoint keeps besides weights, optimiser and schedule.
+
+    Attributes:
+        step: Steps done.
+        best_step: Step with the best held-out score so far.
+        best_score: That score; higher is better.
+        best_weights: Trainable weights at that step.
+        history: One entry per evaluation.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best_score: float = -math.inf
+    best_weights: dict[str, Tensor] | None = None
+    history: list[dict[str, float]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """For Accelerate's checkpoints."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """For Accelerate's checkpoints."""
+        vars(self).update(state)
+
+
+class TrainingLoop:
+    """Trains a module whose forward takes a batch and returns ``(loss, metrics)``.
+
+    Requirements: parameters that require gradients are what is trained, checkpointed and selected; the
+    dataset's ``__getitems__`` takes a list of :class:`~xbt.training.batches.Draw` and returns a batch.
+
+    Args:
+        accelerator: From :func:`make_accelerator`.
+        run: The run's directory.
+        args: Training settings; ``batch_size`` must not exceed the dataset's length.
+        module: The module to train.
+        dataset: The training data.
+        evaluate: Returns held-out metrics, of which ``"score"`` decides (higher is better; a tie keeps the
+            earlier step); ``None`` keeps the last step.
+        after_step: Called after every optimiser step and after a checkpoint is loaded.
+        no_decay: Names (or parts of names) of matrices that get no weight decay.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run: RunDirectory,
+        args: TrainArgs,
+        module: nn.Module,
+        dataset: Dataset[Any],
+        *,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        after_step: Callable[[], None] | None = None,
+        no_decay: Iterable[str] = (),
+    ) -> None:
+        self.accelerator, self.run_dir, self.args = accelerator, run, args
+        self.module, self.dataset = module, dataset
+        self.evaluate, self.after_step = evaluate, after_step or (lambda: None)
+        self.state = LoopState(history=[])
+        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        groups = self._parameter_groups(tuple(no_decay))
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+        schedule = LambdaLR(optimizer, self._lr_factor)
+        self.model, self.optimizer, self.scheduler = accelerator.prepare(module, optimizer, schedule)
+        accelerator.register_for_checkpointing(self.state)
+        accelerator.register_save_state_pre_hook(self._save_trainable)
+        accelerator.register_load_state_pre_hook(self._load_trainable)
+
+    def fit(self) -> LoopState:
+        """Trains from the newest checkpoint or the start, and leaves the selected weights in the module.
+
+        Returns:
+            The final state; ``best_step`` says which step's weights were kept.
+
+        Raises:
+            DataError: If the loss becomes NaN or infinite.
+        """
+        self._resume()
+        if self.state.step == 0:
+            self._evaluate_and_keep()
+        size = len(self.dataset)  # type: ignore[arg-type]
+        sampler = SeededBatches(size, self.args.batch_size, self.args.seed, self.state.step, self.args.steps)
+        loader = self.accelerator.prepare(
+            DataLoader(
+                self.dataset,
+                batch_sampler=sampler,
+                collate_fn=_as_is,
+                num_workers=self.args.num_workers,
+                persistent_workers=False,
+            )
+        )
+        bar = tqdm(total=self.args.steps, initial=self.state.step, desc=self.run_dir.path.name, unit="step")
+        for batch in loader:
+            metrics = self._step(batch)
+            self.state.step += 1
+            bar.update()
+            self._after(metrics, bar)
+        bar.close()
+        if self.state.best_weights is not None:
+            self._set_trainable(self.state.best_weights)
+        for tracker in self.accelerator.trackers:
+            # Not end_training(): it would also end the process group, which what follows still needs.
+            tracker.finish()
+        self._record()
+        return self.state
+
+    def _record(self) -> None:
+        """Writes ``result.json``: which step was kept, the evaluations, and how many processes ran."""
+        if self.accelerator.is_main_process:
+            result = {
+                "best_step": self.state.best_step,
+                "history": self.state.history,
+                "processes": self.accelerator.num_processes,
+            }
+            self.run_dir.write_json("result.json", result)
+        self.accelerator.print(
+            f"kept step {self.state.best_step}: held-out recall {self.state.best_score:.4f}"
+        )
+
+    def _step(self, batch: Any) -> dict[str, Tensor]:
+        self.model.train()
+        loss, metrics = self.model(batch)
+        self.accelerator.backward(loss)
+        if self.args.grad_clip:
+            self.accelerator.clip_grad_norm_(self.trainable.values(), self.args.grad_clip)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.after_step()
+        return {"loss": loss.detach(), **metrics}
+
+    def _after(self, metrics: dict[str, Tensor], bar: Any) -> None:
+        step, args = self.state.step, self.args
+        if step % args.log_every == 0 or step == args.steps:
+            values = self._mean_over_processes(metrics)
+            if not math.isfinite(values["loss"]):
+                raise DataError(
+                    f"the loss is {values['loss']} at step {step}; lower --training.lr (now {args.lr}) or "
+                    "look for broken inputs, then run again with another --output_dir"
+                )
+            bar.set_postfix(loss=f"{values['loss']:.3f}")
+            self.accelerator.log({**values, "lr": self.scheduler.get_last_lr()[0]}, step=step)
+        if step % args.eval_every == 0 or step == args.steps:
+            self._evaluate_and_keep()
+        if args.checkpoint_every and (step % args.checkpoint_every == 0 or step == args.steps):
+            self._checkpoint()
+
+    def _mean_over_processes(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        stacked = torch.stack([value.float() for value in metrics.values()])
+        mean: Tensor = self.accelerator.reduce(stacked, reduction="mean")
+        return dict(zip(metrics, mean.tolist(), strict=True))
+
+    def _evaluate_and_keep(self) -> None:
+        if self.evaluate is None:
+            return
+        self.model.eval()
+        # Every process takes the main one's numbers: a last-digit difference must not split their choices.
+        metrics = broadcast_object_list([self.evaluate()])[0]
+        assert self.state.history is not None
+        self.state.history.append({"step": float(self.state.step), **metrics})
+        self.accelerator.log({f"held_out/{k}": v for k, v in metrics.items()}, step=self.state.step)
+        if metrics["score"] > self.state.best_score:
+            self.state.best_score, self.state.best_step = metrics["score"], self.state.step
+            self.state.best_weights = {k: p.detach().cpu().clone() for k, p in self.trainable.items()}
+
+    def _checkpoint(self) -> None:
+        final = self.run_dir.checkpoints / f"step_{self.state.step:08d}"
+        partial = final.with_suffix(".partial")
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            # A checkpoint appears under its name only when it is whole: a kill leaves a .partial behind.
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for outdated in self._found_checkpoints()[: -self.args.keep_checkpoints]:
+                shutil.rmtree(outdated)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        found = self._found_checkpoints()
+        if found:
+            self.accelerator.load_state(str(found[-1]))
+            self.after_step()
+            self.accelerator.print(f"{self.run_dir.path}: continues from step {self.state.step}")
+
+    def _found_checkpoints(self) -> list[Path]:
+        return sorted(path for path in self.run_dir.checkpoints.glob("step_????????") if path.is_dir())
+
+    def _save_trainable(self, models: list[nn.Module], weights: list[Any], directory: str) -> None:
+        # Frozen base weights are re-read from their source: a checkpoint holds what training changes.
+        weights.clear()
+        if self.accelerator.is_main_process:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            tensors = {k: p.detach().cpu().contiguous() for k, p in self.trainable.items()}
+            save_file(tensors, Path(directory) / _WEIGHTS)
+
+    def _load_trainable(self, models: list[nn.Module], directory: str) -> None:
+        models.clear()
+        self._set_trainable(load_file(Path(directory) / _WEIGHTS))
+
+    def _set_trainable(self, weights: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(weights[name])
+
+    def _parameter_groups(self, no_decay: tuple[str, ...]) -> list[dict[str, Any]]:
+        decay: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
+        for name, parameter in self.trainable.items():
+            plain = parameter.ndim < 2 or any(part in name for part in no_decay)
+            (rest if plain else decay).append(parameter)
+        groups = [
+            {"params": decay, "weight_decay": self.args.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def _lr_factor(self, step: int) -> float:
+        if step < self.args.warmup_steps:
+            return (step + 1) / self.args.warmup_steps
+        span = max(self.args.steps - self.args.warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * min((step - self.args.warmup_steps) / span, 1.0)))
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _trackable(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | bool) else str(value)

@@ -1,0 +1,163 @@
+"""Stage 2 of XBT: LoRA fine-tuning of the new model on image–text pairs, without the old model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from xbt.compatible import CompatibleEncoder
+from xbt.data import ImageTextPairs, PairSource
+from xbt.encoders import DualEncoder, LoraSettings, add_lora, load_encoder
+from xbt.errors import ConfigError
+from xbt.projections import Projection
+from xbt.run_dir import RunDirectory
+from xbt.training.args import TrainArgs
+from xbt.training.embedding import embed_split
+from xbt.training.loop import TrainingLoop, make_accelerator
+from xbt.training.losses import Temperature, contrastive_loss, cosine_loss
+from xbt.training.pair_batches import PairBatches
+from xbt.training.pairs import cross_recall, embed_pairs, load_readable_pairs, require_enough
+
+
+@dataclass
+class LoraFinetuningConfig:
+    """Stage 2: fine-tune the new model with LoRA on image–text pairs, behind stage 1's projection.
+
+    Writes ``compatible/`` (load it with ``xbt.CompatibleEncoder.from_pretrained``), which holds the adapters
+    and the projection but nothing of the base model, and ``result.json`` to the output directory.
+    """
+
+    new: str
+    """The new encoder, as in stage 1."""
+    projection: str
+    """Stage 1's projection: its directory or Hub repository."""
+    pairs: PairSource
+    """The image–text pairs."""
+    output_dir: str
+    """Where everything goes."""
+    training: TrainArgs = field(
+        default_factory=lambda: TrainArgs(
+            steps=200, batch_size=64, lr=5e-4, warmup_steps=20, eval_every=50, checkpoint_every=50
+        )
+    )
+    """How to train."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    """The LoRA."""
+    train_projection: bool = True
+    """Also train the projection."""
+    anchor_weight: float = 1.0
+    """Weight of the anchor that keeps projected texts where stage 1 put them."""
+    temperature: float = 0.05
+    """Temperature of the contrastive loss at the start; it is learned."""
+    held_out: float = 0.2
+    """Fraction of the pairs held out to choose the best step."""
+    overwrite: bool = False
+    """Start afresh in an output directory that holds another run."""
+
+    def __post_init__(self) -> None:
+        if self.anchor_weight < 0:
+            raise ConfigError(f"--anchor_weight must not be negative, got {self.anchor_weight}")
+        if not 0.01 <= self.temperature <= 1:
+            raise ConfigError(f"--temperature must lie in [0.01, 1], got {self.temperature}")
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"--held_out must lie between 0 and 1, got {self.held_out}")
+
+
+class CompatibleObjective(nn.Module):
+    """The loss of stage 2 over a batch of pairs.
+
+        p = φ(f(x)),  q = φ(g(t))
+        L = InfoNCE(p, q; τ) + β · mean(1 − cos(q, φ₀(g₀(t))))
+
+    with f, g the new model's towers under LoRA, and φ₀, g₀ as stage 1 left them. After stage 1, φ₀∘g₀
+    stands for the old text tower; the first term draws new images to it, and the second (the anchor) holds
+    the texts in the old space, because nothing else in this stage knows where that is. XBT (arXiv 2405.14715)
+    fine-tunes with LoRA on pairs and without the old model; the anchor is ours.
+    """
+
+    def __init__(self, encoder: DualEncoder, projection: Projection, config: LoraFinetuningConfig) -> None:
+        super().__init__()
+        self._encoder = encoder
+        self.towers = encoder.module
+        self.projection = projection
+        self.temperature = Temperature(config.temperature)
+        self.anchor_weight = config.anchor_weight
+
+    def train(self, mode: bool = True) -> CompatibleObjective:
+        """Training mode, except for batch norm: its running statistics belong to the frozen base."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts for ``{"pixels", "tokens", "anchor": (n, old_dim)}``."""
+        images = self.projection(self._encoder.embed_pixels(batch["pixels"]))
+        texts = self.projection(self._encoder.embed_tokens(batch["tokens"]))
+        contrastive = contrastive_loss(images, texts, self.temperature())
+        anchor = cosine_loss(texts, batch["anchor"])
+        loss = contrastive + self.anchor_weight * anchor
+        return loss, {"contrastive": contrastive.detach(), "anchor": anchor.detach()}
+
+
+def finetune_lora(config: LoraFinetuningConfig) -> CompatibleEncoder:
+    """Runs stage 2 and saves the compatible encoder.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The compatible encoder of the best step on held-out pairs; step 0 is stage 1's result.
+
+    Raises:
+        XbtError: If the encoder, the projection, the pairs or a setting cannot be used.
+    """
+    run = RunDirectory(config.output_dir, config, config.overwrite)
+    projection = Projection.from_pretrained(config.projection)
+    accelerator = make_accelerator(config.training, run, config, "finetune_lora")
+    pairs = load_readable_pairs(config.pairs, show=accelerator.is_main_process)
+    train, held_out = pairs.split(config.held_out, config.training.seed)
+    require_enough(train, config.training.batch_size)
+    # Its constructor refuses an encoder that is not the one the projection was made for.
+    compatible = CompatibleEncoder(load_encoder(config.new, accelerator.device), projection)
+    _train(accelerator, run, config, compatible, train, held_out)
+    if accelerator.is_main_process:
+        compatible.save_pretrained(run.path / "compatible")
+    accelerator.wait_for_everyone()
+    return compatible
+
+
+def _train(
+    accelerator: Accelerator,
+    run: RunDirectory,
+    config: LoraFinetuningConfig,
+    compatible: CompatibleEncoder,
+    train: ImageTextPairs,
+    held_out: ImageTextPairs,
+) -> None:
+    # Before LoRA exists: what stage 1 made of these texts and images stands for the old model's vectors.
+    anchors = embed_split(accelerator, train.texts, compatible.encode_texts)
+    stage1 = embed_pairs(accelerator, compatible, held_out)
+    torch.manual_seed(config.training.seed)
+    add_lora(compatible.new, config.lora)
+    compatible.projection.requires_grad_(config.train_projection)
+
+    def evaluate() -> dict[str, float]:
+        return cross_recall(embed_pairs(accelerator, compatible, held_out), stage1, held_out)
+
+    objective = CompatibleObjective(compatible.new, compatible.projection, config)
+    dataset = PairBatches(train, compatible, config.training.seed, {"anchor": anchors})
+    loop = TrainingLoop(
+        accelerator,
+        run,
+        config.training,
+        objective,
+        dataset,
+        evaluate=evaluate,
+        no_decay=("projection.weight",),
+    )
+    loop.fit()

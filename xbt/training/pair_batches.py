@@ -1,0 +1,51 @@
+"""Batches of image–text pairs: pixels, one caption's tokens per image, and what else is known of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from xbt.data import ImageTextPairs
+from xbt.encoders import DualEncoder
+from xbt.training.batches import Draw
+
+
+class PairBatches(Dataset[dict[str, Tensor]]):
+    """Image–text pairs as training batches.
+
+    Which of an image's captions is shown depends on (seed, step, position) alone, so that runs can be split
+    over processes and continued. Captions are tokenised once.
+
+    Args:
+        pairs: The pairs; every image must be readable (``drop_unreadable`` sees to it).
+        encoder: Its preprocessing and tokenizer are used.
+        seed: Fixes the choice of captions.
+        per_text: (n_texts, ...) rows that go with each caption of ``pairs.texts`` under a batch key each.
+    """
+
+    def __init__(
+        self,
+        pairs: ImageTextPairs,
+        encoder: DualEncoder,
+        seed: int,
+        per_text: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._pairs, self._preprocess, self._seed = pairs, encoder.preprocess, seed
+        self._per_text = {"tokens": encoder.tokenize(pairs.texts), **(per_text or {})}
+        self._captions_of = pairs.positives_i2t
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        pixels = [self._preprocess(self._pairs.image(draw.item)) for draw in draws]
+        texts = [self._choose(draw) for draw in draws]
+        batch = {key: rows[texts] for key, rows in self._per_text.items()}
+        return {"pixels": torch.stack(pixels), **batch}
+
+    def _choose(self, draw: Draw) -> int:
+        captions = self._captions_of[draw.item]
+        chooser = np.random.default_rng((self._seed, draw.step, draw.position))
+        return captions[int(chooser.integers(len(captions)))]

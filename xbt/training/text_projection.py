@@ -1,0 +1,241 @@
+"""Stage 1 of XBT: a projection from the new space to the old one, trained on text alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import Dataset
+
+from xbt.data import CaptionSource, read_captions
+from xbt.encoders import DualEncoder, load_encoder
+from xbt.errors import ConfigError, DataError
+from xbt.evaluation import recall_at_k
+from xbt.projections import Projection, ResidualProjection, procrustes_rotation
+from xbt.run_dir import RunDirectory
+from xbt.space import EmbeddingSpace
+from xbt.training.args import TrainArgs
+from xbt.training.batches import Draw, gaussian_noise
+from xbt.training.embedding import embed_texts_once
+from xbt.training.loop import LoopState, TrainingLoop, make_accelerator
+from xbt.training.losses import Temperature, contrastive_loss, cosine_loss
+from xbt.vectors import as_vectors
+
+
+@dataclass
+class TextProjectionConfig:
+    """Stage 1: pretrain the projection from the new model's space to the old model's on text alone.
+
+    Writes ``projection/`` (load it with ``xbt.Projection.from_pretrained``), ``result.json`` and the training
+    log to the output directory.
+    """
+
+    old: str
+    """The encoder that embedded the gallery, such as open_clip:ViT-B-32-quickgelu/openai."""
+    new: str
+    """The encoder that shall query it, such as transformers:openai/clip-vit-large-patch14."""
+    captions: CaptionSource
+    """The text corpus."""
+    output_dir: str
+    """Where everything goes."""
+    training: TrainArgs = field(
+        default_factory=lambda: TrainArgs(steps=1000, batch_size=512, lr=1e-3, eval_every=100)
+    )
+    """How to train."""
+    hidden_dim: int = 0
+    """Width of the projection's MLP; 0 means twice the new model's dimension."""
+    train_rotation: bool = False
+    """Also train the rotation W; it then need not stay orthogonal."""
+    noise: float = 0.3
+    """Expected norm of the Gaussian noise added to the unit-length inputs."""
+    cosine_weight: float = 1.0
+    """Weight of the cosine loss."""
+    contrastive_weight: float = 1.0
+    """Weight of the contrastive loss."""
+    temperature: float = 0.05
+    """Temperature of the contrastive loss at the start; it is learned."""
+    held_out: int = 2000
+    """Captions held out to choose the best step; at most a fifth of the corpus is taken."""
+    encode_batch_size: int = 256
+    """Captions per forward pass of the text towers."""
+    overwrite: bool = False
+    """Start afresh in an output directory that holds another run."""
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "cosine_weight", "contrastive_weight", "hidden_dim"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name} must not be negative, got {getattr(self, name)}")
+        if not 0.01 <= self.temperature <= 1:
+            raise ConfigError(f"--temperature must lie in [0.01, 1], got {self.temperature}")
+        if self.held_out < 1:
+            raise ConfigError(f"--held_out must be at least 1, got {self.held_out}")
+        if self.encode_batch_size < 1:
+            raise ConfigError(f"--encode_batch_size must be at least 1, got {self.encode_batch_size}")
+
+
+@dataclass
+class TextVectors:
+    """The same captions under both models.
+
+    Attributes:
+        new: (n, new_dim) float32 unit rows.
+        old: (n, old_dim) float32 unit rows.
+        new_space: The space of ``new``.
+        old_space: The space of ``old``.
+    """
+
+    new: Tensor
+    old: Tensor
+    new_space: EmbeddingSpace | None = None
+    old_space: EmbeddingSpace | None = None
+
+
+class NoisyVectors(Dataset[Any]):
+    """Pairs of text vectors, the new side with noise that depends on (seed, step, position) alone."""
+
+    def __init__(self, new: Tensor, old: Tensor, noise: float, seed: int) -> None:
+        self.new, self.old, self.noise, self.seed = new, old, noise, seed
+
+    def __len__(self) -> int:
+        return len(self.new)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        rows = [draw.item for draw in draws]
+        new = self.new[rows]
+        if self.noise:
+            new = normalize(new + self.noise * gaussian_noise(draws, new.shape[1], self.seed), dim=1)
+        return {"new": new, "old": self.old[rows]}
+
+
+class TextProjectionObjective(nn.Module):
+    """The loss of stage 1 over a batch of text vectors.
+
+        z̃ = normalise(z + σ ε),  ε ~ N(0, I / new_dim)
+        L  = λ_cos · mean(1 − cos(φ(z̃), y)) + λ_con · InfoNCE(φ(z̃), y; τ)
+
+    with z the new and y the old vector of a caption. That XBT's projection is trained on text with Gaussian
+    noise is known (arXiv 2405.14715, and its description in arXiv 2609.39836); loss, noise scale and schedule
+    are our choice. The noise makes φ smooth around the text vectors, because at search time it also receives
+    image vectors, which lie beside them.
+    """
+
+    def __init__(self, projection: Projection, config: TextProjectionConfig) -> None:
+        super().__init__()
+        self.projection = projection
+        self.temperature = Temperature(config.temperature)
+        self.cosine_weight, self.contrastive_weight = config.cosine_weight, config.contrastive_weight
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts for a batch of ``{"new": (n, new_dim), "old": (n, old_dim)}``."""
+        predicted = self.projection(batch["new"])
+        cosine = cosine_loss(predicted, batch["old"])
+        contrastive = contrastive_loss(predicted, batch["old"], self.temperature())
+        loss = self.cosine_weight * cosine + self.contrastive_weight * contrastive
+        return loss, {"cosine": cosine.detach(), "contrastive": contrastive.detach()}
+
+
+def pretrain_text_projection(config: TextProjectionConfig) -> Projection:
+    """Runs stage 1 and saves its projection.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The projection of the best step on held-out captions; step 0 is the Procrustes rotation.
+
+    Raises:
+        XbtError: If an encoder, the captions or a setting cannot be used.
+    """
+    run = RunDirectory(config.output_dir, config, config.overwrite)
+    texts = read_captions(config.captions)
+    accelerator = make_accelerator(config.training, run, config, "pretrain_text_projection")
+    vectors = embed_both(accelerator, config, texts)
+    projection, _ = train_text_projection(vectors, config, accelerator, run)
+    if accelerator.is_main_process:
+        projection.save_pretrained(run.path / "projection")
+    accelerator.wait_for_everyone()
+    return projection
+
+
+def embed_both(accelerator: Accelerator, config: TextProjectionConfig, texts: list[str]) -> TextVectors:
+    """Embeds every distinct caption once with each frozen text tower, one model in memory at a time."""
+    distinct = list(dict.fromkeys(texts))
+    accelerator.print(f"embedding {len(distinct)} distinct captions of {len(texts)} with both text towers")
+    cache = Path(config.output_dir) / "vectors"
+    found: dict[str, tuple[Tensor, EmbeddingSpace]] = {}
+    for side, spec in (("new", config.new), ("old", config.old)):
+        encoder: DualEncoder = load_encoder(spec, accelerator.device)
+        rows = embed_texts_once(accelerator, encoder, distinct, cache / side, config.encode_batch_size)
+        found[side] = (rows, encoder.space)
+    return TextVectors(found["new"][0], found["old"][0], found["new"][1], found["old"][1])
+
+
+def train_text_projection(
+    vectors: TextVectors, config: TextProjectionConfig, accelerator: Accelerator, run: RunDirectory
+) -> tuple[ResidualProjection, LoopState]:
+    """Trains φ on paired text vectors and keeps the best step.
+
+    Args:
+        vectors: The same captions under both models.
+        config: What to do; its encoders and captions are not looked at.
+        accelerator: From :func:`~xbt.training.loop.make_accelerator`.
+        run: The run's directory.
+
+    Returns:
+        The projection on the CPU in evaluation mode, and the state that says which step it is.
+
+    Raises:
+        DataError: If vectors hold NaN, are not paired, or are too few to train on.
+    """
+    new, old = as_vectors(vectors.new, "new text vectors"), as_vectors(vectors.old, "old text vectors")
+    train, held_out = _split_rows(len(new), config)
+    args = config.training
+    if args.steps and len(train) < args.batch_size:
+        raise DataError(
+            f"there are {len(train)} distinct training captions, fewer than --training.batch_size "
+            f"{args.batch_size}; lower it or bring more captions"
+        )
+    projection = ResidualProjection(new.shape[1], old.shape[1], config.hidden_dim)
+    projection.set_spaces(vectors.new_space, vectors.old_space)
+    with torch.no_grad():
+        projection.weight.copy_(procrustes_rotation(new[train], old[train]))
+    projection.weight.requires_grad_(config.train_rotation)
+
+    def evaluate() -> dict[str, float]:
+        with torch.no_grad():
+            queries = projection(new[held_out].to(projection.weight.device)).cpu()
+        return held_out_recall(queries, old[held_out])
+
+    loop = TrainingLoop(
+        accelerator,
+        run,
+        args,
+        TextProjectionObjective(projection, config),
+        NoisyVectors(new[train], old[train], config.noise, args.seed),
+        evaluate=evaluate,
+        no_decay=("projection.weight",),
+    )
+    state = loop.fit()
+    return projection.cpu().eval(), state
+
+
+def held_out_recall(projected: Tensor, old: Tensor) -> dict[str, float]:
+    """R@1 between projected new and old vectors of the same captions, both ways; their mean decides."""
+    own = [[row] for row in range(len(old))]
+    forward = recall_at_k(projected, old, own, (1,))[1]
+    backward = recall_at_k(old, projected, own, (1,))[1]
+    return {"score": (forward + backward) / 2, "new_to_old_r1": forward, "old_to_new_r1": backward}
+
+
+def _split_rows(count: int, config: TextProjectionConfig) -> tuple[Tensor, Tensor]:
+    if count < 5:
+        raise DataError(f"stage 1 needs at least 5 distinct captions, got {count}; bring more text")
+    order = torch.from_numpy(np.random.default_rng(config.training.seed).permutation(count))
+    held_out = min(config.held_out, count // 5)
+    return order[held_out:], order[:held_out]
