@@ -207,7 +207,7 @@ def test_refusals(models, tmp_path, karpathy):
         finetune_lora(settings(models, tmp_path / "c", new=narrow))
     config = settings(models, tmp_path / "d", pairs=pairs)
     config.training.batch_size = 64
-    with pytest.raises(DataError, match=r"36 training pairs, fewer than --training.batch_size 64"):
+    with pytest.raises(DataError, match=r"32 training pairs, fewer than --training.batch_size 64"):
         finetune_lora(config)
     for changes, word in (
         ({"anchor_weight": -1.0}, "--anchor_weight"),

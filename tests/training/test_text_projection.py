@@ -160,7 +160,7 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path):
 def test_output_directory_of_another_run_is_refused(tmp_path):
     vectors = toy_vectors()
     train(settings(tmp_path), vectors)
-    with pytest.raises(ConfigError, match=r"noise was 1.0 and is 0.5.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"noise was 0.3 and is 0.5.*--overwrite"):
         train(settings(tmp_path, noise=0.5), vectors)
     _, state = train(settings(tmp_path, noise=0.5, overwrite=True), vectors)
     assert state.step == 20
