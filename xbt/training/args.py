@@ -48,6 +48,7 @@ class TrainArgs:
             ("keep_checkpoints", 1),
             ("log_every", 1),
             ("num_workers", 0),
+            ("seed", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"--training.{name} must be at least {least}, got {getattr(self, name)}")

@@ -1,0 +1,21 @@
+"""Measure old/old, new/old and new/new retrieval: T2I and I2T, R@1/5/10, and whether the criterion is met.
+
+    accelerate launch recipes/evaluate_retrieval.py --config recipes/configs/evaluate_b32_l14.yaml
+
+R@k is the hit rate of CLIP's papers, with exact ranks; ties count against us. The table goes to standard
+output, JSON and Markdown to the output directory.
+
+Not supported: several processes.
+"""
+
+from xbt.config import run_recipe
+from xbt.evaluation import EvaluationConfig, format_table, run_evaluation
+
+
+def main(config: EvaluationConfig) -> None:
+    """Measures and prints."""
+    print(format_table(run_evaluation(config)))
+
+
+if __name__ == "__main__":
+    run_recipe(main, EvaluationConfig)

@@ -1,0 +1,67 @@
+"""Every shipped config parses, says how it is run, and every recipe and model config is covered."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import open_clip
+import pytest
+
+from xbt.config import parse_config
+from xbt.demo import DemoConfig
+from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.evaluation import EvaluationConfig
+from xbt.training import ClipConfig, LoraFinetuningConfig, TextProjectionConfig
+from xbt.training.clip import read_model_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "recipes").rglob("*.yaml"))
+MODELS = sorted((ROOT / "recipes" / "configs" / "models").glob("*.json"))
+
+
+def config_class(recipe: str) -> type:
+    known = {
+        "train_clip": ClipConfig,
+        "pretrain_text_projection": TextProjectionConfig,
+        "finetune_lora": LoraFinetuningConfig,
+        "evaluate_retrieval": EvaluationConfig,
+        "quickstart": DemoConfig,
+    }
+    return known[recipe]
+
+
+def command(path: Path) -> tuple[str, Path]:
+    """The recipe and the config file that the first line of a config names."""
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    found = re.fullmatch(r"# accelerate launch .*recipes/(\w+)\.py --config (\S+)", first)
+    assert found, f"{path} does not open with the command that runs it"
+    return found[1], ROOT / found[2]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_config_parses_and_opens_with_its_command(path, monkeypatch):
+    recipe, named = command(path)
+    assert named == path
+    assert (ROOT / "recipes" / f"{recipe}.py").is_file()
+    monkeypatch.chdir(ROOT)
+    parse_config(config_class(recipe), ["--config", str(path)])
+
+
+def test_every_recipe_has_a_config():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    assert recipes == {command(path)[0] for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.name)
+def test_model_config_builds(path):
+    encoder = OpenClipEncoder.create(read_model_config(str(path)))
+    assert encoder.dim == read_model_config(str(path))["embed_dim"]
+
+
+def test_published_pair_uses_quickgelu_for_openai_weights():
+    config = parse_config(
+        TextProjectionConfig, ["--config", str(ROOT / "recipes/configs/stage1_b32_l14.yaml")]
+    )
+    arch = config.old.removeprefix("open_clip:").split("/")[0]
+    assert open_clip.get_model_config(arch)["quick_gelu"] is True

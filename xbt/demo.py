@@ -1,0 +1,185 @@
+"""The whole path on the built-in scenes: two CLIPs, a text-only projection, LoRA, evaluation, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from xbt.compatible import CompatibleEncoder
+from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_pairs
+from xbt.encoders import DualEncoder, load_encoder
+from xbt.evaluation import EvaluationConfig, RetrievalReport, format_table, run_evaluation
+from xbt.gallery import Gallery
+from xbt.report import draw_recall_bars, draw_search_comparison
+from xbt.training import (
+    ClipConfig,
+    LoraFinetuningConfig,
+    TextProjectionConfig,
+    TrainArgs,
+    finetune_lora,
+    pretrain_text_projection,
+    train_clip,
+)
+
+# Seeds of what the parts draw, so far apart that no two parts of any run share one.
+_NEW, _STAGE1, _STAGE2 = 100_000, 200_000, 300_000
+
+
+@dataclass
+class DemoConfig:
+    """Upgrade a small CLIP on the built-in scenes, from training to pictures.
+
+    Writes the two CLIPs, the projection, the compatible encoder, ``evaluation/retrieval.json``,
+    ``recall.png`` and ``search.png`` to the output directory.
+    """
+
+    old_model: str
+    """The old CLIP: a built-in open_clip architecture or a JSON file with a model config."""
+    new_model: str
+    """The new CLIP, likewise."""
+    old_training: TrainArgs
+    """How the old CLIP is trained."""
+    new_training: TrainArgs
+    """How the new CLIP is trained."""
+    stage1: TrainArgs
+    """How the projection is trained."""
+    stage2: TrainArgs
+    """How LoRA is trained."""
+    output_dir: str = "runs/quickstart"
+    """Where everything goes."""
+    seed: int = 0
+    """Fixes everything; the seeds of the parts are derived from it."""
+    scenes: int = 8000
+    """Scenes that each CLIP is trained on."""
+    captions: int = 20_000
+    """Captions for stage 1."""
+    pairs: int = 1000
+    """Image–text pairs for stage 2."""
+    test_scenes: int = 1000
+    """Scenes to evaluate on; none of them is ever trained on."""
+    queries: int = 5
+    """Text queries in the picture."""
+    top_k: int = 4
+    """Images per query and cell in the picture."""
+    overwrite: bool = False
+    """Start afresh in an output directory that holds another run."""
+
+
+def run_demo(config: DemoConfig) -> RetrievalReport:
+    """Trains, upgrades, evaluates, prints the table of cells and draws.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The cells on test scenes: old/old, new/old after stage 1 and after stage 2, new/new.
+    """
+    out = Path(config.output_dir)
+    old, new = f"open_clip:local-dir:{out / 'old/model'}", f"open_clip:local-dir:{out / 'new/model'}"
+    _headline("1/5  the old CLIP, which embeds the gallery")
+    train_clip(_clip(config, "old", config.old_model, config.old_training, config.seed))
+    _headline("2/5  the new CLIP, which is better, and speaks another space")
+    train_clip(_clip(config, "new", config.new_model, config.new_training, config.seed + _NEW))
+    _headline("3/5  stage 1: a projection from the new space to the old one, on captions alone")
+    pretrain_text_projection(
+        TextProjectionConfig(
+            old=old,
+            new=new,
+            captions=CaptionSource("scenes", limit=config.captions, seed=config.seed + _STAGE1),
+            output_dir=str(out / "stage1"),
+            training=replace(config.stage1, seed=config.seed + _STAGE1),
+            overwrite=config.overwrite,
+        )
+    )
+    _headline("4/5  stage 2: LoRA on a few image–text pairs, without the old CLIP")
+    finetune_lora(
+        LoraFinetuningConfig(
+            new=new,
+            projection=str(out / "stage1/projection"),
+            pairs=PairSource("scenes", limit=config.pairs, seed=config.seed + _STAGE2),
+            output_dir=str(out / "stage2"),
+            training=replace(config.stage2, seed=config.seed + _STAGE2),
+            overwrite=config.overwrite,
+        )
+    )
+    _headline("5/5  what the new CLIP finds in the old gallery, on scenes never trained on")
+    return _evaluate_and_draw(config, out, old, new)
+
+
+def _clip(config: DemoConfig, name: str, model: str, training: TrainArgs, seed: int) -> ClipConfig:
+    return ClipConfig(
+        model=model,
+        pairs=PairSource("scenes", limit=config.scenes, seed=seed),
+        output_dir=str(Path(config.output_dir) / name),
+        training=replace(training, seed=seed),
+        overwrite=config.overwrite,
+    )
+
+
+def _evaluate_and_draw(config: DemoConfig, out: Path, old: str, new: str) -> RetrievalReport:
+    test = PairSource("scenes", split="test", limit=config.test_scenes, seed=config.seed)
+    report = run_evaluation(
+        EvaluationConfig(
+            old=old,
+            new=new,
+            pairs=test,
+            output_dir=str(out / "evaluation"),
+            upgraded={"stage 1": str(out / "stage1/projection"), "stage 1+2": str(out / "stage2/compatible")},
+            overwrite=config.overwrite,
+        )
+    )
+    draw_recall_bars(report, out / "recall.png")
+    upgraded = CompatibleEncoder.from_pretrained(out / "stage2/compatible")
+    columns = {
+        "old/old": (load_encoder(old), load_encoder(old)),
+        "new/old": (upgraded, load_encoder(old)),
+        "new/new": (load_encoder(new), load_encoder(new)),
+    }
+    draw_searches(load_pairs(test), columns, out / "search.png", config.queries, config.top_k)
+    print(f"\n{format_table(report)}\n\npictures: {out / 'search.png'}, {out / 'recall.png'}")
+    return report
+
+
+def draw_searches(
+    pairs: ImageTextPairs,
+    columns: dict[str, tuple[DualEncoder, DualEncoder]],
+    path: Path,
+    n_queries: int = 5,
+    top_k: int = 4,
+) -> Path:
+    """Draws the top images of a few text queries, side by side for several query and gallery models.
+
+    Args:
+        pairs: The gallery's images; the queries are captions of some of them, evenly spread.
+        columns: By cell name, the query encoder and the gallery encoder.
+        path: The PNG to write.
+        n_queries: How many queries.
+        top_k: Images per query and cell.
+
+    Returns:
+        The path that was written.
+    """
+    rows = [number * (len(pairs) // n_queries) for number in range(n_queries)]
+    queries = [pairs.captions[row][0] for row in rows]
+    row_of = {name: row for row, name in enumerate(pairs.ids)}
+    found: dict[str, list[list[int]]] = {}
+    for cell, (query_encoder, gallery_encoder) in columns.items():
+        gallery = Gallery.build(gallery_encoder.encode_images(pairs.images), pairs.ids, gallery_encoder.space)
+        hits = gallery.search(query_encoder.encode_texts(queries), top_k, query_encoder.space)
+        found[cell] = [[row_of[name] for name in names] for names in hits.ids]
+    return draw_search_comparison(
+        queries,
+        {cell: [[pairs.image(row) for row in hits] for hits in lists] for cell, lists in found.items()},
+        path,
+        correct={cell: _right(lists, rows) for cell, lists in found.items()},
+        title="The same text queries: query model / gallery model",
+    )
+
+
+def _right(found: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[bool]]:
+    return [[row == answer for row in hits] for hits, answer in zip(found, wanted, strict=True)]
+
+
+def _headline(text: str) -> None:
+    print(f"\n== {text} ==", flush=True)
