@@ -25,8 +25,8 @@ def config(tmp_path):
     quick = TrainArgs(steps=3, batch_size=16, warmup_steps=1, eval_every=2, checkpoint_every=2)
     return DemoConfig(
         old_model=str(files["old"]), new_model=str(files["new"]), old_training=quick, new_training=quick,
-        stage1=quick, stage2=quick, output_dir=str(tmp_path / "demo"), scenes=60, captions=60, pairs=40,
-        test_scenes=20, queries=3, top_k=2,
+        stage1=quick, stage2=quick, output_dir=str(tmp_path / "demo"), old_scenes=60, new_scenes=60,
+        captions=60, pairs=40, test_scenes=20, queries=3, top_k=2,
     )  # fmt: skip
 
 

@@ -50,8 +50,10 @@ class DemoConfig:
     """Where everything goes."""
     seed: int = 0
     """Fixes everything; the seeds of the parts are derived from it."""
-    scenes: int = 8000
-    """Scenes that each CLIP is trained on."""
+    old_scenes: int = 1000
+    """Scenes that the old CLIP is trained on."""
+    new_scenes: int = 8000
+    """Scenes that the new CLIP is trained on."""
     captions: int = 20_000
     """Captions for stage 1."""
     pairs: int = 1000
@@ -78,9 +80,11 @@ def run_demo(config: DemoConfig) -> RetrievalReport:
     out = Path(config.output_dir)
     old, new = f"open_clip:local-dir:{out / 'old/model'}", f"open_clip:local-dir:{out / 'new/model'}"
     _headline("1/5  the old CLIP, which embeds the gallery")
-    train_clip(_clip(config, "old", config.old_model, config.old_training, config.seed))
+    train_clip(_clip(config, "old", config.old_model, config.old_scenes, config.old_training, config.seed))
     _headline("2/5  the new CLIP, which is better, and speaks another space")
-    train_clip(_clip(config, "new", config.new_model, config.new_training, config.seed + _NEW))
+    train_clip(
+        _clip(config, "new", config.new_model, config.new_scenes, config.new_training, config.seed + _NEW)
+    )
     _headline("3/5  stage 1: a projection from the new space to the old one, on captions alone")
     pretrain_text_projection(
         TextProjectionConfig(
@@ -107,10 +111,12 @@ def run_demo(config: DemoConfig) -> RetrievalReport:
     return _evaluate_and_draw(config, out, old, new)
 
 
-def _clip(config: DemoConfig, name: str, model: str, training: TrainArgs, seed: int) -> ClipConfig:
+def _clip(
+    config: DemoConfig, name: str, model: str, scenes: int, training: TrainArgs, seed: int
+) -> ClipConfig:
     return ClipConfig(
         model=model,
-        pairs=PairSource("scenes", limit=config.scenes, seed=seed),
+        pairs=PairSource("scenes", limit=scenes, seed=seed),
         output_dir=str(Path(config.output_dir) / name),
         training=replace(training, seed=seed),
         overwrite=config.overwrite,

@@ -24,6 +24,9 @@ ENVIRONMENT = {
 }  # fmt: skip
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("processes")
@@ -60,18 +63,9 @@ def stage2(models, name, out, steps=6):
 
 def launch(arguments, processes=1):
     """Runs a recipe with torchrun, which really starts that many processes, and returns what it printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        "0",
-    ]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    command += [str(processes), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -108,7 +102,7 @@ def test_stage2_agrees_between_one_and_two_processes(models, tmp_path, name):
 
 def test_a_batch_that_cannot_be_split_is_refused(models, tmp_path):
     arguments = [*stage1(models, tmp_path / "out"), "--training.batch_size", "63"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*command, *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "batch_size 63 cannot be split over 2 processes" in done.stderr
