@@ -4,7 +4,7 @@ BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint format notebooks clean
 
 install: .venv/.installed
 
@@ -28,6 +28,11 @@ test: lint
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebooks: install
+	cd notebooks && for source in *.py; do \
+		../$(BIN)/jupytext --to ipynb "$$source" && ../$(BIN)/jupyter-execute --inplace "$${source%.py}.ipynb" || exit 1; \
+	done
 
 clean:
 	rm -rf .venv runs

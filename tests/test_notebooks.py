@@ -35,16 +35,17 @@ def test_notebook_is_made_from_its_source_and_shows_results(source):
     }
     assert "image/png" in kinds
     assert source.with_suffix(".ipynb").stat().st_size < 500_000
-    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert str(Path.home()) not in said
-    assert "/tmp/" not in said
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert all(output.get("name") != "stderr" for output in outputs)  # no warnings, no paths of a machine
+    said = "".join(output.get("text", "") for output in outputs)
+    assert not any(path in said for path in (str(Path.home()), "/tmp/", "site-packages"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_notebook_runs(source, tmp_path):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
-    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks").mkdir()  # nothing is trained yet here, so that the whole notebook runs
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     client = NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(tmp_path / "notebooks")}}

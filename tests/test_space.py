@@ -73,8 +73,8 @@ def test_a_refusal_names_both_spaces_and_the_offer():
     with pytest.raises(SpaceMismatchError) as caught:
         make_space("old model").require(make_space("new model", seed=1), "the query vectors")
     message = str(caught.value)
-    assert message.startswith("the query vectors belongs to the space of 'new model' (32-d)")
-    assert "the space of 'old model' (32-d) is needed" in message
+    assert message.startswith("the space of the query vectors is 'new model' (32-d)")
+    assert "'old model' (32-d) is needed" in message
     assert "agree only to a cosine of" in message
 
 

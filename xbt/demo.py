@@ -78,13 +78,7 @@ def run_demo(config: DemoConfig) -> RetrievalReport:
         The cells on test scenes: old/old, new/old after stage 1 and after stage 2, new/new.
     """
     out = Path(config.output_dir)
-    old, new = f"open_clip:local-dir:{out / 'old/model'}", f"open_clip:local-dir:{out / 'new/model'}"
-    _headline("1/5  the old CLIP, which embeds the gallery")
-    train_clip(_clip(config, "old", config.old_model, config.old_scenes, config.old_training, config.seed))
-    _headline("2/5  the new CLIP, which is better, and speaks another space")
-    train_clip(
-        _clip(config, "new", config.new_model, config.new_scenes, config.new_training, config.seed + _NEW)
-    )
+    old, new = train_demo_clips(config)
     _headline("3/5  stage 1: a projection from the new space to the old one, on captions alone")
     pretrain_text_projection(
         TextProjectionConfig(
@@ -109,6 +103,25 @@ def run_demo(config: DemoConfig) -> RetrievalReport:
     )
     _headline("5/5  what the new CLIP finds in the old gallery, on scenes never trained on")
     return _evaluate_and_draw(config, out, old, new)
+
+
+def train_demo_clips(config: DemoConfig) -> tuple[str, str]:
+    """Trains the demo's old and new CLIP, or finds them trained.
+
+    Args:
+        config: What to do; only what concerns the two CLIPs is looked at.
+
+    Returns:
+        The specifications of the old and of the new encoder.
+    """
+    _headline("1/5  the old CLIP, which embeds the gallery")
+    train_clip(_clip(config, "old", config.old_model, config.old_scenes, config.old_training, config.seed))
+    _headline("2/5  the new CLIP, which is better, and speaks another space")
+    train_clip(
+        _clip(config, "new", config.new_model, config.new_scenes, config.new_training, config.seed + _NEW)
+    )
+    out = Path(config.output_dir)
+    return f"open_clip:local-dir:{out / 'old/model'}", f"open_clip:local-dir:{out / 'new/model'}"
 
 
 def _clip(

@@ -92,7 +92,7 @@ class EmbeddingSpace:
         if self.dim != other.dim:
             reason = "their dimensions differ"
         raise SpaceMismatchError(
-            f"{what} belongs to the space of {other}, but the space of {self} is needed ({reason}); "
+            f"the space of {what} is {other}, but {self} is needed ({reason}); "
             "use the model that made it or project into that space"
         )
 

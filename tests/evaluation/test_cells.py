@@ -182,7 +182,7 @@ def test_evaluate_retrieval_names_several_upgrades(upgrade):
 
 
 def test_evaluate_retrieval_refuses_a_foreign_space_before_embedding(upgrade):
-    with pytest.raises(SpaceMismatchError, match="the upgraded encoder 'raw' belongs to the space of 'new'"):
+    with pytest.raises(SpaceMismatchError, match="the space of the upgraded encoder 'raw' is 'new'"):
         evaluate_retrieval(upgrade.pairs, upgrade.old, upgrade.new, {"raw": upgrade.new})
     upgrade.better.space = space("other")
     with pytest.raises(SpaceMismatchError, match="'other'"):

@@ -10,7 +10,7 @@ from typing import overload
 
 import numpy as np
 from PIL import Image
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from xbt.errors import ConfigError, DataError, ImageError
 from xbt.images import ImageSource, load_image
