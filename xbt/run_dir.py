@@ -48,11 +48,7 @@ def versions() -> dict[str, str | int]:
 
 def write_json(path: Path, data: Any) -> Path:
     """Writes a JSON file whole: under a temporary name first, then renamed; its directory is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path
+    return _write_whole(path, json.dumps(data, indent=2) + "\n")
 
 
 class RunDirectory:
@@ -86,8 +82,7 @@ class RunDirectory:
         try:
             if self._overwrite:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / _CONFIG).write_text(config_to_yaml(self._config), encoding="utf-8")
+            _write_whole(self.path / _CONFIG, config_to_yaml(self._config))
         except OSError as error:
             raise ConfigError(f"--output_dir {self.path} cannot be written: {error.strerror}") from error
         self.write_json("versions.json", versions())
@@ -115,6 +110,15 @@ class RunDirectory:
                 f"{self.path} holds a run with other settings ({listed}{more}); "
                 "choose another --output_dir, or pass --overwrite true to start afresh there"
             )
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    # A kill at any moment must leave the old file or the new one, never half of one.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:

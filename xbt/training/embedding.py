@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from xbt.encoders import DualEncoder
+from xbt.run_dir import write_json
 
 Item = TypeVar("Item")
 
@@ -64,10 +65,10 @@ def embed_texts_once(
         accelerator, texts, lambda part: encoder.encode_texts(part, batch_size, progress=show)
     )
     if accelerator.is_main_process:
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        values.parent.mkdir(parents=True, exist_ok=True)
         record.unlink(missing_ok=True)
         np.save(values, vectors.numpy(), allow_pickle=False)
-        record.write_text(json.dumps(key), encoding="utf-8")  # last: it vouches for the vectors
+        write_json(record, key)  # last: it vouches for the vectors
     accelerator.wait_for_everyone()
     return vectors
 

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from xbt.errors import ConfigError
+from xbt.run_dir import RunDirectory, versions, write_json
+from xbt.training import TrainArgs
+
+
+@dataclass
+class Settings:
+    noise: float = 0.5
+    output_dir: str = "x"
+    overwrite: bool = False
+    training: TrainArgs = field(default_factory=TrainArgs)
+
+
+def prepared(path, **changes):
+    RunDirectory(path, Settings(**changes)).prepare()
+    return path
+
+
+def test_records_config_and_versions(tmp_path):
+    prepared(tmp_path / "run")
+    recorded = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert recorded["noise"] == 0.5
+    assert recorded["training"]["steps"] == 1000
+    assert json.loads((tmp_path / "run/versions.json").read_text()) == versions()
+    assert {"python", "torch", "transformers", "peft", "cpu_cores"} <= versions().keys()
+
+
+def test_the_same_run_may_go_on_and_another_may_not(tmp_path):
+    run = prepared(tmp_path / "run")
+    RunDirectory(run, Settings(output_dir="elsewhere", training=TrainArgs(log_every=3, checkpoint_every=7)))
+    with pytest.raises(ConfigError, match=r"noise was 0\.5 and is 0\.7"):
+        RunDirectory(run, Settings(noise=0.7))
+    with pytest.raises(ConfigError, match=r"training\.lr was 0\.001 and is 0\.1"):
+        RunDirectory(run, Settings(training=TrainArgs(lr=0.1)))
+    changed = TrainArgs(lr=0.1, steps=1, batch_size=2, seed=3, warmup_steps=0, weight_decay=0.5)
+    with pytest.raises(ConfigError, match=r"and 2 more\); choose another --output_dir"):
+        RunDirectory(run, Settings(training=changed))
+
+
+def test_overwriting_drops_the_checkpoints(tmp_path):
+    run = prepared(tmp_path / "run")
+    (run / "checkpoints/step_00000010").mkdir(parents=True)
+    RunDirectory(run, Settings(noise=0.7), overwrite=True).prepare()
+    assert not (run / "checkpoints").exists()
+    assert yaml.safe_load((run / "config.yaml").read_text())["noise"] == 0.7
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file; give a directory"):
+        RunDirectory(tmp_path / "file", Settings())
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunDirectory(tmp_path / "file" / "below", Settings()).prepare()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    target = write_json(tmp_path / "deep" / "a.json", {"x": 1})
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(target, {"x": 2})
+    assert json.loads(target.read_text()) == {"x": 1}
