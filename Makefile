@@ -14,7 +14,7 @@ install: .venv/.installed
 	touch $@
 
 demo: install
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) recipes/quickstart.py --config recipes/configs/quickstart.yaml
 
 lint: install
