@@ -11,12 +11,16 @@ from xbt.data import ImageTextPairs
 from xbt.encoders import DualEncoder
 from xbt.training.batches import Draw
 
+CACHE_BYTES = 512 * 2**20
+"""Preprocessed pixels kept in memory per process: small sets are decoded once, large ones as they come."""
+
 
 class PairBatches(Dataset[dict[str, Tensor]]):
     """Image–text pairs as training batches.
 
     Which of an image's captions is shown depends on (seed, step, position) alone, so that runs can be split
-    over processes and continued. Captions are tokenised once.
+    over processes and continued. Captions are tokenised once, and as many images as fit into
+    :data:`CACHE_BYTES` are preprocessed once.
 
     Args:
         pairs: The pairs; every image must be readable (``drop_unreadable`` sees to it).
@@ -35,15 +39,24 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         self._pairs, self._preprocess, self._seed = pairs, encoder.preprocess, seed
         self._per_text = {"tokens": encoder.tokenize(pairs.texts), **(per_text or {})}
         self._captions_of = pairs.positives_i2t
+        self._pixels: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
-        pixels = [self._preprocess(self._pairs.image(draw.item)) for draw in draws]
+        pixels = [self._load(draw.item) for draw in draws]
         texts = [self._choose(draw) for draw in draws]
         batch = {key: rows[texts] for key, rows in self._per_text.items()}
         return {"pixels": torch.stack(pixels), **batch}
+
+    def _load(self, item: int) -> Tensor:
+        pixels = self._pixels.get(item)
+        if pixels is None:
+            pixels = self._preprocess(self._pairs.image(item))
+            if (len(self._pixels) + 1) * pixels.nbytes <= CACHE_BYTES:
+                self._pixels[item] = pixels
+        return pixels
 
     def _choose(self, draw: Draw) -> int:
         captions = self._captions_of[draw.item]

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xbt.data import make_scenes
+from xbt.encoders import load_encoder
+from xbt.training import pair_batches
+from xbt.training.batches import Draw
+from xbt.training.pair_batches import PairBatches
+
+pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
+
+
+@pytest.fixture
+def encoder(open_clip_spec):
+    return load_encoder(open_clip_spec)
+
+
+def draws(step, items, first=0):
+    return [Draw(step, first + position, item) for position, item in enumerate(items)]
+
+
+def test_a_batch_holds_each_images_pixels_and_one_of_its_captions(encoder):
+    pairs = make_scenes(10)
+    marks = torch.arange(len(pairs.texts))
+    batch = PairBatches(pairs, encoder, seed=0, per_text={"row": marks}).__getitems__(draws(3, [4, 0, 9]))
+    for position, item in enumerate((4, 0, 9)):
+        assert torch.equal(batch["pixels"][position], encoder.preprocess(pairs.image(item)))
+        row = int(batch["row"][position])
+        assert pairs.text_image[row] == item
+        assert torch.equal(batch["tokens"][position], encoder.tokenize([pairs.texts[row]])[0])
+
+
+def test_captions_vary_with_the_step_but_not_with_the_slicing(encoder):
+    dataset = PairBatches(make_scenes(10), encoder, seed=0)
+    whole = dataset.__getitems__(draws(1, range(8)))["tokens"]
+    halves = [dataset.__getitems__(draws(1, range(a, a + 4), first=a))["tokens"] for a in (0, 4)]
+    assert torch.equal(torch.cat(halves), whole)
+    assert not torch.equal(dataset.__getitems__(draws(2, range(8)))["tokens"], whole)
+
+
+@pytest.mark.parametrize(("room", "calls"), [(512, 10), (3, 17), (0, 20)])
+def test_pixels_are_preprocessed_once_where_they_fit(encoder, monkeypatch, room, calls):
+    pairs, count = make_scenes(10), []
+    original = encoder.preprocess
+    expected = torch.stack([original(pairs.image(row)) for row in range(10)])
+    monkeypatch.setattr(pair_batches, "CACHE_BYTES", room * expected[0].nbytes)
+    monkeypatch.setattr(encoder, "preprocess", lambda image: count.append(1) or original(image))
+    dataset = PairBatches(pairs, encoder, seed=0)
+    for step in range(2):
+        assert torch.equal(dataset.__getitems__(draws(step, range(10)))["pixels"], expected)
+    assert len(count) == calls
