@@ -150,10 +150,11 @@ def _evaluate_and_draw(config: DemoConfig, out: Path, old: str, new: str) -> Ret
     )
     draw_recall_bars(report, out / "recall.png")
     upgraded = CompatibleEncoder.from_pretrained(out / "stage2/compatible")
+    old_encoder, new_encoder = load_encoder(old), load_encoder(new)
     columns = {
-        "old/old": (load_encoder(old), load_encoder(old)),
-        "new/old": (upgraded, load_encoder(old)),
-        "new/new": (load_encoder(new), load_encoder(new)),
+        "old/old": (old_encoder, old_encoder),
+        "new/old": (upgraded, old_encoder),
+        "new/new": (new_encoder, new_encoder),
     }
     draw_searches(load_pairs(test), columns, out / "search.png", config.queries, config.top_k)
     print(f"\n{format_table(report)}\n\npictures: {out / 'search.png'}, {out / 'recall.png'}")
@@ -182,10 +183,15 @@ def draw_searches(
     rows = [number * (len(pairs) // n_queries) for number in range(n_queries)]
     queries = [pairs.captions[row][0] for row in rows]
     row_of = {name: row for row, name in enumerate(pairs.ids)}
+    galleries: dict[DualEncoder, Gallery] = {}
     found: dict[str, list[list[int]]] = {}
     for cell, (query_encoder, gallery_encoder) in columns.items():
-        gallery = Gallery.build(gallery_encoder.encode_images(pairs.images), pairs.ids, gallery_encoder.space)
-        hits = gallery.search(query_encoder.encode_texts(queries), top_k, query_encoder.space)
+        if gallery_encoder not in galleries:
+            vectors = gallery_encoder.encode_images(pairs.images)
+            galleries[gallery_encoder] = Gallery.build(vectors, pairs.ids, gallery_encoder.space)
+        hits = galleries[gallery_encoder].search(
+            query_encoder.encode_texts(queries), top_k, query_encoder.space
+        )
         found[cell] = [[row_of[name] for name in names] for names in hits.ids]
     return draw_search_comparison(
         queries,

@@ -16,7 +16,7 @@ from xbt.data.scenes import DEFAULT_COUNT, make_scenes
 from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 
-__all__ = ["ImageTextPairs", "PairSource", "Rejected", "load_pairs"]
+__all__ = ["ImageTextPairs", "PairSource", "Rejected", "load_pairs", "load_readable_pairs"]
 
 
 @dataclass
@@ -83,6 +83,33 @@ def load_pairs(source: PairSource | str) -> ImageTextPairs:
         return make_scenes(count, source.seed, source.split or "train", source.image_size)
     pairs = _load_hub(source) if source.source.startswith(HUB_PREFIX) else _load_karpathy(source)
     return pairs.select(choose_subset(len(pairs), source.limit, source.seed)) if source.limit else pairs
+
+
+def load_readable_pairs(
+    source: PairSource | str, progress: bool = False
+) -> tuple[ImageTextPairs, list[Rejected]]:
+    """Loads pairs and leaves out, by name and count, the images that cannot be decoded.
+
+    Args:
+        source: What to load.
+        progress: Whether to show a bar while every image is decoded once.
+
+    Returns:
+        The readable pairs, and the others with the reason.
+
+    Raises:
+        DataError: If the source cannot be used or no image can be read.
+
+    Warns:
+        UserWarning: If images were left out.
+    """
+    pairs, rejected = load_pairs(source).drop_unreadable(progress=progress)
+    if rejected:
+        listed = "; ".join(each.reason for each in rejected[:5])
+        more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
+        count = len(pairs) + len(rejected)
+        warnings.warn(f"skipped {len(rejected)} of {count} images: {listed}{more}", stacklevel=2)
+    return pairs, rejected
 
 
 def _load_karpathy(source: PairSource) -> ImageTextPairs:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from xbt.compatible import CompatibleEncoder
-from xbt.data import PairSource, load_pairs
+from xbt.data import PairSource, load_readable_pairs
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError
 from xbt.evaluation.cells import RetrievalReport, evaluate_retrieval
 from xbt.evaluation.table import format_markdown
+from xbt.hub import fetch, read_json
 from xbt.projections import Projection
 from xbt.run_dir import RunDirectory
 
@@ -64,11 +63,7 @@ def run_evaluation(config: EvaluationConfig) -> RetrievalReport:
         raise ConfigError("the evaluation runs in one process; launch it with --num_processes 1")
     run = RunDirectory(config.output_dir, config, config.overwrite)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pairs, rejected = load_pairs(config.pairs).drop_unreadable(progress=True)
-    if rejected:
-        warnings.warn(
-            f"skipped {len(rejected)} images: {'; '.join(r.reason for r in rejected[:5])}", stacklevel=2
-        )
+    pairs, rejected = load_readable_pairs(config.pairs, progress=True)
     old, new = load_encoder(config.old, device), load_encoder(config.new, device)
     upgraded = {label: _load_upgraded(path, config.new, device) for label, path in config.upgraded.items()}
     report = evaluate_retrieval(pairs, old, new, upgraded, tuple(config.ks), progress=True)
@@ -79,8 +74,9 @@ def run_evaluation(config: EvaluationConfig) -> RetrievalReport:
     return report
 
 
-def _load_upgraded(path: str, new: str, device: str) -> DualEncoder:
+def _load_upgraded(source: str, new: str, device: str) -> DualEncoder:
     """A compatible encoder as saved, or the new encoder behind a projection alone."""
-    if (Path(path) / "model.safetensors").is_file():
-        return CompatibleEncoder(load_encoder(new, device), Projection.from_pretrained(path))
-    return CompatibleEncoder.from_pretrained(path, base=new, device=device)
+    directory = fetch(source)
+    if "kind" in read_json(directory / "config.json"):
+        return CompatibleEncoder(load_encoder(new, device), Projection.from_pretrained(directory))
+    return CompatibleEncoder.from_pretrained(directory, base=new, device=device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xbt.data import PairSource
+from xbt.data import PairSource, load_readable_pairs
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
 from xbt.errors import ConfigError
 from xbt.run_dir import RunDirectory
@@ -19,7 +19,7 @@ from xbt.training.args import TrainArgs
 from xbt.training.loop import TrainingLoop, make_accelerator
 from xbt.training.losses import contrastive_loss
 from xbt.training.pair_batches import PairBatches
-from xbt.training.pairs import cross_recall, embed_pairs, load_readable_pairs, require_enough
+from xbt.training.pairs import cross_recall, embed_pairs, require_enough
 
 
 @dataclass
@@ -82,7 +82,7 @@ def train_clip(config: ClipConfig) -> OpenClipEncoder:
     run = RunDirectory(config.output_dir, config, config.overwrite)
     model = read_model_config(config.model)
     accelerator = make_accelerator(config.training, run, config, "train_clip")
-    pairs = load_readable_pairs(config.pairs, show=accelerator.is_main_process)
+    pairs, _ = load_readable_pairs(config.pairs, progress=accelerator.is_main_process)
     train, held_out = pairs.split(config.held_out, config.training.seed)
     require_enough(train, config.training.batch_size)
     name = f"open_clip:local-dir:{run.path / 'model'}"

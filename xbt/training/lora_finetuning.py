@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from xbt.compatible import CompatibleEncoder
-from xbt.data import ImageTextPairs, PairSource
+from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
 from xbt.encoders import DualEncoder, LoraSettings, add_lora, load_encoder
 from xbt.errors import ConfigError
 from xbt.projections import Projection
@@ -19,7 +19,7 @@ from xbt.training.embedding import embed_split
 from xbt.training.loop import TrainingLoop, make_accelerator
 from xbt.training.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.training.pair_batches import PairBatches
-from xbt.training.pairs import cross_recall, embed_pairs, load_readable_pairs, require_enough
+from xbt.training.pairs import cross_recall, embed_pairs, require_enough
 
 
 @dataclass
@@ -119,7 +119,7 @@ def finetune_lora(config: LoraFinetuningConfig) -> CompatibleEncoder:
     run = RunDirectory(config.output_dir, config, config.overwrite)
     projection = Projection.from_pretrained(config.projection)
     accelerator = make_accelerator(config.training, run, config, "finetune_lora")
-    pairs = load_readable_pairs(config.pairs, show=accelerator.is_main_process)
+    pairs, _ = load_readable_pairs(config.pairs, progress=accelerator.is_main_process)
     train, held_out = pairs.split(config.held_out, config.training.seed)
     require_enough(train, config.training.batch_size)
     # Its constructor refuses an encoder that is not the one the projection was made for.

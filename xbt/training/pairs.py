@@ -1,14 +1,13 @@
-"""What the recipes that train on image–text pairs share: checked pairs, and recall on held-out ones."""
+"""What the recipes that train on image–text pairs share: vectors of held-out pairs, and recall on them."""
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 from accelerate import Accelerator
 from torch import Tensor
 
-from xbt.data import ImageTextPairs, PairSource, load_pairs
+from xbt.data import ImageTextPairs
 from xbt.encoders import DualEncoder
 from xbt.errors import DataError
 from xbt.evaluation import recall_at_k
@@ -20,25 +19,6 @@ class PairVectors(NamedTuple):
 
     images: Tensor
     texts: Tensor
-
-
-def load_readable_pairs(source: PairSource, show: bool = False) -> ImageTextPairs:
-    """Loads pairs and leaves out, by name and count, the images that cannot be decoded.
-
-    Raises:
-        DataError: If the source cannot be used or no image can be read.
-
-    Warns:
-        UserWarning: If images were left out.
-    """
-    pairs, rejected = load_pairs(source).drop_unreadable(progress=show)
-    if rejected:
-        listed = "; ".join(each.reason for each in rejected[:5])
-        more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
-        warnings.warn(
-            f"skipped {len(rejected)} of {len(pairs) + len(rejected)} images: {listed}{more}", stacklevel=2
-        )
-    return pairs
 
 
 def require_enough(pairs: ImageTextPairs, batch_size: int) -> None:
