@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from xbt.errors import SpaceMismatchError
-from xbt.space import PROBE_TEXTS, SAME_COSINE, EmbeddingSpace
+from xbt.errors import SpaceMismatchError, UnverifiedSpaceWarning
+from xbt.space import SAME_COSINE, EmbeddingSpace
 
 
 def probe(dim=32, seed=0):
@@ -16,10 +16,6 @@ def probe(dim=32, seed=0):
 
 def make_space(model="a", dim=32, seed=0):
     return EmbeddingSpace(model, dim, {"backend": "pil", "size": 224}, probe(dim, seed))
-
-
-def test_probe_texts_are_sixteen_different_ones():
-    assert len(set(PROBE_TEXTS)) == 16
 
 
 def test_equal_probes_are_one_space_whatever_the_name():
@@ -92,3 +88,54 @@ def test_json_round_trip_without_a_probe():
     copy = EmbeddingSpace.from_dict(json.loads(json.dumps(EmbeddingSpace("a", 8).to_dict())))
     assert copy.probe is None
     assert copy.same_as(EmbeddingSpace("a", 8))
+
+
+def test_a_name_without_a_probe_is_reported_as_unverified():
+    named = EmbeddingSpace("a", 32)
+    found = make_space("a").compare(named)
+    assert (found.same, found.verified) == (True, False)
+    with pytest.warns(UnverifiedSpaceWarning, match=r"the space of x, 'a' \(32-d\), is unverified"):
+        make_space("a").require(named, "x")
+    assert make_space("a").compare(make_space("b")).verified
+
+
+def test_names_are_not_enough_where_revision_or_preprocessing_are_known_to_differ():
+    space = EmbeddingSpace("a", 32, {"interpolation": "bicubic"}, revision="1" * 40)
+    other = EmbeddingSpace("a", 32, {"interpolation": "bicubic"}, revision="2" * 40)
+    with pytest.raises(SpaceMismatchError, match="their revisions differ") as caught:
+        space.require(other, "x")
+    assert "'a' at 111111111111" in str(caught.value)
+    assert "'a' at 222222222222" in str(caught.value)
+    bilinear = EmbeddingSpace("a", 32, {"interpolation": "bilinear"})
+    with pytest.raises(SpaceMismatchError, match="interpolation bicubic and bilinear"):
+        space.require(bilinear, "x")
+    assert space.same_as(EmbeddingSpace("a", 32))
+
+
+def test_another_revision_with_the_same_vectors_is_the_same_space():
+    first = EmbeddingSpace("a", 32, {}, probe(), revision="1" * 40)
+    assert first.same_as(EmbeddingSpace("a", 32, {}, probe(), revision="2" * 40))
+
+
+def test_rows_of_another_length_are_another_space():
+    raw = EmbeddingSpace("a", 32, {}, probe(), normalisation="none")
+    with pytest.raises(SpaceMismatchError, match="normalised differently: 'unit' and 'none'"):
+        EmbeddingSpace("a", 32, {}, probe()).require(raw, "x")
+
+
+def test_a_refusal_says_which_tower_differs():
+    ours, texts, images = probe(), probe(), probe()
+    texts[3] = -texts[3]
+    images[17] = -images[17]
+    settings = ({"size": [224, 224], "mean": [0.5]}, {"size": [224, 224], "mean": [0.48]})
+    space = EmbeddingSpace("a", 32, settings[0], ours)
+    assert space.compare(EmbeddingSpace("a", 32, settings[1], texts)).reason.endswith("in texts alone")
+    reason = space.compare(EmbeddingSpace("a", 32, settings[1], images)).reason
+    assert reason.endswith("in images alone: mean [0.5] and [0.48]")
+
+
+def test_a_probe_of_another_version_cannot_be_compared():
+    saved = make_space().to_dict()
+    saved["probe_version"] = 1
+    assert EmbeddingSpace.from_dict(saved).probe is None
+    assert not make_space().compare(EmbeddingSpace.from_dict(saved)).verified

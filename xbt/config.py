@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -117,13 +118,20 @@ def _first_paragraph(config_class: type[Any]) -> str:
     return (config_class.__doc__ or "").strip().split("\n\n")[0]
 
 
+def _of_optional_group(message: str) -> str:
+    """What is wrong within a group of keys that may be left out; jsonargparse adds that it is not None."""
+    group, problem = r"^Parser key \"([^\"]+)\"", r"Problem with given class_path '[^']+': (.+)"
+    found = re.search(rf"{group}: .*{problem} - Expected a <class 'NoneType'>", message)
+    return f'Key "{found[1]}": {found[2]}' if found else message
+
+
 def _explain(error: BaseException, flags: Sequence[str]) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, XbtError):
             return str(cause)
         cause = cause.__cause__ or cause.__context__
-    message = " ".join(str(error).split())
+    message = _of_optional_group(" ".join(str(error).split()))
     files = [flags[i + 1] for i, flag in enumerate(flags[:-1]) if flag == "--config"]
     files += [flag.removeprefix("--config=") for flag in flags if flag.startswith("--config=")]
     where = f" (command line and {', '.join(files)})" if files else " (command line)"

@@ -25,9 +25,17 @@ class EncoderError(XbtError):
     """A model that cannot be loaded as a dual encoder, or would be loaded wrongly."""
 
 
+class StoreError(XbtError):
+    """A store on disk that cannot be opened, read or written as it is."""
+
+
 class SpaceMismatchError(XbtError):
     """Vectors of one embedding space were offered where another is needed; the message names both."""
 
 
 class TruncationWarning(UserWarning):
     """Texts longer than a model's context length were cut; the message counts them."""
+
+
+class UnverifiedSpaceWarning(UserWarning):
+    """Two spaces were taken for the same by their names alone, because one has no probe."""

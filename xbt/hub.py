@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from xbt.errors import XbtError
 
-SAFE_PATTERNS = ["*.json", "*.safetensors", "README.md"]
+SAFE_PATTERNS = ("*.json", "*.safetensors", "README.md")
+"""What is fetched of a repository: nothing that would have to be unpickled."""
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -37,6 +39,7 @@ def fetch(
     token: str | bool | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
+    patterns: Sequence[str] = SAFE_PATTERNS,
 ) -> Path:
     """Returns a local directory that holds a saved part.
 
@@ -47,9 +50,10 @@ def fetch(
         token: Hub access token, for private repositories.
         force_download: Download again what the cache already holds.
         local_files_only: Use the cache alone.
+        patterns: Which files are fetched.
 
     Returns:
-        The directory itself, or the Hub cache's snapshot. Only JSON, safetensors and the card are fetched.
+        The directory itself, or the Hub cache's snapshot with the files that fit ``patterns``.
 
     Raises:
         SavedPartError: If there is no such directory, repository or revision, or the Hub cannot be reached.
@@ -72,7 +76,7 @@ def fetch(
                 token=token,
                 force_download=force_download,
                 local_files_only=local_files_only,
-                allow_patterns=SAFE_PATTERNS,
+                allow_patterns=list(patterns),
             )
         )
     except RevisionNotFoundError as error:
@@ -85,6 +89,31 @@ def fetch(
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise SavedPartError(f"{where} cannot be fetched: {str(error).splitlines()[0]}") from error
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Splits ``org/name@revision``; a path of an existing directory is never split."""
+    repo, at, revision = source.rpartition("@")
+    if not at or not revision or Path(source).expanduser().exists() or not _REPO_ID.fullmatch(repo):
+        return source, None
+    return repo, revision
+
+
+def cached_commit(repo: str, filename: str, revision: str | None = None) -> str | None:
+    """The commit that a file of the Hub cache belongs to, or ``None`` if the file is not in the cache.
+
+    Args:
+        repo: Hub repository ``org/name``.
+        filename: A file of it that was loaded.
+        revision: Branch, tag or commit; the default branch if left out.
+    """
+    try:
+        found = try_to_load_from_cache(repo, filename, revision=revision)
+    except HFValidationError:
+        return None
+    # <cache>/models--org--name/snapshots/<commit>/<filename>
+    parts = Path(found).parts if isinstance(found, str) else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

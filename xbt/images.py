@@ -1,67 +1,188 @@
-"""Reading images, and the few drawn ones that every space is probed with."""
+"""Reading images."""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image, UnidentifiedImageError
 
-from xbt.errors import ImageError
+from xbt.errors import DataError, ImageError
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
+MAX_PIXELS = 89_478_485
+"""Images with more pixels are refused undecoded, as decompression bombs; it is Pillow's own warning level."""
+MAX_ASPECT_RATIO = 100
+"""Images that are this many times longer than wide are refused: a CLIP resizes the shorter side to a few
+hundred pixels, which would make the longer one gigantic."""
 
-def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
-    """Decodes one image completely and converts it to RGB.
+_DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...
+_WORDS = {"1": "black and white", "L": "grayscale", "LA": "grayscale", "P": "palette", "PA": "palette"}
+_NOT_THE_IMAGE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN)
+
+
+class ReadImage(NamedTuple):
+    """An image, and what was lost on the way.
+
+    Attributes:
+        image: RGB, completely decoded.
+        note: What was converted or dropped, such as ``"CMYK converted to RGB"`` or ``"first of 12 frames"``;
+            ``None`` if the image was plain RGB.
+    """
+
+    image: Image.Image
+    note: str | None
+
+
+def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
+    """Decodes one image completely, converts it to RGB and says what that changed.
+
+    As in CLIP's own preprocessing, colour profiles and EXIF orientation are not applied, transparency is
+    dropped rather than blended, and of several frames the first is taken.
 
     Args:
         source: A PIL image, a path, or the bytes of an encoded image.
         name: What to call it in an error; a path names itself.
 
     Returns:
-        An RGB image whose pixels are loaded, so that a truncated file fails here and not later.
+        The RGB image and the note.
 
     Raises:
-        ImageError: If the file is missing, empty, truncated, not an image, or implausibly large.
+        ImageError: If the file is missing, no regular file, unreadable, empty, truncated or not an image; has
+            more than :data:`MAX_PIXELS` pixels or an aspect ratio above :data:`MAX_ASPECT_RATIO`; or has more
+            than 8 bits per pixel in one channel (converting clips these). Whatever a decoder raises becomes
+            an ImageError.
+        DataError: If the system, not the image, is at fault: no file can be opened any more, or the network
+            file system is gone.
     """
-    if isinstance(source, Image.Image):
-        label = name or "given as a PIL image"
-    elif isinstance(source, bytes):
-        label = name or f"given as {len(source)} bytes"
-    else:
-        label = name or os.fspath(source)
+    label = _label(source, name)
     try:
-        if isinstance(source, Image.Image):
-            return source.convert("RGB")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source)) as opened:
-            return opened.convert("RGB")
+        with _caught_warnings() as caught, _open(source) as opened:
+            _check_size(opened)
+            notes = _conversions(opened)
+            image = opened.convert("RGB")
+            notes += _dropped_frames(opened)
+    except ImageError as error:
+        raise ImageError(f"image {label} cannot be decoded: it {error}") from None
     except FileNotFoundError as error:
         raise ImageError(f"image {label} does not exist") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"image {label} cannot be decoded: {error}") from error
+    except UnidentifiedImageError as error:  # its own message holds an address in memory
+        raise ImageError(f"image {label} cannot be decoded: it is in no format that Pillow reads") from error
+    except Exception as error:  # decoders raise struct.error, EOFError, OverflowError, MemoryError, ...
+        _blame_the_system(error)
+        raise ImageError(f"image {label} cannot be decoded: {_one_line(error)}") from error
+    notes += caught
+    return ReadImage(image, "; ".join(dict.fromkeys(notes)) or None)
 
 
-def draw_probe_images(size: int = 64) -> list[Image.Image]:
-    """Draws the four fixed images a space is probed with: flat, stripes, a disc and a diagonal gradient.
+def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
+    """Decodes one image completely and converts it to RGB: :func:`read_image` without the note."""
+    return read_image(source, name).image
 
-    Their edges and gradients react to resizing and normalisation, so that two preprocessings which differ
-    enough to matter give different vectors.
 
-    Args:
-        size: Side in pixels.
+@contextmanager
+def _caught_warnings() -> Iterator[list[str]]:
+    """Gathers what Pillow warns of, in the list that it gives; it is complete at the end."""
+    texts: list[str] = []
+    # Catching changes the process's state: done in several threads at once, it would swallow other warnings.
+    if threading.current_thread() is not threading.main_thread():
+        yield texts
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield texts
+        finally:
+            # A bomb's warning tells nothing that _check_size does not; the other ones belong to the note.
+            texts += [_one_line(warning.message) for warning in caught]
 
-    Returns:
-        Four RGB images, the same bytes on every machine.
-    """
-    flat = Image.new("RGB", (size, size), (200, 60, 40))
-    stripes = Image.new("RGB", (size, size), (250, 250, 250))
-    pen = ImageDraw.Draw(stripes)
-    for x in range(0, size, 7):
-        pen.rectangle((x, 0, x + 2, size - 1), fill=(20, 40, 160))
-    disc = Image.new("RGB", (size + size // 2, size), (30, 120, 60))
-    ImageDraw.Draw(disc).ellipse((size // 4, size // 8, size, size - size // 8), fill=(240, 200, 30))
-    ramp = Image.linear_gradient("L").resize((size, size), Image.Resampling.NEAREST)
-    gradient = Image.merge("RGB", (ramp, ramp.transpose(Image.Transpose.ROTATE_90), ramp.rotate(180)))
-    return [flat, stripes, disc, gradient]
+
+def _label(source: ImageSource, name: str | None) -> str:
+    if name is not None:
+        return name
+    if isinstance(source, Image.Image):
+        return "given as a PIL image"
+    if isinstance(source, bytes):
+        return f"given as {len(source)} bytes"
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    raise ImageError(f"an image must be a PIL image, a path or bytes, got a {type(source).__name__}")
+
+
+def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    if isinstance(source, bytes):
+        if not source:
+            raise ImageError("is empty: it has zero bytes")
+        return Image.open(io.BytesIO(source))
+    status = os.stat(source)  # noqa: PTH116 - a Path would be made for every one of millions of strings
+    # Opening a FIFO waits for a writer that may never come; a device may never end.
+    if not stat.S_ISREG(status.st_mode):
+        kind = "directory" if stat.S_ISDIR(status.st_mode) else "pipe, socket or device"
+        raise ImageError(f"is a {kind}, not a file")
+    if not status.st_size:
+        raise ImageError("is empty: it has zero bytes")
+    return Image.open(Path(source))
+
+
+def _check_size(opened: Image.Image) -> None:
+    """Looks at what the header says, before anything is decoded."""
+    if opened.format == "EPS":
+        raise ImageError("is PostScript, which is a program to be run; convert it to PNG")
+    width, height = opened.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"has {width} x {height} pixels, more than the {MAX_PIXELS} that are accepted")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(
+            f"has {width} x {height} pixels; its longer side must not exceed {MAX_ASPECT_RATIO} times the "
+            "shorter one"
+        )
+
+
+def _conversions(opened: Image.Image) -> list[str]:
+    """What ``convert("RGB")`` is going to change."""
+    mode = opened.mode
+    if mode.split(";")[0] in _DEEP_MODES:
+        raise ImageError(
+            f"has more than 8 bits per pixel (mode {mode}), which converting to RGB would clip; convert it "
+            "to 8 bits"
+        )
+    notes = []
+    # Pillow keeps 16 bits only in single channels; in several it silently takes the upper 8 of them.
+    if any(";16" in str(tile) for tile in getattr(opened, "tile", [])):
+        notes.append("16 bits per channel reduced to 8")
+    if mode not in ("RGB", "RGBA", "RGBa", "RGBX"):
+        notes.append(f"{_WORDS.get(mode, mode)} converted to RGB")
+    if mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in opened.info:
+        notes.append("transparency dropped")
+    return notes
+
+
+def _dropped_frames(opened: Image.Image) -> list[str]:
+    try:
+        frames = getattr(opened, "n_frames", 1)
+    except Exception:  # the first frame is sound; a later one is not
+        return ["first of several frames"]
+    return [f"first of {frames} frames"] if frames > 1 else []
+
+
+def _blame_the_system(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno in _NOT_THE_IMAGE:
+        raise DataError(
+            f"images cannot be read any more ({error.strerror}); mend that and run again"
+        ) from error
+
+
+def _one_line(error: object) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if not isinstance(error, OSError | Warning) else text

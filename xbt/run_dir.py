@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,14 +59,18 @@ class RunDirectory:
         path: The directory; made when :meth:`prepare` is called.
         config: The run's config dataclass.
         overwrite: Start afresh even if the directory holds a run.
+        may_change: Further settings that may be others when the run is continued.
 
     Raises:
         ConfigError: If the directory holds a run with other settings and ``overwrite`` is not given; the
             message lists what differs.
     """
 
-    def __init__(self, path: str | Path, config: Any, overwrite: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, config: Any, overwrite: bool = False, may_change: Iterable[str] = ()
+    ) -> None:
         self.path = Path(path)
+        self._free = _NOT_IDENTITY.union(may_change)
         self._config = config
         self._overwrite = overwrite
         if self.path.exists() and not self.path.is_dir():
@@ -100,8 +105,8 @@ class RunDirectory:
         recorded = self.path / _CONFIG
         if not recorded.is_file():
             return
-        there = _identity(yaml.safe_load(recorded.read_text(encoding="utf-8")) or {})
-        now = _identity(config_to_dict(self._config))
+        there = self._identity(yaml.safe_load(recorded.read_text(encoding="utf-8")) or {})
+        now = self._identity(config_to_dict(self._config))
         changed = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
         if changed:
             listed = ", ".join(f"{key} was {there.get(key)!r} and is {now.get(key)!r}" for key in changed[:4])
@@ -111,6 +116,9 @@ class RunDirectory:
                 "choose another --output_dir, or pass --overwrite true to start afresh there"
             )
 
+    def _identity(self, config: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in flatten(config).items() if key not in self._free}
+
 
 def _write_whole(path: Path, text: str) -> Path:
     # A kill at any moment must leave the old file or the new one, never half of one.
@@ -119,7 +127,3 @@ def _write_whole(path: Path, text: str) -> Path:
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
     return path
-
-
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flatten(config).items() if key not in _NOT_IDENTITY}

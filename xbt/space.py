@@ -8,37 +8,33 @@ are the same when their probes agree, whatever they are called.
 from __future__ import annotations
 
 import base64
+import warnings
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xbt.errors import SpaceMismatchError
-
-PROBE_TEXTS = (
-    "a photo of a dog",
-    "a red circle",
-    "two children playing football in a park",
-    "the Eiffel Tower at night",
-    "a bowl of noodle soup with an egg",
-    "a diagram of a neural network",
-    "rain",
-    "a close-up of a bee on a yellow flower, out of focus background",
-    "an old man reading a newspaper on a bench",
-    "small blue square to the left of a large green triangle",
-    "a street sign that says STOP",
-    "satellite image of farmland",
-    "people waiting for a train",
-    "a black and white drawing of a sailing ship in a storm",
-    "nothing but sky",
-    "3 apples, 2 pears & a knife",
-)
-"""The sixteen fixed texts of a probe."""
+from xbt.errors import SpaceMismatchError, UnverifiedSpaceWarning
+from xbt.probe import PROBE_TEXTS, PROBE_VERSION
 
 SAME_COSINE = 0.999
 """Two probes agree when every pair of their vectors has at least this cosine."""
+
+
+class SpaceComparison(NamedTuple):
+    """What is known of two spaces' being one.
+
+    Attributes:
+        same: Whether vectors of the two may be compared with each other.
+        verified: Whether that was measured; where a probe is missing, only names could be compared.
+        reason: Why they are told apart, or taken for the same, in a few words.
+    """
+
+    same: bool
+    verified: bool
+    reason: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,27 +45,54 @@ class EmbeddingSpace:
         model: The encoder's specification, such as ``"open_clip:ViT-B-32-quickgelu/openai"``.
         dim: Dimension of the vectors.
         preprocessing: Image backend, size, interpolation, mean and standard deviation, for people to read.
-        probe: (20, dim) float32 CPU tensor, the vectors of :data:`PROBE_TEXTS` followed by the drawn probe
-            images; ``None`` when the encoder itself was not at hand, and then only names can be compared.
+        probe: (20, dim) float32 CPU tensor, the vectors of the probe's texts followed by those of its drawn
+            images (:mod:`xbt.probe`); ``None`` when the encoder itself was not at hand, and then only names
+            can be compared.
+        revision: The commit of the model's Hub repository, where it is known.
+        normalisation: ``"unit"`` for rows of length 1, ``"none"`` for rows as the model gives them.
     """
 
     model: str
     dim: int
     preprocessing: dict[str, Any] = field(default_factory=dict)
     probe: Tensor | None = None
+    revision: str | None = None
+    normalisation: str = "unit"
 
     def agreement(self, other: EmbeddingSpace) -> float | None:
         """Smallest cosine between the two probes' vectors, or ``None`` where a probe is missing."""
-        if self.probe is None or other.probe is None or self.dim != other.dim:
-            return None
-        return float(torch.nn.functional.cosine_similarity(self.probe, other.probe, dim=1).min())
+        cosines = self._cosines(other)
+        return None if cosines is None else float(cosines.min())
+
+    def compare(self, other: EmbeddingSpace) -> SpaceComparison:
+        """Whether two spaces are the same, whether that is sure, and why.
+
+        Probes decide where both spaces have one: every pair of probe vectors must have a cosine of at least
+        :data:`SAME_COSINE`. Otherwise the names decide, and revision and preprocessing where both are known;
+        such an answer is never verified.
+        """
+        if self.dim != other.dim:
+            return SpaceComparison(False, True, "their dimensions differ")
+        if self.normalisation != other.normalisation:
+            rows = f"{self.normalisation!r} and {other.normalisation!r}"
+            return SpaceComparison(False, True, f"their rows are normalised differently: {rows}")
+        cosines = self._cosines(other)
+        if cosines is None:
+            return self._compare_names(other)
+        lowest = float(cosines.min())
+        if lowest >= SAME_COSINE:
+            return SpaceComparison(True, True, f"their probes agree to a cosine of {lowest:.4f}")
+        reason = f"their probes agree only to a cosine of {lowest:.3f}"
+        texts, images = cosines[: len(PROBE_TEXTS)], cosines[len(PROBE_TEXTS) :]
+        if len(images) and float(texts.min()) >= SAME_COSINE:
+            reason += f", in images alone{_differences(self.preprocessing, other.preprocessing)}"
+        elif len(images) and float(images.min()) >= SAME_COSINE:
+            reason += ", in texts alone"
+        return SpaceComparison(False, True, reason)
 
     def same_as(self, other: EmbeddingSpace) -> bool:
-        """Whether vectors of the two spaces may be compared with each other."""
-        if self.dim != other.dim:
-            return False
-        agreement = self.agreement(other)
-        return self.model == other.model if agreement is None else agreement >= SAME_COSINE
+        """Whether vectors of the two spaces may be compared with each other; see :meth:`compare`."""
+        return self.compare(other).same
 
     def require(self, other: EmbeddingSpace, what: str) -> None:
         """Refuses a foreign space.
@@ -80,38 +103,90 @@ class EmbeddingSpace:
 
         Raises:
             SpaceMismatchError: If the spaces differ; the message names both and why they are told apart.
+
+        Warns:
+            UnverifiedSpaceWarning: If a probe is missing and the space is accepted by its name alone.
         """
-        if self.same_as(other):
-            return
-        agreement = self.agreement(other)
-        reason = (
-            "their names differ and one has no probe to compare"
-            if agreement is None
-            else f"their probes agree only to a cosine of {agreement:.3f}"
-        )
-        if self.dim != other.dim:
-            reason = "their dimensions differ"
-        raise SpaceMismatchError(
-            f"the space of {what} is {other}, but {self} is needed ({reason}); "
-            "use the model that made it or project into that space"
-        )
+        found = self.compare(other)
+        if not found.same:
+            raise SpaceMismatchError(
+                f"the space of {what} is {other}, but {self} is needed ({found.reason}); "
+                "use the model that made it or project into that space"
+            )
+        if not found.verified:
+            warnings.warn(
+                f"the space of {what}, {other}, is unverified: {found.reason}",
+                UnverifiedSpaceWarning,
+                stacklevel=2,
+            )
+
+    def _cosines(self, other: EmbeddingSpace) -> Tensor | None:
+        ours, theirs = self.probe, other.probe
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            return None
+        return torch.nn.functional.cosine_similarity(ours, theirs, dim=1)
+
+    def _compare_names(self, other: EmbeddingSpace) -> SpaceComparison:
+        missing = "one has no probe to compare"
+        if self.model != other.model:
+            return SpaceComparison(False, False, f"their names differ and {missing}")
+        if self.revision and other.revision and self.revision != other.revision:
+            return SpaceComparison(False, False, f"their revisions differ and {missing}")
+        differences = _differences(self.preprocessing, other.preprocessing)
+        if self.preprocessing and other.preprocessing and differences:
+            return SpaceComparison(False, False, f"{missing}{differences}")
+        return SpaceComparison(True, False, f"the names are the same, but {missing}")
 
     def __str__(self) -> str:
-        return f"'{self.model}' ({self.dim}-d)"
+        revision = f" at {self.revision[:12]}" if self.revision else ""
+        return f"'{self.model}'{revision} ({self.dim}-d)"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; the probe is stored as base64 of little-endian fp16."""
         probe = None
         if self.probe is not None:
             probe = base64.b64encode(self.probe.numpy().astype("<f2").tobytes()).decode("ascii")
-        return {"model": self.model, "dim": self.dim, "preprocessing": self.preprocessing, "probe": probe}
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "dim": self.dim,
+            "normalisation": self.normalisation,
+            "preprocessing": self.preprocessing,
+            "probe": probe,
+            "probe_version": PROBE_VERSION,
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote."""
+        """Reads what :meth:`to_dict` wrote; a probe of another version cannot be compared and is dropped.
+
+        Raises:
+            KeyError: If a key is missing.
+            ValueError: If a value is malformed.
+        """
         dim, encoded = int(data["dim"]), data.get("probe")
         probe = None
-        if encoded is not None:
+        if encoded is not None and data.get("probe_version") == PROBE_VERSION:
             values = np.frombuffer(base64.b64decode(encoded), dtype="<f2").astype(np.float32)
             probe = torch.from_numpy(values.reshape(-1, dim))
-        return cls(str(data["model"]), dim, dict(data.get("preprocessing") or {}), probe)
+        return cls(
+            str(data["model"]),
+            dim,
+            dict(data.get("preprocessing") or {}),
+            probe,
+            data.get("revision"),
+            str(data.get("normalisation", "unit")),
+        )
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Which declared settings differ, as the end of a sentence."""
+    keys = [key for key in ours if key in theirs and _plain(ours[key]) != _plain(theirs[key])]
+    listed = ", ".join(f"{key} {_plain(ours[key])} and {_plain(theirs[key])}" for key in keys)
+    return f": {listed}" if listed else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return round(value, 4) if isinstance(value, float) else value

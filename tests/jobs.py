@@ -1,0 +1,30 @@
+"""Short configs of embedding jobs, and what their directories hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from xbt.data.image_collection import ImageCollection
+from xbt.embedding import EmbedConfig
+
+
+def config(spec, out, images=None, captions=None, **options):
+    options = {"shard_size": 10, "batch_size": 4, "dtype": "float32", "num_workers": 0, **options}
+    if images is not None and not isinstance(images, ImageCollection):
+        images = ImageCollection(str(images))
+    return EmbedConfig(spec, str(out), images, captions, **options)
+
+
+def on_record(out, name):
+    return [json.loads(line) for line in (Path(out) / name).read_text(encoding="utf-8").splitlines()]
+
+
+def files(out):
+    """Every file of a store that must not depend on how often its job was cut off."""
+    names = [path for path in Path(out).rglob("*") if path.is_file()]
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in names
+        if path.name not in ("config.yaml", "versions.json", ".lock")
+    }
