@@ -1,0 +1,171 @@
+"""Folders exactly as clip-retrieval writes them: np.save of float16 rows, pandas.DataFrame.to_parquet."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from xbt.errors import SpaceMismatchError, StoreError
+from xbt.space import EmbeddingSpace
+from xbt.store import EmbeddingStore, find_faults
+
+
+def save_parquet(columns, path):
+    """What pandas writes, whether it is installed or not: an index of its own beside the columns."""
+    count = len(next(iter(columns.values())))
+    try:
+        import pandas as pd
+
+        # Rows dropped while the frame was made leave an index that pandas stores as a column.
+        pd.DataFrame(columns, index=[2 * row for row in range(count)]).to_parquet(path)
+    except ImportError:
+        pq.write_table(pa.table({**columns, "__index_level_0__": [2 * row for row in range(count)]}), path)
+    assert "__index_level_0__" in pq.read_schema(path).names
+
+
+def write_folder(
+    path, unit_rows, counts, columns=("image_path", "caption"), kinds=("img",), pad=1, dtype="f2"
+):
+    """Returns the rows of each kind, and the columns, as one array and one list each."""
+    rows = {kind: [] for kind in kinds}
+    kept = {name: [] for name in columns}
+    for number, count in enumerate(counts):
+        name = str(number).zfill(pad)
+        for offset, kind in enumerate(kinds):
+            (path / f"{kind}_emb").mkdir(parents=True, exist_ok=True)
+            part = unit_rows(count, seed=10 * number + offset).astype(dtype)
+            np.save(path / f"{kind}_emb" / f"{kind}_emb_{name}.npy", part)
+            rows[kind].append(part.astype(np.float32))
+        if columns:
+            (path / "metadata").mkdir(exist_ok=True)
+            table = {c: [f"{c} {number}.{row}" for row in range(count)] for c in columns}
+            save_parquet(table, path / "metadata" / f"metadata_{name}.parquet")
+            for column, values in table.items():
+                kept[column] += values
+    return {kind: np.concatenate(parts) for kind, parts in rows.items()}, kept
+
+
+@pytest.mark.parametrize(("pad", "dtype"), [(1, "f2"), (2, "f4"), (3, "<f2")])
+def test_a_folder_of_images_is_opened_as_it_is(tmp_path, unit_rows, pad, dtype):
+    counts = [4, 1, 0, 3, 2, 2, 2, 2, 2, 2, 5, 1]  # shard 10 comes after shard 9, not after shard 1
+    rows, kept = write_folder(tmp_path, unit_rows, counts, pad=pad, dtype=dtype)
+    store = EmbeddingStore.open(tmp_path)
+    assert (store.modality, len(store), store.dim, store.space) == ("image", 26, 8, None)
+    np.testing.assert_array_equal(store.read(), rows["img"])
+    assert store.ids == kept["image_path"]
+    assert store.read_ids(9, 12) == kept["image_path"][9:12]
+    assert store.metadata().to_pydict() == kept
+    assert find_faults(tmp_path) == []
+
+
+def test_without_usable_paths_rows_are_numbered(tmp_path, unit_rows):
+    _, kept = write_folder(tmp_path / "a", unit_rows, [2, 2], columns=("caption",), kinds=("text",))
+    store = EmbeddingStore.open(tmp_path / "a")
+    assert store.modality == "text"
+    assert store.ids == ["row-0", "row-1", "row-2", "row-3"]
+    assert store.metadata(["caption"]).to_pydict() == kept
+    write_folder(tmp_path / "b", unit_rows, [2, 2], columns=())
+    assert EmbeddingStore.open(tmp_path / "b").read_ids(1, 3) == ["row-1", "row-2"]
+    assert EmbeddingStore.open(tmp_path / "b").columns == []
+    write_folder(tmp_path / "c", unit_rows, [2, 2])
+    save_parquet({"image_path": ["image_path 0.1", "z"]}, tmp_path / "c" / "metadata" / "metadata_1.parquet")
+    assert EmbeddingStore.open(tmp_path / "c").ids[1] == "row-1"  # the path occurs twice
+    save_parquet({"image_path": [None, "z"]}, tmp_path / "c" / "metadata" / "metadata_1.parquet")
+    assert EmbeddingStore.open(tmp_path / "c").ids[1] == "row-1"  # a path is missing
+    save_parquet({"image_path": ["y", "z"]}, tmp_path / "c" / "metadata" / "metadata_1.parquet")
+    assert EmbeddingStore.open(tmp_path / "c").ids[1:3] == ["image_path 0.1", "y"]
+
+
+def test_a_column_id_comes_first_whatever_its_type(tmp_path, unit_rows):
+    write_folder(tmp_path, unit_rows, [2], columns=())
+    (tmp_path / "metadata").mkdir()
+    save_parquet({"id": [17, 4], "image_path": ["a", "b"]}, tmp_path / "metadata" / "metadata_0.parquet")
+    assert EmbeddingStore.open(tmp_path).ids == ["17", "4"]
+
+
+def test_two_modalities_need_a_choice(tmp_path, unit_rows):
+    rows, kept = write_folder(tmp_path, unit_rows, [3, 2], kinds=("img", "text"))
+    with pytest.raises(StoreError, match=r"image and text vectors; say which with modality="):
+        EmbeddingStore.open(tmp_path)
+    for modality, kind in (("image", "img"), ("text", "text")):
+        store = EmbeddingStore.open(tmp_path, modality)
+        np.testing.assert_array_equal(store.read(), rows[kind])
+        assert store.ids == kept["image_path"]
+    write_folder(tmp_path / "images", unit_rows, [3])
+    with pytest.raises(StoreError, match="holds image vectors, not 'text'"):
+        EmbeddingStore.open(tmp_path / "images", "text")
+
+
+def test_the_space_can_be_said(tmp_path, unit_rows, space):
+    write_folder(tmp_path, unit_rows, [3])
+    assert EmbeddingStore.open(tmp_path, space=space).space is space
+    with pytest.raises(SpaceMismatchError, match="have dimension 8, but those of 'wide'"):
+        EmbeddingStore.open(tmp_path, space=EmbeddingSpace("wide", 9))
+
+
+def test_a_folder_is_only_read(tmp_path, unit_rows):
+    write_folder(tmp_path, unit_rows, [3])
+    with pytest.raises(StoreError, match="has no manifest, it is only read"):
+        EmbeddingStore.open(tmp_path).append(unit_rows(1), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("rows", r"shard '1' of .* has 2 vectors but 1 rows of metadata"),
+        ("missing", r"lacks metadata/metadata_1.parquet, which other shards have"),
+        ("dimension", r"shard '1' of .* has dimension 5, but the first has 8"),
+        ("cut", r"img_emb_1.npy has \d+ bytes, but its 2 rows need \d+; copy it again"),
+        ("header", r"img_emb_1.npy is not a whole .npy file"),
+        ("empty", r"img_emb_1.npy is not a whole .npy file"),
+        ("pickle", r"img_emb_1.npy holds pickled Python objects, which are never loaded"),
+        ("integers", r"img_emb_1.npy holds an array of shape \(2, 8\) and type int64"),
+        ("columns", r"img_emb_1.npy holds an array of shape \(2, 8\) and type float16, column by column"),
+        ("parquet", r"metadata_1.parquet is not a readable parquet file"),
+        ("twice", r"shards '1' and '01' of .* have the same number"),
+    ],
+)
+def test_damage_names_the_shard(tmp_path, unit_rows, damage, words):
+    write_folder(tmp_path, unit_rows, [2, 2, 2])
+    npy, parquet = tmp_path / "img_emb" / "img_emb_1.npy", tmp_path / "metadata" / "metadata_1.parquet"
+    rows = np.load(npy)
+    if damage == "rows":
+        save_parquet({"image_path": ["only one"]}, parquet)
+    elif damage == "missing":
+        parquet.unlink()
+    elif damage == "dimension":
+        np.save(npy, rows[:, :5].copy())
+    elif damage in ("cut", "header", "empty"):
+        npy.write_bytes(npy.read_bytes()[: {"cut": -3, "header": 60, "empty": 0}[damage]])
+    elif damage == "pickle":
+        np.save(npy, np.array([[Exploding()] * 8] * 2, dtype=object), allow_pickle=True)
+    elif damage == "integers":
+        np.save(npy, np.zeros((2, 8), np.int64))
+    elif damage == "columns":
+        np.save(npy, np.asfortranarray(rows))
+    elif damage == "parquet":
+        parquet.write_bytes(parquet.read_bytes()[:-9])
+    elif damage == "twice":
+        np.save(tmp_path / "img_emb" / "img_emb_01.npy", rows)
+    with pytest.raises(StoreError, match=words):
+        EmbeddingStore.open(tmp_path)
+    assert len(find_faults(tmp_path)) == 1
+
+
+class Exploding:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was loaded",)
+
+
+def test_our_stores_are_readable_in_its_layout(tmp_path, space, unit_rows):
+    store = EmbeddingStore.create(tmp_path / "s", modality="image", space=space)
+    store.append(unit_rows(2), ["a", "b"], {"image_path": ["a.jpg", "b.jpg"]})
+    assert json.loads((tmp_path / "s" / "manifest.json").read_text())["format"] == "xbt-store"
+    (tmp_path / "s" / "manifest.json").unlink()
+    foreign = EmbeddingStore.open(tmp_path / "s")
+    assert foreign.ids == ["a", "b"]
+    np.testing.assert_array_equal(foreign.read(), store.read())

@@ -1,0 +1,244 @@
+"""Building one store with many processes: each writes whole shards, and a killed job is run again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from xbt.errors import StoreError
+from xbt.space import EmbeddingSpace
+from xbt.store.files import remove_leftovers, sync_directory, write_bytes, write_record, writing_to
+from xbt.store.ids import require_unique
+from xbt.store.layout import (
+    EXTRA,
+    FOLDERS,
+    HEADER,
+    IN_PROGRESS,
+    MANIFEST,
+    METADATA,
+    FileRecord,
+    Header,
+    Manifest,
+    ShardRecord,
+    read_header,
+    read_manifest,
+    read_shard_record,
+    shard_key,
+    shard_name,
+    store_path,
+)
+from xbt.store.lock import WriterLock
+from xbt.store.shards import Metadata, write_shard
+from xbt.store.store import EmbeddingStore
+from xbt.store.verify import wrong_sizes
+from xbt.vectors import Vectors
+
+
+class StoreBuilder:
+    """A store that any number of processes on any number of machines write together, shard by shard.
+
+    The directory is on a file system that all of them see. The main process calls :meth:`prepare` before the
+    others start; then every process calls :meth:`write` for the shards that are its own (no shard has two
+    writers); at the end the main process calls :meth:`finish`. A shard is committed once its record stands
+    in ``in_progress/``, the store once its manifest does: a job killed at any moment is run again, asks
+    :meth:`committed` what is there, and writes the rest.
+
+    Args:
+        path: The store's directory.
+        modality: ``"image"`` or ``"text"``.
+        space: The space of the vectors.
+        dtype: ``"float16"`` or ``"float32"``, on disk.
+
+    Raises:
+        StoreError: If the path is empty or a file, or modality or dtype are not known.
+
+    Example:
+        >>> builder = StoreBuilder("gallery", modality="image", space=encoder.space)
+        >>> builder.prepare()
+        >>> builder.write("0", vectors, ids, {"image_path": paths})
+        >>> store = builder.finish(["0"])
+    """
+
+    def __init__(
+        self, path: str | Path, *, modality: str, space: EmbeddingSpace, dtype: str = "float16"
+    ) -> None:
+        self.path = store_path(path)
+        self.header = Header(modality, space, dtype, space.dim)
+        self._lock = WriterLock(self.path, reentrant=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the store is whole: its manifest is there."""
+        return (self.path / MANIFEST).is_file()
+
+    def prepare(self) -> None:
+        """Makes the directories, or finds them as an earlier run of the same job left them.
+
+        The main process alone calls this, before the others start. It keeps the right to write until
+        :meth:`finish` or its end, and removes what killed writers left half-written. On a finished store of
+        the same kind it does nothing but that: see :attr:`finished`.
+
+        Raises:
+            StoreError: If the directory cannot be written, is being written by another job, or holds
+                another store or other vectors.
+            SpaceMismatchError: If it holds a store of another space.
+        """
+        with writing_to(self.path, 0):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        header = self.path / IN_PROGRESS / HEADER
+        if self.finished:
+            read_manifest(self.path / MANIFEST).header.require(self.header, self.path)
+        elif header.is_file():
+            read_header(header).require(self.header, self.path)
+        else:
+            self._refuse_foreign_files()
+        folders = [self.path / name for name in (FOLDERS[self.header.modality], METADATA, IN_PROGRESS)]
+        remove_leftovers(self.path, *folders)
+        if self.finished:
+            shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
+            return
+        with writing_to(self.path, 0):
+            for folder in folders:
+                folder.mkdir(exist_ok=True)
+        sync_directory(self.path)
+        if not header.is_file():
+            write_record(header, self.header.to_dict())
+
+    def committed(self) -> dict[str, ShardRecord]:
+        """The shards that are written, by name and in order; any process may ask at any time."""
+        if self.finished:
+            store = EmbeddingStore.open(self.path)
+            notes = dict(store.extra())
+            records = [
+                ShardRecord(shard.name, shard.count, shard.files, notes.get(shard.name, {}))
+                for shard in store.shards
+            ]
+        else:
+            records = [read_shard_record(path) for path in self._record_files()]
+        return {record.name: record for record in sorted(records, key=lambda record: shard_key(record.name))}
+
+    def write(
+        self,
+        name: str,
+        vectors: Vectors,
+        ids: Sequence[str],
+        metadata: Metadata | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> ShardRecord:
+        """Writes one shard and commits it; a shard of that name is replaced.
+
+        Args:
+            name: Digits, or digits joined by underscores: shards are read in numerical order of their
+                names. Pad them with zeros as clip-retrieval does, so that the alphabet agrees.
+            vectors: (n, dim) float vectors; n may be 0.
+            ids: n strings, unique over the whole store (checked within the shard now, over all shards by
+                :meth:`finish`).
+            metadata: Columns of n values each beside the ids, such as ``image_path`` and ``caption``; a
+                mapping or a ``pyarrow.Table``.
+            extra: JSON kept in the shard's record and returned by :meth:`committed`, such as items that
+                could not be embedded.
+
+        Returns:
+            The shard's record; the shard is durable by now.
+
+        Raises:
+            DataError: If a value is NaN or infinite, or too large for the dtype.
+            SpaceMismatchError: If the dimension is another.
+            StoreError: If the store is not prepared or already finished, ids or metadata do not fit, or the
+                disk is full; shards already written are kept.
+        """
+        shard_name(name)
+        if self.finished:
+            raise StoreError(
+                f"{self.path} is a finished store; open it and append, or choose another directory"
+            )
+        if not (self.path / IN_PROGRESS / HEADER).is_file():
+            raise StoreError(f"{self.path} is not prepared; let the main process call prepare() first")
+        try:
+            json.dumps(extra)
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"what is noted beside shard {name!r} is not JSON ({error})") from error
+        # Withdrawn first: an old record must not vouch for new files.
+        (self.path / IN_PROGRESS / f"{name}.json").unlink(missing_ok=True)
+        record = write_shard(self.path, self.header, name, vectors, ids, metadata, extra)
+        write_record(self.path / IN_PROGRESS / f"{name}.json", record.to_dict())
+        return record
+
+    def finish(self, names: Iterable[str]) -> EmbeddingStore:
+        """Makes a store of the shards; the main process alone calls this, when all processes are done.
+
+        Args:
+            names: Every shard of the store; the order does not matter.
+
+        Returns:
+            The open store.
+
+        Raises:
+            StoreError: If a shard is missing, left over or damaged, or an id occurs twice; the message names
+                it, and nothing is lost.
+        """
+        records = self._complete(list(names))
+        if not self.finished:
+            faults = wrong_sizes(self.path, records)
+            if faults:
+                raise StoreError(f"{faults[0]} ({len(faults)} such files); remove it and run the job again")
+            require_unique(self.path, records)
+            self._remove_orphans(records)
+            manifest = Manifest(self.header, tuple(records), self._write_extra(records))
+            write_record(self.path / MANIFEST, manifest.to_dict())
+        shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
+        self._lock.release()
+        return EmbeddingStore.open(self.path)
+
+    def _complete(self, names: list[str]) -> list[ShardRecord]:
+        there = self.committed()
+        wanted = sorted({shard_name(name) for name in names}, key=lambda name: (shard_key(name), name))
+        missing = [name for name in wanted if name not in there]
+        if missing:
+            raise StoreError(
+                f"{self.path} lacks {len(missing)} of {len(wanted)} shards, first {missing[0]!r}; "
+                "run the job again to write them"
+            )
+        surplus = sorted(there.keys() - set(wanted))
+        if surplus:
+            raise StoreError(
+                f"{self.path} holds {len(surplus)} shards that are not this job's, first {surplus[0]!r}; "
+                "was it run with other shard settings? choose another directory, or remove that one"
+            )
+        keys = [shard_key(name) for name in wanted]
+        for first, second, key, next_key in zip(wanted, wanted[1:], keys, keys[1:], strict=False):
+            if key == next_key:
+                raise StoreError(f"the shards {first!r} and {second!r} of {self.path} have the same number")
+        return [there[name] for name in wanted]
+
+    def _write_extra(self, records: list[ShardRecord]) -> FileRecord | None:
+        notes = [json.dumps({"name": r.name, "extra": r.extra}) + "\n" for r in records if r.extra]
+        content = "".join(notes).encode("ascii")
+        return write_bytes(self.path / EXTRA, content) if notes else None
+
+    def _record_files(self) -> Iterator[Path]:
+        folder = self.path / IN_PROGRESS
+        return (
+            path for path in folder.glob("*.json") if path.name != HEADER and not path.name.startswith(".")
+        )
+
+    def _refuse_foreign_files(self) -> None:
+        for folder in (*FOLDERS.values(), METADATA):
+            found = next((p for p in (self.path / folder).glob("*") if not p.name.startswith(".")), None)
+            if found is not None:
+                raise StoreError(
+                    f"{self.path} already holds {folder}/{found.name}, which no such job has left there; "
+                    "choose another directory"
+                )
+
+    def _remove_orphans(self, records: list[ShardRecord]) -> None:
+        # Other readers of this layout go by what lies in the folders, not by the manifest.
+        ours = {self.path / path for record in records for path in record.files}
+        for folder in (FOLDERS[self.header.modality], METADATA):
+            for path in (self.path / folder).iterdir():
+                if path.suffix in (".npy", ".parquet") and path not in ours:
+                    path.unlink(missing_ok=True)

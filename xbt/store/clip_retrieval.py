@@ -1,0 +1,116 @@
+"""Folders that clip-retrieval wrote: the same layout without a manifest."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+from xbt.errors import SpaceMismatchError, StoreError
+from xbt.space import EmbeddingSpace
+from xbt.store.layout import (
+    FOLDERS,
+    HEADER,
+    IN_PROGRESS,
+    FileRecord,
+    Header,
+    Manifest,
+    ShardRecord,
+    metadata_file,
+    shard_key,
+)
+from xbt.store.metadata import inspect_parquet
+from xbt.store.npy import NpyFile, inspect_npy
+
+
+def scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) -> Manifest:
+    """Finds out what a folder without a manifest holds.
+
+    Args:
+        path: The folder, with ``img_emb/`` or ``text_emb/`` and, if there is any, ``metadata/``.
+        modality: Which of the two; needed only if both are there.
+        space: The space of the vectors, if the user knows it.
+
+    Returns:
+        A manifest in which no checksum is known.
+
+    Raises:
+        StoreError: If it holds no vectors, both modalities, or files that do not belong together.
+        SpaceMismatchError: If the vectors have another dimension than the space.
+    """
+    if (path / IN_PROGRESS / HEADER).is_file():
+        records = [p for p in (path / IN_PROGRESS).glob("*.json") if p.name != HEADER and p.name[0] != "."]
+        raise StoreError(
+            f"{path} is not finished: {len(records)} shards are there; run the job that writes it again, "
+            "and it goes on"
+        )
+    modality = _choose_modality(path, modality)
+    found = _npy_files(path, modality)
+    shards = [_shard(path, name, npy) for name, npy in found.items()]
+    with_metadata = [shard for shard in shards if len(shard.files) > 1]
+    if with_metadata and len(with_metadata) < len(shards):
+        bare = next(shard for shard in shards if len(shard.files) == 1)
+        raise StoreError(f"{path} lacks {metadata_file(bare.name)}, which other shards have; copy it again")
+    first = next(iter(found.values()))
+    for name, npy in found.items():
+        if npy.dim != first.dim:
+            raise StoreError(
+                f"shard {name!r} of {path} has dimension {npy.dim}, but the first has {first.dim}; they are "
+                "of different models: keep them in different folders"
+            )
+    if space is not None:
+        _require_dim(space, first.dim, path)
+    return Manifest(Header(modality, space, first.dtype.name, first.dim), tuple(shards))
+
+
+def _require_dim(space: EmbeddingSpace, dim: int, path: Path) -> None:
+    if dim != space.dim:
+        raise SpaceMismatchError(
+            f"the vectors of {path} have dimension {dim}, but those of {space} have {space.dim}; name the "
+            "space of the model that made them"
+        )
+
+
+def _choose_modality(path: Path, modality: str | None) -> str:
+    there = [name for name, folder in FOLDERS.items() if any((path / folder).glob(f"{folder}_*.npy"))]
+    if not there:
+        raise StoreError(
+            f"{path} holds no store: there is neither a manifest.json nor img_emb/img_emb_*.npy or "
+            "text_emb/text_emb_*.npy; check the path"
+        )
+    if modality is None and len(there) > 1:
+        raise StoreError(f"{path} holds image and text vectors; say which with modality='image' or 'text'")
+    if modality is not None and modality not in there:
+        raise StoreError(
+            f"{path} holds {there[0]} vectors, not {modality!r}; leave modality out or name another path"
+        )
+    return modality or there[0]
+
+
+def _npy_files(path: Path, modality: str) -> dict[str, NpyFile]:
+    folder = FOLDERS[modality]
+    pattern = re.compile(rf"{folder}_(\d+(?:_\d+)*)\.npy")
+    matches = [match for file in (path / folder).iterdir() if (match := pattern.fullmatch(file.name))]
+    names = sorted((match[1] for match in matches), key=shard_key)
+    for first, second in pairwise(names):
+        if shard_key(first) == shard_key(second):
+            raise StoreError(
+                f"the shards {first!r} and {second!r} of {path} have the same number; remove one"
+            )
+    if not names:
+        raise StoreError(f"{path / folder} holds no {folder}_<number>.npy; check the path")
+    return {name: inspect_npy(path / folder / f"{folder}_{name}.npy") for name in names}
+
+
+def _shard(path: Path, name: str, npy: NpyFile) -> ShardRecord:
+    files = {str(npy.path.relative_to(path).as_posix()): FileRecord(npy.path.stat().st_size, "")}
+    metadata = path / metadata_file(name)
+    if metadata.is_file():
+        rows, _ = inspect_parquet(metadata)
+        if rows != npy.count:
+            raise StoreError(
+                f"shard {name!r} of {path} has {npy.count} vectors but {rows} rows of metadata; copy both "
+                "files again"
+            )
+        files[metadata_file(name)] = FileRecord(metadata.stat().st_size, "")
+    return ShardRecord(name, npy.count, files)

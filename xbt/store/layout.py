@@ -1,0 +1,268 @@
+"""Where things stand in a store's directory, and the records that vouch for them.
+
+The layout is clip-retrieval's (github.com/rom1504/clip-retrieval), so that its tools read our stores and we
+read its folders, plus a manifest:
+
+    manifest.json                     what the store is, and every file's size and SHA-256
+    img_emb/img_emb_<name>.npy        (n, dim) float16 or float32 rows, or text_emb/text_emb_<name>.npy
+    metadata/metadata_<name>.parquet  column id, then whatever is known of each row
+    extra.jsonl                       what the writers noted beside a shard, if anything
+    in_progress/                      only while a store is being built
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from xbt.errors import StoreError, XbtError
+from xbt.space import EmbeddingSpace
+
+Modality = Literal["image", "text"]
+
+MANIFEST, EXTRA, IN_PROGRESS, HEADER, METADATA = (
+    "manifest.json", "extra.jsonl", "in_progress", "header.json", "metadata",
+)  # fmt: skip
+FORMAT, VERSION = "xbt-store", 1
+FOLDERS: dict[str, str] = {"image": "img_emb", "text": "text_emb"}
+DTYPES = ("float16", "float32")
+
+_CHECKSUM = "checksum"
+_MEND = "copy the file again or write the store anew"
+_NAME = re.compile(r"\d+(_\d+)*")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 (hexadecimal) of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What vouches for one shard.
+
+    Attributes:
+        name: Its name; shards are in the numerical order of their names.
+        count: Its rows.
+        files: By path relative to the store, each file's size and checksum.
+        extra: JSON that the writer kept beside the shard, such as the items it had to leave out. In a
+            finished store it stands in ``extra.jsonl``; see ``EmbeddingStore.extra``.
+    """
+
+    name: str
+    count: int
+    files: Mapping[str, FileRecord]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self, with_extra: bool = True) -> dict[str, Any]:
+        """A JSON-able form."""
+        files = {path: asdict(file) for path, file in self.files.items()}
+        plain: dict[str, Any] = {"name": self.name, "count": self.count, "files": files}
+        return {**plain, "extra": dict(self.extra)} if with_extra else plain
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote."""
+        files = {path: FileRecord(int(f["bytes"]), str(f["sha256"])) for path, f in data["files"].items()}
+        return cls(shard_name(data["name"]), int(data["count"]), files, dict(data.get("extra") or {}))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What every shard of a store has in common.
+
+    Attributes:
+        modality: ``"image"`` or ``"text"``.
+        space: The space of the vectors; ``None`` in folders that do not say.
+        dtype: ``"float16"`` or ``"float32"``, on disk.
+        dim: Dimension of the vectors.
+    """
+
+    modality: str
+    space: EmbeddingSpace | None
+    dtype: str
+    dim: int
+
+    def __post_init__(self) -> None:
+        """Refuses values that no store has."""
+        if self.modality not in FOLDERS:
+            raise StoreError(f"the modality of a store is 'image' or 'text', got {self.modality!r}")
+        if self.dtype not in DTYPES:
+            raise StoreError(f"the dtype of a store is 'float16' or 'float32', got {self.dtype!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        space = None if self.space is None else self.space.to_dict()
+        named = {"format": FORMAT, "version": VERSION, "modality": self.modality, "space": space}
+        return {**named, "dtype": self.dtype, "dim": self.dim}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote."""
+        space = None if data["space"] is None else EmbeddingSpace.from_dict(data["space"])
+        return cls(str(data["modality"]), space, str(data["dtype"]), int(data["dim"]))
+
+    def require(self, other: Header, path: Path) -> None:
+        """Refuses a store of another kind under the same path.
+
+        Raises:
+            StoreError: If modality or dtype differ.
+            SpaceMismatchError: If the spaces differ.
+        """
+        for name in ("modality", "dtype"):
+            there, asked = getattr(self, name), getattr(other, name)
+            if there != asked:
+                raise StoreError(
+                    f"{path} holds a store of {name} {there!r}, but {asked!r} is to be written; "
+                    "choose another directory, or remove that one"
+                )
+        if self.space is not None and other.space is not None:
+            self.space.require(other.space, f"the vectors to be written to {path}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole store: its header, its shards in order, and what its writers noted."""
+
+    header: Header
+    shards: tuple[ShardRecord, ...]
+    extra: FileRecord | None = None
+
+    @property
+    def count(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.count for shard in self.shards)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form with its own checksum; what the writers noted stays out, it may be long."""
+        shards = [shard.to_dict(with_extra=False) for shard in self.shards]
+        extra = None if self.extra is None else asdict(self.extra)
+        plain = {**self.header.to_dict(), "count": self.count, "shards": shards, "extra": extra}
+        return {**plain, _CHECKSUM: _checksum(plain)}
+
+
+def shard_name(name: Any) -> str:
+    """Checks a shard's name: digits, or digits joined by underscores (``"007"``, ``"03_0012"``)."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise StoreError(f"a shard's name is made of digits and underscores, such as '007', got {name!r}")
+    return name
+
+
+def shard_key(name: str) -> tuple[int, ...]:
+    """Where a shard stands: its name read as numbers."""
+    return tuple(int(part) for part in name.split("_"))
+
+
+def vectors_file(modality: str, name: str) -> str:
+    """Path of a shard's vectors, relative to the store."""
+    return f"{FOLDERS[modality]}/{FOLDERS[modality]}_{name}.npy"
+
+
+def metadata_file(name: str) -> str:
+    """Path of a shard's metadata, relative to the store."""
+    return f"{METADATA}/{METADATA}_{name}.parquet"
+
+
+def store_path(path: str | Path) -> Path:
+    """The directory of a store.
+
+    Raises:
+        StoreError: If the path is empty or a file.
+    """
+    if not str(path).strip():
+        raise StoreError("the store's path is empty; name a directory")
+    found = Path(path).expanduser()
+    if found.exists() and not found.is_dir():
+        raise StoreError(f"{found} is a file, but a store is a directory; name the directory")
+    return found
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Reads a manifest, header or shard record.
+
+    Raises:
+        StoreError: If it cannot be read or is not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{path} is not valid JSON; {_MEND}") from error
+    if not isinstance(data, dict):
+        raise StoreError(f"{path} is not a JSON object; {_MEND}")
+    return data
+
+
+def read_header(path: Path) -> Header:
+    """Reads the header of a store that is being built.
+
+    Raises:
+        StoreError: If it is not one of ours, from a newer version, or damaged.
+    """
+    data = _checked_format(path)
+    with _complete(path):
+        return Header.from_dict(data)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads the manifest of a finished store.
+
+    Raises:
+        StoreError: If it is not one of ours, from a newer version, or damaged.
+    """
+    data = _checked_format(path)
+    with _complete(path):
+        if data.pop(_CHECKSUM) != _checksum(data):
+            raise StoreError(f"{path} was edited or damaged: its own checksum does not agree; {_MEND}")
+        extra = None if data["extra"] is None else FileRecord(**data["extra"])
+        return Manifest(Header.from_dict(data), tuple(map(ShardRecord.from_dict, data["shards"])), extra)
+
+
+def read_shard_record(path: Path) -> ShardRecord:
+    """Reads the record that commits a shard.
+
+    Raises:
+        StoreError: If it is damaged.
+    """
+    data = read_record(path)
+    with _complete(path):
+        return ShardRecord.from_dict(data)
+
+
+def _checked_format(path: Path) -> dict[str, Any]:
+    data = read_record(path)
+    if data.get("format") != FORMAT:
+        raise StoreError(
+            f"{path} is not a store's: its format is {data.get('format')!r}, not {FORMAT!r}; {_MEND}"
+        )
+    version = data.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise StoreError(
+            f"{path} was written in version {version!r} of the format, and this xbt reads version {VERSION}; "
+            "install a newer xbt"
+        )
+    return data
+
+
+@contextmanager
+def _complete(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except XbtError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise StoreError(f"{path} is incomplete or damaged ({error!r}); {_MEND}") from error
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode("ascii")).hexdigest()

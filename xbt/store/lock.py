@@ -1,0 +1,120 @@
+"""One writer at a time: a lock that the operating system drops when its holder dies."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import sys
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from xbt.errors import StoreError
+from xbt.store.files import writing_to
+
+_FILE = ".lock"
+_HELD = frozenset({errno.EAGAIN, errno.EACCES, errno.EDEADLK})
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _FAR = 1 << 30  # beyond the holder's name, which others must be able to read
+
+    def _take(handle: int) -> None:
+        os.lseek(handle, _FAR, os.SEEK_SET)
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _take(handle: int) -> None:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+class WriterLock:
+    """The right to write to a store, as a context manager.
+
+    Args:
+        path: The store's directory, which must exist.
+        reentrant: Whether a lock that this process holds elsewhere will do.
+
+    Raises:
+        StoreError: On entering, if another writer holds it; the message names its process and host.
+    """
+
+    def __init__(self, path: Path, reentrant: bool = False) -> None:
+        self._path, self._reentrant = path, reentrant
+        self._handle: int | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock; does nothing if this object holds it already."""
+        if self._handle is not None:
+            return
+        me = {"pid": os.getpid(), "host": socket.gethostname()}
+        with writing_to(self._path / _FILE, 64):
+            handle = os.open(self._path / _FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _take(handle)
+        except OSError as error:
+            if error.errno not in _HELD:
+                os.close(handle)
+                raise StoreError(
+                    f"{self._path} cannot be locked ({error.strerror}); write to a file system that has locks"
+                ) from error
+            os.lseek(handle, 0, os.SEEK_SET)
+            holder = _holder(os.read(handle, 4096))
+            os.close(handle)
+            if self._reentrant and holder == me:
+                return
+            raise StoreError(
+                f"{self._path} is being written by process {holder.get('pid', '?')} on "
+                f"{holder.get('host', 'an unknown host')}; wait until it is done, or end it"
+            ) from error
+        os.ftruncate(handle, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, json.dumps(me).encode())
+        self._handle = handle
+        _HELD_HERE.add(self)
+
+    def release(self) -> None:
+        """Gives the lock back."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+            _HELD_HERE.discard(self)
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()
+
+
+_HELD_HERE: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+
+
+def _drop_inherited() -> None:
+    """Closes a forked child's copy: workers may outlive a killed writer, and must not keep its lock."""
+    for lock in list(_HELD_HERE):
+        lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_inherited)
+
+
+def _holder(content: bytes) -> dict[str, object]:
+    try:
+        data = json.loads(content)
+    except ValueError:
+        return {}
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,379 @@
+"""Vectors on disk with their ids and their space."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike, NDArray
+
+from xbt.errors import DataError, StoreError
+from xbt.space import EmbeddingSpace
+from xbt.store.clip_retrieval import scan_folder
+from xbt.store.files import remove_leftovers, write_record, writing_to
+from xbt.store.ids import KnownIds, choose_id_column
+from xbt.store.layout import (
+    EXTRA,
+    FOLDERS,
+    IN_PROGRESS,
+    MANIFEST,
+    METADATA,
+    Header,
+    Manifest,
+    ShardRecord,
+    metadata_file,
+    read_manifest,
+    shard_key,
+    store_path,
+    vectors_file,
+)
+from xbt.store.lock import WriterLock
+from xbt.store.metadata import MetadataColumns
+from xbt.store.npy import NpyRows
+from xbt.store.shards import ID, Metadata, write_shard
+from xbt.store.verify import find_faults, refuse_wrong_sizes
+from xbt.vectors import Vectors
+
+
+class EmbeddingStore:
+    """Vectors of images or texts on disk, in shards, with the ids of their rows and the space they live in.
+
+    Made by :meth:`create` and :meth:`append`, or by many processes with
+    :class:`~xbt.store.StoreBuilder`; opened by :meth:`open`, as are clip-retrieval's folders. Rows are never
+    changed and never removed: whoever has opened a store keeps what it saw, and :meth:`reload` shows what has
+    been appended since. Reading takes the memory of what is returned, however large the store is.
+
+    Attributes:
+        path: The directory.
+
+    Example:
+        >>> store = xbt.EmbeddingStore.create("gallery", modality="image", space=encoder.space)
+        >>> store.append(encoder.encode_images(paths), ids=paths)
+        >>> for vectors in xbt.EmbeddingStore.open("gallery").batches(4096): ...
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self._known = KnownIds(path)
+        self._adopt(manifest)
+
+    def _adopt(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        shards, modality = manifest.shards, manifest.header.modality
+        counts = [shard.count for shard in shards]
+        self._rows = NpyRows([self.path / vectors_file(modality, s.name) for s in shards], counts, self.dim)
+        metadata = [self.path / metadata_file(shard.name) for shard in shards]
+        with_metadata = bool(shards) and metadata_file(shards[0].name) in shards[0].files
+        self._columns = MetadataColumns(metadata, counts) if with_metadata else None
+        vars(self).pop("ids", None)
+        vars(self).pop("_id_column", None)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, *, modality: str, space: EmbeddingSpace, dtype: str = "float16"
+    ) -> Self:
+        """Makes an empty store.
+
+        Args:
+            path: Its directory, which must not hold a store yet.
+            modality: ``"image"`` or ``"text"``.
+            space: The space of the vectors.
+            dtype: ``"float16"`` or ``"float32"``, on disk.
+
+        Returns:
+            The store, open.
+
+        Raises:
+            StoreError: If the path holds vectors already, is a file or cannot be written, or a value is not
+                known.
+        """
+        directory = store_path(path)
+        manifest = Manifest(Header(modality, space, dtype, space.dim), ())
+        for name in (MANIFEST, IN_PROGRESS, *FOLDERS.values(), METADATA):
+            if (directory / name).exists():
+                raise StoreError(
+                    f"{directory} already holds {name}; open that store, or choose another directory"
+                )
+        with writing_to(directory, 0):
+            directory.mkdir(parents=True, exist_ok=True)
+        with WriterLock(directory):
+            write_record(directory / MANIFEST, manifest.to_dict())
+        return cls(directory, manifest)
+
+    @classmethod
+    def open(cls, path: str | Path, modality: str | None = None, space: EmbeddingSpace | None = None) -> Self:
+        """Opens a store, or a folder that clip-retrieval wrote.
+
+        Args:
+            path: The directory.
+            modality: ``"image"`` or ``"text"``; needed only for a clip-retrieval folder that holds both.
+            space: The space of the vectors: what a clip-retrieval folder does not say, and what a store of
+                ours is checked against.
+
+        Returns:
+            The store.
+
+        Raises:
+            StoreError: If there is no store, it is not finished, or a file is missing, cut or too long.
+            SpaceMismatchError: If the vectors are of another space.
+        """
+        directory = store_path(path)
+        if not directory.is_dir():
+            raise StoreError(f"there is no store at {directory}; check the path")
+        if not (directory / MANIFEST).is_file():
+            return cls(directory, scan_folder(directory, modality, space))
+        manifest = read_manifest(directory / MANIFEST)
+        if modality not in (None, manifest.header.modality):
+            raise StoreError(
+                f"{directory} is a store of {manifest.header.modality} vectors, not of {modality!r}"
+            )
+        if space is not None and manifest.header.space is not None:
+            space.require(manifest.header.space, f"the vectors of {directory}")
+        refuse_wrong_sizes(directory, manifest)
+        return cls(directory, manifest)
+
+    @property
+    def modality(self) -> str:
+        """``"image"`` or ``"text"``."""
+        return self._manifest.header.modality
+
+    @property
+    def space(self) -> EmbeddingSpace | None:
+        """The space of the vectors; ``None`` in a clip-retrieval folder of which nobody said it."""
+        return self._manifest.header.space
+
+    @property
+    def dtype(self) -> str:
+        """``"float16"`` or ``"float32"``, on disk; what is read is always float32."""
+        return self._manifest.header.dtype
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the vectors."""
+        return self._manifest.header.dim
+
+    @property
+    def shards(self) -> tuple[ShardRecord, ...]:
+        """The shards in order."""
+        return self._manifest.shards
+
+    def __len__(self) -> int:
+        return self._manifest.count
+
+    def read(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Rows ``start`` … ``stop − 1`` as (n, dim) float32.
+
+        Raises:
+            StoreError: If the range is not within the store, or a file is damaged.
+        """
+        start, stop = self._range(start, stop)
+        return self._rows.slice(start, stop)
+
+    def rows(self, indices: ArrayLike) -> NDArray[np.float32]:
+        """Rows by number, in the order asked for; a number may occur several times.
+
+        Args:
+            indices: (n,) row numbers from 0.
+
+        Returns:
+            (n, dim) float32.
+
+        Raises:
+            StoreError: If a number is not that of a row, or a file is damaged.
+        """
+        numbers = np.asarray(indices)
+        if numbers.size == 0:
+            return np.zeros((0, self.dim), np.float32)
+        if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
+            raise StoreError(
+                f"row numbers must be a list of integers, got shape {numbers.shape} of {numbers.dtype}"
+            )
+        outside = (numbers < 0) | (numbers >= len(self))
+        if outside.any():
+            raise StoreError(
+                f"{self.path} has rows 0 to {len(self) - 1}, there is no row {numbers[outside][0]}"
+            )
+        return self._rows.take(numbers.astype(np.int64))
+
+    def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
+        """All rows in order, as (size, dim) float32 arrays of which the last may be shorter.
+
+        Raises:
+            StoreError: If the size is below 1.
+        """
+        if size < 1:
+            raise StoreError(f"the size of a batch is at least 1, got {size}")
+        return (self.read(start, min(start + size, len(self))) for start in range(0, len(self), size))
+
+    def memory_maps(self) -> list[NDArray[np.floating]]:
+        """Every shard's (n, dim) rows as they stand on disk, mapped read-only.
+
+        Nothing is read before it is touched; what is touched counts as the process's memory until the system
+        takes it back. :meth:`rows` and :meth:`batches` do not have that cost.
+
+        Raises:
+            StoreError: If a file is damaged.
+        """
+        return self._rows.memory_maps()
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """The ids of all rows, kept in memory once asked for; :meth:`read_ids` reads only some."""
+        return self.read_ids()
+
+    def read_ids(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """The ids of the rows ``start`` … ``stop − 1``.
+
+        They are the column ``id``; in a clip-retrieval folder that column or else ``image_path``, if it is
+        there and unique, and otherwise ``row-0``, ``row-1``, ….
+
+        Raises:
+            StoreError: If the range is not within the store, or a file is damaged.
+        """
+        start, stop = self._range(start, stop)
+        if self._id_column is None or self._columns is None:
+            return [f"row-{row}" for row in range(start, stop)]
+        if start == stop:
+            return []
+        values = self._columns.read([self._id_column], start, stop)[self._id_column].to_pylist()
+        return [str(value) for value in values]
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the metadata columns beside the ids."""
+        return [] if self._columns is None else [name for name in self._columns.names() if name != ID]
+
+    def metadata(
+        self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
+    ) -> pa.Table:
+        """Metadata of the rows ``start`` … ``stop − 1``.
+
+        Args:
+            columns: Names of columns; ``None`` takes all but the ids.
+            start: First row.
+            stop: The row after the last; ``None`` is the end.
+
+        Returns:
+            A table with one row a row; null where a shard has no such column.
+
+        Raises:
+            StoreError: If no shard has a column, or the range is not within the store.
+        """
+        start, stop = self._range(start, stop)
+        there = self.columns
+        wanted = there if columns is None else list(columns)
+        for name in wanted:
+            if name not in there and not (name == ID and self._columns is not None):
+                raise StoreError(f"{self.path} has no column {name!r}; it has {', '.join(there) or 'none'}")
+        if self._columns is None or start == stop:
+            return pa.table({name: pa.nulls(0) for name in wanted})
+        return self._columns.read(wanted, start, stop).select(wanted)
+
+    def extra(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What the writers noted beside shards, as (name of the shard, note)."""
+        if self._manifest.extra is not None:
+            with (self.path / EXTRA).open(encoding="utf-8") as file:
+                for line in file:
+                    note = json.loads(line)
+                    yield note["name"], note["extra"]
+
+    def append(
+        self,
+        vectors: Vectors,
+        ids: Sequence[str],
+        metadata: Metadata | None = None,
+        space: EmbeddingSpace | None = None,
+    ) -> ShardRecord:
+        """Adds rows at the end, as one shard: append many at a time.
+
+        The rows are in the store once this returns; a kill before leaves it as it was.
+
+        Args:
+            vectors: (n, dim) float vectors, n at least 1.
+            ids: n strings that the store does not have yet.
+            metadata: Columns of n values each beside the ids.
+            space: The space of the vectors, to be checked.
+
+        Returns:
+            The new shard's record.
+
+        Raises:
+            DataError: If there are no rows, or a value is NaN, infinite or too large for the dtype.
+            SpaceMismatchError: If dimension or space are another.
+            StoreError: If an id is known already, ids or metadata do not fit, another process is writing, the
+                disk is full, or the folder has no manifest.
+        """
+        if not (self.path / MANIFEST).is_file():
+            raise StoreError(
+                f"{self.path} has no manifest, it is only read; copy its batches into a new store and "
+                "append there"
+            )
+        if space is not None and self.space is not None:
+            self.space.require(space, f"the vectors to be appended to {self.path}")
+        if len(vectors) == 0:
+            raise DataError(
+                f"what is to be appended to {self.path} is empty: it has 0 rows; give at least one"
+            )
+        with WriterLock(self.path):
+            self.reload()  # another writer may have been here since
+            self._remove_leftovers()
+            self._known.refuse(ids, self.shards)
+            name = str(max((shard_key(s.name)[0] for s in self.shards), default=-1) + 1).zfill(6)
+            record = write_shard(self.path, self._manifest.header, name, vectors, ids, metadata)
+            grown = Manifest(self._manifest.header, (*self.shards, record), self._manifest.extra)
+            write_record(self.path / MANIFEST, grown.to_dict())
+        self._adopt(grown)
+        return record
+
+    def reload(self) -> None:
+        """Sees what has been appended since the store was opened.
+
+        Raises:
+            StoreError: As :meth:`open`.
+        """
+        if (self.path / MANIFEST).is_file():
+            manifest = read_manifest(self.path / MANIFEST)
+            refuse_wrong_sizes(self.path, manifest)
+            self._rows.close()
+            self._adopt(manifest)
+
+    def verify(self) -> None:
+        """Reads every byte and compares it with what was written.
+
+        A folder of clip-retrieval has no checksums; there, sizes and row counts are compared.
+
+        Raises:
+            StoreError: If anything is wrong; the message names every file and what to do.
+        """
+        faults = find_faults(self.path, self.modality)
+        if faults:
+            raise StoreError(f"{self.path} has {len(faults)} faults: {'; '.join(faults)}")
+
+    @cached_property
+    def _id_column(self) -> str | None:
+        if self._columns is None or (self.path / MANIFEST).is_file():
+            return None if self._columns is None else ID
+        return choose_id_column(self._columns, [shard.count for shard in self.shards])
+
+    def _range(self, start: int, stop: int | None) -> tuple[int, int]:
+        end = len(self) if stop is None else stop
+        if not 0 <= start <= end <= len(self):
+            raise StoreError(f"{self.path} has {len(self)} rows; {start} to {end} is not a range of them")
+        return start, end
+
+    def _remove_leftovers(self) -> None:
+        folders = [self.path / name for name in (FOLDERS[self.modality], METADATA)]
+        remove_leftovers(self.path, *folders)
+        ours = {self.path / name for shard in self.shards for name in shard.files}
+        for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
+            if path.suffix in (".npy", ".parquet") and path not in ours:
+                path.unlink(missing_ok=True)
+
+    def __repr__(self) -> str:
+        space = self.space or "no known space"
+        return f"EmbeddingStore('{self.path}', {len(self)} {self.modality} vectors of {space})"
