@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from xbt.encoders import LoraSettings, add_lora, load_encoder
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
 from xbt.errors import EncoderError, TruncationWarning
-from xbt.images import draw_probe_images
+from xbt.probe import draw_probe_images
 
 TEXTS = ["a red circle", "Two dogs & a cat!!", "", "naïve café ☕"]
 

@@ -23,7 +23,7 @@ from transformers import (
 from xbt.encoders import load_encoder
 from xbt.encoders.transformers_encoder import pooled
 from xbt.errors import EncoderError, TruncationWarning
-from xbt.images import draw_probe_images
+from xbt.probe import draw_probe_images
 
 TEXTS = ["a red circle", "Two dogs & a cat!!", "zebra", "naïve café ☕"]
 

@@ -1,7 +1,17 @@
 """Encoders: CLIPs of open_clip and transformers behind one interface, and LoRA on top of them."""
 
 from xbt.encoders.base import DualEncoder
+from xbt.encoders.image_batches import EncodedImages
 from xbt.encoders.loading import load_encoder
 from xbt.encoders.lora import LoraSettings, add_lora, has_lora, load_lora, save_lora
 
-__all__ = ["DualEncoder", "LoraSettings", "add_lora", "has_lora", "load_encoder", "load_lora", "save_lora"]
+__all__ = [
+    "DualEncoder",
+    "EncodedImages",
+    "LoraSettings",
+    "add_lora",
+    "has_lora",
+    "load_encoder",
+    "load_lora",
+    "save_lora",
+]

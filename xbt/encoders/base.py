@@ -6,9 +6,9 @@ import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
 import torch
 from PIL import Image
@@ -16,9 +16,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from xbt.errors import ConfigError, DataError, EncoderError, TruncationWarning
-from xbt.images import ImageSource, draw_probe_images, load_image
-from xbt.space import PROBE_TEXTS, EmbeddingSpace
+from xbt.encoders.host_copy import HostCopy, received
+from xbt.encoders.image_batches import EncodedImages, NamedImage, Transform, decode_batches
+from xbt.encoders.short_context import PROBES, TENSOR_CORES, ShortContext, find_short_context
+from xbt.encoders.text_batches import DistinctTexts, TextTransform, batches_by_length, tokenize_windows
+from xbt.errors import ConfigError, DataError, ImageError, TruncationWarning
+from xbt.images import ImageSource
+from xbt.probe import PROBE_TEXTS, draw_probe_images
+from xbt.space import EmbeddingSpace
+
+Precision = Literal["fp32", "bf16"]
 
 
 class DualEncoder(ABC):
@@ -32,38 +39,57 @@ class DualEncoder(ABC):
         module: The CLIP itself. Loaded encoders are frozen (``requires_grad`` is off), fp32 and in eval mode.
             peft wraps it once LoRA is added.
         dim: Dimension of the vectors.
-        context_length: Number of tokens every text is padded or cut to.
+        context_length: Number of tokens that texts are padded or cut to.
         preprocessing: How images become pixels, as JSON-able values; part of the space.
+        image_transform: From an RGB image to (3, height, width) float32 pixels, always with PIL's own
+            resampling. Picklable and without weights, so that worker processes can be given it.
+        precision: What ``encode_*`` compute in: ``"fp32"``, or ``"bf16"``, which is autocast; the vectors are
+            float32 either way. ``embed_*`` leave it to the training loop.
         lora_targets: Per tower, a regular expression for the modules that LoRA adapts by default.
+        revision: The commit of the model's Hub repository, where it is known.
     """
 
     lora_targets: ClassVar[dict[str, str]]
+    revision: str | None = None
 
     def __init__(
-        self, name: str, module: nn.Module, dim: int, context_length: int, preprocessing: dict[str, Any]
+        self,
+        name: str,
+        module: nn.Module,
+        dim: int,
+        context_length: int,
+        preprocessing: dict[str, Any],
+        image_transform: Transform,
     ) -> None:
         self.name = name
         self.module = module
         self.dim = dim
         self.context_length = context_length
         self.preprocessing = preprocessing
+        self.image_transform = image_transform
+        self.precision: Precision = "fp32"
         self._space: EmbeddingSpace | None = None
+        self._short_context: tuple[ShortContext | None] | None = None
 
+    @property
     @abstractmethod
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Turns a PIL image into (3, height, width) float32 pixels, always with PIL's own resampling."""
-
-    @abstractmethod
-    def _tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
-        """(n, context_length) int64 tokens on the CPU, and how many of the texts were cut."""
+    def text_transform(self) -> TextTransform:
+        """From n texts to their tokens, padded or cut to the context; picklable, without weights."""
 
     @abstractmethod
     def _text_features(self, tokens: Tensor) -> Tensor:
-        """(n, dim) text vectors of any length."""
+        """(n, dim) text vectors of any length, from (n, length) tokens.
+
+        Where the tower can, it takes fewer tokens than the context; whether that is exact gets tested.
+        """
 
     @abstractmethod
     def _image_features(self, pixels: Tensor) -> Tensor:
         """(n, dim) image vectors of any length."""
+
+    @abstractmethod
+    def _towers(self) -> list[nn.Module]:
+        """The modules in which nearly all of the time is spent."""
 
     @property
     def _clip(self) -> Any:
@@ -86,14 +112,40 @@ class DualEncoder(ABC):
         """The space of this encoder's vectors; its probe is computed at first use and kept."""
         if self._space is None:
             # Probe texts that a short context cuts identify the model as well as whole ones: no warning.
-            texts, _ = self._encode_texts(list(PROBE_TEXTS), len(PROBE_TEXTS), progress=False)
-            probe = torch.cat([texts, self.encode_images(draw_probe_images())])
-            self._space = EmbeddingSpace(self.name, self.dim, dict(self.preprocessing), probe)
+            texts, _ = self._encode_texts(list(PROBE_TEXTS), len(PROBE_TEXTS), precision="fp32")
+            images = [(image, None) for image in draw_probe_images()]
+            probe = torch.cat([texts, *(each.vectors for each in self._encode_batches([images], 0, "fp32"))])
+            self._space = EmbeddingSpace(self.name, self.dim, dict(self.preprocessing), probe, self.revision)
         return self._space
 
     def invalidate_space(self) -> None:
-        """Forgets the probe; call it whenever the weights have changed."""
+        """Forgets the probe and :attr:`short_context`; call it whenever the weights have changed."""
         self._space = None
+        self._short_context = None
+
+    @property
+    def short_context(self) -> ShortContext | None:
+        """What of the padding need not be computed, or ``None`` if all of it counts.
+
+        Found out at first use, by encoding a few texts both ways, and kept.
+        """
+        if self._short_context is None:
+            probes, _ = self.text_transform(list(PROBES))
+            with self._evaluating():
+                found = find_short_context(self._text_features, probes.to(self.device))
+            self._short_context = (found,)
+        return self._short_context[0]
+
+    def compile_towers(self) -> Self:
+        """Compiles both towers with ``torch.compile``, and returns the encoder itself.
+
+        The first batches of each shape then take minutes, the following ones less time; it pays on a GPU
+        when very much is encoded. Vectors change by rounding.
+        """
+        _ = self.short_context  # found out before, because its probes have shapes that never occur again
+        for tower in self._towers():
+            tower.compile()
+        return self
 
     def to(self, device: str | torch.device) -> Self:
         """Moves the weights, merged LoRA included, and returns the encoder itself."""
@@ -124,25 +176,45 @@ class DualEncoder(ABC):
             TruncationWarning: If texts were cut; it says how many.
         """
         checked = _as_texts(texts)
-        tokens, cut = self._tokenize(checked)
-        self._warn_cut(cut, len(checked))
+        tokens, cut = self.text_transform(checked)
+        self._warn_cut(int(cut.sum()), len(checked))
         return tokens
 
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Turns an RGB image into (3, height, width) float32 pixels with :attr:`image_transform`."""
+        return self.image_transform(image)
+
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Embeds (n, context_length) tokens as (n, dim) unit rows on the encoder's device, differentiably."""
-        return normalize(self._text_features(tokens.to(self.device)), dim=-1)
+        """Embeds tokens differentiably.
+
+        Padding that changes nothing is cut off first, which is exact in vectors and gradients.
+
+        Args:
+            tokens: (n, length) int64 on any device; ``length`` is the context length or, where
+                :attr:`short_context` is known to be exact, less.
+
+        Returns:
+            (n, dim) unit rows on the encoder's device.
+        """
+        if self.short_context is not None:
+            tokens = self.short_context.cut(tokens, self._multiple)
+        return self._embed_whole(tokens)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Embeds (n, 3, H, W) pixels as (n, dim) unit rows on the encoder's device, differentiably."""
-        return normalize(self._image_features(pixels.to(self.device)), dim=-1)
+        return normalize(self._image_features(self._moved(pixels)).float(), dim=-1)
 
-    def encode_texts(self, texts: Sequence[str], batch_size: int = 256, progress: bool = False) -> Tensor:
-        """Encodes texts.
+    def encode_texts(
+        self, texts: Sequence[str], batch_size: int = 256, progress: bool = False, num_workers: int = 0
+    ) -> Tensor:
+        """Encodes texts: each distinct one once, and without padding that changes nothing.
 
         Args:
             texts: n texts.
-            batch_size: Texts per forward pass.
+            batch_size: Most texts per forward pass. On CUDA that is meant at full context, and as many more
+                short ones are taken as make the same number of tokens.
             progress: Whether to show a progress bar on stderr.
+            num_workers: Processes that tokenise ahead; with 0 it is done in this process.
 
         Returns:
             (n, dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
@@ -154,19 +226,25 @@ class DualEncoder(ABC):
             TruncationWarning: Once, with the number of texts that were cut.
         """
         checked = _as_texts(texts)
-        vectors, cut = self._encode_texts(checked, batch_size, progress)
+        vectors, cut = self._encode_texts(checked, batch_size, progress, num_workers, self.precision)
         self._warn_cut(cut, len(checked))
         return vectors
 
     def encode_images(
-        self, images: Sequence[ImageSource], batch_size: int = 64, progress: bool = False
+        self,
+        images: Sequence[ImageSource],
+        batch_size: int = 64,
+        progress: bool = False,
+        num_workers: int = 0,
     ) -> Tensor:
         """Encodes images, decoding them batch by batch.
 
         Args:
             images: n PIL images, paths, or bytes of encoded images.
-            batch_size: Images per forward pass; only this many are held decoded at a time.
+            batch_size: Images per forward pass.
             progress: Whether to show a progress bar on stderr.
+            num_workers: Processes that read and preprocess images while the model computes, at most two
+                batches each ahead; with 0 only one batch is held at a time.
 
         Returns:
             (n, dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
@@ -177,70 +255,134 @@ class DualEncoder(ABC):
         """
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise DataError(f"images must be a list, got a single {type(images).__name__}; write [image]")
+        _require_positive(batch_size)
         # A sequence is left as it is: it may read its images only when they are asked for.
         items = images if isinstance(images, Sequence) else list(images)
-
-        def embed(start: int, stop: int) -> Tensor:
-            decoded = (_open(items[number], number) for number in range(start, stop))
-            return self.embed_pixels(torch.stack([self.preprocess(image) for image in decoded]))
-
-        return self._encode(len(items), batch_size, progress, "image", embed)
-
-    def _known(self, tokens: Tensor, vocab_size: int) -> Tensor:
-        """The tokens, once it is sure that the model has an embedding for each of them."""
-        highest = int(tokens.max())
-        # Checked on the tokens that occur: vocabularies with spare ids at the end are common and harmless.
-        if highest >= vocab_size:
-            raise EncoderError(
-                f"the tokenizer of {self.name} gives token id {highest}, but the model only embeds "
-                f"{vocab_size} (its vocab_size); they do not belong together"
-            )
-        return tokens
-
-    def _encode_texts(self, texts: list[str], batch_size: int, progress: bool) -> tuple[Tensor, int]:
-        cut = 0
-
-        def embed(start: int, stop: int) -> Tensor:
-            nonlocal cut
-            tokens, more = self._tokenize(texts[start:stop])
-            cut += more
-            return self.embed_tokens(tokens)
-
-        return self._encode(len(texts), batch_size, progress, "text", embed), cut
-
-    def _encode(
-        self, count: int, batch_size: int, progress: bool, unit: str, embed: Callable[[int, int], Tensor]
-    ) -> Tensor:
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1")
         parts = [torch.zeros(0, self.dim)]
-        bar = tqdm(total=count, unit=unit, disable=not progress, file=sys.stderr)
-        with bar, self._evaluating():
-            for start in range(0, count, batch_size):
-                stop = min(start + batch_size, count)
-                part = embed(start, stop).float().cpu()
-                finite = torch.isfinite(part).all(dim=1)
-                if not bool(finite.all()):
-                    first = start + int(torch.nonzero(~finite)[0])
-                    raise DataError(
-                        f"{self.name} gives NaN for {unit} number {first}; its weights or adapter are broken"
-                    )
-                parts.append(part)
-                bar.update(stop - start)
+        with tqdm(total=len(items), unit="image", disable=not progress, file=sys.stderr) as bar:
+            batches = _numbered(items, batch_size)
+            num_workers = min(num_workers, -(-len(items) // batch_size))  # no more than there is to do
+            for encoded in self._encode_batches(batches, num_workers, self.precision):
+                if encoded.rejected:
+                    raise ImageError(encoded.rejected[min(encoded.rejected)])
+                parts.append(encoded.vectors)
+                bar.update(len(encoded.vectors))
         return torch.cat(parts)
+
+    def encode_image_batches(
+        self, batches: Iterable[Sequence[ImageSource]], num_workers: int = 0
+    ) -> Iterator[EncodedImages]:
+        """Encodes a stream of batches of images.
+
+        Args:
+            batches: PIL images, paths, or bytes of encoded images, in batches that each are one forward
+                pass. Consumed in the calling process, at most two batches per worker ahead.
+            num_workers: Processes that read and preprocess images while the model computes; with 0 it is done
+                in this process, with the same results.
+
+        Yields:
+            One result per batch, in order. Images that cannot be read are reported in it, not raised.
+
+        Raises:
+            DataError: If the model returns NaN, the system rather than an image is at fault, or a worker
+                dies. Whatever ``batches`` raises comes out after the results of the batches before it.
+        """
+        named = ([(source, None) for source in batch] for batch in batches)
+        return self._encode_batches(named, num_workers, self.precision)
+
+    def _encode_texts(
+        self,
+        texts: list[str],
+        batch_size: int,
+        progress: bool = False,
+        num_workers: int = 0,
+        precision: Precision = "fp32",
+    ) -> tuple[Tensor, int]:
+        """(n, dim) vectors, and how many of the texts were cut."""
+        _require_positive(batch_size)
+        distinct = DistinctTexts.of(texts)
+        times = distinct.where.bincount(minlength=len(distinct.texts))
+        vectors = torch.zeros(len(distinct.texts), self.dim)
+        n_cut = 0
+        with tqdm(total=len(texts), unit="text", disable=not progress, file=sys.stderr) as bar:
+            for start, (tokens, cut) in tokenize_windows(distinct.texts, self.text_transform, num_workers):
+                batches = batches_by_length(
+                    tokens, self.short_context, batch_size, self._multiple, fill=self._on_cuda
+                )
+                launched = ((b.rows, self._launch(self._embed_whole, b.tokens, precision)) for b in batches)
+                for rows, part in received(launched):
+                    vectors[start + rows] = part
+                    bar.update(int(times[start + rows].sum()))
+                window = slice(start, start + len(tokens))
+                for broken in _not_finite(vectors[window])[:1]:
+                    self._raise_nan("text", distinct.first(start + broken))
+                n_cut += int(times[window][cut].sum())
+        # Copied only where a text occurs twice.
+        return vectors if len(vectors) == len(texts) else vectors[distinct.where], n_cut
+
+    def _encode_batches(
+        self, batches: Iterable[Sequence[NamedImage]], num_workers: int, precision: Precision
+    ) -> Iterator[EncodedImages]:
+        decoded = decode_batches(batches, self.image_transform, num_workers, pin_memory=self._on_cuda)
+        launched = (
+            (each, self._launch(self.embed_pixels, each.pixels, precision) if each.kept else self._nothing)
+            for each in decoded
+        )
+        seen = 0
+        for each, vectors in received(launched):
+            for broken in _not_finite(vectors)[:1]:
+                self._raise_nan("image", seen + each.kept[broken])
+            seen += len(each.kept) + len(each.rejected)
+            yield EncodedImages(vectors, each.kept, each.rejected, each.notes)
+
+    def _launch(self, embed: Callable[[Tensor], Tensor], batch: Tensor, precision: Precision) -> HostCopy:
+        # Entered for every batch: nothing of it may last while a caller of a generator does other things.
+        with self._evaluating(), self._autocast(precision):
+            return HostCopy(embed(batch))
+
+    @property
+    def _nothing(self) -> HostCopy:
+        return HostCopy(torch.zeros(0, self.dim))
+
+    def _embed_whole(self, tokens: Tensor) -> Tensor:
+        return normalize(self._text_features(self._moved(tokens)).float(), dim=-1)
+
+    def _moved(self, batch: Tensor) -> Tensor:
+        # Copied while the device computes, if it lies in page-locked memory.
+        return batch.to(self.device, non_blocking=self._on_cuda)
+
+    @property
+    def _multiple(self) -> int:
+        return TENSOR_CORES if self._on_cuda else 1
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _autocast(self, precision: Precision) -> AbstractContextManager[Any]:
+        if precision not in ("fp32", "bf16"):
+            raise ConfigError(f"precision is {precision!r}, but must be 'fp32' or 'bf16'")
+        # Also switched off, so that vectors do not depend on where in a training loop they are made.
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def _raise_nan(self, unit: str, number: int) -> NoReturn:
+        raise DataError(
+            f"{self.name} gives NaN for {unit} number {number}; its weights or adapter are broken"
+        )
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
         """Eval mode without gradients; afterwards every module is back in the mode it was in."""
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
+        training = [module for module in self.module.modules() if module.training]
+        if training:
+            self.module.eval()
         try:
             # Not inference_mode: its tensors cannot take part in autograd, and users train on the vectors.
             with torch.no_grad():
                 yield
         finally:
-            for module, training in modes:
-                module.training = training
+            for module in training:
+                module.training = True
 
     def _warn_cut(self, cut: int, count: int) -> None:
         if cut:
@@ -269,6 +411,22 @@ def _as_texts(texts: Sequence[str]) -> list[str]:
     return items
 
 
-def _open(source: ImageSource, number: int) -> Image.Image:
-    named = isinstance(source, str | os.PathLike)
-    return load_image(source, None if named else f"number {number}")
+def _numbered(images: Sequence[ImageSource], batch_size: int) -> Iterator[list[NamedImage]]:
+    """Batches in which images without a path are called by their number."""
+    for start in range(0, len(images), batch_size):
+        batch: list[NamedImage] = []
+        for number in range(start, min(start + batch_size, len(images))):
+            source = images[number]
+            batch.append((source, None if isinstance(source, str | os.PathLike) else f"number {number}"))
+        yield batch
+
+
+def _require_positive(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1")
+
+
+def _not_finite(vectors: Tensor) -> list[int]:
+    """The rows in which a value is NaN or infinite."""
+    rows: list[int] = torch.nonzero(~torch.isfinite(vectors).all(dim=1)).flatten().tolist()
+    return rows

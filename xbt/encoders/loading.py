@@ -14,8 +14,8 @@ from xbt.errors import EncoderError
 FORMS = (
     "open_clip:ARCH/PRETRAINED (a tag or a weights file)",
     "open_clip:local-dir:PATH",
-    "open_clip:hf-hub:org/repo",
-    "transformers:REPO_OR_DIR",
+    "open_clip:hf-hub:org/repo (or org/repo@revision)",
+    "transformers:REPO_OR_DIR (or org/repo@revision)",
 )
 """Every form a specification can take."""
 
@@ -26,7 +26,7 @@ def load_encoder(spec: str, device: str | torch.device = "cpu") -> DualEncoder:
     Args:
         spec: One of ``"open_clip:ARCH/PRETRAINED"`` (a pretrained tag or a weights file),
             ``"open_clip:local-dir:PATH"``, ``"open_clip:hf-hub:org/repo"`` and
-            ``"transformers:REPO_OR_DIR"``.
+            ``"transformers:REPO_OR_DIR"``; a repository may be followed by ``@`` and a branch, tag or commit.
         device: Where to put the weights.
 
     Returns:

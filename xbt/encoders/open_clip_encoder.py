@@ -11,17 +11,21 @@ from typing import Any, ClassVar, Self
 
 import open_clip
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.tokenizer import HFTokenizer, SigLipTokenizer, SimpleTokenizer, basic_clean, canonicalize_text
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
+from xbt.encoders.open_clip_text import OpenClipTexts, encode_tokens
 from xbt.encoders.quiet import quiet
+from xbt.encoders.text_batches import TextTransform
 from xbt.errors import EncoderError
-from xbt.space import PROBE_TEXTS
+from xbt.hub import SAFE_PATTERNS, cached_commit, fetch, split_revision
+from xbt.probe import PROBE_TEXTS
 
+HUB_PATTERNS = (*SAFE_PATTERNS, "*.txt", "*.model")
+"""What is fetched of a repository at a revision: config, safetensors and the tokenizer's files."""
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
@@ -51,11 +55,11 @@ class OpenClipEncoder(DualEncoder):
             dim=int(model_config["embed_dim"]),
             context_length=int(tokenizer.context_length),
             preprocessing=_describe(config),
+            image_transform=image_transform_v2(PreprocessCfg(**config), is_train=False),
         )
         self.model_config = model_config
         self.tokenizer = tokenizer
-        self._transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
-        self._tokenize(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
+        self.text_transform(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
 
     @classmethod
     def create(
@@ -117,51 +121,33 @@ class OpenClipEncoder(DualEncoder):
             config["text_cfg"].setdefault("hf_tokenizer_name", ".")
         _write_config(folder, config, self._clip.visual.preprocess_cfg)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """open_clip's own inference transform, on (3, height, width) float32 pixels."""
-        pixels: Tensor = self._transform(image)
-        return pixels
+    @property
+    def text_transform(self) -> TextTransform:
+        """open_clip's own tokenizer."""
+        return OpenClipTexts(self.name, self.tokenizer, self._clip.vocab_size)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        features: Tensor = self._clip.encode_text(tokens)
-        return features
+        return encode_tokens(self._bare, tokens)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         features: Tensor = self._clip.encode_image(pixels)
         return features
 
-    def _tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
-        if not texts:
-            return Tensor(0, self.context_length).long(), 0
-        tokens = self._known(self.tokenizer(texts), self._clip.vocab_size)
-        pad = 0
-        if not isinstance(self.tokenizer, SimpleTokenizer):
-            pad = self.tokenizer.tokenizer.pad_token_id
-        # A text can only have been cut where the row is full; the last position alone does not tell when the
-        # padding token is the end token. Counting a text again is only needed for those rows.
-        full = (tokens[:, -2:] != pad).any(dim=1)
-        lengths = [self._length(text) for text, is_full in zip(texts, full.tolist(), strict=True) if is_full]
-        return tokens, sum(length > self.context_length for length in lengths)
+    def _towers(self) -> list[nn.Module]:
+        clip = self._bare
+        return [clip.visual, getattr(clip, "text", clip).transformer]
 
-    def _length(self, text: str) -> int:
-        """Number of tokens of a text before cutting, special tokens included."""
-        tokenizer = self.tokenizer
-        if isinstance(tokenizer, SimpleTokenizer):
-            return len(tokenizer.encode(text)) + 2
-        if isinstance(tokenizer, SigLipTokenizer):
-            cleaned = canonicalize_text(basic_clean(text))
-        else:
-            cleaned = tokenizer.clean_fn(text)
-        own_frame = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # begin, end and class token, by hand
-        ids = tokenizer.tokenizer(cleaned, add_special_tokens=not own_frame, verbose=False).input_ids
-        return len(ids) + (3 if own_frame else 0)
+    @property
+    def _bare(self) -> Any:
+        # Without peft, which only passes calls on: its layers sit inside the model.
+        return self._clip.get_base_model() if hasattr(self.module, "peft_config") else self.module
 
 
 def load_open_clip(rest: str, name: str) -> OpenClipEncoder:
     """Loads what stands after ``open_clip:`` in a specification.
 
     Args:
-        rest: ``ARCH/PRETRAINED``, ``local-dir:PATH`` or ``hf-hub:org/repo``.
+        rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
         name: The whole specification.
 
     Returns:
@@ -177,12 +163,15 @@ def load_open_clip(rest: str, name: str) -> OpenClipEncoder:
             raise EncoderError(f"the directory {folder} of '{name}' does not exist")
         if not (folder / CONFIG_FILE).is_file():
             raise EncoderError(f"{folder} has no {CONFIG_FILE}, so '{name}' is not an open_clip directory")
-        model, tag = f"local-dir:{folder}", None
+        model, tag, repo, revision = f"local-dir:{folder}", None, None, None
     elif rest.startswith("hf-hub:"):
-        model, tag = rest, None
+        tag, (repo, revision) = None, split_revision(rest.removeprefix("hf-hub:"))
+        # open_clip cannot ask for a revision, but reads a directory in which one was put.
+        model = f"local-dir:{fetch(repo, revision=revision, patterns=HUB_PATTERNS)}" if revision else rest
     else:
         model, _, tag = rest.partition("/")
         _check_tag(model, tag)
+        repo, revision = str(get_pretrained_cfg(model, tag).get("hf_hub", "")).rstrip("/"), None
     config = open_clip.get_model_config(model)
     module = open_clip.create_model(
         model,
@@ -193,6 +182,9 @@ def load_open_clip(rest: str, name: str) -> OpenClipEncoder:
     )
     encoder = OpenClipEncoder(name, module, config, open_clip.get_tokenizer(model))
     module.eval().requires_grad_(False)
+    if repo:
+        commits = (cached_commit(repo, file, revision) for file in (WEIGHTS_FILE, CONFIG_FILE))
+        encoder.revision = next(filter(None, commits), None)
     return encoder
 
 

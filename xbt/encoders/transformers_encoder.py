@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from xbt.encoders.base import DualEncoder
+from xbt.encoders.text_batches import TextTransform, Tokenized, require_known
 from xbt.errors import EncoderError
-from xbt.space import PROBE_TEXTS
+from xbt.hub import cached_commit, split_revision
+from xbt.probe import PROBE_TEXTS
 
 SUPPORTED = ("clip", "siglip")
 """Values of ``model_type`` in a config.json that can be loaded."""
@@ -42,18 +44,20 @@ class TransformersEncoder(DualEncoder):
             dim=_dimension(name, config),
             context_length=int(config.text_config.max_position_embeddings),
             preprocessing=_describe(processor),
+            image_transform=_Pixels(processor),
         )
         self.tokenizer = tokenizer
         self.processor = processor
         _check_tokenizer(name, config, tokenizer)
         # Positions are learned for texts that start at 0, whatever the tokenizer's files say.
         tokenizer.padding_side = tokenizer.truncation_side = "right"
-        self._tokenize(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
+        self.text_transform(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """The library's own image processor, PIL backend: (3, height, width) float32 pixels."""
-        pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return pixels
+    @property
+    def text_transform(self) -> TextTransform:
+        """The library's own tokenizer."""
+        vocab_size = self._clip.config.text_config.vocab_size
+        return _Texts(self.name, self.tokenizer, self.context_length, vocab_size)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         # No attention mask: CLIP's text tower is causal and pools before the padding, SigLIP's was trained
@@ -63,23 +67,50 @@ class TransformersEncoder(DualEncoder):
     def _image_features(self, pixels: Tensor) -> Tensor:
         return pooled(self._clip.get_image_features(pixel_values=pixels))
 
-    def _tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
+    def _towers(self) -> list[nn.Module]:
+        return [self._clip.vision_model, self._clip.text_model]
+
+
+class _Pixels:
+    """An image processor as a function; picklable, holds no weights."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+
+class _Texts:
+    """A tokenizer as a function, padding to the whole context; picklable, holds no weights."""
+
+    def __init__(self, name: str, tokenizer: Any, context_length: int, vocab_size: int) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._context = context_length
+        self._vocab_size = vocab_size
+
+    def __call__(self, texts: list[str]) -> Tokenized:
         if not texts:
-            return torch.zeros(0, self.context_length, dtype=torch.int64), 0
-        encoded = self.tokenizer(
+            return Tokenized(
+                torch.zeros(0, self._context, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
+            )
+        encoded = self._tokenizer(
             texts,
             padding="max_length",
             truncation=True,
-            max_length=self.context_length,
+            max_length=self._context,
             return_attention_mask=True,
             return_tensors="pt",
         )
+        cut = encoded["attention_mask"][:, -1].bool()
         # Only rows without padding can have been cut, so only those are counted a second time.
-        full = encoded["attention_mask"][:, -1].bool().tolist()
-        suspects = [text for text, is_full in zip(texts, full, strict=True) if is_full]
-        whole = self.tokenizer(suspects, verbose=False)["input_ids"] if suspects else []
-        tokens = self._known(encoded["input_ids"], self._clip.config.text_config.vocab_size)
-        return tokens, sum(len(ids) > self.context_length for ids in whole)
+        suspects = [text for text, is_full in zip(texts, cut, strict=True) if is_full]
+        if suspects:
+            whole = self._tokenizer(suspects, verbose=False)["input_ids"]
+            cut[cut.clone()] = torch.tensor([len(ids) > self._context for ids in whole])
+        return Tokenized(require_known(encoded["input_ids"], self._vocab_size, self._name), cut)
 
 
 def pooled(output: Any) -> Tensor:
@@ -94,7 +125,7 @@ def load_transformers(source: str, name: str) -> TransformersEncoder:
     """Loads what stands after ``transformers:`` in a specification.
 
     Args:
-        source: A directory, or a repository of the Hugging Face Hub.
+        source: A directory, or a repository of the Hugging Face Hub, ``org/name`` or ``org/name@revision``.
         name: The whole specification.
 
     Returns:
@@ -109,14 +140,20 @@ def load_transformers(source: str, name: str) -> TransformersEncoder:
         source = str(path)
     elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise EncoderError(f"the directory {path} of '{name}' does not exist")
-    config = AutoConfig.from_pretrained(source)
+    source, revision = split_revision(source)
+    config = AutoConfig.from_pretrained(source, revision=revision)
     if config.model_type not in SUPPORTED:
         raise EncoderError(
             f"'{name}' is a '{config.model_type}' model, not a CLIP; xbt loads models of type "
             f"{' and '.join(SUPPORTED)} from transformers"
         )
     module, info = AutoModel.from_pretrained(
-        source, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        source,
+        config=config,
+        revision=revision,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
     )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -124,9 +161,10 @@ def load_transformers(source: str, name: str) -> TransformersEncoder:
             f"{len(missing)} weights of '{name}' are missing from its files and would be random, first "
             f"{missing[0]}; load a complete model"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    processor = AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
     encoder = TransformersEncoder(name, module, tokenizer, processor)
+    encoder.revision = None if path.is_dir() else cached_commit(source, "config.json", revision)
     module.eval().requires_grad_(False)
     return encoder
 
