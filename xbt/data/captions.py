@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from xbt.data.files import check_is_file, kind_of, read_json, read_text
-from xbt.data.hf_datasets import HUB_PREFIX, check_column, open_dataset, read_column
+from xbt.data.caption_files import Row, named_rows, read_rows
+from xbt.data.hf_datasets import HUB_PREFIX, open_dataset, read_column, read_ids
 from xbt.data.image_text_pairs import choose_subset
-from xbt.data.karpathy import is_karpathy, parse_karpathy
 from xbt.data.scenes import DEFAULT_COUNT, scene_captions
 from xbt.errors import ConfigError, DataError
 
@@ -39,6 +34,8 @@ class CaptionSource:
     """Take only so many captions, chosen at random with the seed, in the original order."""
     seed: int = 0
     """Seed of that choice."""
+    id_column: str | None = None
+    """Column of an hf: source that holds a unique id per row; otherwise the position makes the id."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -78,121 +75,92 @@ def read_captions(source: CaptionSource | str) -> list[str]:
     """
     if isinstance(source, str):
         source = CaptionSource(source)
-    if source.subset is not None and not source.source.startswith(HUB_PREFIX):
-        raise ConfigError(
-            f"subset {source.subset!r} was given with {source.source}, but only hf: sources have subsets; "
-            "leave it out"
-        )
-    if source.source == "scenes":
-        return scene_captions(source.limit or DEFAULT_COUNT, source.seed, source.split or "train")
-    found = _read_all(source)
-    captions = [caption.strip() for caption in found if caption is not None and caption.strip()]
-    if not found:
-        raise DataError(f"{source.source} is empty: it holds no caption; give a source with captions")
-    if not captions:
-        raise DataError(
-            f"{source.source} holds {len(found)} captions, but all are only spaces; give one with words"
-        )
+    found = 0
+    captions = []
+    for _, caption in _rows(source):
+        found += 1
+        if caption is not None and caption.strip():
+            captions.append(caption.strip())
+    _refuse_empty(source, found, len(captions))
     return [captions[i] for i in choose_subset(len(captions), source.limit, source.seed)]
 
 
-def _read_all(source: CaptionSource) -> list[str | None]:
-    if source.source.startswith(HUB_PREFIX):
-        return _read_hub(source)
-    path = Path(source.source).expanduser()
-    check_is_file(path)
-    kind = kind_of(path)
-    if kind not in (".txt", ".jsonl", ".json", ".parquet") or path.name.lower().endswith(".parquet.gz"):
-        raise DataError(
-            f"captions cannot be read from {path}: its suffix must be .txt, .jsonl or .json (each may be "
-            "followed by .gz) or .parquet; for a Hub data set, write hf: before its name"
-        )
-    if kind == ".json":
-        return _read_json(path, source.split)
-    if source.split is not None:
-        raise ConfigError(f"split {source.split!r} was given, but {path} has no splits; leave it out")
-    if kind == ".parquet":
-        return _read_parquet(path, source.column)
-    # Only line feeds end a line: a caption may contain other characters that str.splitlines splits at.
-    lines: list[str | None] = list(read_text(path).removesuffix("\n").split("\n"))
-    return _parse_jsonl(lines, path, source.column) if kind == ".jsonl" else lines
-
-
-def _parse_jsonl(lines: list[str | None], path: Path, column: str) -> list[str | None]:
-    captions: list[str | None] = []
-    for number, line in enumerate(lines, start=1):
-        if line is None or not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON; mend or remove the line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object; write one object with the key {column!r} a line")
-        check_column(column, list(row), where)
-        captions += as_captions(row[column], f"{where}, column {column!r}")
-    return captions
-
-
-def _read_json(path: Path, split: str | None) -> list[str | None]:
-    content = read_json(path)
-    if is_karpathy(content):
-        return [told for image in parse_karpathy(content, path, split) for told in image.sentences]
-    annotations = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(annotations, list):
-        raise DataError(
-            f"{path} is neither a Karpathy split file (key 'images') nor official COCO captions (key "
-            "'annotations'); convert it to .jsonl"
-        )
-    if split is not None:
-        raise ConfigError(f"split {split!r} was given, but {path} has no splits; leave it out")
-    captions: list[str | None] = []
-    for position, annotation in enumerate(annotations):
-        where = f"{path}: record {position} of 'annotations'"
-        if not isinstance(annotation, dict) or "caption" not in annotation:
-            raise DataError(f"{where} lacks the key 'caption'; give the captions_*.json file")
-        captions += as_captions(annotation["caption"], where)
-    return captions
-
-
-def _read_parquet(path: Path, column: str) -> list[str | None]:
-    try:
-        with pq.ParquetFile(path) as table:
-            check_column(column, table.schema_arrow.names, str(path))
-            values = table.read(columns=[column])[column].to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{path} is not a readable parquet file ({reason}); write it again") from error
-    return [told for row, value in enumerate(values) for told in as_captions(value, f"{path}, row {row}")]
-
-
-def _read_hub(source: CaptionSource) -> list[str | None]:
-    dataset = open_dataset(source.source, source.subset, source.split)
-    values = read_column(dataset, source.column, source.source)
-    return [
-        told for row, value in enumerate(values) for told in as_captions(value, f"{source.source}, row {row}")
-    ]
-
-
-def as_captions(value: Any, where: str) -> list[str | None]:
-    """Returns a cell as a list of captions: it may hold a string, a list of strings, or nothing.
+def read_caption_rows(source: CaptionSource) -> tuple[list[str], list[str | None]]:
+    """Reads captions with an id each: what :func:`read_captions` reads, and the blank ones.
 
     Args:
-        value: The cell.
-        where: Its place, for the error.
+        source: What to read.
 
     Returns:
-        Its captions; None where the data has none.
+        Ids and captions. An id is ``"<image name>#<position>"`` in Karpathy's files and the scenes, as
+        Flickr30k's own token files write it; the annotation's id in COCO's; otherwise the row's, with a
+        position where a row holds a list: ``"row-17"``, ``"row-17#0"``. With a limit, blank captions are left
+        out.
 
     Raises:
-        DataError: If it holds something else.
+        ConfigError: As :func:`read_captions`.
+        DataError: As :func:`read_captions`, or if an id occurs twice.
     """
-    told = value if isinstance(value, list) else [value]
-    for item in told:
-        if item is not None and not isinstance(item, str):
-            raise DataError(
-                f"{where}: a {type(item).__name__} ({str(item)[:40]!r}) where a caption should be; name the "
-                "column that holds text"
+    rows = list(_rows(source))
+    told = [row for row in rows if row[1] is not None and row[1].strip()]
+    _refuse_empty(source, len(rows), len(told))
+    if source.limit is not None:
+        rows = [told[i] for i in choose_subset(len(told), source.limit, source.seed)]
+    ids = [name for name, _ in rows]
+    require_unique(ids, source.source)
+    return ids, [caption for _, caption in rows]
+
+
+def require_unique(ids: Sequence[str], source: str) -> None:
+    """Checks that no id occurs twice.
+
+    Raises:
+        DataError: If one does; the message names it.
+    """
+    if len(set(ids)) == len(ids):
+        return
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise DataError(f"{source}: the id {name!r} occurs more than once; ids must be unique")
+        seen.add(name)
+
+
+def _refuse_empty(source: CaptionSource, found: int, told: int) -> None:
+    if not found:
+        raise DataError(f"{source.source} is empty: it holds no caption; give a source with captions")
+    if not told:
+        raise DataError(
+            f"{source.source} holds {found} captions, but all are only spaces; give one with words"
+        )
+
+
+def _rows(source: CaptionSource) -> Iterator[Row]:
+    for option in ("subset", "id_column"):
+        value = getattr(source, option)
+        if value is not None and not source.source.startswith(HUB_PREFIX):
+            raise ConfigError(
+                f"{option} {value!r} was given with {source.source}, but only hf: sources have {option}s; "
+                "leave it out"
             )
-    return told
+    if source.source == "scenes":
+        return _read_scenes(source)
+    return (
+        _read_hub(source)
+        if source.source.startswith(HUB_PREFIX)
+        else read_rows(Path(source.source).expanduser(), source.column, source.split)
+    )
+
+
+def _read_scenes(source: CaptionSource) -> Iterator[Row]:
+    split, count = source.split or "train", source.limit or DEFAULT_COUNT
+    for number, caption in enumerate(scene_captions(count, source.seed, split)):
+        yield f"scene-{split}-{source.seed}-{number:06d}#0", caption
+
+
+def _read_hub(source: CaptionSource) -> Iterator[Row]:
+    dataset = open_dataset(source.source, source.subset, source.split)
+    ids = read_ids(dataset, source.id_column, source.source)
+    values = read_column(dataset, source.column, source.source)
+    for row, (name, value) in enumerate(zip(ids, values, strict=True)):
+        yield from named_rows(value, name, f"{source.source}, row {row}")

@@ -102,6 +102,22 @@ def read_column(dataset: Any, column: str, source: str) -> list[Any]:
     return list(dataset.select_columns([column]).with_format(None)[:][column])
 
 
+def read_ids(dataset: Any, column: str | None, source: str) -> list[str]:
+    """One id a row: the column's values, or ``"row-0"``, ``"row-1"``, ... where no column is named.
+
+    Raises:
+        DataError: If there is no such column, or a row has no id.
+    """
+    if column is None:
+        return [f"row-{row}" for row in range(len(dataset))]
+    values = read_column(dataset, column, source)
+    if None in values:
+        raise DataError(
+            f"{source}, row {values.index(None)}: no id in the column {column!r}; name another one"
+        )
+    return [str(value) for value in values]
+
+
 class HubImages(Sequence[ImageSource]):
     """An image column, whose rows are handed out encoded, so that a damaged one can be named and left out."""
 
@@ -117,17 +133,7 @@ class HubImages(Sequence[ImageSource]):
         Raises:
             DataError: If there is no such column or it cannot hold images.
         """
-        check_column(column, dataset.column_names, source)
-        feature = dataset.features[column]
-        dataset = dataset.select_columns([column]).with_format(None)
-        if isinstance(feature, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        elif getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
-            raise DataError(
-                f"{source}: the column {column!r} holds {feature}, not images, encoded images or paths; name "
-                "the image column"
-            )
-        self._dataset = dataset
+        self._dataset = undecoded(dataset, column, source)
         self._column = column
         self._root = Path(image_root).expanduser() if image_root is not None else Path()
 
@@ -141,10 +147,43 @@ class HubImages(Sequence[ImageSource]):
     def __getitem__(self, index: int | slice) -> ImageSource | list[ImageSource]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        cell = self._dataset[index][self._column]
-        if isinstance(cell, dict):
-            cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
-        if isinstance(cell, str):
-            return str(self._root / cell)
-        # A row without an image becomes no bytes, which no decoder accepts: it is named like any other.
-        return bytes(cell) if cell is not None else b""
+        return as_image(self._dataset[index][self._column], self._root)
+
+
+def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
+    """Leaves a data set its image column, encoded as it is stored, and the ``others``.
+
+    Args:
+        dataset: A ``datasets.Dataset`` or ``datasets.IterableDataset``.
+        column: A column of ``datasets.Image``, of encoded bytes, or of paths.
+        source: What to call the data set in errors.
+        others: Columns to keep beside it.
+
+    Returns:
+        A data set of the same kind.
+
+    Raises:
+        DataError: If there is no such column or it cannot hold images.
+    """
+    for name in (column, *others):
+        check_column(name, dataset.column_names, source)
+    feature = dataset.features[column]
+    dataset = dataset.select_columns([column, *others]).with_format(None)
+    if isinstance(feature, datasets.Image):
+        return dataset.cast_column(column, datasets.Image(decode=False))
+    if getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
+        raise DataError(
+            f"{source}: the column {column!r} holds {feature}, not images, encoded images or paths; name "
+            "the image column"
+        )
+    return dataset
+
+
+def as_image(cell: Any, root: Path) -> ImageSource:
+    """An undecoded cell of an image column as encoded bytes or a path, which ``root`` goes before."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    if isinstance(cell, str):
+        return str(root / cell)
+    # A row without an image becomes no bytes, which no decoder accepts: it is named like any other.
+    return bytes(cell) if cell is not None else b""

@@ -133,7 +133,7 @@ class ImageTextPairs:
         for row in rows:
             if not 0 <= row < len(self):
                 raise DataError(f"image {row} was selected, but the rows go from 0 to {len(self) - 1}")
-        images = _SelectedImages(self.images, rows)
+        images = SelectedImages(self.images, rows)
         return ImageTextPairs([self.ids[row] for row in rows], images, [self.captions[row] for row in rows])
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ImageTextPairs, ImageTextPairs]:
@@ -198,14 +198,14 @@ class ImageTextPairs:
         return None
 
 
-class _SelectedImages(Sequence[ImageSource]):
+class SelectedImages(Sequence[ImageSource]):
     """Some rows of a sequence of images, still unread."""
 
     def __init__(self, images: Sequence[ImageSource], rows: list[int]) -> None:
         # A selection of a selection looks into the original, so that chains do not grow.
         self._images: Sequence[ImageSource] = images
         self._rows: list[int] = rows
-        if isinstance(images, _SelectedImages):
+        if isinstance(images, SelectedImages):
             self._images = images._images
             self._rows = [images._rows[row] for row in rows]
 
@@ -215,10 +215,10 @@ class _SelectedImages(Sequence[ImageSource]):
     @overload
     def __getitem__(self, index: int) -> ImageSource: ...
     @overload
-    def __getitem__(self, index: slice) -> _SelectedImages: ...
-    def __getitem__(self, index: int | slice) -> ImageSource | _SelectedImages:
+    def __getitem__(self, index: slice) -> SelectedImages: ...
+    def __getitem__(self, index: int | slice) -> ImageSource | SelectedImages:
         if isinstance(index, slice):
-            return _SelectedImages(self._images, self._rows[index])
+            return SelectedImages(self._images, self._rows[index])
         return self._images[self._rows[index]]
 
     def __iter__(self) -> Iterator[ImageSource]:

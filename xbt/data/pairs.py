@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xbt.data.captions import as_captions, check_source
+from xbt.data.caption_files import as_captions
+from xbt.data.captions import check_source
 from xbt.data.files import check_is_file, kind_of
 from xbt.data.hf_datasets import HUB_PREFIX, HubImages, open_dataset, read_column
 from xbt.data.image_text_pairs import ImageTextPairs, Rejected, choose_subset

@@ -1,0 +1,121 @@
+"""Hugging Face data sets read as streams, without downloading them first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from xbt.data.hf_datasets import HUB_PREFIX, as_image, undecoded
+from xbt.data.image_text_pairs import Rejected
+from xbt.data.items import Entry, Item, Part, readable
+from xbt.errors import DataError
+
+
+class StreamedImages(Part):
+    """The images of one file (one shard) of a streamed data set."""
+
+    def __init__(self, shard: Any, name: str, column: str, id_column: str | None, root: Path) -> None:
+        """Keeps what it is told.
+
+        Args:
+            shard: A ``datasets.IterableDataset`` with nothing but the columns that follow, undecoded.
+            name: What ids begin with, unless a column gives them.
+            column: The image column.
+            id_column: The column of ids, if there is one.
+            root: Folder that paths in the image column are relative to.
+        """
+        self.name = name
+        self._shard, self._column, self._id_column, self._root = shard, column, id_column, root
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """Reads rows ``start`` to ``stop``, undecoded.
+
+        Raises:
+            DataError: If the stream breaks off.
+        """
+        rows = iter(self._shard.skip(start) if start else self._shard)
+        row = start
+        while stop is None or row < stop:
+            try:
+                cells = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # the hub client, fsspec and pyarrow share no kind of error
+                reason = " ".join(str(error).split())[:300]
+                raise DataError(
+                    f"{self.name} cannot be read beyond row {row} ({type(error).__name__}: {reason}); mend "
+                    "that and run the same command again"
+                ) from error
+            yield self._entry(cells, row)
+            row += 1
+
+    def _entry(self, cells: dict[str, Any], row: int) -> Entry:
+        name = f"{self.name}/row-{row}"
+        if self._id_column is not None:
+            if cells[self._id_column] is None:
+                return Rejected(name, f"the row has no id: its {self._id_column!r} is empty")
+            name = readable(str(cells[self._id_column]))
+        return Item(name, as_image(cells[self._column], self._root), {})
+
+
+def stream_images(
+    source: str, subset: str | None, split: str | None, column: str, id_column: str | None, root: Path
+) -> list[StreamedImages]:
+    """Opens an image column of a data set as streams, one for each of its own shards.
+
+    Args:
+        source: ``hf:`` and the name of a Hub data set, or a local directory with parquet or jsonl files.
+        subset: Configuration of a Hub data set.
+        split: Which split; may be left out where there is only one.
+        column: The image column.
+        id_column: A column of unique ids; otherwise shard and row make the id.
+        root: Folder that paths in the image column are relative to.
+
+    Returns:
+        The streams, in the data set's order.
+
+    Raises:
+        DataError: If it cannot be opened as a stream, or lacks the split or a column.
+    """
+    dataset = _open(source, subset, split)
+    if dataset.column_names is None:
+        raise DataError(f"{source} does not say which columns it has; leave out streaming")
+    dataset = undecoded(dataset, column, source, *([id_column] if id_column is not None else []))
+    count = dataset.num_shards
+    width = len(str(count - 1))
+    return [
+        StreamedImages(
+            dataset.shard(num_shards=count, index=number),
+            f"shard-{number:0{width}d}",
+            column,
+            id_column,
+            root,
+        )
+        for number in range(count)
+    ]
+
+
+def _open(source: str, subset: str | None, split: str | None) -> Any:
+    name = source.removeprefix(HUB_PREFIX)
+    directory = Path(name).expanduser()
+    if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
+        raise DataError(f"{source} was made by save_to_disk and cannot be streamed; leave out streaming")
+    if name.startswith(("/", ".", "~")) and not directory.is_dir():
+        raise DataError(f"{source}: the directory {directory} does not exist; check the path")
+    try:
+        opened = datasets.load_dataset(str(directory) if directory.is_dir() else name, subset, streaming=True)
+    except Exception as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise DataError(
+            f"{source} cannot be streamed ({type(error).__name__}: {reason}); check its name and subset"
+        ) from error
+    names = ", ".join(opened)
+    if split is None and len(opened) > 1:
+        raise DataError(f"{source} has the splits {names}; choose one with split")
+    split = split or next(iter(opened))
+    if split not in opened:
+        raise DataError(f"{source} has no split {split!r}; it has {names}")
+    return opened[split]

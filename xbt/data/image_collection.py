@@ -1,0 +1,187 @@
+"""Images without captions, wherever they are: what a job embeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from xbt.data.captions import CaptionSource, check_source, read_caption_rows, require_unique
+from xbt.data.files import check_is_file, kind_of
+from xbt.data.hf_datasets import HUB_PREFIX, HubImages, open_dataset, read_ids
+from xbt.data.hf_streams import stream_images
+from xbt.data.image_folder import JoinedPaths, list_images
+from xbt.data.image_text_pairs import SelectedImages, choose_subset
+from xbt.data.items import ItemSource, ListedImages, ListedTexts, Part
+from xbt.data.karpathy import read_karpathy
+from xbt.data.scenes import DEFAULT_COUNT, make_scenes
+from xbt.data.tar_files import find_tars, is_tar, tar_names
+from xbt.data.web_datasets import TarCaptions, TarImages
+from xbt.errors import ConfigError, DataError
+from xbt.images import ImageSource
+
+_OPTIONS: dict[str, set[str]] = {
+    "folder": {"limit"},
+    "karpathy": {"image_root", "split", "limit"},
+    "tars": set(),
+    "hf": {"image_root", "split", "subset", "image_column", "id_column", "streaming", "limit"},
+    "scenes": {"split", "limit", "image_size"},
+}
+"""The options that apply to each kind of source, besides the seed."""
+
+
+@dataclass
+class ImageCollection:
+    """Where images come from.
+
+    Raises:
+        ConfigError: If ``source`` is empty, ``limit`` is below 1, or an option does not apply to this kind of
+            source.
+    """
+
+    source: str
+    """A folder, which is searched with the folders below it; a Karpathy split file (dataset_*.json or
+    .json.gz); WebDataset tars (a path or URL, a glob, or a pattern such as shards/{000..099}.tar); hf: and a
+    Hub data set or a local directory; or scenes for the built-in world."""
+    image_root: str | None = None
+    """Folder that image names are relative to (Karpathy's files, where it is the file's own folder by
+    default, and hf: sources that hold paths)."""
+    split: str | None = None
+    """Split to read (Karpathy's files, hf:, scenes); a + joins two of Karpathy's."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    image_column: str = "image"
+    """Column of an hf: source that holds the image, its bytes or its path."""
+    id_column: str | None = None
+    """Column of an hf: source that holds a unique id per row; otherwise the row's number makes the id."""
+    streaming: bool = False
+    """Read an hf: source as a stream, without downloading it first; its own shards are then what processes
+    share."""
+    limit: int | None = None
+    """Take only so many images, chosen at random with the seed, in the original order; not for streams."""
+    seed: int = 0
+    """Seed of that choice."""
+    image_size: int = 32
+    """Side in pixels of the built-in scenes."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_source(self.source, self.limit)
+        known = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        for name in sorted(set.union(*_OPTIONS.values()) - _OPTIONS[self.kind]):
+            if getattr(self, name) != known[name]:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} was given with {self.source}, which is of the kind "
+                    f"{self.kind!r} and has no such option; leave it out"
+                )
+        if self.streaming and self.limit is not None:
+            raise ConfigError(
+                f"limit {self.limit} was given, but the end of a stream is not known; leave it out"
+            )
+
+    @property
+    def kind(self) -> str:
+        """``"folder"``, ``"karpathy"``, ``"tars"``, ``"hf"`` or ``"scenes"``."""
+        if self.source == "scenes":
+            return "scenes"
+        if is_tar(self.source):
+            return "tars"
+        if self.source.startswith(HUB_PREFIX):
+            return "hf"
+        return "karpathy" if kind_of(Path(self.source)) == ".json" else "folder"
+
+
+def open_images(images: ImageCollection) -> ItemSource:
+    """Opens a collection of images; none is decoded, and files that are missing are only noticed when read.
+
+    Args:
+        images: Where they are.
+
+    Returns:
+        The images with their ids: the path relative to a folder; a Karpathy file's image name; the tar's name
+        and the sample's key; the id column, or ``"row-17"`` (``"shard-3/row-17"`` in streams).
+
+    Raises:
+        DataError: If there is no such source, it holds no image, or an id occurs twice.
+
+    Example:
+        >>> open_images(ImageCollection("photos/"))
+        >>> open_images(ImageCollection("hf://datasets/clip-benchmark/wds_flickr30k/test/*.tar"))
+    """
+    if images.kind == "tars":
+        return ItemSource(images.source, "image", _tars(images.source, TarImages))
+    if images.streaming:
+        root = Path(images.image_root or "").expanduser()
+        streams = stream_images(
+            images.source, images.subset, images.split, images.image_column, images.id_column, root
+        )
+        return ItemSource(images.source, "image", streams)
+    ids, found = _list(images)
+    if not ids:
+        raise DataError(f"{images.source} is empty: it holds no image; give a source with images")
+    require_unique(ids, images.source)
+    if images.limit is not None and images.limit < len(ids):
+        rows = choose_subset(len(ids), images.limit, images.seed)
+        ids, found = [ids[row] for row in rows], SelectedImages(found, rows)
+    return ItemSource(images.source, "image", [ListedImages(ids, found)])
+
+
+def open_captions(captions: CaptionSource) -> ItemSource:
+    """Opens a caption corpus, or the captions of WebDataset tars.
+
+    Args:
+        captions: Where they are.
+
+    Returns:
+        The captions with their ids; see :func:`~xbt.data.captions.read_caption_rows`. In tars an id is the
+        tar's name, the sample's key and the line: ``"000/000017#0"``.
+
+    Raises:
+        ConfigError: If an option does not apply to this kind of source.
+        DataError: If the source cannot be read or holds no caption, or an id occurs twice.
+    """
+    if not is_tar(captions.source):
+        return ItemSource(captions.source, "text", [ListedTexts(*read_caption_rows(captions))])
+    for name in ("split", "subset", "limit", "id_column"):
+        if getattr(captions, name) is not None:
+            raise ConfigError(
+                f"{name} {getattr(captions, name)!r} was given with {captions.source}, but tars have no such "
+                "option; leave it out"
+            )
+    return ItemSource(captions.source, "text", _tars(captions.source, TarCaptions))
+
+
+def _tars(source: str, kind: type[TarImages] | type[TarCaptions]) -> list[Part]:
+    tars = find_tars(source)
+    return [kind(tar, name) for tar, name in zip(tars, tar_names(tars), strict=True)]
+
+
+def _list(images: ImageCollection) -> tuple[list[str], Sequence[ImageSource]]:
+    path = Path(images.source).expanduser()
+    if images.kind == "scenes":
+        count = images.limit or DEFAULT_COUNT
+        scenes = make_scenes(count, images.seed, images.split or "train", images.image_size)
+        return scenes.ids, scenes.images
+    if images.kind == "hf":
+        dataset = open_dataset(images.source, images.subset, images.split)
+        found = HubImages(dataset, images.image_column, images.source, images.image_root)
+        return read_ids(dataset, images.id_column, images.source), found
+    if images.kind == "karpathy":
+        check_is_file(path)
+        names = [image.name for image in read_karpathy(path, images.split)]
+        root = path.parent if images.image_root is None else Path(images.image_root).expanduser()
+        if not any((root / name).exists() for name in names):
+            raise DataError(
+                f"none of the {len(names)} image files is there, first {names[0]}, under {root}; set "
+                "image_root to the folder that holds the images"
+            )
+        return names, JoinedPaths(root, names)
+    if not path.exists():
+        raise DataError(f"{images.source} does not exist; check the path")
+    if not path.is_dir():
+        raise DataError(
+            f"images cannot be listed from {path}: give a folder, a Karpathy split file (.json or .json.gz), "
+            "tar files, hf: and a data set, or scenes"
+        )
+    names = list_images(path)
+    return names, JoinedPaths(path, names)

@@ -1,0 +1,82 @@
+"""Folders of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+from xbt.errors import DataError
+
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jp2", ".avif", ".ppm"]
+)
+"""Suffixes, in lower case, by which images are recognised in folders and in tar files."""
+
+
+class JoinedPaths(Sequence[str]):
+    """Names joined to their folder when one is asked for: millions of full paths need not be kept."""
+
+    def __init__(self, root: str | Path, names: Sequence[str]) -> None:
+        self._root, self._names = str(root), names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        return os.path.join(self._root, self._names[index])  # noqa: PTH118 - no object per image
+
+
+def list_images(folder: Path) -> list[str]:
+    """Lists what an image suffix marks as an image in a folder and the folders below it.
+
+    Whatever bears such a suffix is listed, be it a file or not: what cannot be read shall be on record.
+    Links to folders are followed.
+
+    Args:
+        folder: Where to look.
+
+    Returns:
+        Paths relative to the folder, with forward slashes, sorted.
+
+    Raises:
+        DataError: If a folder cannot be listed, or no name has an image suffix.
+    """
+    names = sorted(_walk(str(folder), "", ()))
+    if not names:
+        raise DataError(
+            f"{folder} holds no image: no name below it ends in .jpg, .png or another image suffix; for tar "
+            f"files write {folder}/*.tar"
+        )
+    return names
+
+
+def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    try:
+        with os.scandir(folder) as found:
+            entries = list(found)
+            status = os.stat(folder)  # noqa: PTH116
+    except OSError as error:
+        raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); mend that") from error
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:  # a link to a folder that it lies in
+        return
+    for entry in entries:
+        if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
+            yield prefix + entry.name
+        if _is_folder(entry):
+            yield from _walk(entry.path, f"{prefix}{entry.name}/", (*above, identity))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads back to itself
+        return False

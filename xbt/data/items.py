@@ -1,0 +1,151 @@
+"""What a job embeds: items with ids, in parts that can be read from anywhere on."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from xbt.data.image_text_pairs import Rejected
+from xbt.images import ImageSource
+
+
+class Item(NamedTuple):
+    """One image or text.
+
+    Attributes:
+        id: Its name, unique in its source.
+        value: The undecoded image, or the text.
+        metadata: One value for each of its part's columns.
+    """
+
+    id: str
+    value: ImageSource
+    metadata: dict[str, str]
+
+
+Entry = Item | Rejected
+"""An item, or one that is known to be unusable before anything is decoded."""
+
+
+class Part(ABC):
+    """A sequence of entries that is the same whenever it is read.
+
+    Attributes:
+        name: Names it within its source.
+        length: Its number of entries, or ``None`` for a stream, whose end is only known when it is reached.
+        columns: Names of the items' metadata.
+    """
+
+    name: str
+    length: int | None = None
+    columns: tuple[str, ...] = ()
+
+    @abstractmethod
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """Reads entries ``start`` to ``stop`` (or the end) in order, without decoding what comes before."""
+
+    def digest(self) -> str:
+        """SHA-256 that tells this part from others: of its ids (and texts), or of a stream's name."""
+        return hashlib.sha256(self.name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True)
+class ItemSource:
+    """Everything that a job embeds.
+
+    Attributes:
+        name: What to call it in messages.
+        modality: ``"image"`` or ``"text"``.
+        parts: One part with a length, or any number of streams.
+    """
+
+    name: str
+    modality: Literal["image", "text"]
+    parts: Sequence[Part]
+
+    @property
+    def length(self) -> int | None:
+        """Number of entries, or ``None`` where it cannot be known beforehand."""
+        lengths = [part.length for part in self.parts]
+        return None if None in lengths else sum(length or 0 for length in lengths)
+
+    def digest(self) -> str:
+        """SHA-256 over all parts in their order."""
+        return hashlib.sha256("".join(part.digest() for part in self.parts).encode()).hexdigest()
+
+
+class ListedImages(Part):
+    """Images that can be read in any order: files, rows of a data set, an array."""
+
+    def __init__(self, ids: Sequence[str], images: Sequence[ImageSource]) -> None:
+        """Keeps the lists.
+
+        Args:
+            ids: One unique name per image.
+            images: One path, PIL image or encoded image each; indexed only when it is its turn. If the first
+                is a path, all must be, and they become the column ``image_path``.
+        """
+        self.name = "images"
+        self.length = len(ids)
+        self.columns = ("image_path",) if len(ids) and isinstance(images[0], str) else ()
+        self._ids, self._images = ids, images
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """Reads images ``start`` to ``stop`` undecoded."""
+        for row in range(*slice(start, stop).indices(len(self._ids))):
+            image = self._images[row]
+            path = readable(image) if isinstance(image, str) else ""
+            metadata = {"image_path": path} if self.columns else {}
+            yield Item(readable(self._ids[row]), image, metadata)
+
+    def digest(self) -> str:
+        """SHA-256 of the ids in their order."""
+        return _digest(self._ids)
+
+
+class ListedTexts(Part):
+    """Texts in memory. Blank ones and those that are not valid Unicode are on record as rejected."""
+
+    columns = ("caption",)
+
+    def __init__(self, ids: Sequence[str], texts: Sequence[str | None]) -> None:
+        """Keeps n ids and n texts; ``None`` stands for a text that the source does not have."""
+        self.name = "texts"
+        self.length = len(ids)
+        self._ids, self._texts = ids, texts
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """Reads texts ``start`` to ``stop``, stripped."""
+        for row in range(*slice(start, stop).indices(len(self._ids))):
+            yield text_entry(self._ids[row], self._texts[row])
+
+    def digest(self) -> str:
+        """SHA-256 of the ids and texts in their order."""
+        return _digest(self._ids, [text or "" for text in self._texts])
+
+
+def text_entry(name: str, text: str | None) -> Entry:
+    """A caption as an item, or the reason why it is none."""
+    told = (text or "").strip()
+    if not told:
+        return Rejected(readable(name), "the caption is blank")
+    if readable(told) != told:
+        return Rejected(readable(name), f"the caption is not valid Unicode: {readable(told)!r}")
+    return Item(readable(name), told, {"caption": told})
+
+
+def readable(text: str) -> str:
+    """The text in valid Unicode: half surrogates, as in file names that are not UTF-8, are spelled out."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _digest(*columns: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for column in columns:
+        for text in column:
+            digest.update(text.encode("utf-8", "surrogatepass"))
+            digest.update(b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,186 @@
+"""WebDataset tars, read in stream mode from local files and from any URL that fsspec opens.
+
+In a WebDataset the files that share a name up to the first dot of its last component are one sample, and
+stand side by side: ``000017.jpg``, ``000017.txt``, ``000017.json``.
+"""
+
+from __future__ import annotations
+
+import lzma
+import posixpath
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Literal, NamedTuple
+
+import fsspec  # type: ignore[import-untyped]
+
+from xbt.data.image_folder import IMAGE_SUFFIXES
+from xbt.data.image_text_pairs import Rejected
+from xbt.data.items import Entry, Item, Part, readable, text_entry
+from xbt.errors import DataError
+
+_KEY = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)", re.DOTALL)
+# tarfile also lets through what parsing a damaged header raises.
+_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError)
+_LARGEST = 1 << 30
+_BLOCK = 1 << 20
+
+
+class TarImages(Part):
+    """The images of one tar, as a stream of their encoded bytes.
+
+    A sample without an image, a second image of a sample, a member that cannot be read and a damaged end of
+    the tar each become an entry on record.
+    """
+
+    columns = ("image_path",)
+
+    def __init__(self, url: str, name: str) -> None:
+        """Keeps the path or URL, and the name that ids begin with."""
+        self.url, self.name = url, name
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """Reads entries ``start`` to ``stop``; of what comes before, only the headers are looked at."""
+        return islice(_until_damage(self.url, self.name, self._entries(start)), start, stop)
+
+    def _entries(self, start: int) -> Iterator[Entry]:
+        for position, sample in enumerate(_samples(self.url, "image")):
+            name = readable(f"{self.name}/{sample.key}")
+            if sample.fault is not None:
+                yield Rejected(name, sample.fault)
+            elif position < start:
+                yield Item(name, b"", {})  # left out by read(); its bytes are not even fetched
+            else:
+                yield Item(
+                    name, sample.read(), {"image_path": f"tar://{readable(sample.member)}::{self.url}"}
+                )
+
+
+class TarCaptions(Part):
+    """The captions of one tar: every line of a sample's ``.txt`` is one, as CLIP_benchmark writes them."""
+
+    columns = ("caption",)
+
+    def __init__(self, url: str, name: str) -> None:
+        """Keeps the path or URL, and the name that ids begin with."""
+        self.url, self.name = url, name
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """Reads entries ``start`` to ``stop``."""
+        return islice(_until_damage(self.url, self.name, self._entries()), start, stop)
+
+    def _entries(self) -> Iterator[Entry]:
+        for sample in _samples(self.url, "caption"):
+            name = readable(f"{self.name}/{sample.key}")
+            if sample.fault is not None:
+                yield Rejected(name, sample.fault)
+                continue
+            lines = sample.read().decode("utf-8", "surrogateescape").splitlines()
+            for number, line in enumerate(lines or [""]):
+                yield text_entry(f"{name}#{number}", line)
+
+
+class _Sample(NamedTuple):
+    key: str
+    member: str
+    fault: str | None
+    read: Callable[[], bytes]
+
+
+def _samples(url: str, kind: Literal["image", "caption"]) -> Iterator[_Sample]:
+    """Every sample once, and surplus members with their fault; bytes are read when they are asked for."""
+    missing = f"the sample holds no {kind} file"
+    seen: dict[str, int] = {}
+    with _opened(url) as archive:
+        key, found = "", True
+        for member in archive:
+            named = _KEY.fullmatch(member.name.removeprefix("./"))
+            if named is None or not member.isfile() or _is_meta(named[1]):
+                continue
+            if named[1] != key:
+                if not found:
+                    yield _faulty(key, seen, missing)
+                key, found = named[1], False
+            suffix = f".{named[2].lower()}"
+            if suffix in IMAGE_SUFFIXES if kind == "image" else suffix == ".txt":
+                found = True
+                yield _as_sample(archive, member, key, seen)
+        if not found:
+            yield _faulty(key, seen, missing)
+
+
+def _as_sample(archive: tarfile.TarFile, member: tarfile.TarInfo, key: str, seen: dict[str, int]) -> _Sample:
+    if key in seen:
+        return _faulty(
+            key, seen, f"{member.name} has the key of an earlier sample in its tar; keys are unique"
+        )
+    if member.size > _LARGEST:
+        return _faulty(key, seen, f"{member.name} has {member.size} bytes, which no image or caption needs")
+    seen[key] = 1
+
+    def read() -> bytes:
+        file = archive.extractfile(member)
+        return file.read() if file is not None else b""
+
+    return _Sample(key, member.name, None, read)
+
+
+def _faulty(key: str, seen: dict[str, int], fault: str) -> _Sample:
+    # The second of a name gets a name of its own: every entry is on record once.
+    seen[key] = seen.get(key, 0) + 1
+    own = key if seen[key] == 1 else f"{key}#{seen[key]}"
+    return _Sample(own, "", fault, bytes)
+
+
+def _is_meta(name: str) -> bool:
+    base = posixpath.basename(name)
+    return base.startswith("__") and base.endswith("__")
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A header whose damage is an error: tarfile itself takes it for the end, and drops what follows."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictHeader:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the mark at the end, as it should be
+                raise
+            raise tarfile.ReadError(f"{error} after {archive.offset} bytes") from error
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[tarfile.TarFile]:
+    with (
+        fsspec.open(url, "rb") as file,
+        tarfile.open(fileobj=file, mode="r|*", bufsize=_BLOCK, tarinfo=_StrictHeader) as archive,
+    ):
+        yield archive
+
+
+def _until_damage(url: str, name: str, entries: Iterator[Entry]) -> Iterator[Entry]:
+    """The entries, and one more on record if the tar cannot be read to its end.
+
+    Raises:
+        DataError: If it is not the tar that is at fault but the way to it, such as a network.
+    """
+    count = 0
+    try:
+        for entry in entries:
+            yield entry
+            count += 1
+    except (*_DAMAGE, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        yield Rejected(name, f"{url} cannot be read beyond its first {count} samples ({_one_line(error)})")
+    except Exception as error:
+        raise DataError(
+            f"{url} cannot be read any more ({_one_line(error)}); mend that and run the same command again"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
