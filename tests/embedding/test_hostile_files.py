@@ -1,0 +1,51 @@
+"""A hundred hostile files among good ones: each is embedded or on record, and none does any harm."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from jobs import config, on_record
+from pictures import write_hostile_files
+
+from xbt.embedding import embed
+
+
+@pytest.mark.timeout(60)  # a FIFO that is opened waits for ever
+def test_a_hundred_hostile_files_among_good_ones(spec, encoder, folder, tmp_path, capfd):
+    usable = write_hostile_files(folder)
+    plain = [f"{number // 10}/{number:03d}.png" for number in range(47)]
+    out = tmp_path / "out"
+    store = embed(config(spec, out, folder))
+    rejected, notes = on_record(out, "rejected.jsonl"), on_record(out, "notes.jsonl")
+
+    names = [*plain, *usable]
+    by_id = {name.encode("utf-8", "backslashreplace").decode(): name for name in names}
+    assert sorted(store.ids) == sorted(by_id)
+    paths = [folder / by_id[each] for each in store.ids]
+    assert np.abs(store.read() - encoder.encode_images(paths).numpy()).max() <= 1e-6
+    # Every file is in the store or on record, and none is both.
+    every = [path for path in folder.rglob("*") if path.suffix.lower() != ""]
+    assert len(every) == 147
+    assert len(rejected) == len({each["id"] for each in rejected}) == 147 - len(store)
+    assert not {each["id"] for each in rejected} & set(store.ids)
+    reasons = {each["id"]: each["reason"] for each in rejected}
+    assert all(reasons.values())
+    for name, words in {
+        "pipe.jpg": "it is a pipe",
+        "folder.jpg": "it is a directory",
+        "dangling.jpg": "does not exist",
+        "empty.jpg": "zero bytes",
+        "small_bomb.png": "more than the 89478485 that are accepted",
+        "thin.png": "must not exceed 100 times",
+        "deep_gray.png": "more than 8 bits per pixel",
+        "svg.jpg": "in no format that Pillow reads",
+        "cut_20.jpg": "truncated",
+    }.items():
+        assert words in reasons[name], reasons[name]
+    told = {each["id"]: each["note"] for each in notes}
+    assert told.keys() <= set(store.ids)
+    assert told["cmyk.jpg"] == "CMYK converted to RGB"
+    assert "first of 2 frames" in told["animated.webp"]
+    assert "UPPER.JPG" not in told
+    assert "Warning" not in capfd.readouterr().err
+    store.verify()

@@ -1,0 +1,282 @@
+"""Several processes that share a job, are killed at random moments, and fail together."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import numpy as np
+import pytest
+import tiny
+from forked import Launcher
+from jobs import files, on_record
+from pictures import SCENES, write_tar
+
+from xbt.data import CaptionSource, read_captions
+from xbt.encoders import load_encoder
+from xbt.store import EmbeddingStore
+
+IMAGES = 240
+
+
+@pytest.fixture(scope="module")
+def launcher():
+    with Launcher() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A model, a folder of images and the same images in tars, with a bad one here and there."""
+    root = tmp_path_factory.mktemp("data")
+    tiny.tiny_open_clip(root / "model", context_length=77)
+    (root / "photos").mkdir()
+    for number in range(IMAGES):
+        SCENES.image(number % 64).save(root / f"photos/{number:03d}.png")
+    for number in (17, 90, IMAGES - 1):
+        (root / f"photos/{number:03d}.png").write_bytes(b"no image")
+    SCENES.image(3).convert("CMYK").save(root / "photos/003.png", "JPEG")
+    for number, count in enumerate((64, 31, 50, 40)):
+        write_tar(root / f"{number}.tar", 0, count)
+    whole = (root / "3.tar").read_bytes()
+    (root / "3.tar").write_bytes(whole[: len(whole) * 2 // 3])
+    return root
+
+
+def arguments(data, out, kind="photos", **options):
+    source = {
+        "photos": ["--images.source", str(data / "photos")],
+        "tars": ["--images.source", f"{data}/{{0..3}}.tar"],
+        "captions": ["--captions.source", "scenes", "--captions.limit", "300"],
+    }[kind]
+    # Without workers of its own, so that limits and kills meet the process that writes.
+    options = {"shard_size": 12, "batch_size": 1, "dtype": "float32", "num_workers": 0, **options}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return ["--encoder", f"open_clip:local-dir:{data / 'model'}", "--output_dir", str(out), *source, *flags]
+
+
+@pytest.fixture(scope="module")
+def whole(launcher, data):
+    """Uninterrupted jobs by kind, made when they are asked for."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            out = data / f"whole_{kind}"
+            job = launcher.start(arguments(data, out, kind), data / f"{kind}.log")
+            assert job.wait() == [0], job.said
+            made[kind] = out
+        return made[kind]
+
+    return get
+
+
+def assert_same(out, whole):
+    store, expected = EmbeddingStore.open(out), EmbeddingStore.open(whole)
+    store.verify()
+    assert store.ids == expected.ids
+    assert np.abs(store.read() - expected.read()).max() <= 1e-6
+    for name in ("rejected.jsonl", "notes.jsonl"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert files(out).keys() == files(whole).keys()  # nothing half-written is left lying about
+
+
+@pytest.mark.parametrize("kind", ["photos", "tars", "captions"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_work(launcher, data, whole, tmp_path, kind, world):
+    job = launcher.start(arguments(data, tmp_path / "out", kind), tmp_path / "log", world)
+    assert job.wait() == [0] * world, job.said
+    assert_same(tmp_path / "out", whole(kind))
+    assert job.said.count("embedded ") == 1
+    assert f"process 1 of {world}" in job.said
+
+
+def test_the_reference_is_right(data, whole):
+    store = EmbeddingStore.open(whole("photos"))
+    encoder = load_encoder(f"open_clip:local-dir:{data / 'model'}")
+    paths = [data / "photos" / name for name in store.ids]
+    assert len(store) == IMAGES - 3
+    assert np.abs(store.read() - encoder.encode_images(paths).numpy()).max() <= 1e-6
+    rejected = [each["id"] for each in on_record(store.path, "rejected.jsonl")]
+    assert rejected == ["017.png", "090.png", "239.png"]
+    assert on_record(store.path, "notes.jsonl") == [{"id": "003.png", "note": "CMYK converted to RGB"}]
+    captions = EmbeddingStore.open(whole("captions"))
+    told = read_captions(CaptionSource("scenes", limit=300))
+    assert np.abs(captions.read() - encoder.encode_texts(told).numpy()).max() <= 1e-6
+
+
+def durations(launcher, data, kind, folder):
+    """Seconds that a job takes by its number of processes, from its start to its end."""
+    taken = {}
+    for world in (1, 2, 3):
+        began = time.monotonic()
+        job = launcher.start(arguments(data, folder / f"timed_{world}", kind), folder / "timed.log", world)
+        assert job.wait() == [0] * world, job.said
+        taken[world] = time.monotonic() - began
+    return taken
+
+
+def kill_and_continue(launcher, data, whole, kind, folder, kills, seed):
+    """Kills jobs at moments spread over their duration, continues each to its end and compares.
+
+    Every second continuation is killed as well. Only kills that met a living process count: on a noisy
+    machine a job may be done sooner than it was before. Returns how many shards were committed at each kill.
+    """
+    draw = random.Random(seed)
+    expected, taken = whole(kind), durations(launcher, data, kind, folder)
+    met, tries = [], 0
+    while len(met) < kills:
+        out = folder / f"out_{tries}"
+        for _ in range(1 + len(met) % 2):
+            world = draw.choice((1, 2, 3))
+            # Sevenths of the job's duration in turn, so that few kills already meet all of its stages.
+            seventh = (3, 5, 1, 6, 4, 2, 0)[tries % 7]
+            moment = (seventh + draw.random()) / 7 * taken[world]
+            job = launcher.start(arguments(data, out, kind), folder / "log", world)
+            time.sleep(moment)
+            alive = any(status == -9 for status in job.kill())
+            tries += 1
+            if not alive:
+                taken[world] *= 0.9
+            elif len(met) < kills:
+                met.append(len(list(out.glob("in_progress/[0-9]*.json"))))
+        world = draw.choice((1, 2, 3))
+        job = launcher.start(arguments(data, out, kind), folder / "log", world)
+        assert job.wait() == [0] * world, job.said
+        assert_same(out, expected)
+        assert tries < 4 * kills, f"only {len(met)} of {tries} kills met a living process"
+    return met
+
+
+def test_killed_at_three_moments(launcher, data, whole, tmp_path):
+    assert len(kill_and_continue(launcher, data, whole, "photos", tmp_path, 3, seed=2)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["photos", "tars"])
+def test_killed_at_twenty_moments(launcher, data, whole, tmp_path, kind):
+    met = kill_and_continue(launcher, data, whole, kind, tmp_path, 20, seed=0)
+    assert len(met) == 20
+    shards = len(EmbeddingStore.open(whole(kind)).shards)
+    assert sum(0 < committed < shards for committed in met) >= 3, met
+
+
+def renames(launcher, data, folder):
+    """How many files a job of three shards renames into place."""
+    number = 0
+    while True:
+        job = launcher.start(
+            _small(data, folder / f"out_{number}"), folder / "log", kill_before_rename=number
+        )
+        if job.wait() == [0]:
+            return number
+        number += 1
+
+
+def _small(data, out):
+    options = {"images.limit": 30, "shard_size": 10, "batch_size": 10}
+    return arguments(data, out, "photos", **options)
+
+
+@pytest.mark.slow
+def test_killed_between_any_two_files(launcher, data, tmp_path):
+    """Files come into being by being renamed: a job is killed before each of them, and continued."""
+    job = launcher.start(_small(data, tmp_path / "whole"), tmp_path / "log")
+    assert job.wait() == [0], job.said
+    count = renames(launcher, data, tmp_path)
+    assert count >= 15
+    for number in range(count):
+        job = launcher.start(_small(data, tmp_path / f"out_{number}"), tmp_path / "log")
+        assert job.wait() == [0], job.said
+        assert_same(tmp_path / f"out_{number}", tmp_path / "whole")
+
+
+def test_killed_while_it_finishes(launcher, data, tmp_path):
+    """The shards are all there; the lists, the manifest and the tidying up are not."""
+    job = launcher.start(_small(data, tmp_path / "whole"), tmp_path / "log")
+    assert job.wait() == [0], job.said
+    for number in (13, 14, 15, 16):
+        out = tmp_path / f"out_{number}"
+        job = launcher.start(_small(data, out), tmp_path / "log", kill_before_rename=number)
+        assert job.wait() == [-9], job.said
+        assert len(list(out.glob("in_progress/[0-9]*.json"))) == 3
+        assert not (out / "manifest.json").exists()
+        assert launcher.start(_small(data, out), tmp_path / "log").wait() == [0]
+        assert_same(out, tmp_path / "whole")
+
+
+def test_continued_at_once_after_a_kill(launcher, data, whole, tmp_path):
+    """Decoding workers outlive their killed job for seconds, and must not hold its lock."""
+    flags = arguments(data, tmp_path / "out", num_workers=2)
+    job = launcher.start(flags, tmp_path / "log")
+    while not list((tmp_path / "out").glob("in_progress/[0-9]*.json")):
+        time.sleep(0.005)
+    assert job.kill() == [-9]
+    again = launcher.start(flags, tmp_path / "log2")
+    assert again.wait() == [0], again.said
+    assert_same(tmp_path / "out", whole("photos"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_fails_ends_the_others(launcher, data, whole, tmp_path, rank):
+    job = launcher.start(
+        arguments(data, tmp_path / "out"), tmp_path / "log", world=2, fail_rank=rank, fail_after=1
+    )
+    began = time.monotonic()
+    statuses = job.wait(30)
+    assert time.monotonic() - began < 20
+    assert None not in statuses
+    assert statuses[rank] == 1  # its traceback, for it is a bug
+    assert statuses[1 - rank] != 0
+    assert "RuntimeError: a bug" in job.said
+    done = len(list((tmp_path / "out").glob("in_progress/[0-9]*.json")))
+    assert 1 <= done < 19  # the other one has not worked on to the end
+    again = launcher.start(arguments(data, tmp_path / "out"), tmp_path / "log", world=2)
+    assert again.wait() == [0, 0], again.said
+    assert_same(tmp_path / "out", whole("photos"))
+
+
+def test_a_full_disk_keeps_what_is_done(launcher, data, whole, tmp_path):
+    """The limit on a file's size stands for the disk: the system refuses to write in the same way."""
+    flags = arguments(data, tmp_path / "out", "photos", shard_size=100)
+    job = launcher.start(flags, tmp_path / "log", largest_file=100 * 16 * 4 - 1)
+    assert job.wait() == [2]
+    (line,) = [line for line in job.said.replace("\r", "\n").splitlines() if "error:" in line]
+    assert "there is no room" in line
+    assert "Traceback" not in job.said
+    # The third shard has 40 items and would have fitted, but the job ends at the first that does not.
+    assert launcher.start(flags, tmp_path / "log2").wait() == [0]
+    reference = EmbeddingStore.open(whole("photos"))
+    store = EmbeddingStore.open(tmp_path / "out")
+    assert store.ids == reference.ids
+    assert np.abs(store.read() - reference.read()).max() <= 1e-6
+
+
+def test_processes_that_see_other_items_do_not_begin(launcher, data, tmp_path):
+    for rank in (0, 1):
+        (tmp_path / f"photos_{rank}").mkdir()
+        SCENES.image(rank).save(tmp_path / f"photos_{rank}/{rank}.png")
+    flags = arguments(data, tmp_path / "out")
+    flags[flags.index("--images.source") + 1] = str(tmp_path / "photos_RANK")
+    job = launcher.start(flags, tmp_path / "log", world=2)
+    assert job.wait(30) == [2, 2]
+    assert "process 1 finds other items in" in job.said
+    assert "Traceback" not in job.said
+
+
+def test_an_error_of_one_process_is_told_by_the_main_one(launcher, data, tmp_path):
+    (tmp_path / "photos_0").mkdir()
+    SCENES.image(0).save(tmp_path / "photos_0/0.png")
+    flags = arguments(data, tmp_path / "out")
+    flags[flags.index("--images.source") + 1] = str(tmp_path / "photos_RANK")
+    job = launcher.start(flags, tmp_path / "log", world=2)
+    assert job.wait(30) == [2, 2]
+    assert f"error: {tmp_path}/photos_1 does not exist" in job.said
+
+
+def test_more_processes_than_parts(launcher, data, tmp_path):
+    flags = arguments(data, tmp_path / "out", "tars")
+    flags[flags.index("--images.source") + 1] = str(data / "1.tar")
+    job = launcher.start(flags, tmp_path / "log", world=3)
+    assert job.wait() == [0, 0, 0], job.said
+    assert len(EmbeddingStore.open(tmp_path / "out")) == 31

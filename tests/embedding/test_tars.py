@@ -1,0 +1,155 @@
+"""WebDataset tars: samples, ids and resuming, and what a damaged tar leaves on record."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+
+import fsspec
+import pytest
+from entries import entries, ids, picture, samples, value, write_tar
+
+from xbt.data import CaptionSource
+from xbt.data.image_collection import ImageCollection, open_captions, open_images
+from xbt.data.image_text_pairs import Rejected
+from xbt.data.items import Item
+from xbt.data.tar_files import find_tars
+from xbt.errors import DataError
+
+
+def test_tars_give_images_and_captions(tmp_path):
+    write_tar(tmp_path / "a/000.tar", samples(3))
+    write_tar(tmp_path / "b/001.tar", samples(2, first=3))
+    for pattern in (f"{tmp_path}/*/*.tar", f"{tmp_path}/{{a/000,b/001}}.tar", f"file://{tmp_path}/*/*.tar"):
+        source = open_images(ImageCollection(pattern))
+        found = [item for part in range(2) for item in entries(source, part)]
+        assert ids(found) == ["a/000/0000", "a/000/0001", "a/000/0002", "b/001/0003", "b/001/0004"]
+        assert [value(item) for item in found] == [picture(number) for number in range(5)]
+        assert entries(source, 0, start=2) == found[2:3]
+        assert entries(source, 0, start=1, stop=2) == found[1:2]
+    with fsspec.open(found[1].metadata["image_path"]) as file:  # the address leads back to the image
+        assert file.read() == picture(1)
+    captions = entries(open_captions(CaptionSource(f"{tmp_path}/a/000.tar")))
+    assert ids(captions)[:3] == ["000/0000#0", "000/0000#1", "000/0001#0"]
+    assert captions[1].value == "a cat"
+
+
+def test_brace_patterns():
+    with pytest.raises(DataError, match="there is no such tar file"):
+        find_tars("/nowhere/{08..11}.tar")
+    from xbt.data.tar_files import _expand_braces
+
+    assert _expand_braces("{08..11}.tar") == ["08.tar", "09.tar", "10.tar", "11.tar"]
+    assert _expand_braces("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+def test_a_cut_tar_ends_with_a_record(tmp_path, mode):
+    suffix = {"w": "tar", "w:gz": "tar.gz", "w:xz": "tar.xz"}[mode]
+    noise = [(f"{n:04d}.png", os.urandom(3000)) for n in range(20)]
+    whole = write_tar(tmp_path / f"whole.{suffix}", noise, mode).read_bytes()
+    cut = tmp_path / f"cut.{suffix}"
+    for part in (0.05, 0.3, 0.5, 0.7, 0.85):
+        cut.write_bytes(whole[: int(len(whole) * part)])
+        found = entries(open_images(ImageCollection(str(cut))))
+        good = [(item.id, item.value) for item in found[:-1]]
+        assert good == [(f"cut/{name[:4]}", content) for name, content in noise[: len(good)]]
+        assert isinstance(found[-1], Rejected)
+        assert found[-1].id == "cut"
+        assert f"cannot be read beyond its first {len(good)} samples" in found[-1].reason
+        for start in range(len(found)):
+            assert entries(open_images(ImageCollection(str(cut))), start=start) == found[start:]
+    assert len(good) > 10
+
+
+def test_a_tar_cut_between_two_members_is_noticed(tmp_path):
+    """tarfile itself takes this for the end."""
+    with tarfile.open(write_tar(tmp_path / "a.tar", samples(4))) as archive:
+        offset = archive.getmember("0002.png").offset
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:offset])
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        assert len(archive.getnames()) == 4
+    *good, last = entries(open_images(ImageCollection(str(tmp_path / "a.tar"))))
+    assert ids(good) == ["a/0000", "a/0001"]
+    assert "beyond its first 2 samples" in last.reason
+
+
+def test_a_damaged_header_in_the_middle(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(4))
+    with tarfile.open(path) as archive:
+        offset = archive.getmember("0002.png").offset
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 300] = b"\xee" * 300
+    path.write_bytes(data)
+    *good, last = entries(open_images(ImageCollection(str(path))))
+    assert (ids(good), last.id) == (["a/0000", "a/0001"], "a")
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 100, bytes(100), b"\x1f\x8b\x08junk"])
+def test_what_is_no_tar_is_on_record(tmp_path, content):
+    (tmp_path / "x.tar").write_bytes(content)
+    (entry,) = entries(open_images(ImageCollection(str(tmp_path / "x.tar"))))
+    assert entry.id == "x"
+    assert "cannot be read beyond its first 0 samples" in entry.reason
+
+
+def test_an_empty_tar_has_nothing_to_tell(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [])
+    assert entries(open_images(ImageCollection(str(path)))) == []
+
+
+def test_a_missing_tar_among_others_is_on_record(tmp_path):
+    write_tar(tmp_path / "1.tar", samples(1))
+    source = open_images(ImageCollection(f"{tmp_path}/{{0..1}}.tar"))
+    (missing,) = entries(source, 0)
+    assert missing.id == "0"
+    assert len(entries(source, 1)) == 1
+    (tmp_path / "2.tar").mkdir()
+    (folder,) = entries(open_images(ImageCollection(f"{tmp_path}/{{1..2}}.tar")), 1)
+    assert "IsADirectoryError" in folder.reason
+
+
+def test_odd_samples(tmp_path):
+    members = [
+        ("a.png", picture(0)),
+        ("a.json", b"{}"),
+        ("b.txt", b"no image"),
+        ("c.png", picture(1)),
+        ("c.jpg", picture(2)),  # a second image of one sample
+        ("d.seg.png", picture(3)),  # its suffix is seg.png
+        ("a.png", picture(4)),  # the key again
+        ("x/e.PNG", picture(5)),
+        ("__meta__.json", b"{}"),
+        (".f.png", picture(6)),
+    ]
+    found = entries(open_images(ImageCollection(str(write_tar(tmp_path / "t.tar", members)))))
+    assert [(entry.id, isinstance(entry, Item)) for entry in found] == [
+        ("t/a", True), ("t/b", False), ("t/c", True), ("t/c#2", False), ("t/d", False), ("t/a#2", False),
+        ("t/x/e", True),
+    ]  # fmt: skip
+    assert len(set(ids(found))) == len(found)
+    assert "the sample holds no image file" in found[1].reason
+    assert "has the key of an earlier sample" in found[3].reason
+
+
+def test_a_network_that_fails_stops_the_job(tmp_path, monkeypatch):
+    """Were it put on record, an hour without network would cost the rest of every tar."""
+    path = write_tar(tmp_path / "a.tar", samples(4))
+    source = open_images(ImageCollection(str(path)))
+
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() > 2000:
+                raise ConnectionResetError("connection reset by peer")
+            return super().read(min(size, 512) if size > 0 else 512)
+
+    monkeypatch.setattr(fsspec, "open", lambda *arguments: Failing(path.read_bytes()))
+    with pytest.raises(DataError, match=r"a\.tar cannot be read any more .*run the same command again"):
+        entries(source)
+
+
+def test_the_same_tar_twice_is_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", samples(1))
+    with pytest.raises(DataError, match="the tar file a is named twice"):
+        open_images(ImageCollection(f"{tmp_path}/{{a,a}}.tar"))

@@ -1,0 +1,126 @@
+"""What a job makes sure of before it begins, so that nothing can go wrong late that could be known early."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+
+from xbt.data.items import ItemSource
+from xbt.embedding.records import NOTES, REJECTED
+from xbt.errors import ConfigError, DataError
+from xbt.store import StoreBuilder
+from xbt.store.files import write_record
+from xbt.store.layout import read_record
+
+_JOB = "job.json"
+_STORE = ("manifest.json", "extra.jsonl", "in_progress", "img_emb", "text_emb", "metadata")
+
+
+def describe(source: ItemSource, shard_size: int) -> dict[str, Any]:
+    """What makes a job this one and no other: recorded beside its store."""
+    return {
+        "source": source.name,
+        "parts": len(source.parts),
+        "items": source.length,
+        "digest": source.digest(),
+        "shard_size": shard_size,
+    }
+
+
+def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> None:
+    """Records the job in a new directory, and recognises it in an old one.
+
+    Raises:
+        ConfigError: If it was begun with another shard size.
+        DataError: If its source has changed since, or no job has left what is there.
+    """
+    recorded = path / _JOB
+    if not recorded.is_file():
+        if builder.committed():
+            raise DataError(
+                f"{path} holds vectors that no embedding job has left there; choose another directory"
+            )
+        write_record(recorded, job)
+        return
+    there = read_record(recorded)
+    if there.get("shard_size") != job["shard_size"]:
+        raise ConfigError(
+            f"{path} was begun with shard_size {there.get('shard_size')}, and now it is {job['shard_size']}; "
+            "go on as it was begun, or choose another directory"
+        )
+    if there.get("digest") != job["digest"]:
+        raise DataError(
+            f"{job['source']} has changed since {path} was begun ({_count(there)} then, {_count(job)} now, "
+            "or others in their place); choose another directory, or pass --overwrite true to start afresh"
+        )
+
+
+def _count(job: dict[str, Any]) -> str:
+    return f"{job.get('items')} items" if job.get("items") is not None else f"{job.get('parts')} parts"
+
+
+def require_same_source(rank: int, job: dict[str, Any], agreed: dict[str, Any]) -> None:
+    """Refuses to share work between processes that find different items.
+
+    Raises:
+        DataError: If this process's job is not the main one's.
+    """
+    if job["digest"] != agreed["digest"]:
+        raise DataError(
+            f"process {rank} finds other items in {job['source']} ({_count(job)}) than the main process "
+            f"({_count(agreed)}); give all processes the same files"
+        )
+
+
+def require_writable(path: Path) -> None:
+    """Makes the directory and tries to write into it.
+
+    Raises:
+        ConfigError: If that fails.
+    """
+    # Asked before a model is loaded, and without leaving a trace of a job that may yet turn out wrong.
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output_dir {path} cannot be written: {error.strerror}") from error
+
+
+def require_room(path: Path, entries: int | None, dim: int, dtype: str) -> None:
+    """Compares what the vectors will take with the free space.
+
+    Args:
+        path: The job's directory.
+        entries: How many vectors there will be at most; ``None`` if that cannot be known.
+        dim: Their dimension.
+        dtype: On disk.
+
+    Raises:
+        ConfigError: If they cannot fit.
+    """
+    needed = (entries or 0) * dim * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise ConfigError(
+            f"{entries} vectors of {dim} {dtype} need {needed / 1e9:.3g} GB, but {path} has only "
+            f"{free / 1e9:.3g} GB free; make room, or choose another directory"
+        )
+
+
+def clear(path: Path) -> None:
+    """Removes what an earlier job left in its directory; vectors that no job has left there stay."""
+    begun = (path / "in_progress").is_dir() and not (path / "manifest.json").exists()
+    if not begun and not (path / _JOB).is_file():
+        return
+    # The manifest first, since without it nothing passes for a store, and last what says that it is ours.
+    for name in (*_STORE, REJECTED, NOTES, _JOB):
+        found = path / name
+        if found.is_dir():
+            shutil.rmtree(found)
+        else:
+            found.unlink(missing_ok=True)

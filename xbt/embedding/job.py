@@ -1,0 +1,206 @@
+"""The job that turns images or captions into a store: in many processes, resumable, every item on record."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xbt.data.items import ItemSource, ListedTexts
+from xbt.embedding.checks import (
+    clear,
+    describe,
+    require_room,
+    require_same_job,
+    require_same_source,
+    require_writable,
+)
+from xbt.embedding.config import MAY_CHANGE, EmbedConfig
+from xbt.embedding.processes import Team, cores_per_process, start_processes
+from xbt.embedding.records import REJECTED, write_records
+from xbt.embedding.shards import ShardPlan, Task
+from xbt.embedding.work import embed_tasks
+from xbt.encoders import DualEncoder, load_encoder
+from xbt.errors import DataError
+from xbt.run_dir import RunDirectory
+from xbt.store import EmbeddingStore, StoreBuilder
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """How a source becomes a store.
+
+    Attributes:
+        shard_size: Entries of the source per shard.
+        batch_size: Items per forward pass.
+        dtype: ``"float16"`` or ``"float32"``, on disk.
+        num_workers: Decoding processes; ``None`` chooses.
+    """
+
+    shard_size: int = 10_000
+    batch_size: int = 256
+    dtype: str = "float16"
+    num_workers: int | None = None
+
+
+def embed(config: EmbedConfig) -> EmbeddingStore:
+    """Embeds images or captions into a store.
+
+    Every process that ``accelerate launch`` or ``torchrun`` started calls this. Shards are written one by
+    one; a job that was killed or ran out of disk continues where it was when the same command is given again,
+    with any number of processes, and ends with the store of one that was not.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        The finished store, open in every process.
+
+    Raises:
+        XbtError: If a setting, the source, the encoder or the directory cannot be used, or the encoder gives
+            NaN. Images that cannot be decoded are no error; they are listed in ``rejected.jsonl``.
+    """
+    path = Path(config.output_dir)
+    team = Team(start_processes(), path)
+    run = team.together(lambda: RunDirectory(path, config, config.overwrite, MAY_CHANGE))
+    source = team.together(config.open_source)
+    team.main_alone(lambda: require_writable(path))
+    encoder = team.together(lambda: _load(config, team))
+
+    def prepare() -> None:
+        if config.overwrite:
+            clear(path)
+        run.prepare()
+
+    team.main_alone(prepare)
+    settings = JobSettings(config.shard_size, config.batch_size, config.dtype, config.num_workers)
+    return embed_source(team, source, encoder, path, settings)
+
+
+def embed_texts_into_store(
+    encoder: DualEncoder,
+    texts: Sequence[str],
+    ids: Sequence[str],
+    path: str | Path,
+    *,
+    shard_size: int = 10_000,
+    batch_size: int = 256,
+    dtype: str = "float16",
+    overwrite: bool = False,
+) -> EmbeddingStore:
+    """Embeds texts into a store, in all processes of the run that calls it; see :func:`embed`.
+
+    Args:
+        encoder: The encoder, in every process.
+        texts: n texts, the same in every process.
+        ids: n unique ids.
+        path: The store's directory. A finished store of the same texts is returned as it is.
+        shard_size: Texts per shard.
+        batch_size: Texts per forward pass.
+        dtype: ``"float16"`` or ``"float32"``, on disk.
+        overwrite: Drop a store of other texts that is there.
+
+    Returns:
+        The store, with the texts as column ``caption``.
+
+    Raises:
+        DataError: If ids and texts do not go together, a text is blank, or the store holds other texts.
+        SpaceMismatchError: If it holds another encoder's vectors.
+    """
+    if len(texts) != len(ids) or not len(texts):
+        raise DataError(
+            f"there are {len(texts)} texts and {len(ids)} ids; give one id a text, and at least one"
+        )
+    blank = next((name for name, text in zip(ids, texts, strict=True) if not text.strip()), None)
+    if blank is not None:
+        raise DataError(f"the text {blank!r} is blank; leave it out")
+    directory = Path(path)
+    team = Team(start_processes(), directory)
+    source = ItemSource("the texts", "text", [ListedTexts(ids, texts)])
+    if overwrite:
+        team.main_alone(lambda: clear(directory))
+    return embed_source(team, source, encoder, directory, JobSettings(shard_size, batch_size, dtype))
+
+
+def embed_source(
+    team: Team, source: ItemSource, encoder: DualEncoder, path: Path, settings: JobSettings
+) -> EmbeddingStore:
+    """Embeds a source into a store; every process calls it.
+
+    Args:
+        team: The processes.
+        source: What to embed, the same in every process.
+        encoder: With what.
+        path: The store's directory.
+        settings: How.
+
+    Returns:
+        The finished store.
+
+    Raises:
+        XbtError: See :func:`embed`.
+    """
+    plan = ShardPlan(source, settings.shard_size)
+    builder = StoreBuilder(path, modality=source.modality, space=encoder.space, dtype=settings.dtype)
+    job = describe(source, settings.shard_size)
+
+    def prepare() -> tuple[list[Task], dict[str, Any], int]:
+        builder.prepare()
+        require_same_job(path, job, builder)
+        team.clear()
+        committed = builder.committed()
+        tasks = [] if builder.finished else plan.remaining(committed)
+        require_room(path, plan.entries(tasks), encoder.dim, settings.dtype)
+        return tasks, job, sum(record.count for record in committed.values())
+
+    tasks, agreed, before = team.main_alone(prepare)
+    team.together(lambda: require_same_source(team.rank, job, agreed))
+    workers = settings.num_workers
+    if workers is None:
+        workers = _choose_workers(encoder, cores_per_process(team.state))
+    share = tasks[team.rank :: team.count]
+    began = time.monotonic()
+
+    def work() -> None:
+        with team.alarming():
+            embed_tasks(team, plan, share, encoder, builder, settings.batch_size, workers)
+        team.wait(lambda: not plan.remaining(builder.committed()))
+
+    team.together(work)
+    team.main_alone(lambda: _finish(builder, plan, time.monotonic() - began, before))
+    return team.together(lambda: EmbeddingStore.open(path))
+
+
+def _load(config: EmbedConfig, team: Team) -> DualEncoder:
+    encoder = load_encoder(config.encoder, team.state.device)
+    encoder.precision = config.precision
+    return encoder.compile_towers() if config.compile else encoder
+
+
+def _choose_workers(encoder: DualEncoder, cores: int) -> int:
+    if encoder.device.type != "cpu":
+        return min(cores, 16)
+    # On a CPU the model needs the cores itself; one process that reads ahead pays as soon as there are two.
+    return max(1, cores // 4) if cores > 1 else 0
+
+
+def _finish(builder: StoreBuilder, plan: ShardPlan, seconds: float, before: int) -> None:
+    if builder.finished:
+        print(f"{builder.path} is finished already: {len(EmbeddingStore.open(builder.path))} vectors")
+        return
+    committed = builder.committed()
+    # Before the store is declared whole: a kill in between must not lose them.
+    rejected, notes = write_records(builder.path, committed)
+    store = builder.finish(plan.names(committed))
+    made = len(store) - before
+    what = f"{plan.source.modality}s"
+    rest = f", {before} in earlier runs" if before else ""
+    print(
+        f"embedded {made} {what} in {seconds:.1f} s, {made / max(seconds, 1e-9):.1f} per second{rest}; "
+        f"rejected {rejected}, with a note {notes} → {builder.path}"
+    )
+    if not len(store):
+        warnings.warn(f"none of {rejected} {what} could be embedded; {REJECTED} says why", stacklevel=2)

@@ -1,0 +1,45 @@
+"""``rejected.jsonl`` and ``notes.jsonl``: what became of every item that was not simply embedded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from xbt.store import ShardRecord
+from xbt.store.files import write_bytes
+
+REJECTED, NOTES = "rejected.jsonl", "notes.jsonl"
+_FIELDS = {REJECTED: ("rejected", "reason"), NOTES: ("notes", "note")}
+
+
+def as_extra(rejected: Iterable[tuple[str, str]], notes: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """What a shard's record keeps of these (id, reason) and (id, note) pairs."""
+    kept = {"rejected": [list(pair) for pair in rejected], "notes": [list(pair) for pair in notes]}
+    return {name: pairs for name, pairs in kept.items() if pairs}
+
+
+def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int, int]:
+    """Gathers the two files from the records of all shards.
+
+    Args:
+        path: The job's directory.
+        committed: The records in the order of the shards.
+
+    Returns:
+        How many items were rejected and how many have a note.
+
+    Raises:
+        StoreError: If there is no room for them.
+    """
+    counts = []
+    for name, (key, word) in _FIELDS.items():
+        lines = [
+            json.dumps({"id": item, word: told}, ensure_ascii=False) + "\n"
+            for record in committed.values()
+            for item, told in record.extra.get(key, ())
+        ]
+        write_bytes(path / name, "".join(lines).encode("utf-8"))
+        counts.append(len(lines))
+    return counts[0], counts[1]
