@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from xbt.projections import Projection as Projection
     from xbt.projections import fit_projection as fit_projection
     from xbt.space import EmbeddingSpace as EmbeddingSpace
+    from xbt.store import EmbeddingStore as EmbeddingStore
 
 # Loaded at first use: `import xbt` must not cost the seconds that torch and the backends take.
 _HOMES = {
     "CompatibleEncoder": "xbt.compatible",
     "DualEncoder": "xbt.encoders",
     "EmbeddingSpace": "xbt.space",
+    "EmbeddingStore": "xbt.store",
     "Gallery": "xbt.gallery",
     "Projection": "xbt.projections",
     "SpaceMismatchError": "xbt.errors",

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
-from PIL import Image
 from torch import Tensor, nn
 
 from xbt.encoders import DualEncoder, has_lora, load_encoder, load_lora, save_lora
+from xbt.encoders.short_context import ShortContext
+from xbt.encoders.text_batches import TextTransform
 from xbt.errors import EncoderError, SpaceMismatchError
 from xbt.hub import SavedPartError, fetch, read_json
 from xbt.projections import Projection
@@ -70,7 +71,15 @@ class CompatibleEncoder(DualEncoder, ModelHubMixin, library_name="xbt", license=
         if projection.new_space is not None and not has_lora(new):
             projection.new_space.require(new.space, "the encoder given to the projection")
         self.new = new
-        super().__init__(new.name, new.module, projection.old_dim, new.context_length, new.preprocessing)
+        super().__init__(
+            new.name,
+            new.module,
+            projection.old_dim,
+            new.context_length,
+            new.preprocessing,
+            new.image_transform,
+        )
+        self.precision = new.precision
         self.projection = projection.to(new.device).eval()
 
     @property
@@ -94,20 +103,34 @@ class CompatibleEncoder(DualEncoder, ModelHubMixin, library_name="xbt", license=
         self.projection.to(device)
         return self
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """See :meth:`DualEncoder.preprocess`."""
-        return self.new.preprocess(image)
+    @property
+    def text_transform(self) -> TextTransform:
+        """See :attr:`DualEncoder.text_transform`."""
+        return self.new.text_transform
 
-    def _tokenize(self, texts: list[str]) -> tuple[Tensor, int]:
-        return self.new._tokenize(texts)
+    @property
+    def short_context(self) -> ShortContext | None:
+        """See :attr:`DualEncoder.short_context`."""
+        return self.new.short_context
+
+    def invalidate_space(self) -> None:
+        """See :meth:`DualEncoder.invalidate_space`; it is the new encoder whose weights change."""
+        self.new.invalidate_space()
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        projected: Tensor = self.projection(self.new.embed_tokens(tokens))
-        return projected
+        return self._project(self.new._embed_whole(tokens))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        projected: Tensor = self.projection(self.new.embed_pixels(pixels))
+        return self._project(self.new.embed_pixels(pixels))
+
+    def _project(self, vectors: Tensor) -> Tensor:
+        # The projection is a thousandth of the work and stays in fp32 where the towers run in bf16.
+        with torch.autocast(vectors.device.type, enabled=False):
+            projected: Tensor = self.projection(vectors)
         return projected
+
+    def _towers(self) -> list[nn.Module]:
+        return self.new._towers()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         shutil.rmtree(save_directory / LORA_DIR, ignore_errors=True)

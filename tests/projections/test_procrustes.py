@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from scipy.linalg import orthogonal_procrustes
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.projections import fit_projection, procrustes_rotation
+from xbt.projections import fit_projection, procrustes_rotation, procrustes_rotation_of_chunks
 from xbt.space import EmbeddingSpace
 
 
@@ -25,6 +27,19 @@ def test_equals_scipy_on_square_problems():
     new, old = unit_rows(200, 24), unit_rows(200, 24, 1)
     expected, _ = orthogonal_procrustes(new.double().numpy(), old.double().numpy())
     np.testing.assert_allclose(procrustes_rotation(new, old).numpy(), expected.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("borders", [(0, 200), (0, 1, 77, 200), (0, 100, 100, 200)])
+def test_pieces_of_any_size_give_what_the_whole_gives(borders):
+    new, old = unit_rows(200, 24), unit_rows(200, 24, 1)
+    expected, _ = orthogonal_procrustes(new.double().numpy(), old.double().numpy())
+    chunks = ((new[start:stop], old[start:stop]) for start, stop in pairwise(borders))
+    np.testing.assert_allclose(procrustes_rotation_of_chunks(chunks).numpy(), expected.T, atol=1e-6)
+
+
+def test_no_pieces_are_refused():
+    with pytest.raises(DataError, match="there are 0 rows"):
+        procrustes_rotation_of_chunks([])
 
 
 @pytest.mark.parametrize(("new_dim", "old_dim"), [(32, 32), (48, 32), (1024, 512), (768, 512)])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import xbt.training.lora_finetuning as stage2
 from xbt.compatible import CompatibleEncoder
-from xbt.data import PairSource, make_scenes, read_captions
+from xbt.data import PairSource, load_pairs, make_scenes, read_captions
 from xbt.encoders import LoraSettings, load_encoder
 from xbt.errors import ConfigError, DataError, EncoderError, SpaceMismatchError, TruncationWarning
 from xbt.projections import Projection, fit_projection
+from xbt.store import EmbeddingStore
 from xbt.training import LoraFinetuningConfig, TrainArgs, finetune_lora
 from xbt.training.pairs import cross_recall
 
@@ -124,6 +126,21 @@ def test_the_anchor_holds_texts_where_stage_1_put_them(models, tmp_path):
         moved = finetune_lora(config).encode_texts(texts)
         drift[weight] = 1 - (moved * start.encode_texts(texts)).sum(dim=1).mean().item()
     assert drift[30.0] < drift[0.0] / 2
+
+
+def test_anchors_are_what_stage_1_made_of_the_texts(models, tmp_path):
+    shutil.copytree(models[2], tmp_path / "p")
+    config = settings(models, tmp_path, projection=str(tmp_path / "p"))
+    train, _ = load_pairs(config.pairs).split(config.held_out, config.training.seed)
+    weights = tmp_path / "p/model.safetensors"
+    for _ in range(2):
+        finetune_lora(config)
+        stage1 = CompatibleEncoder(load_encoder(models[0]), Projection.from_pretrained(tmp_path / "p"))
+        store = EmbeddingStore.open(tmp_path / "run/anchors", space=stage1.space)
+        assert np.abs(store.read() - stage1.encode_texts(train.texts).numpy()).max() <= 1e-6
+        # Another projection in the same place has other anchors.
+        tensors = load_file(weights)
+        save_file({**tensors, "weight": tensors["weight"].flip(0).contiguous()}, weights)
 
 
 def test_projection_can_stay_fixed(models, tmp_path):

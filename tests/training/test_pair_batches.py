@@ -5,6 +5,7 @@ import torch
 
 from xbt.data import make_scenes
 from xbt.encoders import load_encoder
+from xbt.store import EmbeddingStore
 from xbt.training import pair_batches
 from xbt.training.batches import Draw
 from xbt.training.pair_batches import PairBatches
@@ -51,3 +52,30 @@ def test_pixels_are_preprocessed_once_where_they_fit(encoder, monkeypatch, room,
     for step in range(2):
         assert torch.equal(dataset.__getitems__(draws(step, range(10)))["pixels"], expected)
     assert len(count) == calls
+
+
+@pytest.mark.parametrize("room", [0, 7, 10**6])
+def test_captions_beyond_the_cache_are_tokenised_as_they_come(encoder, monkeypatch, recwarn, room):
+    pairs = make_scenes(10)
+    expected = encoder.tokenize(pairs.texts)
+    recwarn.clear()
+    monkeypatch.setattr(pair_batches, "TOKEN_CACHE_BYTES", room * encoder.context_length * 4)
+    dataset = PairBatches(pairs, encoder, seed=0, per_text={"row": torch.arange(len(pairs.texts))})
+    assert len(dataset._tokens) == min(max(room, 1), len(pairs.texts))
+    assert dataset._tokens.dtype == torch.int32
+    before = len(recwarn)
+    for step in range(5):
+        batch = dataset.__getitems__(draws(step, range(10)))
+        assert batch["tokens"].dtype == torch.int64
+        assert torch.equal(batch["tokens"], expected[batch["row"]])
+    assert len(recwarn) == before  # cut captions are told of once, not once a batch
+
+
+def test_rows_of_a_store_go_with_their_captions(encoder, tmp_path):
+    pairs = make_scenes(10)
+    rows = torch.randn(len(pairs.texts), 16)
+    store = EmbeddingStore.create(tmp_path, modality="text", space=encoder.space, dtype="float32")
+    store.append(rows, [str(row) for row in range(len(rows))])
+    both = {"memory": rows, "disk": store}
+    batch = PairBatches(pairs, encoder, seed=0, per_text=both).__getitems__(draws(1, [3, 0, 7]))
+    assert torch.equal(batch["disk"], batch["memory"])

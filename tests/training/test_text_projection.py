@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from scipy.linalg import orthogonal_procrustes
 from torch.nn.functional import normalize
 
 from xbt.data import CaptionSource, read_captions
-from xbt.encoders import load_encoder
+from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.projections import Projection
 from xbt.run_dir import RunDirectory
+from xbt.store import EmbeddingStore
 from xbt.training import TextProjectionConfig, TrainArgs, pretrain_text_projection
 from xbt.training.loop import make_accelerator
 from xbt.training.text_projection import TextVectors, held_out_recall, train_text_projection
@@ -225,13 +227,20 @@ def test_end_to_end_with_two_backends(tmp_path, open_clip_spec, transformers_spe
         path.name for path in out.iterdir()
     }
     assert json.loads((out / "result.json").read_text())["history"][0]["step"] == 0
-    assert json.loads((out / "vectors" / "new.json").read_text())["count"] == 200  # repeats are embedded once
+    assert len(EmbeddingStore.open(out / "vectors" / "new")) == 200  # repeats are embedded once
 
-    def must_not_run(*arguments, **options):
-        raise AssertionError("texts were embedded a second time")
+    embedded, original = [], DualEncoder.encode_texts
 
-    monkeypatch.setattr("xbt.training.embedding.embed_split", must_not_run)
+    def counting(self, texts, *arguments, **options):
+        embedded.append(len(texts))
+        return original(self, texts, *arguments, **options)
+
+    monkeypatch.setattr(DualEncoder, "encode_texts", counting)
     pretrain_text_projection(config)
+    assert embedded == [16, 16]  # the probe texts that tell whose vectors are there, and no caption
+    shutil.rmtree(out / "vectors")
+    pretrain_text_projection(config)
+    assert sum(embedded[2:]) == 2 * (16 + 200)
 
 
 def test_cached_vectors_of_another_model_are_not_used(tmp_path, open_clip_spec):

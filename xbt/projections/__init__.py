@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from xbt.errors import ConfigError
 from xbt.projections.base import LinearProjection, Projection
-from xbt.projections.procrustes import fit_procrustes, procrustes_rotation
+from xbt.projections.procrustes import fit_procrustes, procrustes_rotation, procrustes_rotation_of_chunks
 from xbt.projections.residual import ResidualProjection
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors
@@ -55,4 +55,5 @@ __all__ = [
     "fit_procrustes",
     "fit_projection",
     "procrustes_rotation",
+    "procrustes_rotation_of_chunks",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -40,10 +42,31 @@ def procrustes_rotation(new: Vectors, old: Vectors) -> Tensor:
             f"new and old vectors must be of the same items: there are {len(new_rows)} new and "
             f"{len(old_rows)} old rows"
         )
-    covariance = torch.zeros(new_rows.shape[1], old_rows.shape[1], dtype=torch.float64)
-    for start in range(0, len(new_rows), _CHUNK_ROWS):
-        stop = start + _CHUNK_ROWS
-        covariance += new_rows[start:stop].double().T @ old_rows[start:stop].double()
+    starts = range(0, len(new_rows), _CHUNK_ROWS)
+    return procrustes_rotation_of_chunks(
+        (new_rows[start : start + _CHUNK_ROWS], old_rows[start : start + _CHUNK_ROWS]) for start in starts
+    )
+
+
+def procrustes_rotation_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """As :func:`procrustes_rotation`, for vectors that come piece by piece and need not fit into memory.
+
+    Args:
+        chunks: At least one pair of (k, new_dim) and (k, old_dim) vectors of the same items, without NaN; k
+            may differ from piece to piece.
+
+    Returns:
+        (old_dim, new_dim) float32 matrix W.
+
+    Raises:
+        DataError: If there is no piece.
+    """
+    covariance: Tensor | None = None
+    for new, old in chunks:
+        product = new.double().T @ old.double()
+        covariance = product if covariance is None else covariance.add_(product)
+    if covariance is None:
+        raise DataError("new and old vectors are empty: there are 0 rows; give at least one pair")
     left, _, right = torch.linalg.svd(covariance, full_matrices=False)
     rotation: Tensor = left @ right
     return rotation.T.float().contiguous()

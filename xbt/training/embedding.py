@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from xbt.embedding import embed_texts_into_store
 from xbt.encoders import DualEncoder
+from xbt.errors import TruncationWarning
+from xbt.probe import PROBE_TEXTS
 from xbt.run_dir import write_json
+from xbt.store import EmbeddingStore
 
 Item = TypeVar("Item")
 
@@ -42,35 +47,31 @@ def embed_split(
 
 
 def embed_texts_once(
-    accelerator: Accelerator, encoder: DualEncoder, texts: list[str], cache: Path, batch_size: int
-) -> Tensor:
-    """Embeds texts, or reads the vectors that an earlier, killed run of the same job left in its directory.
+    accelerator: Accelerator, encoder: DualEncoder, texts: list[str], path: Path, batch_size: int = 256
+) -> EmbeddingStore:
+    """Embeds texts into a store in the run's directory, or goes on where an earlier, killed run stopped.
 
     Args:
         accelerator: The run's Accelerate object.
         encoder: The text tower to use.
         texts: n texts.
-        cache: Where the vectors are kept, without suffix.
+        path: The store's directory; beside it, a record says which texts and which tower it belongs to, and
+            vectors of others are replaced.
         batch_size: Texts per forward pass.
 
     Returns:
-        (n, dim) float32 CPU unit rows.
+        The store of n float32 unit rows, with the texts' numbers as ids.
     """
-    values, record = cache.with_suffix(".npy"), cache.with_suffix(".json")
-    key = _cache_key(encoder, texts)
-    if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == key:
-        return torch.from_numpy(np.load(values, allow_pickle=False))
-    show = accelerator.is_main_process
-    vectors = embed_split(
-        accelerator, texts, lambda part: encoder.encode_texts(part, batch_size, progress=show)
-    )
+    record, key = path.with_suffix(".json"), _cache_key(encoder, texts)
     if accelerator.is_main_process:
-        values.parent.mkdir(parents=True, exist_ok=True)
-        record.unlink(missing_ok=True)
-        np.save(values, vectors.numpy(), allow_pickle=False)
-        write_json(record, key)  # last: it vouches for the vectors
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != key:
+            # In this order, so that a kill in between leaves no vectors that the record does not fit.
+            shutil.rmtree(path, ignore_errors=True)
+            write_json(record, key)
     accelerator.wait_for_everyone()
-    return vectors
+    ids = [str(row) for row in range(len(texts))]
+    return embed_texts_into_store(encoder, texts, ids, path, batch_size=batch_size, dtype="float32")
 
 
 def _cache_key(encoder: DualEncoder, texts: list[str]) -> dict[str, Any]:
@@ -78,5 +79,9 @@ def _cache_key(encoder: DualEncoder, texts: list[str]) -> dict[str, Any]:
     for text in texts:
         digest.update(text.encode("utf-8"))
         digest.update(b"\0")
-    probe = encoder.space.to_dict()["probe"]
-    return {"texts": digest.hexdigest(), "count": len(texts), "space": encoder.name, "probe": probe}
+    # Not the space's: behind a projection that is the old model's, whatever the projection.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)  # cut texts tell models apart as well
+        probe = encoder.encode_texts(PROBE_TEXTS).half().numpy().astype("<f2")
+    fingerprint = hashlib.sha256(probe.tobytes()).hexdigest()
+    return {"texts": digest.hexdigest(), "count": len(texts), "encoder": encoder.name, "probe": fingerprint}

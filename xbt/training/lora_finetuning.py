@@ -15,7 +15,7 @@ from xbt.errors import ConfigError
 from xbt.projections import Projection
 from xbt.run_dir import RunDirectory
 from xbt.training.args import TrainArgs
-from xbt.training.embedding import embed_split
+from xbt.training.embedding import embed_texts_once
 from xbt.training.loop import TrainingLoop, make_accelerator
 from xbt.training.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.training.pair_batches import PairBatches
@@ -140,7 +140,7 @@ def _train(
     held_out: ImageTextPairs,
 ) -> None:
     # Before LoRA exists: what stage 1 made of these texts and images stands for the old model's vectors.
-    anchors = embed_split(accelerator, train.texts, compatible.encode_texts)
+    anchors = embed_texts_once(accelerator, compatible, train.texts, run.path / "anchors")
     stage1 = embed_pairs(accelerator, compatible, held_out)
     torch.manual_seed(config.training.seed)
     add_lora(compatible.new, config.lora)

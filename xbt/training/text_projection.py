@@ -9,23 +9,26 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 
 from xbt.data import CaptionSource, read_captions
-from xbt.encoders import DualEncoder, load_encoder
+from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation import recall_at_k
-from xbt.projections import Projection, ResidualProjection, procrustes_rotation
+from xbt.projections import Projection, ResidualProjection, procrustes_rotation_of_chunks
 from xbt.run_dir import RunDirectory
-from xbt.space import EmbeddingSpace
+from xbt.store import EmbeddingStore
 from xbt.training.args import TrainArgs
 from xbt.training.batches import Draw, gaussian_noise
 from xbt.training.embedding import embed_texts_once
 from xbt.training.loop import LoopState, TrainingLoop, make_accelerator
 from xbt.training.losses import Temperature, contrastive_loss, cosine_loss
-from xbt.vectors import as_vectors
+from xbt.training.text_vectors import TextVectors, open_text_stores
+
+_ENCODED, _STORED = ("old", "new", "captions"), ("old_store", "new_store")
 
 
 @dataclass
@@ -36,13 +39,13 @@ class TextProjectionConfig:
     log to the output directory.
     """
 
-    old: str
+    old: str | None = None
     """The encoder that embedded the gallery, such as open_clip:ViT-B-32-quickgelu/openai."""
-    new: str
+    new: str | None = None
     """The encoder that shall query it, such as transformers:openai/clip-vit-large-patch14."""
-    captions: CaptionSource
-    """The text corpus."""
-    output_dir: str
+    captions: CaptionSource | None = None
+    """The text corpus, which both encoders embed first, or ..."""
+    output_dir: str = ""
     """Where everything goes."""
     training: TrainArgs = field(
         default_factory=lambda: TrainArgs(steps=1000, batch_size=512, lr=1e-3, eval_every=100)
@@ -64,10 +67,20 @@ class TextProjectionConfig:
     """Captions held out to choose the best step; at most a fifth of the corpus is taken."""
     encode_batch_size: int = 256
     """Captions per forward pass of the text towers."""
+    old_store: str | None = None
+    """... a directory where recipes/embed.py has put a corpus under the old encoder, and ..."""
+    new_store: str | None = None
+    """... one with the same corpus under the new encoder: in place of old, new and captions."""
     overwrite: bool = False
     """Start afresh in an output directory that holds another run."""
 
     def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: If one cannot be used, or the texts are given in neither way or in both.
+        """
+        self._check_texts()
         for name in ("noise", "cosine_weight", "contrastive_weight", "hidden_dim"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} must not be negative, got {getattr(self, name)}")
@@ -78,39 +91,47 @@ class TextProjectionConfig:
         if self.encode_batch_size < 1:
             raise ConfigError(f"--encode_batch_size must be at least 1, got {self.encode_batch_size}")
 
-
-@dataclass
-class TextVectors:
-    """The same captions under both models.
-
-    Attributes:
-        new: (n, new_dim) float32 unit rows.
-        old: (n, old_dim) float32 unit rows.
-        new_space: The space of ``new``.
-        old_space: The space of ``old``.
-    """
-
-    new: Tensor
-    old: Tensor
-    new_space: EmbeddingSpace | None = None
-    old_space: EmbeddingSpace | None = None
+    def _check_texts(self) -> None:
+        if not self.output_dir.strip():
+            raise ConfigError("--output_dir is missing; say where everything goes")
+        ways = [{name: getattr(self, name) for name in way} for way in (_ENCODED, _STORED)]
+        given = [[f"--{name}" for name, value in way.items() if value is not None] for way in ways]
+        lacking = [[f"--{name}" for name, value in way.items() if value is None] for way in ways]
+        if all(given):
+            raise ConfigError(
+                f"{' and '.join(given[1])} stand in place of --old, --new and --captions, but "
+                f"{' and '.join(given[0])} was given as well; leave out one or the other"
+            )
+        if all(lacking):
+            missing = next((less for some, less in zip(given, lacking, strict=True) if some), None)
+            also = f"; {' and '.join(missing)} is missing" if missing else ""
+            raise ConfigError(
+                "stage 1 needs --old, --new and --captions, or --old_store and --new_store in their place"
+                + also
+            )
 
 
 class NoisyVectors(Dataset[Any]):
-    """Pairs of text vectors, the new side with noise that depends on (seed, step, position) alone."""
+    """Pairs of text vectors, the new side with noise that depends on (seed, step, position) alone.
 
-    def __init__(self, new: Tensor, old: Tensor, noise: float, seed: int) -> None:
-        self.new, self.old, self.noise, self.seed = new, old, noise, seed
+    Args:
+        vectors: The texts' vectors.
+        positions: (n,) int64, which of them to train on.
+        noise: Expected norm of the noise.
+        seed: The run's seed.
+    """
+
+    def __init__(self, vectors: TextVectors, positions: NDArray[np.int64], noise: float, seed: int) -> None:
+        self.vectors, self.positions, self.noise, self.seed = vectors, positions, noise, seed
 
     def __len__(self) -> int:
-        return len(self.new)
+        return len(self.positions)
 
     def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
-        rows = [draw.item for draw in draws]
-        new = self.new[rows]
+        new, old = self.vectors.take(self.positions[[draw.item for draw in draws]])
         if self.noise:
             new = normalize(new + self.noise * gaussian_noise(draws, new.shape[1], self.seed), dim=1)
-        return {"new": new, "old": self.old[rows]}
+        return {"new": new, "old": old}
 
 
 class TextProjectionObjective(nn.Module):
@@ -153,9 +174,15 @@ def pretrain_text_projection(config: TextProjectionConfig) -> Projection:
         XbtError: If an encoder, the captions or a setting cannot be used.
     """
     run = RunDirectory(config.output_dir, config, config.overwrite)
-    texts = read_captions(config.captions)
-    accelerator = make_accelerator(config.training, run, config, "pretrain_text_projection")
-    vectors = embed_both(accelerator, config, texts)
+    if config.new_store is not None and config.old_store is not None:
+        vectors = open_text_stores(config.new_store, config.old_store)
+        accelerator = make_accelerator(config.training, run, config, "pretrain_text_projection")
+        accelerator.print(f"reading {len(vectors)} distinct captions from two stores of {len(vectors.new)}")
+    else:
+        assert config.captions is not None
+        texts = read_captions(config.captions)
+        accelerator = make_accelerator(config.training, run, config, "pretrain_text_projection")
+        vectors = embed_both(accelerator, config, texts)
     projection, _ = train_text_projection(vectors, config, accelerator, run)
     if accelerator.is_main_process:
         projection.save_pretrained(run.path / "projection")
@@ -167,19 +194,24 @@ def embed_both(accelerator: Accelerator, config: TextProjectionConfig, texts: li
     """Embeds every distinct caption once with each frozen text tower, one model in memory at a time."""
     distinct = list(dict.fromkeys(texts))
     accelerator.print(f"embedding {len(distinct)} distinct captions of {len(texts)} with both text towers")
-    cache = Path(config.output_dir) / "vectors"
-    found: dict[str, tuple[Tensor, EmbeddingSpace]] = {}
-    for side, spec in (("new", config.new), ("old", config.old)):
-        encoder: DualEncoder = load_encoder(spec, accelerator.device)
-        rows = embed_texts_once(accelerator, encoder, distinct, cache / side, config.encode_batch_size)
-        found[side] = (rows, encoder.space)
-    return TextVectors(found["new"][0], found["old"][0], found["new"][1], found["old"][1])
+    folder = Path(config.output_dir) / "vectors"
+
+    def embed(spec: str | None, side: str) -> EmbeddingStore:
+        assert spec is not None
+        encoder = load_encoder(spec, accelerator.device)
+        return embed_texts_once(accelerator, encoder, distinct, folder / side, config.encode_batch_size)
+
+    new, old = embed(config.new, "new"), embed(config.old, "old")
+    return TextVectors(new, old, new.space, old.space)
 
 
 def train_text_projection(
     vectors: TextVectors, config: TextProjectionConfig, accelerator: Accelerator, run: RunDirectory
 ) -> tuple[ResidualProjection, LoopState]:
     """Trains φ on paired text vectors and keeps the best step.
+
+    Memory is bounded by the batch and the held-out captions: vectors in stores are read a batch at a time,
+    and all that grows with the corpus are a few arrays of row numbers, 8 bytes a caption each.
 
     Args:
         vectors: The same captions under both models.
@@ -193,31 +225,32 @@ def train_text_projection(
     Raises:
         DataError: If vectors hold NaN, are not paired, or are too few to train on.
     """
-    new, old = as_vectors(vectors.new, "new text vectors"), as_vectors(vectors.old, "old text vectors")
-    train, held_out = _split_rows(len(new), config)
+    vectors = vectors.checked()
+    train, held_out = _split_rows(len(vectors), config)
     args = config.training
     if args.steps and len(train) < args.batch_size:
         raise DataError(
             f"there are {len(train)} distinct training captions, fewer than --training.batch_size "
             f"{args.batch_size}; lower it or bring more captions"
         )
-    projection = ResidualProjection(new.shape[1], old.shape[1], config.hidden_dim)
+    projection = ResidualProjection(*vectors.dims, config.hidden_dim)
     projection.set_spaces(vectors.new_space, vectors.old_space)
     with torch.no_grad():
-        projection.weight.copy_(procrustes_rotation(new[train], old[train]))
+        projection.weight.copy_(procrustes_rotation_of_chunks(vectors.chunks(train)))
     projection.weight.requires_grad_(config.train_rotation)
+    held_out_new, held_out_old = vectors.take(held_out)
 
     def evaluate() -> dict[str, float]:
         with torch.no_grad():
-            queries = projection(new[held_out].to(projection.weight.device)).cpu()
-        return held_out_recall(queries, old[held_out])
+            queries = projection(held_out_new.to(projection.weight.device)).cpu()
+        return held_out_recall(queries, held_out_old)
 
     loop = TrainingLoop(
         accelerator,
         run,
         args,
         TextProjectionObjective(projection, config),
-        NoisyVectors(new[train], old[train], config.noise, args.seed),
+        NoisyVectors(vectors, train, config.noise, args.seed),
         evaluate=evaluate,
         no_decay=("projection.weight",),
     )
@@ -233,9 +266,9 @@ def held_out_recall(projected: Tensor, old: Tensor) -> dict[str, float]:
     return {"score": (forward + backward) / 2, "new_to_old_r1": forward, "old_to_new_r1": backward}
 
 
-def _split_rows(count: int, config: TextProjectionConfig) -> tuple[Tensor, Tensor]:
+def _split_rows(count: int, config: TextProjectionConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if count < 5:
         raise DataError(f"stage 1 needs at least 5 distinct captions, got {count}; bring more text")
-    order = torch.from_numpy(np.random.default_rng(config.training.seed).permutation(count))
+    order = np.random.default_rng(config.training.seed).permutation(count)
     held_out = min(config.held_out, count // 5)
     return order[held_out:], order[:held_out]
