@@ -10,6 +10,7 @@ import pytest
 
 from xbt.config import parse_config
 from xbt.demo import DemoConfig
+from xbt.embedding import EmbedConfig
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
 from xbt.evaluation import EvaluationConfig
 from xbt.training import ClipConfig, LoraFinetuningConfig, TextProjectionConfig
@@ -22,6 +23,7 @@ MODELS = sorted((ROOT / "recipes" / "configs" / "models").glob("*.json"))
 
 def config_class(recipe: str) -> type:
     known = {
+        "embed": EmbedConfig,
         "train_clip": ClipConfig,
         "pretrain_text_projection": TextProjectionConfig,
         "finetune_lora": LoraFinetuningConfig,

@@ -69,11 +69,18 @@ def test_missing_caption_file(run, stage1):
     assert "nowhere.txt" in line
 
 
-@pytest.mark.parametrize("flag", ["--noize", "--training.stepz", "--captions.collumn"])
-def test_unknown_key(run, stage1, flag):
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--noize", "--noize"),
+        ("--training.stepz", "--training.stepz"),
+        ("--captions.collumn", "\"captions\": Option 'collumn' is not accepted"),
+    ],
+)
+def test_unknown_key(run, stage1, flag, words):
     code, line = run("pretrain_text_projection", *stage1, flag, "1")
     assert code == 2
-    assert flag in line
+    assert words in line
 
 
 @pytest.mark.parametrize(("text", "words"), [("", "is empty"), ("\n  \n\t\n", "only spaces")])
