@@ -22,8 +22,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict xbt
 
+# One thread and one process per core; what takes long comes last and alone, where it does not disturb.
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
+	$(BIN)/pytest -m slow
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -11,9 +11,21 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "xbt"
 FLOORS = [
-    {"errors", "version", "config", "run_dir", "images", "vectors", "hub", "space"},
+    {
+        "errors",
+        "version",
+        "config",
+        "run_dir",
+        "images",
+        "vectors",
+        "hub",
+        "probe",
+        "space",
+        "store",
+        "bench",
+    },
     {"encoders", "data"},
-    {"projections"},
+    {"projections", "embedding"},
     {"compatible", "gallery"},
     {"evaluation"},
     {"training", "report"},
@@ -24,7 +36,7 @@ HOMES = {
     "transformers": {"encoders"},
     "peft": {"encoders"},
     "faiss": {"gallery"},
-    "accelerate": {"training"},
+    "accelerate": {"training", "embedding"},
     "datasets": {"data"},
     "matplotlib": {"report"},
 }
