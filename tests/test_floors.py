@@ -23,12 +23,13 @@ FLOORS = [
         "space",
         "store",
         "bench",
+        "losses",
     },
     {"encoders", "data"},
-    {"projections", "embedding"},
+    {"evaluation", "embedding"},
+    {"projections"},
     {"compatible", "gallery"},
-    {"evaluation"},
-    {"training", "report"},
+    {"training", "report", "evaluation_job"},
     {"demo"},
 ]
 HOMES = {

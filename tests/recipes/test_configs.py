@@ -12,7 +12,7 @@ from xbt.config import parse_config
 from xbt.demo import DemoConfig
 from xbt.embedding import EmbedConfig
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
-from xbt.evaluation import EvaluationConfig
+from xbt.evaluation_job import EvaluationConfig
 from xbt.training import ClipConfig, LoraFinetuningConfig, TextProjectionConfig
 from xbt.training.clip import read_model_config
 

@@ -10,13 +10,11 @@ from xbt.evaluation.cells import (
     evaluate_retrieval,
     recovered_gain,
 )
-from xbt.evaluation.job import EvaluationConfig, run_evaluation
 from xbt.evaluation.retrieval import best_positive_ranks, recall_at_k
 from xbt.evaluation.table import format_markdown, format_table
 
 __all__ = [
     "Cell",
-    "EvaluationConfig",
     "RetrievalReport",
     "best_positive_ranks",
     "criterion",
@@ -26,5 +24,4 @@ __all__ = [
     "format_table",
     "recall_at_k",
     "recovered_gain",
-    "run_evaluation",
 ]

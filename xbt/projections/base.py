@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -16,6 +16,8 @@ from xbt.errors import SpaceMismatchError
 from xbt.hub import SavedPartError, fetch, load_weights, read_json
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
+
+Modality = Literal["text", "image"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -31,7 +33,8 @@ class Projection(
 ):
     """A map from the new space into the old one, the same for texts and images.
 
-    ``projection(new_vectors)`` takes (n, new_dim) vectors and returns (n, old_dim) float unit rows.
+    ``projection(new_vectors)`` takes (n, new_dim) vectors and returns (n, old_dim) float unit rows. Some maps
+    add another offset to images than to texts; ``projection(new_vectors, "image")`` asks for it.
 
     Attributes:
         new_space: The space the projection maps from, if known.
@@ -73,15 +76,19 @@ class Projection(
         self.new_space, self.old_space = new_space, old_space
 
     @abstractmethod
-    def project(self, vectors: Tensor) -> Tensor:
+    def project(self, vectors: Tensor, modality: Modality | None = None) -> Tensor:
         """(n, new_dim) → (n, old_dim), before normalisation."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
         """Keyword arguments beyond the dimensions and spaces that rebuild this projection."""
 
-    def forward(self, vectors: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor, modality: Modality | None = None) -> Tensor:
         """Maps (n, new_dim) vectors of the new space to (n, old_dim) unit rows of the old space.
+
+        Args:
+            vectors: (n, new_dim) vectors of the new model.
+            modality: ``"text"`` or ``"image"``, for maps that tell them apart; ``None`` is taken as text.
 
         Raises:
             SpaceMismatchError: If the dimension is not ``new_dim``.
@@ -92,7 +99,7 @@ class Projection(
                 + (f" from {self.new_space}" if self.new_space else "")
                 + f", got {vectors.shape[-1]}"
             )
-        return nn.functional.normalize(self.project(vectors), dim=-1)
+        return nn.functional.normalize(self.project(vectors, modality), dim=-1)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
@@ -149,13 +156,20 @@ class Projection(
 
 
 class LinearProjection(Projection):
-    """φ(z) = normalise(W z) with a plain matrix W.
+    """φ(z) = normalise(W z + b), with images maybe at an offset of their own.
 
     Args:
         new_dim: Dimension of the vectors that come in.
         old_dim: Dimension of the vectors that go out.
+        bias: Whether there is an offset b; without one W can be folded into the encoder's last layer.
+        image_bias: Whether images have an offset of their own in place of b.
         new_space: The space the projection maps from.
         old_space: The space the projection maps to.
+
+    Attributes:
+        weight: (old_dim, new_dim) matrix W.
+        bias: (old_dim,) offset b, or ``None``.
+        image_bias: (old_dim,) offset of images, or ``None`` where b serves both.
     """
 
     kind = "linear"
@@ -164,24 +178,45 @@ class LinearProjection(Projection):
         self,
         new_dim: int,
         old_dim: int,
+        bias: bool = False,
+        image_bias: bool = False,
         new_space: EmbeddingSpace | None = None,
         old_space: EmbeddingSpace | None = None,
     ) -> None:
         super().__init__(new_dim, old_dim, new_space, old_space)
         self.weight = nn.Parameter(torch.eye(old_dim, new_dim))
+        self.bias = nn.Parameter(torch.zeros(old_dim)) if bias else None
+        self.image_bias = nn.Parameter(torch.zeros(old_dim)) if image_bias else None
 
     @classmethod
-    def from_weight(cls, weight: Tensor) -> Self:
-        """Wraps an (old_dim, new_dim) matrix."""
-        projection = cls(weight.shape[1], weight.shape[0])
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None = None, image_bias: Tensor | None = None
+    ) -> LinearProjection:
+        """Wraps an (old_dim, new_dim) matrix and maybe (old_dim,) offsets; kept as float32."""
+        projection = LinearProjection(
+            weight.shape[1], weight.shape[0], bias is not None, image_bias is not None
+        )
         with torch.no_grad():
             projection.weight.copy_(weight)
+            if projection.bias is not None and bias is not None:
+                projection.bias.copy_(bias)
+            if projection.image_bias is not None and image_bias is not None:
+                projection.image_bias.copy_(image_bias)
         return projection.eval()
 
-    def project(self, vectors: Tensor) -> Tensor:
+    @property
+    def foldable(self) -> bool:
+        """Whether the map is a matrix alone, so that it can be folded into the encoder's last layer.
+
+        The input is normalised; a matrix whose output is normalised does not notice, an offset would.
+        """
+        return self.bias is None and self.image_bias is None
+
+    def project(self, vectors: Tensor, modality: Modality | None = None) -> Tensor:
         """(n, new_dim) → (n, old_dim), before normalisation."""
-        return nn.functional.linear(vectors, self.weight)
+        offset = self.bias if modality != "image" or self.image_bias is None else self.image_bias
+        return nn.functional.linear(vectors, self.weight, offset)
 
     def options(self) -> dict[str, Any]:
         """See :meth:`Projection.options`."""
-        return {}
+        return {"bias": self.bias is not None, "image_bias": self.image_bias is not None}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xbt.projections.base import Projection
+from xbt.projections.base import Modality, Projection
 from xbt.space import EmbeddingSpace
 
 
@@ -48,7 +48,7 @@ class ResidualProjection(Projection):
         )
         self.scale = nn.Parameter(torch.zeros(()))
 
-    def project(self, vectors: Tensor) -> Tensor:
+    def project(self, vectors: Tensor, modality: Modality | None = None) -> Tensor:
         """(n, new_dim) → (n, old_dim), before normalisation."""
         linear = nn.functional.linear(vectors, self.weight)
         correction: Tensor = self.mlp(vectors)

@@ -12,12 +12,12 @@ from xbt.compatible import CompatibleEncoder
 from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
 from xbt.encoders import DualEncoder, LoraSettings, add_lora, load_encoder
 from xbt.errors import ConfigError
+from xbt.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.projections import Projection
 from xbt.run_dir import RunDirectory
 from xbt.training.args import TrainArgs
 from xbt.training.embedding import embed_texts_once
 from xbt.training.loop import TrainingLoop, make_accelerator
-from xbt.training.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.training.pair_batches import PairBatches
 from xbt.training.pairs import cross_recall, embed_pairs, require_enough
 

@@ -18,6 +18,7 @@ from xbt.data import CaptionSource, read_captions
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation import recall_at_k
+from xbt.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.projections import Projection, ResidualProjection, procrustes_rotation_of_chunks
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
@@ -25,7 +26,6 @@ from xbt.training.args import TrainArgs
 from xbt.training.batches import Draw, gaussian_noise
 from xbt.training.embedding import embed_texts_once
 from xbt.training.loop import LoopState, TrainingLoop, make_accelerator
-from xbt.training.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.training.text_vectors import TextVectors, open_text_stores
 
 _ENCODED, _STORED = ("old", "new", "captions"), ("old_store", "new_store")

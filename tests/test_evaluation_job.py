@@ -8,7 +8,7 @@ import tiny
 from xbt.compatible import CompatibleEncoder
 from xbt.data import PairSource, make_scenes
 from xbt.encoders import load_encoder
-from xbt.evaluation import EvaluationConfig, run_evaluation
+from xbt.evaluation_job import EvaluationConfig, run_evaluation
 from xbt.projections import fit_projection
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")

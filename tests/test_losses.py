@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from xbt.training.losses import Temperature, contrastive_loss, cosine_loss, gather_rows
+from xbt.losses import Temperature, contrastive_loss, cosine_loss, gather_rows
 
 
 def numpy_info_nce(a, b, scale):
