@@ -9,14 +9,16 @@ for Vision-Language Models", ICCV 2025) is that ``new/old`` is strictly better t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from xbt.errors import DataError
-from xbt.evaluation.retrieval import check_ks, check_positives, recall_at_k
+from xbt.evaluation.retrieval import best_positive_ranks, check_ks, check_positives
+from xbt.evaluation.significance import Difference, compare_ranks
 from xbt.vectors import Vectors
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ DIRECTIONS = ("T2I", "I2T")
 
 PerDirection = dict[str, dict[int, bool]]
 Gains = dict[str, dict[int, float | None]]
+Differences = dict[str, dict[int, Difference]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Cell:
         i2t: ``{k: fraction}`` for image queries against the text gallery.
         n_images: Images in the gallery.
         n_texts: Texts in the gallery.
+        ranks: Per direction the rank of every query, from which intervals are computed, if known.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Cell:
     i2t: dict[int, float]
     n_images: int
     n_texts: int
+    ranks: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def recall(self, direction: str) -> dict[int, float]:
         """The R@k of ``"T2I"`` or ``"I2T"``.
@@ -84,12 +89,16 @@ def evaluate_cell(
     Raises:
         DataError, SpaceMismatchError: As :func:`xbt.evaluation.recall_at_k`.
     """
+    ks = check_ks(ks)
+    t2i = best_positive_ranks(query_texts, gallery_images, pairs_positives_t2i)
+    i2t = best_positive_ranks(query_images, gallery_texts, pairs_positives_i2t)
     return Cell(
         name,
-        t2i=recall_at_k(query_texts, gallery_images, pairs_positives_t2i, ks),
-        i2t=recall_at_k(query_images, gallery_texts, pairs_positives_i2t, ks),
+        t2i={k: int((t2i < k).sum()) / len(t2i) for k in ks},
+        i2t={k: int((i2t < k).sum()) / len(i2t) for k in ks},
         n_images=len(gallery_images),
         n_texts=len(gallery_texts),
+        ranks={"T2I": t2i, "I2T": i2t},
     )
 
 
@@ -118,18 +127,45 @@ def recovered_gain(new_old: Cell, old_old: Cell, new_new: Cell) -> Gains:
     return gains
 
 
+def differences(new_old: Cell, old_old: Cell, groups: Mapping[str, Tensor] | None = None) -> Differences:
+    """What the new queries fix and break, per direction and k, with 95 % bootstrap intervals of the gain.
+
+    Args:
+        new_old: A cell with ranks.
+        old_old: The cell to compare with, of the same queries, with ranks.
+        groups: Per direction the group of every query; queries of a group are not independent.
+
+    Raises:
+        DataError: If a cell has no ranks.
+    """
+    for cell in (new_old, old_old):
+        if not cell.ranks:
+            raise DataError(f"the cell {cell.name!r} has no ranks to compare; make it with evaluate_cell")
+    return {
+        direction: {
+            k: compare_ranks(
+                new_old.ranks[direction], old_old.ranks[direction], k, (groups or {}).get(direction)
+            )
+            for k in new_old.recall(direction)
+        }
+        for direction in DIRECTIONS
+    }
+
+
 @dataclass
 class RetrievalReport:
     """The cells of one upgrade on one set of pairs, and what follows from them.
 
     Attributes:
         cells: In the order in which they are shown; names are unique, and one is ``"old/old"``.
+        groups: Per direction the group of every query: texts of one image are not independent.
 
     Raises:
         DataError: If there is no ``"old/old"``, a name comes twice, or the cells have different k.
     """
 
     cells: list[Cell]
+    groups: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [cell.name for cell in self.cells]
@@ -166,6 +202,13 @@ class RetrievalReport:
             return {}
         old, new = self.cell("old/old"), self.cell("new/new")
         return {cell.name: recovered_gain(cell, old, new) for cell in self.upgrades}
+
+    @property
+    def differences(self) -> dict[str, Differences]:
+        """:func:`differences` of every upgrade to old/old, by the cell's name; only of cells with ranks."""
+        old = self.cell("old/old")
+        ranked = [cell for cell in self.upgrades if cell.ranks and old.ranks]
+        return {cell.name: differences(cell, old, self.groups) for cell in ranked}
 
     def cell(self, name: str) -> Cell:
         """The cell of that name.
@@ -214,6 +257,13 @@ class RetrievalReport:
                 name: {direction: _named(values) for direction, values in gain.items()}
                 for name, gain in self.gains.items()
             },
+            "difference_to_old_old": {
+                name: {
+                    direction: _named({k: each.to_dict() for k, each in values.items()})
+                    for direction, values in difference.items()
+                }
+                for name, difference in self.differences.items()
+            },
         }
 
 
@@ -261,7 +311,8 @@ def evaluate_retrieval(
         cells.append(evaluate_cell(name, *embed(encoder), *old_vectors, t2i, i2t, ks))
     new_vectors = embed(new)
     cells.append(evaluate_cell("new/new", *new_vectors, *new_vectors, t2i, i2t, ks))
-    return RetrievalReport(cells)
+    first_image = torch.tensor([int(images[0]) for images in t2i])
+    return RetrievalReport(cells, {"T2I": first_image, "I2T": torch.arange(len(i2t))})
 
 
 class _LazyImages(Sequence[Image.Image]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xbt.evaluation.cells import DIRECTIONS, Cell, RetrievalReport
+from xbt.evaluation.significance import Difference
 
 
 def format_table(report: RetrievalReport) -> str:
@@ -15,7 +16,8 @@ def format_table(report: RetrievalReport) -> str:
 
     Returns:
         A table of R@k in percent with one row per cell, then for every ``new/old`` cell whether it meets the
-        criterion and how much of the gain of re-embedding it recovers. No newline at the end.
+        criterion, how much of the gain of re-embedding it recovers, and what it fixes and breaks with 95 %
+        bootstrap intervals. No newline at the end.
     """
     width = max(len("query/gallery"), *(len(cell.name) for cell in report.cells))
     columns = [f"R@{k}" for k in report.ks]
@@ -63,7 +65,7 @@ def _counts(report: RetrievalReport) -> str:
 
 
 def _verdict_lines(report: RetrievalReport) -> list[str]:
-    lines = []
+    lines, differences = [], report.differences
     for name, verdict in report.verdicts.items():
         parts = "; ".join(f"{direction} {_met(verdict[direction])}" for direction in DIRECTIONS)
         lines.append(f"criterion ({name} > old/old): {parts}")
@@ -71,6 +73,10 @@ def _verdict_lines(report: RetrievalReport) -> list[str]:
             gain = report.gains[name]
             parts = "; ".join(f"{direction} {_recovered(gain[direction])}" for direction in DIRECTIONS)
             lines.append(f"recovered gain ({name}): {parts}")
+        if name in differences:
+            change = differences[name]
+            parts = "; ".join(f"{direction} {_changed(change[direction])}" for direction in DIRECTIONS)
+            lines.append(f"change to old/old ({name}): {parts}")
     return lines
 
 
@@ -85,3 +91,16 @@ def _met(verdict: Mapping[int, bool]) -> str:
 def _recovered(gains: Mapping[int, float | None]) -> str:
     """Percentages; a dash where re-embedding gains nothing, so that there is nothing to recover."""
     return ", ".join(f"{'-' if gain is None else f'{100 * gain:.0f}%'} at R@{k}" for k, gain in gains.items())
+
+
+def _changed(changes: Mapping[int, Difference]) -> str:
+    """Points gained with their 95 % interval, and how they come about."""
+    return ", ".join(
+        f"{_points(each.gain.estimate)} [{_points(each.gain.low)}, {_points(each.gain.high)}] at R@{k} "
+        f"(fixed {100 * each.fixed:.1f}, broken {100 * each.broken:.1f})"
+        for k, each in changes.items()
+    )
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"

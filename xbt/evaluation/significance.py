@@ -1,0 +1,168 @@
+"""Is a gain more than luck? Queries fixed and broken, and paired bootstrap intervals.
+
+Two query models are compared on the same queries, so their hits are paired: what one query contributes is
+its change of hit. Queries about one image (its five captions, say) rise and fall together and are drawn
+together (a cluster bootstrap; Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and
+13; for retrieval, Sakai, "Evaluating evaluation metrics based on the bootstrap", SIGIR 2006).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xbt.errors import ConfigError, DataError
+
+_DRAWS_AT_ONCE = 16 * 2**20
+"""Upper bound on the counts held at once while groups are drawn."""
+
+
+class Interval(NamedTuple):
+    """An estimate and its two-sided confidence interval, as fractions.
+
+    Attributes:
+        estimate: What was measured.
+        low: Lower end.
+        high: Upper end.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.estimate:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What changing the query model did to R@k.
+
+    The gain is exactly ``fixed - broken`` (positive and negative flips; Yan et al., "Positive-Congruent
+    Training", CVPR 2021).
+
+    Attributes:
+        gain: R@k of the new queries minus R@k of the old ones, with its interval.
+        fixed: Share of the queries that miss with the old model and hit with the new one.
+        broken: Share of the queries that hit with the old model and miss with the new one.
+    """
+
+    gain: Interval
+    fixed: float
+    broken: float
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-able form."""
+        return {"gain": list(self.gain), "fixed": self.fixed, "broken": self.broken}
+
+
+def compare_ranks(
+    new_ranks: Tensor,
+    old_ranks: Tensor,
+    k: int,
+    groups: Tensor | None = None,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> Difference:
+    """Compares two query models at one k on the same queries.
+
+    Args:
+        new_ranks: (n,) ranks from 0, of :func:`xbt.evaluation.best_positive_ranks`.
+        old_ranks: (n,) ranks of the same queries under the old model.
+        k: The cut-off.
+        groups: (n,) integers; queries with the same one are drawn together. ``None``: all independent.
+        confidence: Of the two-sided interval.
+        samples: Bootstrap samples.
+        seed: Fixes them.
+
+    Raises:
+        DataError, ConfigError: As :func:`bootstrap_means`, or if the lengths differ.
+    """
+    if new_ranks.shape != old_ranks.shape:
+        raise DataError(
+            f"there are {len(new_ranks)} new ranks and {len(old_ranks)} old ones; rank the same queries"
+        )
+    new_hits, old_hits = new_ranks < k, old_ranks < k
+    change = new_hits.double() - old_hits.double()
+    return Difference(
+        bootstrap_interval(change, groups, confidence, samples, seed),
+        fixed=float((new_hits & ~old_hits).double().mean()),
+        broken=float((old_hits & ~new_hits).double().mean()),
+    )
+
+
+def bootstrap_interval(
+    values: Tensor,
+    groups: Tensor | None = None,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of one value per query with its percentile bootstrap interval.
+
+    Args:
+        values: (n,) one value per query: a hit (0 or 1), or a change of hit (-1, 0 or 1).
+        groups: (n,) integers; queries with the same one are drawn together.
+        confidence: Of the two-sided interval, between 0 and 1.
+        samples: Bootstrap samples.
+        seed: Fixes them.
+
+    Raises:
+        DataError, ConfigError: As :func:`bootstrap_means`.
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence is {confidence}, but must lie between 0 and 1, such as 0.95")
+    means = bootstrap_means(values, groups, samples, seed)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Interval(float(values.double().mean()), float(low), float(high))
+
+
+def bootstrap_means(
+    values: Tensor, groups: Tensor | None = None, samples: int = 2000, seed: int = 0
+) -> NDArray[np.float64]:
+    """Means of ``values`` over queries drawn with replacement, group by group.
+
+    Args:
+        values: (n,) one value per query.
+        groups: (n,) integers; queries with the same one are drawn together. ``None``: all independent.
+        samples: How many means to draw.
+        seed: Fixes them.
+
+    Returns:
+        (samples,) float64 means over the drawn queries.
+
+    Raises:
+        DataError: If there are no values, one is NaN, or ``groups`` is not of their length.
+        ConfigError: If ``samples`` is less than 1.
+    """
+    rows = values.double().numpy()
+    if rows.ndim != 1 or len(rows) == 0:
+        raise DataError(f"the bootstrap needs one value per query, got the shape {tuple(values.shape)}")
+    if not np.isfinite(rows).all():
+        raise DataError(f"value {int(np.argmin(np.isfinite(rows)))} of the bootstrap is NaN or infinite")
+    if samples < 1:
+        raise ConfigError(f"samples is {samples}, but the bootstrap needs at least 1")
+    if groups is not None and groups.shape != values.shape:
+        raise DataError(f"there are {len(groups)} groups for {len(rows)} queries; give one group per query")
+    owner = np.arange(len(rows)) if groups is None else np.unique(groups.numpy(), return_inverse=True)[1]
+    totals = np.bincount(owner, weights=rows)
+    sizes = np.bincount(owner).astype(np.float64)
+    rng, count = np.random.default_rng(seed), len(totals)
+    means = np.empty(samples)
+    step = max(1, _DRAWS_AT_ONCE // count)
+    for start in range(0, samples, step):
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(step, samples - start))
+        means[start : start + step] = (drawn @ totals) / (drawn @ sizes)
+    return means
+
+
+def hits_at(ranks: Tensor, ks: tuple[int, ...]) -> Tensor:
+    """(n, len(ks)) booleans: whether each query has a positive among its first k."""
+    return ranks[:, None] < torch.tensor(ks)
