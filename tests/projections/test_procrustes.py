@@ -9,7 +9,15 @@ from scipy.linalg import orthogonal_procrustes
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.projections import fit_projection, procrustes_rotation, procrustes_rotation_of_chunks
+from xbt.projections import (
+    PairStatistics,
+    PairVectors,
+    fit_procrustes,
+    fit_projection,
+    procrustes_rotation,
+    procrustes_rotation_of_chunks,
+)
+from xbt.projections.procrustes import procrustes_from
 from xbt.space import EmbeddingSpace
 
 
@@ -51,9 +59,10 @@ def test_recovers_a_hidden_rotation(new_dim, old_dim):
     assert (procrustes_rotation(new, old) - hidden.T).abs().max() < 1e-6
 
 
-def test_recovers_an_embedding_into_more_dimensions():
-    hidden = orthonormal_columns(48, 32)
-    new = unit_rows(500, 32).double()
+@pytest.mark.parametrize(("new_dim", "old_dim"), [(32, 48), (512, 768)])
+def test_recovers_an_embedding_into_more_dimensions(new_dim, old_dim):
+    hidden = orthonormal_columns(old_dim, new_dim)
+    new = unit_rows(1500, new_dim).double()
     assert (procrustes_rotation(new, new @ hidden.T) - hidden).abs().max() < 1e-6
 
 
@@ -74,6 +83,154 @@ def test_beats_every_perturbed_rotation():
         assert ((new @ other.T) * old).sum() < score
 
 
+def as_pairs(n, new_dim, old_dim, seed=5):
+    """Images whose vectors are off the texts' mean, as those of CLIP are."""
+    texts = unit_rows(n, new_dim, seed), unit_rows(n, old_dim, seed + 1)
+    images = unit_rows(n, new_dim, seed + 2) + 0.1, unit_rows(n, old_dim, seed + 3) - 0.1
+    return PairVectors(texts[0], texts[1], images[1], range(n), images[0])
+
+
+def scipy_rotation(new, old, weights=None):
+    weights = np.ones(len(new)) if weights is None else weights
+    new, old = np.asarray(new, np.float64), np.asarray(old, np.float64)
+    return orthogonal_procrustes(new * weights[:, None], old)[0].T
+
+
+def test_joint_centring_equals_scipy_on_centred_vectors():
+    new, old = unit_rows(200, 12).double() + 0.3, unit_rows(200, 12, 1).double() - 0.2
+    projection = fit_procrustes(new, old, centring="joint")
+    expected = scipy_rotation(new - new.mean(0), old - old.mean(0))
+    np.testing.assert_allclose(projection.weight.detach().numpy(), expected, atol=1e-6)
+    bias = old.mean(0).numpy() - expected @ new.mean(0).numpy()
+    np.testing.assert_allclose(projection.bias.detach().numpy(), bias, atol=1e-6)
+    assert projection.image_bias is None
+
+
+@pytest.mark.parametrize("centring", ["none", "joint"])
+def test_pairs_are_weighted_rows(centring):
+    new, old, pairs = unit_rows(60, 8).double(), unit_rows(60, 8, 1).double(), as_pairs(20, 8, 8)
+    all_new = torch.cat([new, pairs.new_images])
+    all_old = torch.cat([old, pairs.old_images])
+    weights = np.concatenate([np.full(60, 0.6 / 60), np.full(20, 0.4 / 20)])
+    if centring == "joint":
+        all_new = all_new - torch.from_numpy(weights) @ all_new
+        all_old = all_old - torch.from_numpy(weights) @ all_old
+    found = fit_procrustes(new, old, pairs=pairs, pairs_weight=0.4, centring=centring).weight
+    np.testing.assert_allclose(found.detach().numpy(), scipy_rotation(all_new, all_old, weights), atol=1e-6)
+
+
+def test_centring_by_modality():
+    new, old, pairs = unit_rows(60, 8).double(), unit_rows(60, 8, 1).double(), as_pairs(20, 8, 8)
+    images = pairs.new_images.double(), pairs.old_images.double()
+    centred = [torch.cat([a - a.mean(0), b - b.mean(0)]) for a, b in zip((new, old), images, strict=True)]
+    weights = np.concatenate([np.full(60, 0.67 / 60), np.full(20, 0.33 / 20)])
+    projection = fit_procrustes(new, old, pairs=pairs, centring="modality")
+    expected = scipy_rotation(*centred, weights)
+    np.testing.assert_allclose(projection.weight.detach().numpy(), expected, atol=1e-6)
+    for vectors, target, modality in ((new, old, "text"), (*images, "image")):
+        moved = projection.project(vectors.float(), modality)
+        torch.testing.assert_close(moved.mean(0), target.float().mean(0), atol=1e-6, rtol=1e-5)
+    of_texts = fit_procrustes(new, old, pairs=pairs, centring="modality", pairs_weight=0.0)
+    torch.testing.assert_close(of_texts.weight, fit_procrustes(new, old, centring="joint").weight)
+    assert of_texts.image_bias is not None
+
+
+def test_without_weight_pairs_change_nothing():
+    new, old, pairs = unit_rows(60, 8), unit_rows(60, 6, 1), as_pairs(20, 8, 6)
+    plain, weighted = fit_procrustes(new, old), fit_procrustes(new, old, pairs=pairs)
+    assert torch.equal(fit_procrustes(new, old, pairs=pairs, pairs_weight=0.0).weight, plain.weight)
+    assert not torch.allclose(weighted.weight, plain.weight, atol=1e-3)
+    assert torch.equal(weighted.weight, fit_procrustes(new, old, pairs=pairs, pairs_weight=0.33).weight)
+
+
+@pytest.mark.parametrize("centring", ["none", "joint"])
+def test_scales_are_least_squares_of_each_coordinate(centring):
+    new, old = unit_rows(200, 12).double() + 0.1, unit_rows(200, 7, 1).double()
+    old = old + 0.5 * new[:, :7]
+    plain = fit_procrustes(new, old, centring=centring)
+    scaled = fit_procrustes(new, old, centring=centring, scale=True)
+    means = (new.mean(0), old.mean(0)) if centring == "joint" else (0.0, 0.0)
+    turned = (new - means[0]) @ plain.weight.detach().double().T
+    for k in range(7):
+        factor = np.linalg.lstsq(turned[:, k : k + 1].numpy(), (old - means[1])[:, k].numpy(), rcond=None)[0]
+        expected = float(factor[0]) * plain.weight[k]
+        torch.testing.assert_close(scaled.weight[k], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_is_the_visible_part_of_the_zero_padded_square_solution():
+    new, old = unit_rows(200, 12).double(), unit_rows(200, 7, 1).double()
+    padded = np.concatenate([old.numpy(), np.zeros((200, 5))], axis=1)
+    square, _ = orthogonal_procrustes(new.numpy(), padded)
+    projection = fit_procrustes(new, old)
+    visible = new.numpy() @ square[:, :7]
+    np.testing.assert_allclose(projection.project(new.float()).detach().numpy(), visible, atol=1e-6)
+    assert (projection.project(new.float()).norm(dim=1) < 1).all()
+
+
+DEFICIENT = {
+    "fewer rows than dimensions": lambda: (unit_rows(5, 24), unit_rows(5, 16, 1)),
+    "one row": lambda: (unit_rows(1, 24), unit_rows(1, 16, 1)),
+    "constant": lambda: (unit_rows(1, 24).expand(40, 24), unit_rows(1, 16, 1).expand(40, 16)),
+    "duplicates": lambda: (unit_rows(6, 24).repeat(20, 1), unit_rows(6, 16, 1).repeat(20, 1)),
+    "dead coordinates": lambda: (unit_rows(99, 24) * (torch.arange(24) % 3 > 0), unit_rows(99, 16, 1)),
+    "old in a subspace": lambda: (
+        unit_rows(99, 24),
+        unit_rows(99, 4, 1) @ orthonormal_columns(16, 4).float().T,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFICIENT)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_rank_deficient_problems_have_one_orthonormal_answer(name, swapped, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 0)
+    new, old = DEFICIENT[name]() if not swapped else DEFICIENT[name]()[::-1]
+    weight = procrustes_rotation(new, old)
+    wide = weight if len(weight) <= weight.shape[1] else weight.T
+    torch.testing.assert_close(wide @ wide.T, torch.eye(len(wide)), atol=1e-5, rtol=0)
+    assert torch.equal(procrustes_rotation(new, old), weight)
+    order = torch.randperm(len(new), generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(procrustes_rotation(new[order], old[order]), weight, atol=1e-4, rtol=0)
+    # No other rotation fits better: the trace is the sum of the singular values.
+    cross = new.double().T @ old.double()
+    best = torch.linalg.svdvals(cross).sum()
+    assert (weight.double().T * cross).sum() == pytest.approx(float(best), rel=1e-6)
+
+
+def test_unknown_directions_are_cut_or_filled_up():
+    new, old = torch.zeros(5, 6), torch.zeros(5, 4)
+    new[:, 1], old[:, 0] = 1.0, -1.0
+    weight = procrustes_rotation(new, old)
+    assert weight[0, 1] == pytest.approx(-1)
+    torch.testing.assert_close(weight[2:, 2:4], torch.eye(2), atol=1e-3, rtol=0)
+    # Coordinate 1 is taken on the new side: the old one goes to those that are left.
+    assert weight[1, [0, 4, 5]].norm() == pytest.approx(1, abs=1e-3)
+
+
+def test_zero_rows_contribute_nothing_but_not_all_may_be_zero():
+    new, old = unit_rows(30, 6), unit_rows(30, 4, 1)
+    longer = torch.cat([new, torch.zeros(9, 6)]), torch.cat([old, unit_rows(9, 4, 2)])
+    torch.testing.assert_close(procrustes_rotation(*longer), procrustes_rotation(new, old), atol=1e-6, rtol=0)
+    with pytest.raises(DataError, match="all zero"):
+        fit_procrustes(0 * new, old)
+
+
+def test_statistics_can_be_used_again():
+    new, old, pairs = unit_rows(60, 8), unit_rows(60, 6, 1), as_pairs(20, 8, 6)
+    terms = ("cross", "sums", "new_gram")
+    texts, images = PairStatistics.of(new, old, terms), PairStatistics.of_images(pairs, terms)
+    for options in ({"pairs_weight": 0.2}, {"centring": "modality", "scale": True, "pairs_weight": 0.6}):
+        again = procrustes_from(texts, images, **options)
+        fitted = fit_procrustes(new, old, pairs=pairs, **options)
+        torch.testing.assert_close(again.weight, fitted.weight)
+    mixed = procrustes_from(texts.mixed(images, 0.2))
+    assert torch.equal(mixed.weight, procrustes_from(texts, images, pairs_weight=0.2).weight)
+    with pytest.raises(ConfigError, match=r"pairs_weight=0\.5 needs images"):
+        procrustes_from(texts, pairs_weight=0.5)
+
+
 def test_numpy_and_half_precision():
     new, old = unit_rows(300, 24), unit_rows(300, 16, 1)
     exact = procrustes_rotation(new, old)
@@ -82,11 +239,14 @@ def test_numpy_and_half_precision():
     assert (exact - half).abs().max() < 1e-2
 
 
-def test_more_rows_than_one_chunk(monkeypatch):
-    new, old = unit_rows(300, 24), unit_rows(300, 16, 1)
+def test_more_rows_than_are_multiplied_in_double_precision(monkeypatch):
+    new, old = unit_rows(3000, 24), unit_rows(3000, 16, 1)
+    new[:, :16] += old
     whole = procrustes_rotation(new, old)
-    monkeypatch.setattr("xbt.projections.procrustes._CHUNK_ROWS", 7)
-    assert (procrustes_rotation(new, old) - whole).abs().max() < 1e-6
+    monkeypatch.setattr("xbt.projections.statistics.BLOCK_ROWS", 128)
+    monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 256)
+    found = procrustes_rotation(new, old)
+    assert 0 < (found - whole).abs().max() < 1e-6
 
 
 def test_fit_projection_attaches_spaces_and_normalises():
@@ -96,6 +256,26 @@ def test_fit_projection_attaches_spaces_and_normalises():
     out = projection(unit_rows(5, 24))
     assert out.shape == (5, 16)
     torch.testing.assert_close(out.norm(dim=1), torch.ones(5))
+
+
+def test_refusals_of_pairs():
+    new, old, pairs = unit_rows(30, 8), unit_rows(30, 6, 1), as_pairs(20, 8, 6)
+    with pytest.raises(ConfigError, match=r"pairs_weight=0\.5 needs images.*pairs=PairVectors"):
+        fit_procrustes(new, old, pairs_weight=0.5)
+    with pytest.raises(ConfigError, match=r"centring='modality' needs images.*pairs=PairVectors"):
+        fit_procrustes(new, old, centring="modality")
+    with pytest.raises(ConfigError, match="centring 'both' is not known; use 'none'"):
+        fit_procrustes(new, old, centring="both")
+    for weight in (1.0, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match="pairs_weight must be at least 0 and below 1"):
+            fit_procrustes(new, old, pairs=pairs, pairs_weight=weight)
+    texts_alone = PairVectors(pairs.new_texts, pairs.old_texts, pairs.old_images, range(20))
+    with pytest.raises(ConfigError, match="no new image vectors"):
+        fit_procrustes(new, old, pairs=texts_alone)
+    assert fit_procrustes(new, old, pairs=texts_alone, pairs_weight=0.0).foldable
+    for given in (0.0, 0.3):
+        with pytest.raises(SpaceMismatchError, match=r"7 \(new\) and 6 \(old\).* 8 and 6"):
+            fit_procrustes(new, old, pairs=as_pairs(20, 7, 6), pairs_weight=given)
 
 
 def test_refusals():

@@ -14,6 +14,8 @@ from xbt.errors import DataError
 from xbt.evaluation.cells import DIRECTIONS
 from xbt.vectors import Vectors, as_vectors
 
+_ROUNDING = 1e-6
+
 
 @dataclass(frozen=True)
 class PairVectors:
@@ -180,5 +182,6 @@ def _unit_rows(vectors: Vectors, name: str, dim: int | None = None) -> Tensor:
         raise DataError(
             f"{name} has zero rows, first row {int(torch.nonzero(norms[:, 0] == 0)[0])}; leave them out"
         )
-    unit: Tensor = rows / norms
+    # Unit rows stay as they are, bit by bit: a part of the pairs has the same vectors as the whole.
+    unit: Tensor = torch.where((norms - 1).abs() < _ROUNDING, rows, rows / norms)
     return unit

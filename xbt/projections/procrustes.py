@@ -7,49 +7,93 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from xbt.errors import DataError
 from xbt.projections.base import LinearProjection
-from xbt.vectors import Vectors, as_vectors
+from xbt.projections.closed_form import ROUNDING, Centring, gather, linear_map, orthogonal_factor, prepare
+from xbt.projections.pairs import PairVectors
+from xbt.projections.sources import Source
+from xbt.projections.statistics import PairStatistics, Term
 
-_CHUNK_ROWS = 65_536
 
+def fit_procrustes(
+    new: Source,
+    old: Source,
+    *,
+    pairs: PairVectors | None = None,
+    pairs_weight: float | None = None,
+    centring: Centring = "none",
+    scale: bool = False,
+) -> LinearProjection:
+    """Fits the rotation that turns the new vectors onto the old ones.
 
-def procrustes_rotation(new: Vectors, old: Vectors) -> Tensor:
-    """Solves the orthogonal Procrustes problem for paired rows.
-
-    With N the new vectors (n, new_dim) and O the old ones (n, old_dim), the map W of orthonormal columns (or
-    rows, if old_dim > new_dim) that maximises the summed inner products is
+    With N the new vectors (n, new_dim) and O the old ones (n, old_dim), the map W of orthonormal rows (or
+    columns, if old_dim > new_dim) that maximises the summed inner products is
 
         C = Nᵀ O = P Σ Qᵀ,      Wᵀ = P Qᵀ,      W maps z to W z
 
-    (Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem"). Uncentred, rectangular
-    and accumulated in fp64. This is the map that carries over best from text to images when only text is
-    known, because it keeps every angle within the image of Wᵀ.
+    (Schönemann 1966, "A generalized solution of the orthogonal Procrustes problem"). It is the map that
+    carries over best from text to images when only text is known, because it keeps every angle within the
+    image of Wᵀ. Rows are used as they are given: one of twice the length counts twice, a zero row not at all.
+
+    The form that pads the old vectors with zeros to new_dim, solves a square problem and keeps the first
+    old_dim rows (as the code released with SLERP does, Ricci et al. 2026, arXiv 2609.39836) has the same W.
+    What differs there is that the visible part W z is not normalised, ‖W z‖ ≤ 1: that is ``project()``.
 
     Args:
-        new: (n, new_dim) vectors of the new model.
-        old: (n, old_dim) vectors of the old model for the same items.
+        new: Vectors of the new model.
+        old: Vectors of the old model, row by row for the same items.
+        pairs: Image–text pairs whose images take part in the fit.
+        pairs_weight: Their share ω in [0, 1); ``None`` is 0.33 with pairs.
+        centring: ``"none"``; ``"joint"`` turns the vectors about their mean and puts the old mean back
+            (Gupta et al. 2026, arXiv 2602.17584); ``"modality"`` does so for texts and for images, whose
+            means come from ``pairs``.
+        scale: Whether coordinate k of W z is multiplied by s_k = Σ (W z)_k o_k / Σ (W z)_k², the diagonal
+            scaling of Drift-Adapter (Vejendla 2025, arXiv 2509.23471); W is then no longer orthonormal.
 
     Returns:
-        (old_dim, new_dim) float32 matrix W.
+        A projection, with offsets if it is centred.
+
+    Raises:
+        ConfigError: If an option cannot be used.
+        DataError: If the vectors are empty, not paired, hold NaN, or are all zero on one side.
+        SpaceMismatchError: If the pairs have other dimensions.
+    """
+    terms: tuple[Term, ...] = ("cross", "new_gram") if scale else ("cross",)
+    texts, images, weight = gather(new, old, terms, pairs, pairs_weight, centring)
+    return procrustes_from(texts, images, pairs_weight=weight, centring=centring, scale=scale)
+
+
+def procrustes_from(
+    texts: PairStatistics,
+    images: PairStatistics | None = None,
+    *,
+    pairs_weight: float = 0.0,
+    centring: Centring = "none",
+    scale: bool = False,
+) -> LinearProjection:
+    """As :func:`fit_procrustes`, from statistics: ``cross``, with centring ``sums``, for scale ``new_gram``.
+
+    Raises:
+        ConfigError: If an option cannot be used, or the statistics lack what it needs.
+    """
+    problem = prepare(texts, images, pairs_weight, centring)
+    cross = problem.stats.term("cross")
+    weight = orthogonal_factor(cross, float(torch.linalg.matrix_norm(problem.raw.term("cross"))))
+    if scale:
+        weight = _scales(weight, problem.stats)[:, None] * weight
+    return linear_map(weight, problem)
+
+
+def procrustes_rotation(new: Source, old: Source) -> Tensor:
+    """The (old_dim, new_dim) float32 matrix W of :func:`fit_procrustes` without options.
 
     Raises:
         DataError: If the row counts differ, or there are no rows, or NaN.
     """
-    new_rows, old_rows = as_vectors(new, "new vectors"), as_vectors(old, "old vectors")
-    if len(new_rows) != len(old_rows):
-        raise DataError(
-            f"new and old vectors must be of the same items: there are {len(new_rows)} new and "
-            f"{len(old_rows)} old rows"
-        )
-    starts = range(0, len(new_rows), _CHUNK_ROWS)
-    return procrustes_rotation_of_chunks(
-        (new_rows[start : start + _CHUNK_ROWS], old_rows[start : start + _CHUNK_ROWS]) for start in starts
-    )
+    return _rotation(PairStatistics.of(new, old))
 
 
 def procrustes_rotation_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """As :func:`procrustes_rotation`, for vectors that come piece by piece and need not fit into memory.
+    """As :func:`procrustes_rotation`, for pairs of chunks.
 
     Args:
         chunks: At least one pair of (k, new_dim) and (k, old_dim) vectors of the same items, without NaN; k
@@ -59,19 +103,17 @@ def procrustes_rotation_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> Te
         (old_dim, new_dim) float32 matrix W.
 
     Raises:
-        DataError: If there is no piece.
+        DataError: If there is no piece, or a value is NaN or infinite.
     """
-    covariance: Tensor | None = None
-    for new, old in chunks:
-        product = new.double().T @ old.double()
-        covariance = product if covariance is None else covariance.add_(product)
-    if covariance is None:
-        raise DataError("new and old vectors are empty: there are 0 rows; give at least one pair")
-    left, _, right = torch.linalg.svd(covariance, full_matrices=False)
-    rotation: Tensor = left @ right
-    return rotation.T.float().contiguous()
+    return _rotation(PairStatistics.from_chunks(chunks))
 
 
-def fit_procrustes(new: Vectors, old: Vectors) -> LinearProjection:
-    """The Procrustes rotation as a projection; see :func:`procrustes_rotation`."""
-    return LinearProjection.from_weight(procrustes_rotation(new, old))
+def _rotation(stats: PairStatistics) -> Tensor:
+    return orthogonal_factor(stats.term("cross")).float()
+
+
+def _scales(weight: Tensor, stats: PairStatistics) -> Tensor:
+    products = (weight * stats.term("cross").T).sum(dim=1)
+    squares = ((weight @ stats.term("new_gram")) * weight).sum(dim=1)
+    # Nothing is known of the length of a coordinate that is always 0.
+    return torch.where(squares > ROUNDING * squares.max(), products / squares, 1.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from xbt.errors import StoreError
@@ -136,7 +137,7 @@ class NpyRows:
             number = int(np.searchsorted(self._starts, position, side="right")) - 1
             end = min(stop, int(self._starts[number + 1]))
             first = position - int(self._starts[number])
-            result[position - start : end - start] = self._read(number, first, end - position)
+            _widen(self._read(number, first, end - position), result[position - start : end - start])
             position = end
         return result
 
@@ -192,6 +193,14 @@ class NpyRows:
         else:
             self._open.move_to_end(number)
         return found
+
+
+def _widen(rows: NDArray[np.floating], target: NDArray[np.float32]) -> None:
+    """Copies rows into float32 ones; torch makes float32 of float16 several times as fast as numpy."""
+    if rows.dtype == np.float16 and rows.dtype.isnative:
+        torch.from_numpy(target).copy_(torch.from_numpy(rows))
+    else:
+        target[...] = rows
 
 
 def _fill(file: BinaryIO, target: memoryview, position: int, path: Path) -> None:

@@ -1,0 +1,120 @@
+"""Ridge regression: the closed-form linear map of least squared error."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from xbt.errors import ConfigError, DataError
+from xbt.projections.base import LinearProjection
+from xbt.projections.closed_form import Problem, gather, linear_map, prepare
+from xbt.projections.pairs import PairVectors
+from xbt.projections.sources import Source
+from xbt.projections.statistics import PairStatistics, Term
+
+DEFAULT_REGULARISATION = 0.3
+"""λ, where none is given, in units of the mean diagonal element of NᵀN (n / new_dim for unit rows).
+
+On 30,000 pairs of real text vectors the recall of cross-modal queries was best from 0.1 to 0.4.
+"""
+
+TERMS: tuple[Term, ...] = ("cross", "new_gram")
+
+_SINGULAR = 1e-8
+
+
+def fit_ridge(
+    new: Source,
+    old: Source,
+    *,
+    pairs: PairVectors | None = None,
+    pairs_weight: float | None = None,
+    regularisation: float | None = None,
+    intercept: bool = False,
+) -> LinearProjection:
+    """Fits W by least squares with a penalty on its size.
+
+    With N the new vectors (n, new_dim) and O the old ones (n, old_dim)
+
+        Wᵀ = (Nᵀ N + λ I)⁻¹ Nᵀ O,      W maps z to W z
+
+    (Hoerl & Kennard 1970, "Ridge Regression: Biased Estimation for Nonorthogonal Problems"). It fits the
+    vectors it was given better than a rotation does; fitted to texts alone it carries over to images less
+    well. Rows are used as they are given, and a zero row changes nothing unless there is an intercept.
+
+    Args:
+        new: Vectors of the new model.
+        old: Vectors of the old model, row by row for the same items.
+        pairs: Image–text pairs whose images take part in the fit.
+        pairs_weight: Their share ω in [0, 1); ``None`` is 0.33 with pairs.
+        regularisation: λ ≥ 0, absolute as scikit-learn's alpha. ``None`` is 0.3 times the mean diagonal
+            element of NᵀN, so 0.3 · n / new_dim for unit rows. 0 needs new_dim independent rows.
+        intercept: Whether there is an offset, which is not penalised.
+
+    Returns:
+        A projection, with an offset if there is an intercept.
+
+    Raises:
+        ConfigError: If an option cannot be used.
+        DataError: If the vectors are empty, not paired, hold NaN or are all zero, or λ is too small for them.
+        SpaceMismatchError: If the pairs have other dimensions.
+    """
+    check_regularisation(regularisation)
+    terms: tuple[Term, ...] = (*TERMS, "sums") if intercept else TERMS
+    texts, images, weight = gather(new, old, terms, pairs, pairs_weight)
+    return ridge_from(texts, images, pairs_weight=weight, regularisation=regularisation, intercept=intercept)
+
+
+def ridge_from(
+    texts: PairStatistics,
+    images: PairStatistics | None = None,
+    *,
+    pairs_weight: float = 0.0,
+    regularisation: float | None = None,
+    intercept: bool = False,
+) -> LinearProjection:
+    """As :func:`fit_ridge`, from statistics: ``cross`` and ``new_gram``, with an intercept ``sums``.
+
+    With images, λ is beside the statistics scaled to the number of texts.
+
+    Raises:
+        ConfigError: If an option cannot be used, or the statistics lack what it needs.
+        DataError: If λ is too small for the vectors.
+    """
+    problem = prepare(texts, images, pairs_weight, "joint" if intercept else "none")
+    return linear_map(ridge_solution(problem, regularisation).T, problem)
+
+
+def ridge_solution(problem: Problem, regularisation: float | None) -> Tensor:
+    """(new_dim, old_dim) float64 (NᵀN + λI)⁻¹ NᵀO.
+
+    Raises:
+        ConfigError: If λ is negative or not a number.
+        DataError: If the matrix is singular.
+    """
+    check_regularisation(regularisation)
+    gram = problem.stats.term("new_gram").clone()
+    amount = regularisation
+    if amount is None:
+        amount = DEFAULT_REGULARISATION * float(problem.raw.term("new_gram").diagonal().mean())
+    gram.diagonal().add_(amount)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal().square()
+    if int(failed) or float(pivots.min()) <= _SINGULAR * float(pivots.max()):
+        raise DataError(
+            f"with regularisation={amount:g} the map is not determined by the {problem.stats.count} vectors "
+            f"of dimension {len(gram)}: some directions are hardly there; give a greater regularisation"
+        )
+    return torch.cholesky_solve(problem.stats.term("cross"), factor)
+
+
+def check_regularisation(regularisation: float | None) -> None:
+    """Refuses what cannot be a λ.
+
+    Raises:
+        ConfigError: If it is negative or not a finite number.
+    """
+    if regularisation is not None and not (math.isfinite(regularisation) and regularisation >= 0):
+        raise ConfigError(f"regularisation must be a number of at least 0, got {regularisation}")

@@ -1,0 +1,255 @@
+"""What closed forms need to know of paired vectors: sums of products, gathered in one pass.
+
+With N the new vectors (n, new_dim) and O the old ones (n, old_dim), every closed form is a function of some
+of
+
+    n,   NᵀO,   Nᵀ1,   Oᵀ1,   NᵀN,   OᵀO
+
+which take O(d²) memory however many rows there are, and of which two parts make the whole by addition
+(Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from xbt.errors import ConfigError, DataError, SpaceMismatchError
+from xbt.projections.pairs import PairVectors
+from xbt.projections.sources import BLOCK_ROWS, NEW, OLD, Source, paired_chunks
+
+Term = Literal["cross", "sums", "new_gram", "old_gram"]
+TERMS: tuple[Term, ...] = ("cross", "sums", "new_gram", "old_gram")
+CROSS: tuple[Term, ...] = ("cross",)
+
+EXACT_ROWS = 16_384
+"""So many rows of a pass are multiplied in fp64; where few rows say little, rounding must not add to it."""
+
+_COUNT = "count"
+_PANEL = 128
+
+
+@dataclass(frozen=True)
+class PairStatistics:
+    """Sums of products of paired vectors, in fp64 on the CPU.
+
+    The first :data:`EXACT_ROWS` rows of a pass, and fp64 vectors always, are multiplied in fp64. The rest are
+    multiplied in fp32 in blocks of at most 8,192 rows, whose results are added up in fp64: three times as
+    fast, and for fp16 vectors no single product is rounded. Measured on 30,000 pairs of real fp16 text
+    vectors and on 65,536 synthetic ones, the spectral norm of the error was 1.2e-8 and 6e-9 of the greatest
+    singular value of NᵀO; on constant vectors, where all rounding goes one way, 3e-7.
+
+    Attributes:
+        count: Number of pairs n.
+        dims: Dimension of the new and of the old vectors.
+        cross: (new_dim, old_dim) NᵀO.
+        new_sum: (new_dim,) Nᵀ1.
+        old_sum: (old_dim,) Oᵀ1.
+        new_gram: (new_dim, new_dim) NᵀN.
+        old_gram: (old_dim, old_dim) OᵀO.
+
+    What was not asked for is ``None``; :meth:`term` names it.
+    """
+
+    count: int
+    dims: tuple[int, int]
+    cross: Tensor | None = None
+    new_sum: Tensor | None = None
+    old_sum: Tensor | None = None
+    new_gram: Tensor | None = None
+    old_gram: Tensor | None = None
+
+    @classmethod
+    def from_chunks(cls, chunks: Iterable[tuple[Tensor, Tensor]], terms: Collection[Term] = CROSS) -> Self:
+        """Gathers statistics of vectors that come piece by piece.
+
+        Args:
+            chunks: At least one pair of (k, new_dim) and (k, old_dim) vectors of the same items; k may differ
+                from piece to piece.
+            terms: What to gather, of :data:`TERMS`; ``"sums"`` are both Nᵀ1 and Oᵀ1.
+
+        Raises:
+            ConfigError: If a term is not known.
+            DataError: If there are no rows, or a value is NaN or infinite; the message names the row.
+            SpaceMismatchError: If a piece's dimension is not that of those before it.
+        """
+        unknown = sorted(set(terms) - set(TERMS))
+        if unknown:
+            raise ConfigError(f"there is no term {unknown[0]!r} of statistics; there is {', '.join(TERMS)}")
+        total: Self | None = None
+        for new, old in chunks:
+            for start in range(0, max(len(new), len(old)), BLOCK_ROWS):
+                seen = 0 if total is None else total.count
+                block = cls._of_block(
+                    new[start : start + BLOCK_ROWS], old[start : start + BLOCK_ROWS], terms, seen
+                )
+                total = block if total is None else total._add_in_place(block)
+        if total is None:
+            raise DataError("new and old vectors are empty: there are 0 rows; give at least one pair")
+        return total
+
+    @classmethod
+    def of(cls, new: Source, old: Source, terms: Collection[Term] = CROSS) -> Self:
+        """Statistics of vectors, stores or streams; see :func:`~xbt.projections.sources.paired_chunks`."""
+        return cls.from_chunks(paired_chunks(new, old), terms)
+
+    @classmethod
+    def of_images(cls, pairs: PairVectors, terms: Collection[Term] = CROSS) -> Self:
+        """Statistics of the images of pairs, each under both models.
+
+        Raises:
+            ConfigError: If the pairs have no new image vectors.
+        """
+        if pairs.new_images is None:
+            raise ConfigError(
+                "the pairs have no new image vectors, which a fit to images needs; give new_images, or set "
+                "pairs_weight to 0"
+            )
+        return cls.of(pairs.new_images, pairs.old_images, terms)
+
+    @classmethod
+    def _of_block(cls, new: Tensor, old: Tensor, terms: Collection[Term], seen: int) -> Self:
+        if len(new) != len(old):
+            raise DataError(
+                f"a chunk has {len(new)} new and {len(old)} old rows; both must be of the same items"
+            )
+        exact = seen < EXACT_ROWS or torch.float64 in (new.dtype, old.dtype)
+        new, old = (side.detach().to("cpu", torch.float64 if exact else torch.float32) for side in (new, old))
+        stats = cls._products(new, old, terms)
+        if all(bool(torch.isfinite(tensor.sum())) for tensor in stats.to_tensors().values()):
+            return stats
+        for rows, name in ((new, NEW), (old, OLD)):
+            bad = torch.nonzero(~torch.isfinite(rows).all(dim=1)).flatten()
+            if len(bad):
+                raise DataError(
+                    f"{name} has NaN or infinite values, first in row {seen + int(bad[0])}; find out which "
+                    "input made it and leave that out"
+                )
+        stats = cls._products(new.double(), old.double(), terms)
+        if all(bool(torch.isfinite(tensor).all()) for tensor in stats.to_tensors().values()):
+            return stats  # only fp32 was too small for the products
+        raise DataError(
+            f"products of the vectors from row {seen} on are too large for float64; give vectors of about "
+            "unit length"
+        )
+
+    @classmethod
+    def _products(cls, new: Tensor, old: Tensor, terms: Collection[Term]) -> Self:
+        return cls(
+            len(new),
+            (new.shape[1], old.shape[1]),
+            (new.T @ old).double() if "cross" in terms else None,
+            new.sum(dim=0).double() if "sums" in terms else None,
+            old.sum(dim=0).double() if "sums" in terms else None,
+            _gram(new) if "new_gram" in terms else None,
+            _gram(old) if "old_gram" in terms else None,
+        )
+
+    def term(self, name: str) -> Tensor:
+        """A term by the name of its attribute.
+
+        Raises:
+            ConfigError: If it was not gathered.
+        """
+        found = getattr(self, name)
+        if found is None:
+            raise ConfigError(
+                f"these statistics were gathered without {name}, which this method needs; ask for it in terms"
+            )
+        tensor: Tensor = found
+        return tensor
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """(new_dim,) and (old_dim,) float64 means of both sides."""
+        return self.term("new_sum") / self.count, self.term("old_sum") / self.count
+
+    def centred(self) -> Self:
+        """The same statistics of the vectors less their means, so that the sums are zero.
+
+        Raises:
+            ConfigError: If the sums were not gathered.
+        """
+        new_mean, old_mean = self.means
+        means = {
+            "cross": (new_mean, old_mean),
+            "new_gram": (new_mean, new_mean),
+            "old_gram": (old_mean, old_mean),
+        }
+        products = {
+            name: tensor - self.count * torch.outer(*means[name])
+            if name in means
+            else torch.zeros_like(tensor)
+            for name, tensor in self._products_by_name().items()
+        }
+        return type(self)(self.count, self.dims, **products)
+
+    def mixed(self, other: Self, weight: float) -> Self:
+        """Statistics as if ``weight`` of the pairs were drawn from ``other`` and the rest from these.
+
+        All are scaled to the count of these, so that (1 − ω)·mean here + ω·mean there is n times larger; what
+        one of both does not have is left out.
+
+        Raises:
+            ConfigError: If the weight is not in [0, 1).
+            SpaceMismatchError: If the dimensions differ.
+        """
+        if not 0 <= weight < 1:
+            raise ConfigError(f"pairs_weight must be at least 0 and below 1, got {weight}")
+        return self._combined(other, self.count, 1 - weight, weight * self.count / other.count)
+
+    def __add__(self, other: Self) -> Self:
+        return self._combined(other, self.count + other.count, 1.0, 1.0)
+
+    def _combined(self, other: Self, count: int, ours: float, theirs: float) -> Self:
+        self._require_dims(other)
+        mine, others = self._products_by_name(), other._products_by_name()
+        kept = {name: ours * mine[name] + theirs * others[name] for name in mine if name in others}
+        return type(self)(count, self.dims, **kept)
+
+    def _add_in_place(self, other: Self) -> Self:
+        self._require_dims(other)
+        for name, tensor in self._products_by_name().items():
+            tensor.add_(other.term(name))
+        return replace(self, count=self.count + other.count)
+
+    def _require_dims(self, other: Self) -> None:
+        if self.dims != other.dims:
+            raise SpaceMismatchError(
+                f"statistics of {self.dims[0]} → {self.dims[1]} dimensions cannot be combined with those of "
+                f"{other.dims[0]} → {other.dims[1]}; were the vectors made by the same two models?"
+            )
+
+    def _products_by_name(self) -> dict[str, Tensor]:
+        names = ("cross", "new_sum", "old_sum", "new_gram", "old_gram")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Everything as float64 tensors that may be summed over processes, each by itself."""
+        return {_COUNT: torch.tensor(float(self.count), dtype=torch.float64), **self._products_by_name()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], dims: tuple[int, int]) -> Self:
+        """Makes statistics of what :meth:`to_tensors` gave, once it has been summed over processes.
+
+        Args:
+            tensors: The tensors by name.
+            dims: Dimension of the new and of the old vectors.
+        """
+        products = {name: tensor.double() for name, tensor in tensors.items() if name != _COUNT}
+        return cls(round(float(tensors[_COUNT])), dims, **products)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """RᵀR in float64; what lies below the diagonal is copied, not multiplied again."""
+    dim = rows.shape[1]
+    gram = torch.empty(dim, dim, dtype=rows.dtype)
+    for start in range(0, dim, _PANEL):
+        stop = start + _PANEL
+        torch.mm(rows[:, start:stop].T, rows[:, start:], out=gram[start:stop, start:])
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+    return gram.double()
