@@ -46,6 +46,31 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
+class _BothWays(torch.autograd.Function):
+    """InfoNCE along the rows and along the columns of a square matrix of similarities S, with logits S / τ.
+
+    Its gradient (softmax over rows + softmax over columns − 2 I) / (2 B τ) is made of what the loss needs
+    anyway, in place of two passes backwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, similarities: Tensor, logit_scale: Tensor) -> Tensor:
+        logits = logit_scale * similarities
+        along_rows, along_columns = logits.log_softmax(dim=1), logits.log_softmax(dim=0)
+        loss = -(along_rows.diagonal() + along_columns.diagonal()).mean() / 2
+        gradient = along_rows.exp_().add_(along_columns.exp_())
+        gradient.diagonal().sub_(2)
+        gradient *= 0.5 / len(logits)
+        ctx.save_for_backward(gradient, similarities, logit_scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, similarities, logit_scale = ctx.saved_tensors
+        for_scale = torch.vdot(gradient.flatten(), similarities.flatten()) * grad_outputs[0]
+        return gradient * (logit_scale * grad_outputs[0]), for_scale
+
+
 def contrastive_loss(first: Tensor, second: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric InfoNCE between paired unit rows, with negatives from every process.
 
@@ -68,6 +93,10 @@ def contrastive_loss(first: Tensor, second: Tensor, logit_scale: Tensor) -> Tens
     with torch.autocast(first.device.type, enabled=False):
         first, second, logit_scale = first.float(), second.float(), logit_scale.float()
         all_first, all_second = gather_rows(first), gather_rows(second)
+        if len(all_first) == len(first) and not second.requires_grad:
+            # Both directions can share one product, and with fixed targets its gradient costs one more.
+            loss: Tensor = _BothWays.apply(first @ second.T, logit_scale)
+            return loss
         rank = dist.get_rank() if len(all_first) > len(first) else 0
         target = torch.arange(len(first), device=first.device) + rank * len(first)
         forward = F.cross_entropy(logit_scale * first @ all_second.T, target)
@@ -78,6 +107,61 @@ def contrastive_loss(first: Tensor, second: Tensor, logit_scale: Tensor) -> Tens
 def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean of 1 − cos over paired unit rows, (n, dim) each; a scalar in [0, 2]."""
     return (1 - (predicted * target).sum(dim=1)).mean()
+
+
+class _Relational(torch.autograd.Function):
+    """The formula of :func:`relational_loss`, whose gradient 4 (E G + Y (P + Q)) / B² costs two products.
+
+    Differentiated term by term it would cost three, and pass over the matrices many times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, wanted: Tensor) -> Tensor:
+        error = rows - wanted
+        wanted_gram, cross, own = wanted.T @ wanted, error.T @ wanted, error.T @ error
+        gram = own + cross + cross.T + wanted_gram
+        mixed = own + cross
+        ctx.save_for_backward(error, wanted, gram, mixed)
+        total = torch.vdot(own.flatten(), (gram + wanted_gram).flatten())
+        return (total + 2 * torch.vdot(mixed.flatten(), cross.T.flatten())) / len(rows) ** 2
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        error, wanted, gram, mixed = ctx.saved_tensors
+        gradient = torch.addmm(error @ gram, wanted, mixed)
+        return gradient.mul_(4 * grad_outputs[0] / len(error) ** 2), None
+
+
+def relational_loss(predicted: Tensor, target: Tensor, most_rows: int = 512) -> Tensor:
+    """How far the similarities within a batch are from those they should be, over all processes.
+
+    For B rows Ŷ and Y of the global batch:
+
+        L = ‖Ŷ Ŷᵀ − Y Yᵀ‖²_F / B²
+
+    the mean square of the difference between two matrices of similarities (similarity-preserving
+    distillation, Tung & Mori, ICCV 2019, without its row normalisation). With E = Ŷ − Y, P = EᵀE, Q = EᵀY and
+    C = YᵀY the same number is
+
+        L = (⟨P, G + C⟩ + 2 ⟨P + Q, Qᵀ⟩) / B²   with   G = ŶᵀŶ = P + Q + Qᵀ + C
+
+    whose matrices have the size of the dimension, not of the batch, and which does not cancel where Ŷ ≈ Y.
+    Every process computes L from the same rows; with DDP's averaging the gradients are those of L.
+
+    Args:
+        predicted: (n, dim) unit rows of this process.
+        target: (n, dim) unit rows of this process, paired with ``predicted``; no gradient flows into them.
+        most_rows: B at most. Of larger global batches the first rows are taken: 512 have 130,000 pairs, which
+            is enough for a mean.
+
+    Returns:
+        The loss of the global batch, a scalar, the same in every process.
+    """
+    with torch.autocast(predicted.device.type, enabled=False):
+        rows = gather_rows(predicted.float())[:most_rows]
+        wanted = gather_rows(target.detach().float())[:most_rows]
+        loss: Tensor = _Relational.apply(rows, wanted)
+    return loss
 
 
 class Temperature(nn.Module):

@@ -18,8 +18,14 @@ from xbt.projections import Projection
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
 from xbt.training import TextProjectionConfig, TrainArgs, pretrain_text_projection
+from xbt.training.batches import Draw
 from xbt.training.loop import make_accelerator
-from xbt.training.text_projection import TextVectors, held_out_recall, train_text_projection
+from xbt.training.text_projection import (
+    NoisyVectors,
+    TextVectors,
+    held_out_recall,
+    train_text_projection,
+)
 
 
 def settings(tmp_path, steps=20, **changes):
@@ -101,6 +107,44 @@ def test_the_rotation_stays_fixed_unless_asked(tmp_path):
         trained, state = train(config, vectors)
         assert state.best_step > 0
         assert torch.equal(trained.weight, start.weight) != flag
+
+
+@pytest.mark.parametrize("family", ["uniform", "centred"])
+def test_other_noise_and_the_relational_loss(tmp_path, family):
+    vectors = toy_vectors()
+    vectors = TextVectors(normalize(vectors.new + 0.3, dim=1), normalize(vectors.old - 0.2, dim=1))
+    changes = {"noise_family": family, "noise": 0.1, "relational_weight": 10.0}
+    start, _ = train(settings(tmp_path / "a", steps=0, **changes), vectors)
+    config = settings(tmp_path / "b", steps=200, **changes)
+    trained, state = train(config, vectors)
+    assert state.best_step > 0
+    rows, held_out = split(config, 1000)
+    before, after = (
+        held_out_recall(projection(vectors.new[held_out]).detach(), vectors.old[held_out])["score"]
+        for projection in (start, trained)
+    )
+    assert after > before + 0.01
+    assert (trained.new_mean is not None) == (family == "centred")
+    if family == "centred":
+        torch.testing.assert_close(trained.new_mean, vectors.new[rows].mean(dim=0))
+        torch.testing.assert_close(trained.old_mean, vectors.old[rows].mean(dim=0))
+    trained.save_pretrained(tmp_path / "saved")
+    assert torch.equal(Projection.from_pretrained(tmp_path / "saved")(vectors.new), trained(vectors.new))
+
+
+def test_noise_of_every_family_depends_on_step_and_position_alone():
+    vectors = toy_vectors(n=2048, new_dim=64)
+    draws = [Draw(3, position, position) for position in range(2048)]
+    for family, mean in (("gaussian", None), ("uniform", None), ("centred", vectors.new.mean(dim=0))):
+        data = NoisyVectors(vectors, np.arange(2048), 0.5, 1, family, mean)
+        whole = data.__getitems__(draws)["new"]
+        parts = [data.__getitems__(part)["new"] for part in (draws[:700], draws[700:])]
+        assert torch.equal(torch.cat(parts), whole)
+        about = torch.zeros(64) if mean is None else mean
+        cos = torch.nn.functional.cosine_similarity(whole - about, vectors.new - about)
+        tangent = (1 / cos.square() - 1).clamp(min=0).sqrt()
+        assert tangent.mean() == pytest.approx(0.25 if family == "uniform" else 0.5, abs=0.02)
+        assert tangent.std() == pytest.approx(0.5 / 12**0.5 if family == "uniform" else 0.0, abs=0.06)
 
 
 def test_seed_fixes_the_run(tmp_path):
@@ -196,6 +240,8 @@ def test_too_few_captions(tmp_path):
     ("changes", "words"),
     [
         ({"noise": -1.0}, "--noise"),
+        ({"noise_family": "pink"}, "--noise_family 'pink' is not known; there is gaussian, uniform, centred"),
+        ({"relational_weight": -1.0}, "--relational_weight must not be negative, got -1"),
         ({"temperature": 0.0}, "--temperature"),
         ({"held_out": 0}, "--held_out"),
         ({"encode_batch_size": 0}, "--encode_batch_size"),

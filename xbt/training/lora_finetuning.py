@@ -96,8 +96,8 @@ class CompatibleObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the loss and its parts for ``{"pixels", "tokens", "anchor": (n, old_dim)}``."""
-        images = self.projection(self._encoder.embed_pixels(batch["pixels"]))
-        texts = self.projection(self._encoder.embed_tokens(batch["tokens"]))
+        images = self.projection(self._encoder.embed_pixels(batch["pixels"]), "image")
+        texts = self.projection(self._encoder.embed_tokens(batch["tokens"]), "text")
         contrastive = contrastive_loss(images, texts, self.temperature())
         anchor = cosine_loss(texts, batch["anchor"])
         loss = contrastive + self.anchor_weight * anchor

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from xbt.data import CaptionSource, read_captions
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation import recall_at_k
-from xbt.losses import Temperature, contrastive_loss, cosine_loss
-from xbt.projections import Projection, ResidualProjection, procrustes_rotation_of_chunks
+from xbt.projections import Projection, ResidualProjection
+from xbt.projections.objective import TextProjectionObjective, add_noise, check_noise
+from xbt.projections.start import closed_form
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
 from xbt.training.args import TrainArgs
@@ -57,10 +57,16 @@ class TextProjectionConfig:
     """Also train the rotation W; it then need not stay orthogonal."""
     noise: float = 0.3
     """Expected norm of the Gaussian noise added to the unit-length inputs."""
+    noise_family: str = "gaussian"
+    """gaussian, uniform (LinCIR: each caption's noise is scaled by U(0, 1)) or centred (C3: noise about the
+    mean caption, which the projection then takes off by itself)."""
     cosine_weight: float = 1.0
     """Weight of the cosine loss."""
     contrastive_weight: float = 1.0
     """Weight of the contrastive loss."""
+    relational_weight: float = 0.0
+    """Weight of the relational loss, which keeps the similarities between captions; around 100 it counts
+    as much as the others."""
     temperature: float = 0.05
     """Temperature of the contrastive loss at the start; it is learned."""
     held_out: int = 2000
@@ -81,7 +87,8 @@ class TextProjectionConfig:
             ConfigError: If one cannot be used, or the texts are given in neither way or in both.
         """
         self._check_texts()
-        for name in ("noise", "cosine_weight", "contrastive_weight", "hidden_dim"):
+        check_noise(self.noise, self.noise_family, "--")
+        for name in ("cosine_weight", "contrastive_weight", "relational_weight", "hidden_dim"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name} must not be negative, got {getattr(self, name)}")
         if not 0.01 <= self.temperature <= 1:
@@ -119,10 +126,21 @@ class NoisyVectors(Dataset[Any]):
         positions: (n,) int64, which of them to train on.
         noise: Expected norm of the noise.
         seed: The run's seed.
+        noise_family: Which noise; see :func:`~xbt.projections.objective.add_noise`.
+        mean: The mean new vector, for the family ``"centred"``.
     """
 
-    def __init__(self, vectors: TextVectors, positions: NDArray[np.int64], noise: float, seed: int) -> None:
+    def __init__(
+        self,
+        vectors: TextVectors,
+        positions: NDArray[np.int64],
+        noise: float,
+        seed: int,
+        noise_family: str = "gaussian",
+        mean: Tensor | None = None,
+    ) -> None:
         self.vectors, self.positions, self.noise, self.seed = vectors, positions, noise, seed
+        self.uniform, self.mean = noise_family == "uniform", mean
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -130,35 +148,17 @@ class NoisyVectors(Dataset[Any]):
     def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
         new, old = self.vectors.take(self.positions[[draw.item for draw in draws]])
         if self.noise:
-            new = normalize(new + self.noise * gaussian_noise(draws, new.shape[1], self.seed), dim=1)
+            new = self._noisy(new, draws)
         return {"new": new, "old": old}
 
-
-class TextProjectionObjective(nn.Module):
-    """The loss of stage 1 over a batch of text vectors.
-
-        z̃ = normalise(z + σ ε),  ε ~ N(0, I / new_dim)
-        L  = λ_cos · mean(1 − cos(φ(z̃), y)) + λ_con · InfoNCE(φ(z̃), y; τ)
-
-    with z the new and y the old vector of a caption. That XBT's projection is trained on text with Gaussian
-    noise is known (arXiv 2405.14715, and its description in arXiv 2609.39836); loss, noise scale and schedule
-    are our choice. The noise makes φ smooth around the text vectors, because at search time it also receives
-    image vectors, which lie beside them.
-    """
-
-    def __init__(self, projection: Projection, config: TextProjectionConfig) -> None:
-        super().__init__()
-        self.projection = projection
-        self.temperature = Temperature(config.temperature)
-        self.cosine_weight, self.contrastive_weight = config.cosine_weight, config.contrastive_weight
-
-    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its parts for a batch of ``{"new": (n, new_dim), "old": (n, old_dim)}``."""
-        predicted = self.projection(batch["new"])
-        cosine = cosine_loss(predicted, batch["old"])
-        contrastive = contrastive_loss(predicted, batch["old"], self.temperature())
-        loss = self.cosine_weight * cosine + self.contrastive_weight * contrastive
-        return loss, {"cosine": cosine.detach(), "contrastive": contrastive.detach()}
+    def _noisy(self, new: Tensor, draws: list[Draw]) -> Tensor:
+        dim = new.shape[1]
+        if not self.uniform:
+            return add_noise(new, gaussian_noise(draws, dim, self.seed), self.noise, mean=self.mean)
+        # One more normal value per caption, through its distribution function, is uniform and as well seeded.
+        normal = gaussian_noise(draws, dim + 1, self.seed) * (dim + 1) ** 0.5
+        uniform = torch.special.ndtr(normal[:, dim:])
+        return add_noise(new, normal[:, :dim] * dim**-0.5, self.noise, uniform)
 
 
 def pretrain_text_projection(config: TextProjectionConfig) -> Projection:
@@ -233,10 +233,11 @@ def train_text_projection(
             f"there are {len(train)} distinct training captions, fewer than --training.batch_size "
             f"{args.batch_size}; lower it or bring more captions"
         )
-    projection = ResidualProjection(*vectors.dims, config.hidden_dim)
+    centred = config.noise_family == "centred"
+    projection = ResidualProjection(*vectors.dims, config.hidden_dim, centred)
     projection.set_spaces(vectors.new_space, vectors.old_space)
-    with torch.no_grad():
-        projection.weight.copy_(procrustes_rotation_of_chunks(vectors.chunks(train)))
+    start = closed_form(vectors, train, centred=centred)
+    projection.begin_at(start.rotation, start.means)
     projection.weight.requires_grad_(config.train_rotation)
     held_out_new, held_out_old = vectors.take(held_out)
 
@@ -250,7 +251,9 @@ def train_text_projection(
         run,
         args,
         TextProjectionObjective(projection, config),
-        NoisyVectors(vectors, train, config.noise, args.seed),
+        NoisyVectors(
+            vectors, train, config.noise, args.seed, config.noise_family, start.means.get("new_mean")
+        ),
         evaluate=evaluate,
         no_decay=("projection.weight",),
     )
