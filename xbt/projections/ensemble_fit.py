@@ -1,0 +1,298 @@
+"""Choosing how old and new queries are combined, on a small set of labelled pairs.
+
+Every candidate of the modes nlerp, slerp and adaptive ranks a gallery by w₁ ⟨u, g⟩ + w₂ ⟨v, g⟩ with weights
+of its own for every query. Both scores are therefore computed once, and a candidate costs one weighted sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from xbt.errors import ConfigError, DataError, SpaceMismatchError
+from xbt.projections.base import Modality, Projection
+from xbt.projections.combinations import (
+    MAX_REFERENCE,
+    Adaptive,
+    Combination,
+    Linear,
+    Nlerp,
+    Slerp,
+    confidence,
+)
+from xbt.projections.ensemble import QueryEnsemble
+from xbt.projections.pairs import PairVectors
+
+Objective = Callable[[Tensor], float]
+"""(n_queries,) ranks, from 0 for the best, → what is to be as large as possible."""
+
+_SCORE_BYTES = 64 * 2**20
+_TENTHS = tuple(tenth / 10 for tenth in range(11))
+_BIASES = (-3.0, -1.5, 0.0, 1.5, 3.0)
+_SIMILARITIES = (-3.0, 0.0, 3.0, 6.0)
+_CONFIDENCES = (0.0, -1.0, -0.5, 0.5, 1.0)
+
+
+class Candidate(NamedTuple):
+    """A combination that was tried, and how well it did."""
+
+    combination: Combination
+    score: float
+
+
+@dataclass(frozen=True)
+class EnsembleFit:
+    """What :func:`fit_ensemble` found.
+
+    Attributes:
+        ensemble: With the best combination of every direction.
+        candidates: Per direction, all that were tried, those that win a tie first.
+    """
+
+    ensemble: QueryEnsemble
+    candidates: dict[str, list[Candidate]]
+
+    def best(self, direction: str) -> Candidate:
+        """The candidate that was chosen for a direction."""
+        return _best(self.candidates[direction])
+
+
+def fit_ensemble(
+    pairs: PairVectors,
+    projected: Projection | Mapping[str, Tensor],
+    modes: str | Sequence[str] = "nlerp",
+    *,
+    candidates: Sequence[Combination] | None = None,
+    objective: Objective | None = None,
+    references: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> EnsembleFit:
+    """Tries a grid of combinations on pairs and keeps the best one of each direction.
+
+    Ties are decided for the simpler candidate: the earlier mode, the share nearest to one half, the smaller
+    coefficients. To be told what the choice is worth, measure it on other pairs.
+
+    Args:
+        pairs: The pairs to choose on; the directions they have are fitted.
+        projected: The projection, or per direction the (n_queries, old_dim) projected new queries of the
+            pairs, before normalisation if lengths are to count (:meth:`Projection.project`).
+        modes: One or several of ``"nlerp"`` (β from 0 to 1 in tenths), ``"slerp"`` and ``"slerp_padded"`` (α
+            likewise), ``"adaptive"`` (b and s) and ``"adaptive_confidence"`` (b, s and c).
+        candidates: Combinations to try in place of the grids, those that win a tie first.
+        objective: By default the mean of R@1, R@5 and R@10 (:func:`mean_recall`).
+        references: Per direction, gallery rows by which confidence is told; by default the pairs' own
+            gallery. Of more than 4,096 rows a sample is taken.
+        seed: Of that sample.
+
+    Returns:
+        The ensemble, in the projection's old space if it is known, and what every candidate reached.
+
+    Raises:
+        ConfigError: If a mode is not known, or a candidate is one that cannot be tried (linear).
+        DataError: If a direction's projected queries are missing or not as many as the pairs' queries.
+        SpaceMismatchError: If the projected queries or the references are not of the old dimension.
+    """
+    tried = candidate_grid(modes) if candidates is None else list(candidates)
+    odd = [each for each in tried if isinstance(each, Linear)]
+    if odd or not tried:
+        raise ConfigError(
+            f"the ensemble's candidates are {odd or 'none at all'}, but linear ones come from tune_on_pairs; "
+            "give nlerp, slerp or adaptive ones"
+        )
+    scored: dict[str, list[Candidate]] = {}
+    chosen: dict[str, Combination] = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for direction in pairs.directions:
+        new = projected_queries(projected, pairs, direction)
+        reference = gallery_reference(
+            (references or {}).get(direction, pairs.gallery(direction)), seed, pairs.dims[1]
+        )
+        ranks = rank_combinations(pairs, direction, new, tried, reference)
+        measure = objective or mean_recall
+        scored[direction] = [Candidate(c, float(measure(r))) for c, r in zip(tried, ranks, strict=True)]
+        chosen[direction] = _best(scored[direction]).combination
+        needed = chosen[direction].tensors(pairs.dims[1])
+        tensors[direction] = dict.fromkeys(needed, reference)
+    space = projected.old_space if isinstance(projected, Projection) else None
+    return EnsembleFit(QueryEnsemble(pairs.dims[1], chosen, tensors, space), scored)
+
+
+def mean_recall(ranks: Tensor) -> float:
+    """Mean of R@1, R@5 and R@10 over (n_queries,) ranks from 0."""
+    return sum(float((ranks < k).double().mean()) for k in (1, 5, 10)) / 3
+
+
+def candidate_grid(modes: str | Sequence[str]) -> list[Combination]:
+    """The combinations that :func:`fit_ensemble` tries for some modes, those that win a tie first.
+
+    Raises:
+        ConfigError: If there is no mode or an unknown one.
+    """
+    names = [modes] if isinstance(modes, str) else list(modes)
+    grids: dict[str, list[Combination]] = {
+        "nlerp": [Nlerp(share) for share in _TENTHS],
+        "slerp": [Slerp(share) for share in _TENTHS],
+        "slerp_padded": [Slerp(share, padded=True) for share in _TENTHS],
+        "adaptive": [Adaptive(b, s) for s in _SIMILARITIES for b in _BIASES],
+        "adaptive_confidence": [
+            Adaptive(b, s, c) for c in _CONFIDENCES for s in _SIMILARITIES for b in _BIASES
+        ],
+    }
+    unknown = [name for name in names if name not in grids]
+    if unknown or not names:
+        raise ConfigError(f"there are no ensemble modes {unknown or names}; there are {', '.join(grids)}")
+    return [each for name in names for each in sorted(grids[name], key=_plainness)]
+
+
+def projected_queries(
+    projected: Projection | Mapping[str, Tensor], pairs: PairVectors, direction: str
+) -> Tensor:
+    """(n_queries, old_dim) float32 CPU vectors of the pairs' new queries, as projected, not normalised.
+
+    Raises:
+        DataError, SpaceMismatchError: As :func:`fit_ensemble`.
+    """
+    queries, _ = pairs.queries(direction)
+    if isinstance(projected, Projection):
+        if pairs.dims != (projected.new_dim, projected.old_dim):
+            raise SpaceMismatchError(
+                f"the projection maps {projected.new_dim} → {projected.old_dim} dimensions, but the pairs "
+                f"are of {pairs.dims[0]} and {pairs.dims[1]}; use pairs of the same two models"
+            )
+        device = next(projected.parameters(), torch.empty(0)).device
+        modality: Modality = "text" if direction == "T2I" else "image"
+        with torch.no_grad():
+            return projected.project(queries.to(device), modality).float().cpu()
+    if direction not in projected:
+        raise DataError(f"there are no projected new queries for {direction}; give them, or the projection")
+    rows = projected[direction].detach().float().cpu()
+    if rows.ndim != 2 or rows.shape[1] != pairs.dims[1]:
+        raise SpaceMismatchError(
+            f"the projected queries of {direction} have the shape {tuple(rows.shape)}, but the old dimension "
+            f"is {pairs.dims[1]}; project them first"
+        )
+    if len(rows) != len(queries):
+        raise DataError(
+            f"there are {len(rows)} projected queries of {direction} for the pairs' {len(queries)} queries"
+        )
+    return rows
+
+
+def _plainness(candidate: Combination) -> tuple[float, ...]:
+    """A sorting key: the smaller, the simpler."""
+    if isinstance(candidate, Nlerp):
+        return (round(abs(candidate.beta - 0.5), 6), candidate.beta)
+    if isinstance(candidate, Slerp):
+        return (round(abs(candidate.alpha - 0.5), 6), candidate.alpha)
+    assert isinstance(candidate, Adaptive)
+    numbers = (candidate.confidence, candidate.similarity, candidate.bias)
+    return tuple(key for number in numbers for key in (abs(number), number))
+
+
+def _best(candidates: Sequence[Candidate]) -> Candidate:
+    # max keeps the first of equals.
+    return max(candidates, key=lambda each: each.score)
+
+
+def gallery_reference(gallery: Tensor, seed: int = 0, dim: int | None = None) -> Tensor:
+    """At most 4,096 unit rows of a gallery, in its order, by which the confidence of queries is told.
+
+    Raises:
+        SpaceMismatchError: If the rows are not of the dimension ``dim``.
+    """
+    rows = normalize(gallery.float().cpu(), dim=-1)
+    if rows.ndim != 2 or (dim is not None and rows.shape[1] != dim):
+        raise SpaceMismatchError(
+            f"the reference has the shape {tuple(rows.shape)}, but the old dimension is {dim}"
+        )
+    if len(rows) > MAX_REFERENCE:
+        chosen = np.random.default_rng(seed).choice(len(rows), MAX_REFERENCE, replace=False)
+        rows = rows[torch.from_numpy(np.sort(chosen))]
+    return rows
+
+
+def rank_combinations(
+    pairs: PairVectors,
+    direction: str,
+    new: Tensor,
+    candidates: Sequence[Combination],
+    reference: Tensor | None = None,
+    matrices: Mapping[str, Tensor] | None = None,
+    rows: Tensor | None = None,
+) -> list[Tensor]:
+    """Ranks of the pairs' queries under several combinations, exact, ties counting against the query.
+
+    Args:
+        pairs: The pairs.
+        direction: ``"T2I"`` or ``"I2T"``.
+        new: (n_queries, old_dim) projected new queries.
+        candidates: Combinations to try.
+        reference: Gallery rows for those with a confidence term.
+        matrices: What :class:`Linear` ones add: ``"new_matrix"``, and ``"old_matrix"`` if they have it.
+        rows: (n_queries,) booleans, the queries to rank; by default all.
+
+    Returns:
+        Per candidate (number of queries ranked,) int64 ranks, from 0 for the best.
+    """
+    old, answers = pairs.queries(direction)[1], _padded(pairs.positives(direction))
+    if rows is not None:
+        old, answers, new = old[rows], answers[rows], new[rows]
+    # BLAS may round one inner product differently in different columns; scored once, equal rows tie.
+    gallery, column_of_row = torch.unique(pairs.gallery(direction), dim=0, return_inverse=True)
+    copies = torch.bincount(column_of_row)
+    step = max(1, _SCORE_BYTES // (gallery.element_size() * len(gallery)))
+    ranks: list[list[Tensor]] = [[] for _ in candidates]
+    for start in range(0, len(old), step):
+        part = slice(start, start + step)
+        u, a = old[part], new[part]
+        v = normalize(a, dim=-1)
+        of_old, of_new = u @ gallery.T, v @ gallery.T
+        cosines, surer, added = (u * v).sum(dim=1, keepdim=True), None, None
+        if reference is not None and any(isinstance(c, Adaptive) and c.confidence for c in candidates):
+            surer = confidence(v, reference) - confidence(u, reference)
+        if matrices:
+            extra = v @ matrices["new_matrix"].T
+            added = (extra + u @ matrices["old_matrix"].T if "old_matrix" in matrices else extra) @ gallery.T
+        own = column_of_row[answers[part].clamp_min(0)]
+        for found, candidate in zip(ranks, candidates, strict=True):
+            first, second = _score_weights(candidate, u, a, cosines, surer)
+            scores = torch.addcmul(first * of_old, second.expand(len(u), 1), of_new)
+            if isinstance(candidate, Linear) and added is not None:
+                scores += added
+            found.append(_count(scores, own, answers[part] >= 0, copies))
+    return [torch.cat(found) for found in ranks]
+
+
+def _score_weights(
+    candidate: Combination, old: Tensor, new: Tensor, cosines: Tensor, surer: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the scores of u and of v are multiplied with."""
+    if isinstance(candidate, Adaptive):
+        beta = candidate.weights(cosines, surer if candidate.confidence else None)
+        return 1 - beta, beta
+    visible = candidate.visible(new)
+    first, second = candidate.shares(old, visible, {})
+    return first, second * visible.norm(dim=1, keepdim=True)
+
+
+def _padded(positives: Sequence[Sequence[int]]) -> Tensor:
+    """(n_queries, most positives) gallery rows, filled up with -1."""
+    rows = torch.full((len(positives), max(map(len, positives))), -1)
+    for number, own in enumerate(positives):
+        rows[number, : len(own)] = torch.tensor(own)
+    return rows
+
+
+def _count(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor) -> Tensor:
+    """Wrong gallery rows that score at least as high as the best answer; see ``best_positive_ranks``."""
+    own_scores = scores.gather(1, own).masked_fill(~is_answer, -torch.inf)
+    best = own_scores.amax(dim=1, keepdim=True)
+    as_high = scores >= best
+    counts = as_high.sum(dim=1) if len(copies) == int(copies.sum()) else (as_high * copies).sum(dim=1)
+    return counts - (own_scores == best).sum(dim=1)
