@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from xbt.compatible import CompatibleEncoder
+from xbt.compatible.saving import ENSEMBLE_DIR
 from xbt.data import PairSource, load_readable_pairs
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError
@@ -65,7 +66,7 @@ def run_evaluation(config: EvaluationConfig) -> RetrievalReport:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pairs, rejected = load_readable_pairs(config.pairs, progress=True)
     old, new = load_encoder(config.old, device), load_encoder(config.new, device)
-    upgraded = {label: _load_upgraded(path, config.new, device) for label, path in config.upgraded.items()}
+    upgraded = {label: _load_upgraded(path, config, device) for label, path in config.upgraded.items()}
     report = evaluate_retrieval(pairs, old, new, upgraded, tuple(config.ks), progress=True)
     run.prepare()
     skipped = [{"id": each.id, "reason": each.reason} for each in rejected]
@@ -74,9 +75,10 @@ def run_evaluation(config: EvaluationConfig) -> RetrievalReport:
     return report
 
 
-def _load_upgraded(source: str, new: str, device: str) -> DualEncoder:
+def _load_upgraded(source: str, config: EvaluationConfig, device: str) -> DualEncoder:
     """A compatible encoder as saved, or the new encoder behind a projection alone."""
     directory = fetch(source)
     if "kind" in read_json(directory / "config.json"):
-        return CompatibleEncoder(load_encoder(new, device), Projection.from_pretrained(directory))
-    return CompatibleEncoder.from_pretrained(directory, base=new, device=device)
+        return CompatibleEncoder(load_encoder(config.new, device), Projection.from_pretrained(directory))
+    old = config.old if (directory / ENSEMBLE_DIR).is_dir() else None
+    return CompatibleEncoder.from_pretrained(directory, base=config.new, old=old, device=device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from typing import Any, ClassVar, Literal, NoReturn, Self
 
 import torch
@@ -16,11 +16,20 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from xbt.encoders.checks import as_images, as_texts, not_finite, numbered, require_positive
+from xbt.encoders.folding import fold_layers
 from xbt.encoders.host_copy import HostCopy, received
 from xbt.encoders.image_batches import EncodedImages, NamedImage, Transform, decode_batches
 from xbt.encoders.short_context import PROBES, TENSOR_CORES, ShortContext, find_short_context
 from xbt.encoders.text_batches import DistinctTexts, TextTransform, batches_by_length, tokenize_windows
-from xbt.errors import ConfigError, DataError, ImageError, TruncationWarning
+from xbt.errors import (
+    ConfigError,
+    DataError,
+    EncoderError,
+    ImageError,
+    SpaceMismatchError,
+    TruncationWarning,
+)
 from xbt.images import ImageSource
 from xbt.probe import PROBE_TEXTS, draw_probe_images
 from xbt.space import EmbeddingSpace
@@ -51,6 +60,7 @@ class DualEncoder(ABC):
 
     lora_targets: ClassVar[dict[str, str]]
     revision: str | None = None
+    precision: Precision = "fp32"
 
     def __init__(
         self,
@@ -67,7 +77,6 @@ class DualEncoder(ABC):
         self.context_length = context_length
         self.preprocessing = preprocessing
         self.image_transform = image_transform
-        self.precision: Precision = "fp32"
         self._space: EmbeddingSpace | None = None
         self._short_context: tuple[ShortContext | None] | None = None
 
@@ -90,6 +99,45 @@ class DualEncoder(ABC):
     @abstractmethod
     def _towers(self) -> list[nn.Module]:
         """The modules in which nearly all of the time is spent."""
+
+    def folded(self, weight: Tensor) -> DualEncoder:
+        """An encoder whose vectors are mapped by a matrix before they are normalised, at no cost.
+
+        The last layer of each tower is replaced by its product with the matrix. All other weights are shared
+        with this encoder, which stays as it is.
+
+        Args:
+            weight: (out_dim, dim) matrix W.
+
+        Returns:
+            An encoder of dimension ``out_dim`` with the vectors normalise(W z) for this one's vectors z.
+
+        Raises:
+            EncoderError: If a tower does not end in a matrix.
+            SpaceMismatchError: If the matrix does not take vectors of this encoder's dimension.
+        """
+        if weight.ndim != 2 or weight.shape[1] != self.dim:
+            raise SpaceMismatchError(
+                f"a matrix of the shape {tuple(weight.shape)} cannot be folded into {self.name}, whose "
+                f"vectors have dimension {self.dim}; give one made for this encoder"
+            )
+        twin = copy(self)
+        twin.module = fold_layers(self._bare, self._last_layers(), weight, self.name)
+        twin.dim = len(weight)
+        twin._space = None
+        return twin
+
+    def _last_layers(self) -> dict[str, str]:
+        """Per tower, the path of the layer that makes the vectors."""
+        raise EncoderError(
+            f"it is not known how {type(self).__name__} makes its vectors, so nothing can be folded into "
+            f"{self.name}; use the projection unfolded"
+        )
+
+    @property
+    def _bare(self) -> Any:
+        # Without peft, which only passes calls on: its layers sit inside the model.
+        return self._clip.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
     @property
     def _clip(self) -> Any:
@@ -175,7 +223,7 @@ class DualEncoder(ABC):
         Warns:
             TruncationWarning: If texts were cut; it says how many.
         """
-        checked = _as_texts(texts)
+        checked = as_texts(texts)
         tokens, cut = self.text_transform(checked)
         self._warn_cut(int(cut.sum()), len(checked))
         return tokens
@@ -225,7 +273,7 @@ class DualEncoder(ABC):
         Warns:
             TruncationWarning: Once, with the number of texts that were cut.
         """
-        checked = _as_texts(texts)
+        checked = as_texts(texts)
         vectors, cut = self._encode_texts(checked, batch_size, progress, num_workers, self.precision)
         self._warn_cut(cut, len(checked))
         return vectors
@@ -253,14 +301,11 @@ class DualEncoder(ABC):
             ImageError: If an image cannot be decoded; the message names it.
             DataError: If a single image is given instead of a list, or the model returns NaN.
         """
-        if isinstance(images, str | bytes | os.PathLike | Image.Image):
-            raise DataError(f"images must be a list, got a single {type(images).__name__}; write [image]")
-        _require_positive(batch_size)
-        # A sequence is left as it is: it may read its images only when they are asked for.
-        items = images if isinstance(images, Sequence) else list(images)
+        items = as_images(images)
+        require_positive(batch_size)
         parts = [torch.zeros(0, self.dim)]
         with tqdm(total=len(items), unit="image", disable=not progress, file=sys.stderr) as bar:
-            batches = _numbered(items, batch_size)
+            batches = numbered(items, batch_size)
             num_workers = min(num_workers, -(-len(items) // batch_size))  # no more than there is to do
             for encoded in self._encode_batches(batches, num_workers, self.precision):
                 if encoded.rejected:
@@ -299,7 +344,7 @@ class DualEncoder(ABC):
         precision: Precision = "fp32",
     ) -> tuple[Tensor, int]:
         """(n, dim) vectors, and how many of the texts were cut."""
-        _require_positive(batch_size)
+        require_positive(batch_size)
         distinct = DistinctTexts.of(texts)
         times = distinct.where.bincount(minlength=len(distinct.texts))
         vectors = torch.zeros(len(distinct.texts), self.dim)
@@ -314,7 +359,7 @@ class DualEncoder(ABC):
                     vectors[start + rows] = part
                     bar.update(int(times[start + rows].sum()))
                 window = slice(start, start + len(tokens))
-                for broken in _not_finite(vectors[window])[:1]:
+                for broken in not_finite(vectors[window])[:1]:
                     self._raise_nan("text", distinct.first(start + broken))
                 n_cut += int(times[window][cut].sum())
         # Copied only where a text occurs twice.
@@ -330,7 +375,7 @@ class DualEncoder(ABC):
         )
         seen = 0
         for each, vectors in received(launched):
-            for broken in _not_finite(vectors)[:1]:
+            for broken in not_finite(vectors)[:1]:
                 self._raise_nan("image", seen + each.kept[broken])
             seen += len(each.kept) + len(each.rejected)
             yield EncodedImages(vectors, each.kept, each.rejected, each.notes)
@@ -395,38 +440,3 @@ class DualEncoder(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}('{self.name}', dim={self.dim})"
-
-
-def _as_texts(texts: Sequence[str]) -> list[str]:
-    if isinstance(texts, str | bytes):
-        raise DataError(f"texts must be a list of strings, got the single text {texts!r}; write [text]")
-    items = list(texts)
-    for number, text in enumerate(items):
-        if not isinstance(text, str):
-            raise DataError(f"texts[{number}] is {text!r}, a {type(text).__name__}, but must be a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"texts[{number}] is not valid Unicode: {text!r} has half a surrogate") from error
-    return items
-
-
-def _numbered(images: Sequence[ImageSource], batch_size: int) -> Iterator[list[NamedImage]]:
-    """Batches in which images without a path are called by their number."""
-    for start in range(0, len(images), batch_size):
-        batch: list[NamedImage] = []
-        for number in range(start, min(start + batch_size, len(images))):
-            source = images[number]
-            batch.append((source, None if isinstance(source, str | os.PathLike) else f"number {number}"))
-        yield batch
-
-
-def _require_positive(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1")
-
-
-def _not_finite(vectors: Tensor) -> list[int]:
-    """The rows in which a value is NaN or infinite."""
-    rows: list[int] = torch.nonzero(~torch.isfinite(vectors).all(dim=1)).flatten().tolist()
-    return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
+from xbt.encoders.folding import has_path
 from xbt.encoders.open_clip_text import OpenClipTexts, encode_tokens
 from xbt.encoders.quiet import quiet
 from xbt.encoders.text_batches import TextTransform
@@ -137,10 +139,15 @@ class OpenClipEncoder(DualEncoder):
         clip = self._bare
         return [clip.visual, getattr(clip, "text", clip).transformer]
 
-    @property
-    def _bare(self) -> Any:
-        # Without peft, which only passes calls on: its layers sit inside the model.
-        return self._clip.get_base_model() if hasattr(self.module, "peft_config") else self.module
+    def _last_layers(self) -> dict[str, str]:
+        clip = self._bare
+        text = "text." if hasattr(clip, "text") else ""
+        # Text models of transformers call it proj; ResNets pool with attention; timm models have a head.
+        ends = {
+            "text": [f"{text}text_projection", f"{text}proj"],
+            "image": ["visual.proj", "visual.attnpool.c_proj", "visual.head.proj", "visual.trunk.head"],
+        }
+        return {tower: next(filter(partial(has_path, clip), ends[tower]), ends[tower][0]) for tower in ends}
 
 
 def load_open_clip(rest: str, name: str) -> OpenClipEncoder:

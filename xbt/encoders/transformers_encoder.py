@@ -70,6 +70,11 @@ class TransformersEncoder(DualEncoder):
     def _towers(self) -> list[nn.Module]:
         return [self._clip.vision_model, self._clip.text_model]
 
+    def _last_layers(self) -> dict[str, str]:
+        if self._bare.config.model_type == "clip":
+            return {"text": "text_projection", "image": "visual_projection"}
+        return {"text": "text_model.head", "image": "vision_model.head"}
+
 
 class _Pixels:
     """An image processor as a function; picklable, holds no weights."""

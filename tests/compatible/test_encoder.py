@@ -22,22 +22,6 @@ SIZES, COLOURS, SHAPES = ("big", "small", "tiny"), ("red", "blue", "green"), ("c
 TEXTS = [f"a {size} {colour} {shape}" for size in SIZES for colour in COLOURS for shape in SHAPES]
 
 
-@pytest.fixture(scope="module")
-def specs(tmp_path_factory):
-    """Two new models (open_clip, transformers) and an old one."""
-    root = tmp_path_factory.mktemp("compatible")
-    return {
-        "open_clip": tiny.tiny_open_clip(root / "a", seed=1),
-        "transformers": tiny.tiny_transformers_clip(root / "b", seed=2),
-        "old": tiny.tiny_open_clip(root / "old", seed=0, dim=12),
-    }
-
-
-@pytest.fixture(params=["open_clip", "transformers"])
-def backend(request):
-    return request.param
-
-
 def make(specs, backend, lora=False, seed=5):
     new, old = load_encoder(specs[backend]), load_encoder(specs["old"])
     projection = fit_projection(

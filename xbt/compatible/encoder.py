@@ -1,0 +1,379 @@
+"""The new CLIP behind the interface of an encoder, with vectors in the old one's space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import tee
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin
+from torch import Tensor, nn
+
+from xbt.compatible import saving
+from xbt.compatible.checks import check_ensemble, check_new, given, refuse
+from xbt.encoders import DualEncoder, EncodedImages, has_lora, load_lora
+from xbt.encoders.base import Precision
+from xbt.encoders.checks import as_images, as_texts
+from xbt.encoders.image_batches import NamedImage
+from xbt.encoders.short_context import ShortContext
+from xbt.encoders.text_batches import TextTransform
+from xbt.errors import ConfigError, EncoderError
+from xbt.hub import fetch
+from xbt.images import ImageSource
+from xbt.projections import LinearProjection, Projection
+from xbt.projections.base import Modality
+from xbt.projections.ensemble import QueryEnsemble, Slerp, direction_of
+from xbt.space import EmbeddingSpace
+from xbt.vectors import Vectors
+
+_ROWS = 8192
+
+
+class _Sides(NamedTuple):
+    """Where the two vectors of a query come from; what the ensemble does not need is ``None``."""
+
+    new: DualEncoder | None
+    old: DualEncoder | None
+    given: Tensor | None
+
+
+class CompatibleEncoder(DualEncoder, ModelHubMixin, library_name="xbt", license="apache-2.0"):
+    """New encoder + LoRA + projection (+ ensemble) behind the interface of an encoder; vectors are old-space.
+
+    A drop-in for the old encoder: ``encode_texts`` and ``encode_images`` return (n, old_dim) float32 CPU unit
+    rows that belong to ``space``, the old model's space. With an ensemble these are queries: mixtures of the
+    new model's vector and the old one's, which the old encoder makes here or the caller has already.
+
+    Args:
+        new: The new encoder, with or without LoRA. Without LoRA it is checked against the space the
+            projection was made for.
+        projection: The map from its space to the old one; it must know its old space.
+        ensemble: How queries are combined with the old model's.
+        old: The old encoder, if the ensemble needs it and ``old_vectors`` will not be given.
+
+    Raises:
+        SpaceMismatchError: If an encoder is not the one the projection was made for, or the ensemble is of
+            another space; the message names both.
+        ConfigError: If an old encoder is given without an ensemble.
+    """
+
+    lora_targets: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self,
+        new: DualEncoder,
+        projection: Projection,
+        ensemble: QueryEnsemble | None = None,
+        old: DualEncoder | None = None,
+    ) -> None:
+        check_new(new, projection)
+        check_ensemble(projection, ensemble, old)
+        self.new = new
+        self.old = old
+        self._folded: DualEncoder | None = None
+        super().__init__(
+            new.name,
+            new.module,
+            projection.old_dim,
+            new.context_length,
+            new.preprocessing,
+            new.image_transform,
+        )
+        self.projection = projection.to(new.device).eval()
+        self.ensemble = None if ensemble is None else ensemble.to(new.device).eval()
+
+    @property
+    def module(self) -> nn.Module:
+        """The new encoder's CLIP, which peft wraps once LoRA is added."""
+        return self.new.module
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self.new.module = module
+
+    @property
+    def precision(self) -> Precision:
+        """What the new encoder computes in, and the old one where it is at hand; the rest stays in fp32."""
+        return self.new.precision
+
+    @precision.setter
+    def precision(self, precision: Precision) -> None:
+        for encoder in filter(None, (self.new, self.old)):
+            encoder.precision = precision
+
+    @property
+    def space(self) -> EmbeddingSpace:
+        """The old space: what this encoder's vectors may be compared with."""
+        assert self.projection.old_space is not None
+        return self.projection.old_space
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves encoders and projection, and returns the compatible encoder itself."""
+        for encoder in filter(None, (self.new, self.old)):
+            encoder.to(device)
+        for part in filter(None, (self.projection, self.ensemble)):
+            part.to(device)
+        return self if self._folded is None else self.fold()
+
+    def fold(self) -> Self:
+        """Multiplies the projection into the last layers of the new towers, and returns the encoder itself.
+
+        Encoding then costs what it costs without a projection, and the vectors change by rounding only. What
+        is saved does not change: projection and base stay apart there, and ``new`` is left as it is.
+
+        Raises:
+            EncoderError: If the projection is more than a matrix, the ensemble asks how long the projected
+                vectors are, or a tower does not end in a matrix.
+        """
+        if not isinstance(self.projection, LinearProjection) or not self.projection.foldable:
+            raise EncoderError(
+                f"the projection of '{self.name}' (a {type(self.projection).__name__}) is more than a matrix "
+                "and cannot be folded into the encoder; fit a linear one without offset"
+            )
+        combinations = self.ensemble.directions if self.ensemble else {}
+        if any(isinstance(each, Slerp) and each.padded for each in combinations.values()):
+            raise EncoderError(
+                f"the ensemble of '{self.name}' asks how long projected vectors are, which folding loses; "
+                "use slerp without padding, or the projection unfolded"
+            )
+        self._folded = self.new.folded(self.projection.weight.detach())
+        return self
+
+    @property
+    def text_transform(self) -> TextTransform:
+        """See :attr:`DualEncoder.text_transform`."""
+        return self.new.text_transform
+
+    @property
+    def short_context(self) -> ShortContext | None:
+        """See :attr:`DualEncoder.short_context`."""
+        return self.new.short_context
+
+    def invalidate_space(self) -> None:
+        """See :meth:`DualEncoder.invalidate_space`; it is the new encoder whose weights change."""
+        self.new.invalidate_space()
+
+    def encode_texts(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 256,
+        progress: bool = False,
+        num_workers: int = 0,
+        old_vectors: Vectors | None = None,
+    ) -> Tensor:
+        """Encodes texts as :meth:`DualEncoder.encode_texts` does, as queries if there is an ensemble.
+
+        Args:
+            texts: n texts.
+            batch_size: See there.
+            progress: See there; every encoder that runs shows a bar.
+            num_workers: See there.
+            old_vectors: (n, old_dim) vectors of the old model for the same texts, in place of its encoder.
+
+        Returns:
+            (n, old_dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
+
+        Raises:
+            EncoderError: If the ensemble needs the old vectors and there is neither an old encoder nor them.
+            ConfigError: If old vectors are given without an ensemble.
+            DataError, SpaceMismatchError: As there, or if the old vectors do not fit the texts.
+        """
+        checked = as_texts(texts)
+        if self.ensemble is None:
+            refuse(old_vectors)
+            # Not the parent's method: its warning of cut texts would point here and not to the caller.
+            vectors, cut = self._encode_texts(checked, batch_size, progress, num_workers, self.precision)
+            self._warn_cut(cut, len(checked))
+            return vectors
+        sides = self._sides("text", old_vectors, len(checked))
+        old, new = (
+            each.encode_texts(checked, batch_size, progress, num_workers) if each is not None else None
+            for each in (sides.old, sides.new)
+        )
+        return self._query(sides.given if old is None else old, new, "text")
+
+    def encode_images(
+        self,
+        images: Sequence[ImageSource],
+        batch_size: int = 64,
+        progress: bool = False,
+        num_workers: int = 0,
+        old_vectors: Vectors | None = None,
+    ) -> Tensor:
+        """Encodes images as :meth:`DualEncoder.encode_images` does, as queries if there is an ensemble.
+
+        Args:
+            images: n PIL images, paths, or bytes of encoded images.
+            batch_size: See there.
+            progress: See there.
+            num_workers: See there; if both encoders run, each of them has as many.
+            old_vectors: (n, old_dim) vectors of the old model for the same images, in place of its encoder.
+
+        Returns:
+            (n, old_dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
+
+        Raises:
+            EncoderError, ConfigError: As :meth:`encode_texts`.
+            ImageError, DataError, SpaceMismatchError: As there, or if the old vectors do not fit the images.
+        """
+        if self.ensemble is None:
+            refuse(old_vectors)
+            return super().encode_images(images, batch_size, progress, num_workers)
+        items = as_images(images)
+        sides = self._sides("image", old_vectors, len(items))
+        if sides.given is None:
+            return super().encode_images(items, batch_size, progress, num_workers)
+        new = None
+        if sides.new is not None:
+            new = sides.new.encode_images(items, batch_size, progress, num_workers)
+        return self._query(sides.given, new, "image")
+
+    def _encode_batches(
+        self, batches: Iterable[Sequence[NamedImage]], num_workers: int, precision: Precision
+    ) -> Iterator[EncodedImages]:
+        if self.ensemble is None:
+            yield from super()._encode_batches(batches, num_workers, precision)
+            return
+        sides = self._sides("image")
+        streams = [
+            encoder._encode_batches(stream, num_workers, precision)
+            for encoder, stream in zip((sides.new, sides.old), tee(batches), strict=True)
+            if encoder
+        ]
+        for results in zip(*streams, strict=True):
+            # An image that either of the two refuses is refused.
+            kept = sorted(set.intersection(*(set(each.kept) for each in results)))
+            rows = [each.vectors[[each.kept.index(place) for place in kept]] for each in results]
+            vectors = self._query(rows[-1] if sides.old else None, rows[0] if sides.new else None, "image")
+            rejected, notes = results[-1].rejected | results[0].rejected, results[-1].notes | results[0].notes
+            yield EncodedImages(vectors, kept, rejected, notes)
+
+    def _sides(self, modality: Modality, old_vectors: Vectors | None = None, count: int = 0) -> _Sides:
+        """Which encoders have to run for queries of a modality; settled before any of them does."""
+        assert self.ensemble is not None
+        direction = direction_of(modality)
+        new = (self._folded or self.new) if self.ensemble.needs_new(direction) else None
+        if new is not None:
+            new.precision = self.precision
+        if not self.ensemble.needs_old(direction):
+            return _Sides(new, None, None)
+        if old_vectors is not None:
+            return _Sides(new, None, given(old_vectors, count, self.dim))
+        if self.old is None:
+            raise EncoderError(
+                f"{modality} queries of '{self.name}' are combined with the old model's "
+                f"({self.ensemble.combination(direction)}), but there is no old encoder; give old=, which "
+                f"runs {self.space} as well on every query, or its vectors as old_vectors="
+            )
+        return _Sides(new, self.old, None)
+
+    def _query(self, old: Tensor | None, new: Tensor | None, modality: Modality) -> Tensor:
+        """Combines vectors of both encoders, a few thousand at a time; on the CPU and without a graph."""
+        assert self.ensemble is not None
+        parts = [torch.zeros(0, self.dim)]
+        rows_of = old if old is not None else new
+        assert rows_of is not None
+        with torch.no_grad():
+            for start in range(0, len(rows_of), _ROWS):
+                rows = slice(start, start + _ROWS)
+                first = None if old is None else old[rows].to(self.device)
+                second = None if new is None else self._projected(new[rows].to(self.device), modality)
+                parts.append(self._combined(first, second, modality).float().cpu())
+        return torch.cat(parts)
+
+    def _projected(self, vectors: Tensor, modality: Modality) -> Tensor:
+        """(n, old_dim) as projected, of any length; vectors of a folded encoder are that already."""
+        if self._folded is not None:
+            return vectors
+        with torch.autocast(vectors.device.type, enabled=False):
+            return self.projection.project(vectors, modality)
+
+    def _combined(self, old: Tensor | None, new: Tensor | None, modality: Modality) -> Tensor:
+        # Projection and ensemble are a hundredth of the work and stay in fp32 where towers run in bf16.
+        with torch.autocast(self.device.type, enabled=False):
+            combined: Tensor = self.ensemble(old, new, direction_of(modality))  # type: ignore[misc]
+        return combined
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        tower = self._folded or self.new
+        return self._without_old(tower._embed_whole(tokens), "text")
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        tower = self._folded or self.new
+        return self._without_old(tower.embed_pixels(pixels), "image")
+
+    def _without_old(self, vectors: Tensor, modality: Modality) -> Tensor:
+        """What becomes of the new encoder's vectors where there is nothing but its own tokens or pixels."""
+        projected = self._projected(vectors, modality)
+        if self.ensemble is None:
+            return projected
+        if self.ensemble.needs_old(direction_of(modality)):
+            raise EncoderError(
+                f"'{self.name}' combines its queries with the old model's, which tokens and pixels of the "
+                "new model cannot give; use encode_texts and encode_images, or an encoder without ensemble"
+            )
+        return self._combined(None, projected, modality)
+
+    def _towers(self) -> list[nn.Module]:
+        old = self.old._towers() if self.old is not None else []
+        return (self._folded or self.new)._towers() + old
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        saving.save(self, save_directory)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card that is saved beside the weights: base model, use, and what it is compatible with."""
+        return saving.model_card(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        base: DualEncoder | str | None = None,
+        old: DualEncoder | str | None = None,
+        load_old: bool = True,
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        **hub_options: Any,
+    ) -> Self:
+        """Loads a compatible encoder from a directory or a Hub repository, strictly.
+
+        Args:
+            pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
+            base: The new encoder, or another specification for it, when the recorded one does not hold on
+                this machine. It is changed in place when the saved part has LoRA.
+            old: The old encoder, or another specification for it, likewise; only for an ensemble.
+            load_old: Whether the old encoder that the saved ensemble needs is loaded. Without it queries need
+                ``old_vectors``.
+            device: Where the encoders go; a given encoder stays where it is.
+            revision: Branch, tag or commit on the Hub.
+            **hub_options: ``cache_dir``, ``token``, ``force_download``, ``local_files_only``.
+
+        Returns:
+            The encoder; LoRA is merged, so that it costs nothing at search time.
+
+        Raises:
+            SavedPartError: If a file is missing, damaged, or of another kind.
+            EncoderError: If a model cannot be loaded or the LoRA does not fit it.
+            SpaceMismatchError: If a model is not the one this was made for; the message names both.
+            ConfigError: If an old encoder is given and there is no ensemble.
+        """
+        directory = fetch(pretrained_model_name_or_path, revision=revision, **hub_options)
+        saved = saving.read(directory)
+        if old is not None and saved.ensemble is None:
+            raise ConfigError(f"{directory} has no ensemble to use an old encoder; leave out old=")
+        new = saving.load_model(base, saved.base, f"the base model recorded in {directory}", "base=", device)
+        if has_lora(new):
+            raise EncoderError(f"'{new.name}' carries a LoRA already; give a freshly loaded base")
+        saved.new_space.require(new.space, f"the base model given to {directory}")
+        if saved.lora:
+            load_lora(new, directory / saving.LORA_DIR, merge=True)
+        tower = None
+        if saved.needs_old and (load_old or isinstance(old, DualEncoder)):
+            what = f"the old model recorded in {directory}"
+            mend = "old=, or load_old=False and old_vectors=,"
+            tower = saving.load_model(old, saved.old, what, mend, device)
+        return cls(new, saved.projection, saved.ensemble, tower)

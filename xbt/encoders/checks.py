@@ -1,0 +1,67 @@
+"""Checks on what encoders are given and what they give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xbt.encoders.image_batches import NamedImage
+from xbt.errors import ConfigError, DataError
+from xbt.images import ImageSource
+
+
+def as_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        DataError: If they are a single string, or one of them is no valid text.
+    """
+    if isinstance(texts, str | bytes):
+        raise DataError(f"texts must be a list of strings, got the single text {texts!r}; write [text]")
+    items = list(texts)
+    for number, text in enumerate(items):
+        if not isinstance(text, str):
+            raise DataError(f"texts[{number}] is {text!r}, a {type(text).__name__}, but must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"texts[{number}] is not valid Unicode: {text!r} has half a surrogate") from error
+    return items
+
+
+def as_images(images: Sequence[ImageSource]) -> Sequence[ImageSource]:
+    """The images as a sequence.
+
+    Raises:
+        DataError: If they are a single image.
+    """
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        raise DataError(f"images must be a list, got a single {type(images).__name__}; write [image]")
+    # A sequence is left as it is: it may read its images only when they are asked for.
+    return images if isinstance(images, Sequence) else list(images)
+
+
+def numbered(images: Sequence[ImageSource], batch_size: int) -> Iterator[list[NamedImage]]:
+    """Batches in which images without a path are called by their number."""
+    for start in range(0, len(images), batch_size):
+        batch: list[NamedImage] = []
+        for number in range(start, min(start + batch_size, len(images))):
+            source = images[number]
+            batch.append((source, None if isinstance(source, str | os.PathLike) else f"number {number}"))
+        yield batch
+
+
+def require_positive(batch_size: int) -> None:
+    """Refuses batches of nothing with a ConfigError."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1")
+
+
+def not_finite(vectors: Tensor) -> list[int]:
+    """The rows in which a value is NaN or infinite."""
+    rows: list[int] = torch.nonzero(~torch.isfinite(vectors).all(dim=1)).flatten().tolist()
+    return rows
