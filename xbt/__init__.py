@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from xbt.evaluation import evaluate_retrieval as evaluate_retrieval
     from xbt.evaluation import recall_at_k as recall_at_k
     from xbt.gallery import Gallery as Gallery
+    from xbt.projections import PairVectors as PairVectors
     from xbt.projections import Projection as Projection
+    from xbt.projections import QueryEnsemble as QueryEnsemble
     from xbt.projections import fit_projection as fit_projection
     from xbt.space import EmbeddingSpace as EmbeddingSpace
     from xbt.store import EmbeddingStore as EmbeddingStore
@@ -28,7 +30,9 @@ _HOMES = {
     "EmbeddingSpace": "xbt.space",
     "EmbeddingStore": "xbt.store",
     "Gallery": "xbt.gallery",
+    "PairVectors": "xbt.projections",
     "Projection": "xbt.projections",
+    "QueryEnsemble": "xbt.projections",
     "SpaceMismatchError": "xbt.errors",
     "XbtError": "xbt.errors",
     "evaluate_retrieval": "xbt.evaluation",

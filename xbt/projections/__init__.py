@@ -2,58 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from xbt.errors import ConfigError
+from xbt.projections.auto import choose_projection
 from xbt.projections.base import LinearProjection, Projection
+from xbt.projections.candidates import Candidate, default_candidates
+from xbt.projections.decision import Decision
+from xbt.projections.ensemble import QueryEnsemble
+from xbt.projections.ensemble_fit import fit_ensemble
+from xbt.projections.fitting import fit_projection
+from xbt.projections.identity import fit_identity
+from xbt.projections.lambda_orthogonal import fit_lambda_orthogonal
+from xbt.projections.low_rank import fit_low_rank
+from xbt.projections.mean_shift import fit_mean_shift
+from xbt.projections.mlp import fit_mlp
+from xbt.projections.pair_tuning import tune_on_pairs
+from xbt.projections.pairs import PairVectors
 from xbt.projections.procrustes import fit_procrustes, procrustes_rotation, procrustes_rotation_of_chunks
 from xbt.projections.residual import ResidualProjection
-from xbt.space import EmbeddingSpace
-from xbt.vectors import Vectors
-
-_METHODS: dict[str, Callable[[Vectors, Vectors], Projection]] = {"procrustes": fit_procrustes}
-
-
-def fit_projection(
-    new: Vectors,
-    old: Vectors,
-    method: str = "procrustes",
-    *,
-    new_space: EmbeddingSpace | None = None,
-    old_space: EmbeddingSpace | None = None,
-) -> Projection:
-    """Fits a closed-form projection to vectors of the same items under both models.
-
-    Args:
-        new: (n, new_dim) float vectors of the new model.
-        old: (n, old_dim) float vectors of the old model, row by row for the same items.
-        method: ``"procrustes"``; see :func:`procrustes_rotation`.
-        new_space: The space ``new`` lives in, attached to the result.
-        old_space: The space ``old`` lives in, attached to the result.
-
-    Returns:
-        A projection whose forward takes (n, new_dim) vectors and returns (n, old_dim) unit rows.
-
-    Raises:
-        ConfigError: If the method is not known.
-        DataError: If the vectors are empty, not paired, or hold NaN.
-        SpaceMismatchError: If a space's dimension is not that of its vectors.
-    """
-    if method not in _METHODS:
-        raise ConfigError(
-            f"projection method {method!r} is not known; there is {', '.join(sorted(_METHODS))}"
-        )
-    projection = _METHODS[method](new, old)
-    projection.set_spaces(new_space, old_space)
-    return projection
-
+from xbt.projections.ridge import fit_ridge
+from xbt.projections.statistics import PairStatistics
+from xbt.projections.whitened_procrustes import fit_whitened_procrustes
+from xbt.projections.xbt_projection import fit_xbt
 
 __all__ = [
+    "Candidate",
+    "Decision",
     "LinearProjection",
+    "PairStatistics",
+    "PairVectors",
     "Projection",
+    "QueryEnsemble",
     "ResidualProjection",
+    "choose_projection",
+    "default_candidates",
+    "fit_ensemble",
+    "fit_identity",
+    "fit_lambda_orthogonal",
+    "fit_low_rank",
+    "fit_mean_shift",
+    "fit_mlp",
     "fit_procrustes",
     "fit_projection",
+    "fit_ridge",
+    "fit_whitened_procrustes",
+    "fit_xbt",
     "procrustes_rotation",
     "procrustes_rotation_of_chunks",
+    "tune_on_pairs",
 ]

@@ -1,0 +1,269 @@
+"""The automatic choice on worlds of which it is known what it should do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.errors import ConfigError, DataError, SpaceMismatchError
+from xbt.evaluation import best_positive_ranks
+from xbt.projections import PairVectors, Projection, QueryEnsemble, fit_projection
+from xbt.projections.auto import choose_projection
+from xbt.projections.candidates import Candidate, Fitter, default_candidates
+from xbt.space import EmbeddingSpace
+
+QUICK = [
+    Candidate("procrustes"),
+    Candidate("procrustes", {"pairs_weight": 0.33}),
+    Candidate("procrustes", {"pairs_weight": 0.33}, 30.0),
+]
+TEXTS = [Candidate("procrustes"), Candidate("ridge")]
+
+
+def world(name, n_corpus=3000, seed=0, n_support=200):
+    made = make_vector_world(*WORLDS[name], n_corpus=n_corpus, n_support=n_support, n_test=300, seed=seed)
+    return made, PairVectors(**made.support), PairVectors(**made.test)
+
+
+def mean_gain(decision, test, direction):
+    new, old = test.queries(direction)
+    gallery, positives = test.gallery(direction), test.positives(direction)
+    gains = []
+    for k in (1, 5, 10):
+        ours, theirs = (
+            (best_positive_ranks(queries, gallery, positives) < k).double().mean()
+            for queries in (decision.queries(new, old, direction), old)
+        )
+        gains.append(float(ours - theirs))
+    return sum(gains) / 3
+
+
+@pytest.fixture(scope="module")
+def better():
+    made, support, test = world("much better")
+    return choose_projection(made.corpus_new, made.corpus_old, pairs=support, candidates=QUICK), test
+
+
+def test_a_better_model_is_deployed_and_gains_on_other_queries(better):
+    decision, test = better
+    for direction in ("T2I", "I2T"):
+        assert decision.deployed(direction)
+        assert decision.judgements[direction].met
+        assert mean_gain(decision, test, direction) > 0.03
+
+
+def test_what_it_promises_is_what_it_keeps(better):
+    """The honest estimate of the gain lies near what other queries show (both have errors of ~2 points)."""
+    decision, test = better
+    for direction in ("T2I", "I2T"):
+        promised = decision.judgements[direction].pooled.estimate
+        # The two galleries differ in size, and gains with it.
+        assert abs(promised - mean_gain(decision, test, direction)) < 0.07
+
+
+def test_a_worse_model_stays_out():
+    made, support, test = world("worse")
+    decision = choose_projection(made.corpus_new, made.corpus_old, pairs=support, candidates=QUICK)
+    for direction in ("T2I", "I2T"):
+        assert not decision.deployed(direction)
+        _, old = test.queries(direction)
+        torch.testing.assert_close(decision.queries(None, old, direction), old)
+        assert "the old query alone" in str(decision)
+
+
+def test_directions_are_decided_apart():
+    """Texts gain and images lose: the new model may answer texts alone."""
+    made, support, _ = world("better texts alone", n_support=300)
+    decision = choose_projection(
+        made.corpus_new, made.corpus_old, pairs=support, candidates=QUICK[:1], use_old=False
+    )
+    assert not decision.deployed("I2T")
+    made, support, _ = world("much better")
+    blind = torch.randn(len(support), 64, generator=torch.Generator().manual_seed(0))
+    decision = choose_projection(
+        made.corpus_new, made.corpus_old, pairs=replace(support, new_images=blind), candidates=QUICK[:1]
+    )
+    assert decision.deployed("T2I")
+    assert not decision.deployed("I2T")
+
+
+def test_without_the_old_tower_the_tuned_projection_is_one_matrix():
+    made, support, _ = world("much better", n_support=600)
+    decision = choose_projection(
+        made.corpus_new, made.corpus_old, pairs=support, candidates=QUICK[2:], use_old=False
+    )
+    assert decision.projection.foldable
+    assert any(decision.deployed(direction) for direction in ("T2I", "I2T"))
+    for direction in ("T2I", "I2T"):
+        if decision.deployed(direction):
+            assert not decision.ensemble.needs_old(direction)
+
+
+def test_pairs_without_new_images_judge_text_queries_alone():
+    made, support, _ = world("much better")
+    texts = replace(support, new_images=None)
+    decision = choose_projection(made.corpus_new, made.corpus_old, pairs=texts)
+    assert decision.deployed("T2I")
+    assert not decision.deployed("I2T")
+    assert "no I2T queries" in decision.judgements["I2T"].why
+    assert decision.judgements["I2T"].pooled is None
+
+
+def test_the_texts_of_the_pairs_may_be_all_there_is():
+    """They are fitted to fold by fold: a map judged on its own texts would look far too good."""
+    _, support, test = world("much better", n_support=300)
+    few = support.subset(range(40))
+    alone = [Candidate("procrustes")]
+    leaking = choose_projection(few.new_texts, few.old_texts, pairs=few, candidates=alone, use_old=False)
+    honest = choose_projection(None, None, pairs=few, candidates=alone, use_old=False)
+    figures = [{s.name: s.recall[1].estimate for s in d.scores} for d in (leaking, honest)]
+    assert figures[0]["procrustes"] > figures[1]["procrustes"] + 0.1
+    decision = choose_projection(None, None, pairs=support, candidates=QUICK)
+    assert decision.deployed("I2T")
+    assert mean_gain(decision, test, "I2T") > 0.03
+    made, _, _ = world("much better", n_corpus=300)
+    both = Fitter(made.corpus_new, made.corpus_old, pair_texts=True).fit(alone[0], support)
+    joined = fit_projection(
+        torch.cat([made.corpus_new, support.new_texts]), torch.cat([made.corpus_old, support.old_texts])
+    )
+    torch.testing.assert_close(both.weight, joined.weight, rtol=0, atol=1e-5)
+
+
+def test_text_groups_are_evidence_of_a_kind():
+    _, support, _ = world("much better", n_corpus=10)
+    texts_new, texts_old = support.new_texts, support.old_texts
+    decision = choose_projection(
+        texts_new, texts_old, text_groups=support.image_of_text, candidates=TEXTS, confidence=0.9
+    )
+    assert decision.evidence == "text groups"
+    assert "images themselves were not seen" in str(decision)
+    assert decision.n_images == 40, "a fifth of the 200 groups is held out"
+
+
+def test_without_evidence_the_old_query_stays_unless_that_is_accepted():
+    made, _, _ = world("much better", n_corpus=600)
+    for accepted in (False, True):
+        decision = choose_projection(
+            made.corpus_new, made.corpus_old, candidates=TEXTS, accept_unverified=accepted
+        )
+        assert decision.evidence == "own captions"
+        assert decision.deployed("T2I") is accepted
+        assert decision.deployed("I2T") is accepted
+        assert "no evidence" in decision.judgements["T2I"].why
+
+
+def test_the_decision_can_be_printed_saved_and_loaded(better, tmp_path):
+    decision, test = better
+    shown = str(decision)
+    for word in ("auto chose", "T2I", "I2T", "old query", "R@1", "* procrustes", "95 % confidence"):
+        assert word in shown
+    decision.save(tmp_path)
+    record = json.loads((tmp_path / "decision.json").read_text())
+    assert record["chosen"] == decision.name
+    assert record["directions"]["T2I"]["deployed"] is True
+    assert len(record["candidates"]) == 2 * (1 + len(QUICK))
+    projection = Projection.from_pretrained(tmp_path / "projection")
+    ensemble = QueryEnsemble.from_pretrained(tmp_path / "ensemble")
+    again = replace(decision, projection=projection, ensemble=ensemble)
+    new, old = test.queries("T2I")
+    torch.testing.assert_close(again.queries(new, old, "T2I"), decision.queries(new, old, "T2I"))
+
+
+def test_it_is_a_method_of_fit_projection(better):
+    decision, _ = better
+    made, support, _ = world("much better")
+    again = fit_projection(made.corpus_new, made.corpus_old, "auto", pairs=support, candidates=QUICK)
+    assert again.to_dict() == decision.to_dict()
+    with pytest.raises(ConfigError, match="'auto' has no option 'colour'; it has pair_texts, text_groups"):
+        fit_projection(made.corpus_new, made.corpus_old, "auto", colour=1)
+
+
+def test_the_same_seed_decides_the_same(better):
+    decision, _ = better
+    made, support, _ = world("much better")
+    again = choose_projection(made.corpus_new, made.corpus_old, pairs=support, candidates=QUICK)
+    assert again.to_dict() == decision.to_dict()
+    assert torch.equal(again.projection.weight, decision.projection.weight)
+
+
+def test_streams_are_read_once_and_serve_closed_forms():
+    made, support, _ = world("much better", n_corpus=1000)
+    reads = []
+
+    def chunks(rows):
+        reads.append(1)
+        yield from rows.split(300)
+
+    decision = choose_projection(
+        chunks(made.corpus_new), chunks(made.corpus_old), pairs=support, candidates=QUICK
+    )
+    direct = choose_projection(made.corpus_new, made.corpus_old, pairs=support, candidates=QUICK)
+    assert len(reads) == 2
+    torch.testing.assert_close(decision.projection.weight, direct.projection.weight)
+
+
+def test_spaces_are_attached_and_checked():
+    made, support, _ = world("much better", n_corpus=500)
+    spaces = {
+        "new_space": EmbeddingSpace("new", 64),
+        "old_space": EmbeddingSpace("old", 48),
+    }
+    decision = choose_projection(
+        made.corpus_new, made.corpus_old, pairs=support, candidates=QUICK[:1], **spaces
+    )
+    assert decision.projection.old_space == spaces["old_space"]
+    assert decision.ensemble.old_space == spaces["old_space"]
+    with pytest.raises(SpaceMismatchError):
+        choose_projection(
+            made.corpus_new,
+            made.corpus_old,
+            pairs=support,
+            candidates=QUICK[:1],
+            new_space=EmbeddingSpace("new", 65),
+        )
+
+
+def test_what_it_cannot_do_is_refused():
+    made, support, _ = world("much better", n_corpus=300)
+    new, old = made.corpus_new, made.corpus_old
+
+    def refused(message, kind=ConfigError, **options):
+        with pytest.raises(kind, match=message):
+            choose_projection(new, old, **{"pairs": support, "candidates": QUICK[:1], **options})
+
+    refused("no candidates", candidates=[])
+    refused("'procrustes' comes twice", candidates=[Candidate("procrustes")] * 2)
+    refused("learns from pairs", candidates=QUICK, pairs=None)
+    refused("needs the pairs' new_images", candidates=QUICK, pairs=replace(support, new_images=None))
+    refused("both given", text_groups=torch.zeros(300))
+    refused("confidence is 0.5", confidence=0.5)
+    refused("folds is 1", folds=1)
+    refused("folds is 201, more than the 200 images", folds=201)
+    refused("fewer than 20", DataError, pairs=support.subset(range(19)))
+    refused("no two rows", DataError, pairs=None, text_groups=np.arange(300))
+    refused("one per row", DataError, pairs=None, text_groups=np.arange(3))
+    refused("must be an integer", DataError, ks=(1.5,))
+    with pytest.raises(ConfigError, match="belong together"):
+        choose_projection(new, None, pairs=support)
+    with pytest.raises(ConfigError, match="nothing to fit to"):
+        choose_projection(None, None)
+    refused("no option 'colour'", candidates=[Candidate("procrustes", {"colour": 1})])
+    refused("'magic' is not known", candidates=[Candidate("magic")])
+
+
+def test_default_candidates_fit_what_there_is():
+    made, support, _ = world("no better", n_corpus=200)
+    assert not any(each.uses_pairs for each in default_candidates(None))
+    texts = default_candidates(replace(support, new_images=None))
+    assert any(each.uses_pairs for each in texts)
+    assert not any(each.needs_image_vectors for each in texts)
+    full = default_candidates(support, thorough=True)
+    assert len({str(each) for each in full}) == len(full)
+    fitter = Fitter(made.corpus_new, made.corpus_old)
+    for candidate in default_candidates(support):
+        assert fitter.fit(candidate, support)(support.new_texts).shape == (len(support.new_texts), 48)

@@ -1,0 +1,180 @@
+"""What ``method="auto"`` chooses from: projections, and ways to combine their queries with the old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from xbt.projections.base import Projection
+from xbt.projections.combinations import Adaptive, Combination, Linear, Nlerp
+from xbt.projections.fitting import CLOSED_FORMS, check_options, fit_projection
+from xbt.projections.pairs import PairVectors
+from xbt.projections.sources import Source, random_access
+from xbt.projections.statistics import TERMS, PairStatistics
+
+_BETAS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 1.0)
+_TUNED_BETAS = (0.5, 0.4, 0.6, 0.3, 0.7)
+
+OLD_ALONE = Nlerp(0.0)
+NEW_ALONE = Nlerp(1.0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A projection that may be chosen, and whether pairs tune the query on top of it.
+
+    Attributes:
+        method: A method of :func:`~xbt.projections.fit_projection`.
+        options: Its options.
+        tune_penalty: λ of :func:`~xbt.projections.pair_tuning.tune_on_pairs`; ``None`` leaves the pairs'
+            contrastive objective out.
+        name: What to call it; made from the rest if it is empty.
+    """
+
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tune_penalty: float | None = None
+    name: str = ""
+
+    def __str__(self) -> str:
+        if self.name:
+            return self.name
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        tuned = "" if self.tune_penalty is None else f" + tuned on pairs (penalty={self.tune_penalty:g})"
+        return f"{self.method}({options}){tuned}" if options else f"{self.method}{tuned}"
+
+    @property
+    def uses_pairs(self) -> bool:
+        """Whether its fit looks at the pairs, so that it must be judged on pairs it has not seen."""
+        return self.tune_penalty is not None or self.needs_image_vectors
+
+    @property
+    def needs_image_vectors(self) -> bool:
+        """Whether its fit needs the pairs' images under the new model."""
+        return self.options.get("pairs_weight", 0) > 0 or self.options.get("centring") == "modality"
+
+
+def default_candidates(pairs: PairVectors | None, thorough: bool = False) -> list[Candidate]:
+    """What ``auto`` tries, from simple to elaborate: ties go to what comes first.
+
+    Args:
+        pairs: The pairs there are; without any, only text-fitted candidates are tried.
+        thorough: Also the trained projections, which take minutes.
+    """
+    found = [
+        Candidate("procrustes"),
+        Candidate("procrustes", {"centring": "joint"}),
+        Candidate("whitened_procrustes"),
+        Candidate("ridge"),
+    ]
+    if thorough:
+        found += [Candidate("lambda_orthogonal"), Candidate("xbt"), Candidate("xbt", {"noise": 1.0})]
+    if pairs is None:
+        return found
+    images = pairs.new_images is not None
+    if images:
+        found += [Candidate("procrustes", {"pairs_weight": weight}) for weight in (0.1, 0.33, 0.6)]
+        found.append(Candidate("procrustes", {"centring": "modality", "pairs_weight": 0.33}))
+    base = {"pairs_weight": 0.33} if images else {}
+    found += [Candidate("procrustes", base, penalty) for penalty in (100.0, 30.0)]
+    if thorough and images:
+        found.append(Candidate("xbt", {"pairs_weight": 0.33}))
+    return found
+
+
+def settings_of(candidate: Candidate, use_old: bool) -> list[Combination]:
+    """The combinations tried with a candidate, those that win a tie first."""
+    if candidate.tune_penalty is not None:
+        return [Linear(beta) for beta in _TUNED_BETAS] if use_old else [Linear(1.0, with_old=False)]
+    if not use_old:
+        return [NEW_ALONE]
+    return [
+        *(Nlerp(beta) for beta in _BETAS),
+        *(Adaptive(bias, 0.0, 0.7) for bias in (0.0, -0.5, 0.5)),
+        *(Adaptive(bias, similarity) for bias, similarity in ((-1.8, 3.0), (1.8, -3.0))),
+    ]
+
+
+class Fitter:
+    """Fits candidates to one corpus, which all closed forms together read only once.
+
+    Args:
+        new: Vectors of the new model for texts: tensor, array, store, or, for closed forms alone, a stream.
+            ``None`` where the texts of the pairs are all there is.
+        old: Vectors of the old model for the same texts.
+        pair_texts: Whether the texts of the pairs that a fit may look at join the corpus.
+    """
+
+    def __init__(self, new: Source | None, old: Source | None, pair_texts: bool = False) -> None:
+        self._new, self._old, self.pair_texts = new, old, pair_texts
+        self._corpus: PairStatistics | None = None
+        self._of_pairs: tuple[PairVectors, dict[str, PairStatistics]] | None = None
+        self._fitted: dict[str, Projection] = {}
+
+    def looks_at_pairs(self, candidate: Candidate) -> bool:
+        """Whether the candidate's fit depends on the pairs, its tuning included."""
+        return self.pair_texts or candidate.uses_pairs
+
+    def fit(self, candidate: Candidate, pairs: PairVectors | None) -> Projection:
+        """The candidate's projection, before it is tuned.
+
+        Args:
+            candidate: What to fit.
+            pairs: The pairs it may look at; a candidate that uses none does not.
+
+        Raises:
+            XbtError: As the method's own fit.
+        """
+        options = dict(candidate.options)
+        check_options(candidate.method, options)
+        images = pairs if candidate.needs_image_vectors else None
+        depends = pairs is not None and (self.pair_texts or images is not None)
+        key = f"{candidate.method} {sorted(options.items())}"
+        if not depends and key in self._fitted:
+            return self._fitted[key]
+        if candidate.method in CLOSED_FORMS:
+            of_images = None if images is None else self._statistics_of(images, "images")
+            fitted: Projection = CLOSED_FORMS[candidate.method](self._texts(pairs), of_images, **options)
+        else:
+            fitted = fit_projection(*self._sources(pairs), candidate.method, pairs=images, **options)
+        if not depends:
+            self._fitted[key] = fitted
+        return fitted
+
+    def _texts(self, pairs: PairVectors | None) -> PairStatistics:
+        """Statistics of the texts to fit to."""
+        if self._corpus is None and self._new is not None and self._old is not None:
+            self._corpus = PairStatistics.of(self._new, self._old, TERMS)
+        if not self.pair_texts or pairs is None:
+            assert self._corpus is not None
+            return self._corpus
+        own = self._statistics_of(pairs, "texts")
+        return own if self._corpus is None else self._corpus + own
+
+    def _sources(self, pairs: PairVectors | None) -> tuple[Source, Source]:
+        """The texts to fit to, for methods that take rows in an order of their own."""
+        if not self.pair_texts or pairs is None:
+            assert self._new is not None
+            assert self._old is not None
+            return self._new, self._old
+        if self._new is None or self._old is None:
+            return pairs.new_texts, pairs.old_texts
+        rows = random_access(self._new, self._old)
+        new, old = rows.take(np.arange(len(rows)))
+        return torch.cat([new, pairs.new_texts]), torch.cat([old, pairs.old_texts])
+
+    def _statistics_of(self, pairs: PairVectors, kind: str) -> PairStatistics:
+        if self._of_pairs is None or self._of_pairs[0] is not pairs:
+            self._of_pairs = pairs, {}
+        known = self._of_pairs[1]
+        if kind not in known:
+            known[kind] = (
+                PairStatistics.of_images(pairs, TERMS)
+                if kind == "images"
+                else PairStatistics.of(pairs.new_texts, pairs.old_texts, TERMS)
+            )
+        return known[kind]
