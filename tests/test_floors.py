@@ -29,7 +29,7 @@ FLOORS = [
     {"evaluation", "embedding"},
     {"projections"},
     {"compatible", "gallery"},
-    {"training", "report", "evaluation_job"},
+    {"training", "report", "evaluation_job", "choosing_job"},
     {"demo"},
 ]
 HOMES = {

@@ -8,6 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 
+from xbt.choosing_job import ChooseProjectionConfig
 from xbt.config import parse_config
 from xbt.demo import DemoConfig
 from xbt.embedding import EmbedConfig
@@ -28,6 +29,7 @@ def config_class(recipe: str) -> type:
         "pretrain_text_projection": TextProjectionConfig,
         "finetune_lora": LoraFinetuningConfig,
         "evaluate_retrieval": EvaluationConfig,
+        "choose_projection": ChooseProjectionConfig,
         "quickstart": DemoConfig,
     }
     return known[recipe]

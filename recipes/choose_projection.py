@@ -1,0 +1,22 @@
+"""Choose what to query the old gallery with, by held-out retrieval, and save it; or learn that nothing helps.
+
+    accelerate launch recipes/choose_projection.py --config recipes/configs/choose_b32_l14.yaml
+
+Both models embed the captions and a few hundred image–text pairs once. Every candidate (projections, and
+ways to combine their queries with the old ones) is fitted and judged on pairs it has not seen; a direction in
+which no gain is shown stays with the old query. The result is a compatible encoder.
+
+Not supported: several processes.
+"""
+
+from xbt.choosing_job import ChooseProjectionConfig, run_choice
+from xbt.config import run_recipe
+
+
+def main(config: ChooseProjectionConfig) -> None:
+    """Chooses and prints."""
+    print(run_choice(config))
+
+
+if __name__ == "__main__":
+    run_recipe(main, ChooseProjectionConfig)
