@@ -1,0 +1,166 @@
+"""Training XBT's φ on vectors that are already there, against nothing but the matrix products it needs.
+
+    python recipes/benchmarks/projection_training.py
+
+The vectors are random: what they are does not change how long a step takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from xbt.bench import Spread, Timings, side_by_side, write_report
+from xbt.config import config_to_dict, run_recipe
+from xbt.errors import ConfigError
+from xbt.projections.objective import TextLoss, TextProjectionObjective
+from xbt.projections.residual import ResidualProjection
+from xbt.projections.sources import random_access
+from xbt.projections.trainer import Schedule, TextBatches, train
+
+BARE, TRAINING = "matrix products", "training"
+
+
+@dataclass
+class ProjectionTrainingBenchmark:
+    """Time the training of φ and its bare matrix products side by side."""
+
+    new_dim: int = 768
+    """Dimension of the new vectors."""
+    old_dim: int = 512
+    """Dimension of the old vectors."""
+    hidden_dim: int = 1536
+    """Width of φ's MLP."""
+    batch_size: int = 1024
+    """Rows of a step."""
+    rows: int = 20_000
+    """Rows to draw batches from."""
+    steps: int = 10
+    """Steps that are timed at a time."""
+    rounds: int = 7
+    """Rounds; everybody is timed once in each."""
+    threads: list[int] = field(default_factory=lambda: [1, 2])
+    """Numbers of threads of torch to measure with."""
+    device: str = "cpu"
+    """Where to train."""
+    seed: int = 0
+    """Draws the vectors and the weights."""
+    results: str = "recipes/benchmarks/results/projection_training"
+    """Where the results go; suffixes are appended."""
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: If one cannot be used.
+        """
+        for name in ("new_dim", "old_dim", "hidden_dim", "batch_size", "steps", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.rows < self.batch_size:
+            raise ConfigError(f"--rows {self.rows} is less than --batch_size {self.batch_size}; raise it")
+        if not self.threads or min(self.threads) < 1:
+            raise ConfigError(f"--threads must be numbers of at least 1, got {self.threads}")
+
+
+def main(config: ProjectionTrainingBenchmark) -> None:
+    """Measures and writes the results."""
+    torch.manual_seed(config.seed)
+    contenders = {
+        BARE: bare_products(config),
+        TRAINING: training(config, TextLoss(relational_weight=100.0)),
+    }
+    rows: list[dict[str, Any]] = []
+    seconds: dict[str, Timings] = {}
+    for threads in config.threads:
+        torch.set_num_threads(threads)
+        seconds[str(threads)] = timings = side_by_side(contenders, config.rounds)
+        rows += [compare(config, timings, name, threads) for name in contenders]
+    written = write_report(
+        config.results,
+        f"Training φ, {config.new_dim} → {config.old_dim} with a hidden width of {config.hidden_dim}",
+        rows,
+        describe(config),
+        config=config_to_dict(config),
+        seconds=seconds,
+    )
+    print(written.with_suffix(".md").read_text(encoding="utf-8"), end="")
+
+
+def compare(config: ProjectionTrainingBenchmark, timings: Timings, name: str, threads: int) -> dict[str, Any]:
+    """One row of the table."""
+    taken = Spread(tuple(1000 * each / config.steps for each in timings[name].values))
+    return {
+        "what": name,
+        "threads": threads,
+        "milliseconds a step": taken,
+        "throughput, of the products'": timings[BARE].over(timings[name]),
+    }
+
+
+def describe(config: ProjectionTrainingBenchmark) -> str:
+    """What the table shows."""
+    return (
+        f"Steps of {config.batch_size:,} rows on {config.device}, {config.steps} at a time, {config.rounds} "
+        "rounds in turns, shown as median [least, greatest]. *Matrix products*: those of φ forwards and "
+        "backwards, without that of the fixed rotation's gradient, and the logits of the contrastive loss "
+        "with their gradient; into memory that is there already. *Training*: drawing the batch and Gaussian "
+        "noise, φ, the cosine, contrastive and relational loss, gradients, clipping and AdamW, as `fit_xbt` "
+        "does it; no evaluation."
+    )
+
+
+def bare_products(config: ProjectionTrainingBenchmark) -> Callable[[], None]:
+    """The products of a step and nothing else: φ, its gradients, the logits and theirs."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=config.device) * shape[-1] ** -0.5
+
+    batch, new, old, hidden = config.batch_size, config.new_dim, config.old_dim, config.hidden_dim
+    z, h, y, d = draw(batch, new), draw(batch, hidden), draw(batch, old), draw(batch, batch)
+    w, first, second = draw(old, new), draw(hidden, new), draw(old, hidden)
+    products = [
+        (z, w.T),  # the linear part
+        (z, first.T),  # the MLP
+        (h, second.T),
+        (y, y.T),  # the logits
+        (d, y),  # their gradient
+        (y.T, h),  # the second layer's weights, and what it was given
+        (y, second),
+        (h.T, z),  # the first layer's weights
+    ]
+    results = [left.new_empty(left.shape[0], right.shape[1]) for left, right in products]
+
+    def run() -> None:
+        for _ in range(config.steps):
+            for (left, right), result in zip(products, results, strict=True):
+                torch.mm(left, right, out=result)
+
+    return run
+
+
+def training(config: ProjectionTrainingBenchmark, loss: TextLoss) -> Callable[[], object]:
+    """``steps`` steps as :func:`xbt.projections.xbt_projection.fit_xbt` makes them."""
+    new, old = (normalize(torch.randn(config.rows, dim), dim=1) for dim in (config.new_dim, config.old_dim))
+    schedule = Schedule(
+        config.steps, config.batch_size, 1e-3, eval_every=config.steps, seed=config.seed, device=config.device
+    )
+    projection = ResidualProjection.seeded(config.new_dim, config.old_dim, config.seed, config.hidden_dim)
+    projection.weight.requires_grad_(False)
+    objective = TextProjectionObjective(projection, loss)
+    rows = random_access(new, old)
+    positions = torch.arange(config.rows).numpy()
+
+    def run() -> object:
+        return train(objective, TextBatches(rows, positions, schedule, noise=1.0), schedule, lambda: 0.0)
+
+    return run
+
+
+if __name__ == "__main__":
+    run_recipe(main, ProjectionTrainingBenchmark)
