@@ -8,7 +8,7 @@ The vectors are random: what they are does not change how long a step takes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class ProjectionTrainingBenchmark:
     """Width of φ's MLP."""
     batch_size: int = 1024
     """Rows of a step."""
+    more_batch_sizes: list[int] = field(default_factory=lambda: [2048])
+    """Other numbers of rows to measure with as well."""
     rows: int = 20_000
     """Rows to draw batches from."""
     steps: int = 10
@@ -62,8 +64,9 @@ class ProjectionTrainingBenchmark:
         for name in ("new_dim", "old_dim", "hidden_dim", "batch_size", "steps", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.rows < self.batch_size:
-            raise ConfigError(f"--rows {self.rows} is less than --batch_size {self.batch_size}; raise it")
+        largest = max([self.batch_size, *self.more_batch_sizes])
+        if self.rows < largest:
+            raise ConfigError(f"--rows {self.rows} is less than --batch_size {largest}; raise it")
         if not self.threads or min(self.threads) < 1:
             raise ConfigError(f"--threads must be numbers of at least 1, got {self.threads}")
 
@@ -71,16 +74,19 @@ class ProjectionTrainingBenchmark:
 def main(config: ProjectionTrainingBenchmark) -> None:
     """Measures and writes the results."""
     torch.manual_seed(config.seed)
-    contenders = {
-        BARE: bare_products(config),
-        TRAINING: training(config, TextLoss(relational_weight=100.0)),
-    }
     rows: list[dict[str, Any]] = []
     seconds: dict[str, Timings] = {}
-    for threads in config.threads:
-        torch.set_num_threads(threads)
-        seconds[str(threads)] = timings = side_by_side(contenders, config.rounds)
-        rows += [compare(config, timings, name, threads) for name in contenders]
+    for size in [config.batch_size, *config.more_batch_sizes]:
+        sized = replace(config, batch_size=size)
+        contenders = {
+            BARE: bare_products(sized),
+            TRAINING: training(sized, TextLoss(relational_weight=100.0)),
+        }
+        for threads in config.threads:
+            torch.set_num_threads(threads)
+            timings = side_by_side(contenders, config.rounds)
+            seconds[f"{size} rows, {threads} threads"] = timings
+            rows += [compare(sized, timings, name, threads) for name in contenders]
     written = write_report(
         config.results,
         f"Training φ, {config.new_dim} → {config.old_dim} with a hidden width of {config.hidden_dim}",
@@ -97,6 +103,7 @@ def compare(config: ProjectionTrainingBenchmark, timings: Timings, name: str, th
     taken = Spread(tuple(1000 * each / config.steps for each in timings[name].values))
     return {
         "what": name,
+        "rows a step": config.batch_size,
         "threads": threads,
         "milliseconds a step": taken,
         "throughput, of the products'": timings[BARE].over(timings[name]),
@@ -106,7 +113,7 @@ def compare(config: ProjectionTrainingBenchmark, timings: Timings, name: str, th
 def describe(config: ProjectionTrainingBenchmark) -> str:
     """What the table shows."""
     return (
-        f"Steps of {config.batch_size:,} rows on {config.device}, {config.steps} at a time, {config.rounds} "
+        f"Steps on {config.device}, {config.steps} at a time, {config.rounds} "
         "rounds in turns, shown as median [least, greatest]. *Matrix products*: those of φ forwards and "
         "backwards, without that of the fixed rotation's gradient, and the logits of the contrastive loss "
         "with their gradient; into memory that is there already. *Training*: drawing the batch and Gaussian "

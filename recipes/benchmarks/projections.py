@@ -49,7 +49,6 @@ TEXT_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lambda_orthogonal": ("lambda_orthogonal", {}),
     "mlp": ("mlp", {}),
     "xbt": ("xbt", {}),
-    "xbt, noise 1": ("xbt", {"noise": 1.0}),
 }
 PAIR_METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "procrustes, pairs": ("procrustes", {}),

@@ -11,7 +11,8 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmarks" / "projection_training.py"
-TINY = ["--new_dim", "12", "--old_dim", "8", "--hidden_dim", "20", "--batch_size", "16", "--rows", "50"]
+TINY = ["--new_dim", "12", "--old_dim", "8", "--hidden_dim", "20", "--batch_size", "16", "--rows", "50",
+        "--more_batch_sizes", "[]"]  # fmt: skip
 
 
 def call(monkeypatch, *flags):
@@ -25,7 +26,7 @@ def test_the_report_is_complete(monkeypatch, tmp_path, capsys):
     bare, trained = result["rows"]
     assert (bare["what"], trained["what"]) == ("matrix products", "training")
     assert bare["throughput, of the products'"]["rounds"] == [1.0, 1.0]
-    seconds = result["seconds"]["1"]
+    seconds = result["seconds"]["16 rows, 1 threads"]
     ratios = [
         a / b
         for a, b in zip(seconds["matrix products"]["rounds"], seconds["training"]["rounds"], strict=True)
@@ -37,7 +38,7 @@ def test_the_report_is_complete(monkeypatch, tmp_path, capsys):
 def test_the_products_are_those_that_a_step_needs():
     """All that training multiplies on top of the bare products is the relational loss."""
     script = runpy.run_path(str(SCRIPT))
-    config = script["ProjectionTrainingBenchmark"](12, 8, 20, 16, 50, steps=1)
+    config = script["ProjectionTrainingBenchmark"](12, 8, 20, 16, [], 50, steps=1)
 
     def flops(run):
         with FlopCounterMode(display=False) as counter:

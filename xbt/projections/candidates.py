@@ -72,7 +72,7 @@ def default_candidates(pairs: PairVectors | None, thorough: bool = False) -> lis
         Candidate("ridge"),
     ]
     if thorough:
-        found += [Candidate("lambda_orthogonal"), Candidate("xbt"), Candidate("xbt", {"noise": 1.0})]
+        found += [Candidate("lambda_orthogonal"), Candidate("xbt"), Candidate("xbt", {"noise": 0.3})]
     if pairs is None:
         return found
     images = pairs.new_images is not None
