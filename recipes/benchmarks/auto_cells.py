@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from projection_splits import Asked, Split, asked_of, halves
+from projection_splits import Asked, Split, asked_of, halves, without_folders
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -111,7 +111,7 @@ def main(config: AutoCellsBenchmark) -> None:
         counts={
             data: {rule: vars(count) for rule, count in of_data.items()} for data, of_data in counts.items()
         },
-        config=config_to_dict(config),
+        config=without_folders(config_to_dict(config)),
     )
     print(Path(f"{config.results}.md").read_text(encoding="utf-8"))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -177,3 +179,10 @@ def arrays(path: str) -> dict[str, Tensor]:
         for name, rows in loaded.items()
         if rows.dtype.kind == "f"
     }
+
+
+def without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as it goes on record: of data files the names, not where they lie on this machine."""
+    names = {key: Path(value).name for key, value in config.items() if str(value).endswith(".npz")}
+    others = [Path(path).name for path in config.get("others", [])]
+    return {**config, **names, **({"others": others} if "others" in config else {})}

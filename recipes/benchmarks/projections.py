@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from projection_splits import ScenesConfig, Split, class_folds, halves, scenes
+from projection_splits import ScenesConfig, Split, class_folds, halves, scenes, without_folders
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -145,7 +145,7 @@ def main(config: ProjectionsBenchmark) -> None:
         f"selected. {'; '.join(sentences)}.",
         auto_minus_midpoint=versus,
         decisions=decisions,
-        config=config_to_dict(config),
+        config=without_folders(config_to_dict(config)),
     )
     print(Path(f"{config.results}.md").read_text(encoding="utf-8"))
 

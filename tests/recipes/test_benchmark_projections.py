@@ -90,6 +90,7 @@ def test_auto_cells(run, files):
     assert counts["new model worse"]["auto"]["worse"] <= 1
     total = sum(each["auto"]["cells"] for each in counts.values())
     assert f"/{total} (" in record["rows"][-1]["all"]
+    assert record["config"]["flickr8k"] == "pair.npz"
 
 
 def test_nothing_to_measure_on_is_one_sentence(run, capsys):
