@@ -15,6 +15,7 @@ from xbt.evaluation import best_positive_ranks
 from xbt.projections import PairVectors, Projection, QueryEnsemble, fit_projection
 from xbt.projections.auto import choose_projection
 from xbt.projections.candidates import Candidate, Fitter, default_candidates
+from xbt.projections.fitting import CLOSED_FORMS
 from xbt.space import EmbeddingSpace
 
 QUICK = [
@@ -254,6 +255,15 @@ def test_what_it_cannot_do_is_refused():
         choose_projection(None, None)
     refused("no option 'colour'", candidates=[Candidate("procrustes", {"colour": 1})])
     refused("'magic' is not known", candidates=[Candidate("magic")])
+
+
+@pytest.mark.parametrize("method", sorted(CLOSED_FORMS))
+def test_every_closed_form_can_be_a_candidate(method):
+    """Fitted from the corpus's statistics it is what it is when it is fitted to the vectors."""
+    made, support, _ = world("no better", n_corpus=400)
+    fitted = Fitter(made.corpus_new, made.corpus_old).fit(Candidate(method), support)
+    direct = fit_projection(made.corpus_new, made.corpus_old, method)
+    torch.testing.assert_close(fitted(support.new_texts), direct(support.new_texts))
 
 
 def test_default_candidates_fit_what_there_is():

@@ -137,8 +137,9 @@ class Fitter:
         if not depends and key in self._fitted:
             return self._fitted[key]
         if candidate.method in CLOSED_FORMS:
-            of_images = None if images is None else self._statistics_of(images, "images")
-            fitted: Projection = CLOSED_FORMS[candidate.method](self._texts(pairs), of_images, **options)
+            # Not every closed form knows of images.
+            of_images = [] if images is None else [self._statistics_of(images, "images")]
+            fitted: Projection = CLOSED_FORMS[candidate.method](self._texts(pairs), *of_images, **options)
         else:
             fitted = fit_projection(*self._sources(pairs), candidate.method, pairs=images, **options)
         if not depends:
