@@ -13,7 +13,7 @@ from xbt.errors import ConfigError
 from xbt.losses import contrastive_loss, cosine_loss, relational_loss
 from xbt.projections import LinearProjection, ResidualProjection
 from xbt.projections.objective import TextLoss, TextProjectionObjective, add_noise, check_noise
-from xbt.projections.start import ClosedForm
+from xbt.projections.start import ProcrustesStart
 from xbt.projections.trainer import Schedule, TextBatches
 
 
@@ -111,7 +111,7 @@ def test_centred_projection_by_hand_and_saved(tmp_path):
         name: torch.randn(dim)
         for name, dim in (("new_mean", 4), ("old_mean", 3), ("new_image_mean", 4), ("old_image_mean", 3))
     }
-    start = ClosedForm(torch.randn(3, 4), means)
+    start = ProcrustesStart(torch.randn(3, 4), means)
     projection.begin_at(start.rotation, start.means)
     with torch.no_grad():
         projection.scale.fill_(0.7)

@@ -122,7 +122,7 @@ class Decision:
                 direction: {
                     "deployed": self.deployed(direction),
                     "combination": self.ensemble.combination(direction).to_dict(),
-                    "criterion_met": judgement.met,
+                    "gain_shown": judgement.met,
                     "why": judgement.why,
                     "mean_gain": list(judgement.pooled) if judgement.pooled else None,
                     "gain": {f"R@{k}": each.to_dict() for k, each in judgement.differences.items()},

@@ -9,7 +9,7 @@ from xbt.errors import ConfigError
 from xbt.projections.base import LinearProjection
 from xbt.projections.objective import TextLoss, TextProjectionObjective
 from xbt.projections.sources import Source, random_access
-from xbt.projections.start import closed_form
+from xbt.projections.start import procrustes_start
 from xbt.projections.trainer import Schedule, TextBatches, split, text_score, train
 
 
@@ -116,7 +116,7 @@ def fit_lambda_orthogonal(
     rows = random_access(new, old)
     if steps:
         chosen, kept_out = split(len(rows), held_out, seed)
-        start = closed_form(rows, chosen).rotation
+        start = procrustes_start(rows, chosen).rotation
         projection = LinearProjection.from_weight(start, torch.zeros(len(start)))
         objective = LambdaOrthogonalObjective(projection, settings, lam, orthogonality_weight)
         new_rows, old_rows = rows.take(kept_out)
@@ -124,4 +124,4 @@ def fit_lambda_orthogonal(
         outcome = train(objective, batches, schedule, lambda: text_score(projection, new_rows, old_rows))
         if outcome.best_step:
             return projection.cpu().eval()
-    return LinearProjection.from_weight(closed_form(rows).rotation)
+    return LinearProjection.from_weight(procrustes_start(rows).rotation)

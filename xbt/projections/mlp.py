@@ -7,7 +7,7 @@ import torch
 from xbt.projections.objective import TextLoss, TextProjectionObjective
 from xbt.projections.residual import ResidualProjection
 from xbt.projections.sources import Source, random_access
-from xbt.projections.start import ClosedForm, closed_form
+from xbt.projections.start import ProcrustesStart, procrustes_start
 from xbt.projections.trainer import Schedule, TextBatches, split, text_score, train
 
 
@@ -64,17 +64,17 @@ def fit_mlp(
     rows = random_access(new, old)
     if steps:
         chosen, kept_out = split(len(rows), held_out, seed)
-        projection = _start(closed_form(rows, chosen), hidden_dim, seed)
+        projection = _start(procrustes_start(rows, chosen), hidden_dim, seed)
         new_rows, old_rows = rows.take(kept_out)
         batches = TextBatches(rows, chosen, schedule)
         objective = TextProjectionObjective(projection, settings)
         outcome = train(objective, batches, schedule, lambda: text_score(projection, new_rows, old_rows))
         if outcome.best_step:
             return projection.cpu().eval()
-    return _start(closed_form(rows), hidden_dim, seed).eval()
+    return _start(procrustes_start(rows), hidden_dim, seed).eval()
 
 
-def _start(start: ClosedForm, hidden_dim: int, seed: int) -> ResidualProjection:
+def _start(start: ProcrustesStart, hidden_dim: int, seed: int) -> ResidualProjection:
     old_dim, new_dim = start.rotation.shape
     projection = ResidualProjection.seeded(new_dim, old_dim, seed, hidden_dim)
     projection.begin_at(start.rotation, start.means)

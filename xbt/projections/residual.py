@@ -110,7 +110,7 @@ class ResidualProjection(Projection):
         return projection
 
     def begin_at(self, rotation: Tensor, means: Mapping[str, Tensor]) -> Self:
-        """Takes over a closed form; see :class:`~xbt.projections.start.ClosedForm`.
+        """Takes over a closed form; see :class:`~xbt.projections.start.ProcrustesStart`.
 
         Args:
             rotation: (old_dim, new_dim) matrix W.

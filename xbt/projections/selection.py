@@ -53,7 +53,7 @@ class Judgement:
 
     Attributes:
         direction: ``"T2I"`` or ``"I2T"``.
-        met: Whether the gain is large enough to deploy the choice.
+        met: Whether a gain is shown, so that the choice may be deployed.
         why: One sentence.
         pooled: The mean gain over all ks with its interval, whose lower end decides; ``None`` where there was
             nothing to judge by.

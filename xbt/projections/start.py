@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.errors import DataError
+from xbt.projections.closed_form import Centring
 from xbt.projections.pairs import PairVectors
-from xbt.projections.procrustes import procrustes_rotation_of_chunks
+from xbt.projections.procrustes import procrustes_from
+from xbt.projections.statistics import PairStatistics, Term
 
 _ROWS_AT_ONCE = 8_192
 
@@ -31,7 +33,7 @@ class PairedVectors(Protocol):
 
 
 @dataclass(frozen=True)
-class ClosedForm:
+class ProcrustesStart:
     """The Procrustes rotation, and the means it was taken about.
 
     Attributes:
@@ -44,21 +46,21 @@ class ClosedForm:
     means: dict[str, Tensor] = field(default_factory=dict)
 
 
-def closed_form(
+def procrustes_start(
     rows: PairedVectors,
     positions: NDArray[np.int64] | None = None,
     *,
     centred: bool = False,
     pairs: PairVectors | None = None,
     pairs_weight: float = 0.0,
-) -> ClosedForm:
+) -> ProcrustesStart:
     """Solves the Procrustes problem over texts, and over pairs' images where they are given.
 
     With N, O the texts' vectors under both models and M, G those of the images, each row maybe less its mean,
 
         C = (1 − ω) Nᵀ O / n + ω Mᵀ G / m = P Σ Qᵀ,      Wᵀ = P Qᵀ
 
-    See :func:`~xbt.projections.procrustes.procrustes_rotation`.
+    See :func:`~xbt.projections.procrustes.fit_procrustes`; here rows may be taken in any order.
 
     Args:
         rows: The texts' vectors.
@@ -71,44 +73,28 @@ def closed_form(
         The rotation and the means.
 
     Raises:
-        DataError: If there are no rows.
+        DataError: If there are no rows, or new and old vectors say nothing of each other.
     """
     positions = np.arange(len(rows)) if positions is None else positions
     if len(positions) == 0:
         raise DataError("new and old vectors are empty: there are 0 rows; give at least one pair")
-    images = None if pairs is None or pairs.new_images is None else (pairs.new_images, pairs.old_images)
+    terms: tuple[Term, ...] = ("cross", "sums") if centred else ("cross",)
+    texts = PairStatistics.from_chunks(_chunks(rows, positions), terms)
+    images = None
+    if pairs is not None and pairs.new_images is not None and (centred or pairs_weight > 0):
+        images = PairStatistics.of_images(pairs, terms)
+    centring: Centring = "none" if not centred else "joint" if images is None else "modality"
+    weight = 0.0 if images is None else pairs_weight
+    rotation = procrustes_from(texts, images, pairs_weight=weight, centring=centring).weight.detach()
     means: dict[str, Tensor] = {}
     if centred:
-        means["new_mean"], means["old_mean"] = _means(_chunks(rows, positions))
+        means |= zip(("new_mean", "old_mean"), texts.means, strict=True)
         if images is not None:
-            means["new_image_mean"], means["old_image_mean"] = _means([images])
-
-    def pieces() -> Iterator[tuple[Tensor, Tensor]]:
-        for new, old in _chunks(rows, positions):
-            yield (new - means["new_mean"], old - means["old_mean"]) if centred else (new, old)
-        if images is not None and pairs_weight > 0:
-            new, old = images
-            if centred:
-                new, old = new - means["new_image_mean"], old - means["old_image_mean"]
-            # The texts count 1 each, so that without pairs nothing is scaled and nothing rounded.
-            yield new.double() * (pairs_weight / (1 - pairs_weight) * len(positions) / len(new)), old.double()
-
-    rotation = procrustes_rotation_of_chunks(pieces())
-    return ClosedForm(rotation, {name: mean.float() for name, mean in means.items()})
+            means |= zip(("new_image_mean", "old_image_mean"), images.means, strict=True)
+    return ProcrustesStart(rotation, {name: mean.float() for name, mean in means.items()})
 
 
 def _chunks(rows: PairedVectors, positions: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
     ordered = np.sort(positions)  # the order that disks like best
     for start in range(0, len(ordered), _ROWS_AT_ONCE):
         yield rows.take(ordered[start : start + _ROWS_AT_ONCE])
-
-
-def _means(chunks: Iterator[tuple[Tensor, Tensor]] | list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    sums: tuple[Tensor, Tensor] | None = None
-    count = 0
-    for new, old in chunks:
-        part = new.double().sum(dim=0), old.double().sum(dim=0)
-        sums = part if sums is None else (sums[0] + part[0], sums[1] + part[1])
-        count += len(new)
-    assert sums is not None
-    return sums[0] / count, sums[1] / count

@@ -15,7 +15,7 @@ from xbt.projections.pair_objective import JointObjective
 from xbt.projections.pairs import PairVectors
 from xbt.projections.residual import ResidualProjection
 from xbt.projections.sources import Source, random_access
-from xbt.projections.start import PairedVectors, closed_form
+from xbt.projections.start import PairedVectors, procrustes_start
 from xbt.projections.trainer import (
     Positions,
     Schedule,
@@ -63,8 +63,8 @@ def fit_xbt(
 
     whose second part is in :class:`~xbt.projections.pair_objective.JointObjective`: retrieval itself, of old
     vectors by projected new ones. Step 0 (s = 0) is the Procrustes rotation, over the pairs' images too where
-    there are some, with ω (:func:`~xbt.projections.start.closed_form`). A later step is kept if it is better
-    on what was held out: captions, found by their own vector, or with pairs their images, found across
+    there are some, with ω (:func:`~xbt.projections.start.procrustes_start`). A later step is kept if it is
+    better on what was held out: captions, found by their own vector, or with pairs their images, found across
     modalities. If none is, the closed form of all vectors is returned, and ``scale`` is 0.
 
     The defaults for noise and relational loss are not those of the recipe (0.3 and none). On one CLIP pair
@@ -156,7 +156,7 @@ def _start(
     centred: bool,
     seed: int,
 ) -> ResidualProjection:
-    closed = closed_form(rows, positions, centred=centred, pairs=pairs, pairs_weight=pairs_weight)
+    closed = procrustes_start(rows, positions, centred=centred, pairs=pairs, pairs_weight=pairs_weight)
     options = {"centred": centred, "image_means": "new_image_mean" in closed.means}
     projection = ResidualProjection.seeded(*rows.dims, seed, hidden_dim, **options)
     return projection.begin_at(closed.rotation, closed.means)

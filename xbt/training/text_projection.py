@@ -19,7 +19,7 @@ from xbt.errors import ConfigError, DataError
 from xbt.evaluation import recall_at_k
 from xbt.projections import Projection, ResidualProjection
 from xbt.projections.objective import TextProjectionObjective, add_noise, check_noise
-from xbt.projections.start import closed_form
+from xbt.projections.start import procrustes_start
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
 from xbt.training.args import TrainArgs
@@ -236,7 +236,7 @@ def train_text_projection(
     centred = config.noise_family == "centred"
     projection = ResidualProjection(*vectors.dims, config.hidden_dim, centred)
     projection.set_spaces(vectors.new_space, vectors.old_space)
-    start = closed_form(vectors, train, centred=centred)
+    start = procrustes_start(vectors, train, centred=centred)
     projection.begin_at(start.rotation, start.means)
     projection.weight.requires_grad_(config.train_rotation)
     held_out_new, held_out_old = vectors.take(held_out)
