@@ -15,10 +15,7 @@ from xbt.projections.sources import Source
 from xbt.projections.statistics import PairStatistics, Term
 
 DEFAULT_REGULARISATION = 0.3
-"""λ, where none is given, in units of the mean diagonal element of NᵀN (n / new_dim for unit rows).
-
-On 30,000 pairs of real text vectors the recall of cross-modal queries was best from 0.1 to 0.4.
-"""
+"""λ, where none is given, in units of the mean diagonal element of NᵀN (n / new_dim for unit rows)."""
 
 TERMS: tuple[Term, ...] = ("cross", "new_gram")
 

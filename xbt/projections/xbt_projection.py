@@ -67,10 +67,9 @@ def fit_xbt(
     better on what was held out: captions, found by their own vector, or with pairs their images, found across
     modalities. If none is, the closed form of all vectors is returned, and ``scale`` is 0.
 
-    The defaults for noise and relational loss are not those of the recipe (0.3 and none). On one CLIP pair
-    (384 → 256, 30,000 captions, 300 steps, judged on 1,000 photos) they came as near to the closed form as
-    any tried: T2I and I2T R@1 of 11.2 and 8.7 % against its 11.4 and 8.5 %, and 10.0 and 8.9 % without the
-    relational loss. That is no gain: on texts alone expect the closed form's recall, not more.
+    The defaults for noise and relational loss are not those of the recipe (0.3 and none); they were chosen on
+    one pair of dual encoders. Whether the result beats the closed form depends on the two models: see
+    ``recipes/benchmarks/projections.py``, or let ``method="auto"`` with ``thorough=True`` find out.
 
     Args:
         new: Vectors of the new model for texts: (n, new_dim) tensor, array or store, used as they are.
