@@ -38,9 +38,9 @@ class PairStatistics:
     """Sums of products of paired vectors, in fp64 on the CPU.
 
     The first :data:`EXACT_ROWS` rows of a pass, and fp64 vectors always, are multiplied in fp64. The rest are
-    multiplied in fp32, which is faster, in blocks of at most 8,192 rows whose results are added up in fp64. Of
-    fp16 vectors no single product is rounded. A test holds the spectral norm of the error below 1e-7 of that
-    of the term.
+    multiplied in fp32, which is faster, in blocks of at most 8,192 rows whose results are added up in fp64.
+    Of fp16 vectors no single product is rounded. A test holds the spectral norm of the error below 1e-7 of
+    that of the term.
 
     Attributes:
         count: Number of pairs n.
