@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from xbt.errors import ConfigError, SpaceMismatchError
+from xbt.projections.closed_form import PAIRS_WEIGHT
 from xbt.projections.objective import TextLoss, TextProjectionObjective, check_noise
 from xbt.projections.pair_objective import JointObjective
 from xbt.projections.pairs import PairVectors
@@ -25,8 +26,6 @@ from xbt.projections.trainer import (
     text_score,
     train,
 )
-
-DEFAULT_PAIRS_WEIGHT = 0.33
 
 
 def fit_xbt(
@@ -139,7 +138,7 @@ def _checked_weight(pairs: PairVectors | None, weight: float | None, dims: tuple
             f"the pairs map {pairs.dims[0]} → {pairs.dims[1]} dimensions, the texts {dims[0]} → {dims[1]}; "
             "embed both with the same two models"
         )
-    weight = DEFAULT_PAIRS_WEIGHT if weight is None else weight
+    weight = PAIRS_WEIGHT if weight is None else weight
     if not 0 <= weight < 1:
         raise ConfigError(f"pairs_weight must lie in [0, 1), got {weight}")
     return weight
