@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xbt.errors import SpaceMismatchError, UnverifiedSpaceWarning
+from xbt.probe import PROBE_TEXTS
 from xbt.space import SAME_COSINE, EmbeddingSpace
 
 
@@ -139,3 +140,14 @@ def test_a_probe_of_another_version_cannot_be_compared():
     saved["probe_version"] = 1
     assert EmbeddingSpace.from_dict(saved).probe is None
     assert not make_space().compare(EmbeddingSpace.from_dict(saved)).verified
+
+
+def test_models_without_a_text_tower_are_compared_by_images_alone():
+    images = probe()
+    images[: len(PROBE_TEXTS)] = 0
+    space = EmbeddingSpace("a", 32, {}, images)
+    assert space.same_as(EmbeddingSpace("b", 32, {}, images.clone()))
+    assert not space.same_as(EmbeddingSpace("a", 32, {}, probe()))  # a text tower on one side alone
+    other = images.clone()
+    other[-1] = -other[-1]
+    assert not space.same_as(EmbeddingSpace("a", 32, {}, other))

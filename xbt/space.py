@@ -46,8 +46,8 @@ class EmbeddingSpace:
         dim: Dimension of the vectors.
         preprocessing: Image backend, size, interpolation, mean and standard deviation, for people to read.
         probe: (20, dim) float32 CPU tensor, the vectors of the probe's texts followed by those of its drawn
-            images (:mod:`xbt.probe`); ``None`` when the encoder itself was not at hand, and then only names
-            can be compared.
+            images (:mod:`xbt.probe`); the texts' rows are zero where a model has no text tower. ``None`` when
+            the encoder itself was not at hand, and then only names can be compared.
         revision: The commit of the model's Hub repository, where it is known.
         normalisation: ``"unit"`` for rows of length 1, ``"none"`` for rows as the model gives them.
     """
@@ -124,7 +124,9 @@ class EmbeddingSpace:
         ours, theirs = self.probe, other.probe
         if ours is None or theirs is None or ours.shape != theirs.shape:
             return None
-        return torch.nn.functional.cosine_similarity(ours, theirs, dim=1)
+        cosines = torch.nn.functional.cosine_similarity(ours, theirs, dim=1)
+        absent = ~(ours.any(dim=1) | theirs.any(dim=1))
+        return torch.where(absent, 1.0, cosines)
 
     def _compare_names(self, other: EmbeddingSpace) -> SpaceComparison:
         missing = "one has no probe to compare"
