@@ -9,6 +9,7 @@ from xbt.projections.decision import Decision
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.projections.ensemble_fit import fit_ensemble
 from xbt.projections.fitting import fit_projection
+from xbt.projections.head_projection import HeadProjection
 from xbt.projections.identity import fit_identity
 from xbt.projections.lambda_orthogonal import fit_lambda_orthogonal
 from xbt.projections.low_rank import fit_low_rank
@@ -26,6 +27,7 @@ from xbt.projections.xbt_projection import fit_xbt
 __all__ = [
     "Candidate",
     "Decision",
+    "HeadProjection",
     "LinearProjection",
     "PairStatistics",
     "PairVectors",

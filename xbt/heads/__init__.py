@@ -1,0 +1,33 @@
+"""Heads of models that are born compatible (BCT, BT², OCA): their architectures, losses and prototypes."""
+
+from __future__ import annotations
+
+from xbt.heads.base import CompatibleHead, HeadOutput, make_head
+from xbt.heads.bct import BCTHead, BCTLoss
+from xbt.heads.bt2 import BT2Head, BT2Loss
+from xbt.heads.fitting import fit_on_vectors
+from xbt.heads.folded import FoldedHead
+from xbt.heads.independent import ClassificationLoss, PlainHead
+from xbt.heads.objective import HeadLoss, Targets
+from xbt.heads.oca import OCAHead, OCALoss
+from xbt.heads.prototypes import Prototypes, class_prototypes
+
+__all__ = [
+    "BCTHead",
+    "BCTLoss",
+    "BT2Head",
+    "BT2Loss",
+    "ClassificationLoss",
+    "CompatibleHead",
+    "FoldedHead",
+    "HeadLoss",
+    "HeadOutput",
+    "OCAHead",
+    "OCALoss",
+    "PlainHead",
+    "Prototypes",
+    "Targets",
+    "class_prototypes",
+    "fit_on_vectors",
+    "make_head",
+]

@@ -1,0 +1,247 @@
+"""BT²: two learned rotations put what is compatible first and lose nothing of the new model's features."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from xbt.errors import ConfigError
+from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
+from xbt.heads.folded import FoldedHead
+from xbt.heads.objective import (
+    HeadLoss,
+    Targets,
+    check_weights,
+    classification,
+    compatible_direction,
+    influence,
+    matching,
+)
+from xbt.heads.orthogonal import assign, complement, nearest_orthonormal, orthogonal_linear
+from xbt.heads.prototypes import Prototypes
+from xbt.heads.starting import checked_map, checked_order
+
+
+class BT2Head(CompatibleHead):
+    """The head of BT²: new features through two learned rotations, beside k dimensions for the old model.
+
+    Zhou et al., "BT²: Backward-compatible training with basis transformation", ICCV 2023, arXiv 2211.03989.
+    For features h of ``new_dim + old_dim`` coordinates, k extra dimensions and the scale C:
+
+        f = unit(h[:new_dim])                      what the classifier sees; near φ'_new
+        o = unit(A relu(h) + a) ∈ R^k              what the old model saw and f does not tell
+        z = [o; P C f]
+        compatible = Q z[:old_dim]                 near φ_old
+        full = [compatible; z[old_dim:]] ∈ R^(new_dim + k)
+
+    P and Q are orthogonal. So ‖full‖ = √(1 + C²) for every input (C for k = 0), f can be read off the whole
+    vector (:meth:`unrotate`), and ⟨full(x), full(y)⟩ = ⟨o(x), o(y)⟩ + C² ⟨f(x), f(y)⟩: C says how much the
+    new model's angles count among new vectors.
+
+    Args:
+        new_dim: Dimension of the independent new model's vectors.
+        old_dim: Dimension of the old model's vectors.
+        extra_dims: k, what is added to ``new_dim``; at most ``old_dim``.
+        scale: C.
+        n_classes: Classes of the classifier; ``None`` for no classifier.
+        orthogonal_map: How P and Q are parametrised; see :func:`~xbt.heads.orthogonal.orthogonal_linear`.
+
+    Raises:
+        ConfigError: If a number cannot be used, the shapes do not fit, or the map is not known.
+    """
+
+    kind = "bt2"
+
+    def __init__(
+        self,
+        new_dim: int,
+        old_dim: int,
+        extra_dims: int,
+        scale: float = 2.0,
+        n_classes: int | None = None,
+        orthogonal_map: str = "matrix_exp",
+    ) -> None:
+        _check(new_dim, old_dim, extra_dims, scale)
+        super().__init__(
+            in_dim=new_dim + old_dim,
+            old_dim=old_dim,
+            out_dim=new_dim + extra_dims,
+            feature_dim=new_dim,
+            n_classes=n_classes,
+        )
+        self.new_dim, self.extra_dims = new_dim, extra_dims
+        self.scale, self.orthogonal_map = float(scale), orthogonal_map
+        self.code = nn.Linear(self.in_dim, extra_dims) if extra_dims else None
+        self.new_rotation = orthogonal_linear(new_dim, orthogonal_map)
+        self.old_rotation = orthogonal_linear(old_dim, orthogonal_map)
+
+    def embedded(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`CompatibleHead.embedded`."""
+        seen = normalize(features[:, : self.new_dim], dim=1)
+        mixed = self.new_rotation(self.scale * seen)
+        if self.code is not None:
+            mixed = torch.cat([normalize(self.code(features.relu()), dim=1), mixed], dim=1)
+        compatible = self.old_rotation(mixed[:, : self.old_dim])
+        return seen, torch.cat([compatible, mixed[:, self.old_dim :]], dim=1)
+
+    def unrotate(self, full: Tensor) -> Tensor:
+        """Reads f off whole vectors.
+
+        Args:
+            full: (n, out_dim) rows as ``forward`` returns them (not normalised).
+
+        Returns:
+            (n, new_dim) unit rows f, exact but for rounding.
+        """
+        first = full[:, : self.old_dim] @ self.old_rotation.weight
+        mixed = torch.cat([first, full[:, self.old_dim :]], dim=1)
+        return mixed[:, self.extra_dims :] @ self.new_rotation.weight / self.scale
+
+    def options(self) -> dict[str, Any]:
+        """See :meth:`CompatibleHead.options`."""
+        return {
+            "new_dim": self.new_dim,
+            "old_dim": self.old_dim,
+            "extra_dims": self.extra_dims,
+            "scale": self.scale,
+            "n_classes": self.n_classes,
+            "orthogonal_map": self.orthogonal_map,
+        }
+
+    @torch.no_grad()
+    def fold(self) -> FoldedHead:
+        """See :meth:`CompatibleHead.fold`: M = [Q, I] [I, C P] with each pair on a diagonal."""
+        new, old = self.scale * self.new_rotation.weight.double(), self.old_rotation.weight.double()
+        inner = torch.eye(self.out_dim).to(new)
+        inner[self.extra_dims :, self.extra_dims :] = new
+        matrix = torch.cat([old @ inner[: self.old_dim], inner[self.old_dim :]]).to(self.old_rotation.weight)
+        code = None if self.code is None else (self.code.weight, self.code.bias)
+        return FoldedHead(self.in_dim, self.old_dim, self.new_dim, matrix, code)
+
+    @torch.no_grad()
+    def start_at(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
+        """See :meth:`CompatibleHead.start_at`.
+
+        With U the order, Q = U and the leading rows of P are the last rows of Uᵀ W (the nearest orthonormal
+        ones, if they are not), so that ``compatible`` is W x in all but the k least important directions. In
+        those o, which has length 1 whatever x is, begins at the direction of W x too, for as many of them as
+        pairs of the remaining features can carry a sign through the ReLU.
+
+        Raises:
+            ConfigError: Also if ``weight`` does not map from ``new_dim`` dimensions.
+        """
+        target = checked_map(weight, self.old_dim)
+        if target.shape[1] != self.new_dim:
+            raise ConfigError(
+                f"the map to start at takes {target.shape[1]} dimensions, but the head's new_dim is "
+                f"{self.new_dim}"
+            )
+        basis = checked_order(order, target)
+        wanted = basis.T @ target
+        leading = nearest_orthonormal(wanted[self.extra_dims :])
+        assign(self.old_rotation, basis.float())
+        assign(self.new_rotation, torch.cat([leading, complement(leading)]).float())
+        start = torch.zeros(self.in_dim, self.new_dim)
+        start[: self.new_dim] = torch.eye(self.new_dim)
+        if self.code is not None:
+            start[self.new_dim :] = self._start_code(self.code, wanted[: self.extra_dims].float())
+        return start
+
+    def _start_code(self, code: nn.Linear, wanted: Tensor) -> Tensor:
+        """Sets o to the direction of ``wanted @ x``, and returns the rows of E that carry it."""
+        rows = torch.zeros(self.old_dim, self.new_dim)
+        code.weight.zero_()
+        code.bias.zero_()
+        carried = min(self.extra_dims, self.old_dim // 2)
+        first = self.extra_dims - carried  # the most important of them
+        if not bool((wanted[first:].norm(dim=1) > 1e-6).any()):
+            code.bias.fill_(1.0)  # nothing of x to carry: any direction but that of rounding errors
+            return rows
+        rows[:carried], rows[carried : 2 * carried] = wanted[first:], -wanted[first:]
+        diagonal = torch.arange(carried, device=code.weight.device)
+        code.weight[first + diagonal, self.new_dim + diagonal] = 1.0
+        code.weight[first + diagonal, self.new_dim + carried + diagonal] = -1.0
+        return rows
+
+
+class BT2Loss(HeadLoss):
+    """The loss of BT², with b the compatible part as a unit vector.
+
+        L = w_cls · CE(W f, y) + λ1 · (1 − mean cos(φ'_new(x), f))
+            + λ2 · CE(b · pᵀ, y) + λ3 · (1 − mean cos(φ_old(x), b))
+
+    λ1 = 1, λ2 = 10, λ3 = 5 in the authors' code. On little data λ1 = 1 leaves f far from φ'_new, and λ1 = 5
+    is the better choice. There is neither label smoothing nor a temperature; see
+    :func:`~xbt.heads.objective.influence`.
+
+    Args:
+        prototypes: p, the old model's class means.
+        classification_weight: w_cls.
+        new_weight: λ1; with 0 the targets need no ``new``.
+        influence_weight: λ2.
+        old_weight: λ3; with 0 the targets need no ``old``.
+
+    Raises:
+        ConfigError: If a weight cannot be used.
+    """
+
+    def __init__(
+        self,
+        prototypes: Prototypes,
+        classification_weight: float = 1.0,
+        new_weight: float = 1.0,
+        influence_weight: float = 10.0,
+        old_weight: float = 5.0,
+    ) -> None:
+        super().__init__()
+        check_weights(
+            classification_weight=classification_weight,
+            new_weight=new_weight,
+            influence_weight=influence_weight,
+            old_weight=old_weight,
+        )
+        self.prototypes = prototypes
+        self.classification_weight, self.new_weight = classification_weight, new_weight
+        self.influence_weight, self.old_weight = influence_weight, old_weight
+
+    def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`HeadLoss.forward`; parts ``classification``, ``influence``, ``new``, ``old``."""
+        direction = compatible_direction(output)
+        own = classification(output, targets.labels, 0.0)
+        pull = influence(direction, self.prototypes, targets.labels)
+        loss = self.classification_weight * own + self.influence_weight * pull
+        parts = {"classification": own.detach(), "influence": pull.detach()}
+        for name, weight, predicted, target in (
+            ("new", self.new_weight, output.features, targets.new),
+            ("old", self.old_weight, direction, targets.old),
+        ):
+            if weight:
+                apart = matching(predicted, target, name)
+                loss = loss + weight * apart
+                parts[name] = apart.detach()
+        return loss, parts
+
+
+def _check(new_dim: int, old_dim: int, extra_dims: int, scale: float) -> None:
+    for name, value, least in (
+        ("new_dim", new_dim, 1),
+        ("old_dim", old_dim, 1),
+        ("extra_dims", extra_dims, 0),
+    ):
+        require_at_least(name, value, least)
+    if extra_dims > old_dim:
+        raise ConfigError(
+            f"extra_dims {extra_dims} is more than the {old_dim} dimensions of the old vectors, which is all "
+            f"that the added ones can serve; take at most {old_dim}"
+        )
+    if new_dim + extra_dims < old_dim:
+        raise ConfigError(
+            f"new_dim {new_dim} and extra_dims {extra_dims} make {new_dim + extra_dims} dimensions, but the "
+            f"old vectors have {old_dim}; raise extra_dims to at least {old_dim - new_dim}"
+        )
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"scale must be a number above 0, got {scale}")

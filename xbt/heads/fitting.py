@@ -1,0 +1,148 @@
+"""A small training loop for heads on features that are already there: one process, one device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from xbt.errors import ConfigError, DataError
+from xbt.heads.base import CompatibleHead, require_at_least
+from xbt.heads.objective import HeadLoss, Targets
+from xbt.vectors import as_vectors
+
+_WARM_UP = 0.05
+
+
+def fit_on_vectors(
+    module: nn.Module | None,
+    head: CompatibleHead,
+    loss: HeadLoss,
+    inputs: Tensor,
+    targets: Targets,
+    *,
+    epochs: int = 30,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> CompatibleHead:
+    """Trains a head, and what stands before it, in place.
+
+    For precomputed features, of which an epoch takes a moment;
+    :func:`xbt.training.train_compatible_backbone` trains on images, with checkpoints and many processes.
+    Adam; the learning rate warms up over 5 % of the steps and then falls to zero along a cosine. Every epoch
+    is a permutation, whose incomplete last batch is left out.
+
+    Args:
+        module: Any backbone (n, d) → (n, head.in_dim), or ``None`` where the head reads the inputs.
+        head: The head.
+        loss: Its loss.
+        inputs: (n, d) features.
+        targets: Of all n rows.
+        epochs: Passes over the rows.
+        batch_size: Rows a step, all of them if there are fewer.
+        lr: Peak learning rate.
+        weight_decay: Of all but ``head.no_decay``.
+        seed: Fixes the order of the rows; initial weights are the caller's.
+        device: Where to train; module and head end there.
+        progress: Whether to show a bar.
+
+    Returns:
+        The head, in evaluation mode, as is the module.
+
+    Raises:
+        ConfigError: If an option cannot be used.
+        DataError: If the rows do not pair or are not finite, or the loss is not.
+    """
+    settings = _Settings(epochs, batch_size, lr, weight_decay, seed)
+    inputs = as_vectors(inputs, "inputs").to(device)
+    targets = _moved(targets, len(inputs), device)
+    whole = nn.ModuleList([head, loss] if module is None else [head, loss, module]).to(device).train()
+    optimizer = torch.optim.Adam(_groups(whole, head.no_decay, weight_decay), lr=lr)
+    size = min(batch_size, len(inputs))
+    per_epoch = len(inputs) // size
+    shuffle = torch.Generator().manual_seed(seed)
+    for epoch in tqdm(range(epochs), desc="epochs", disable=not progress):
+        order = torch.randperm(len(inputs), generator=shuffle).to(device)
+        total = torch.zeros((), device=device)
+        for number in range(per_epoch):
+            rows = order[number * size : (number + 1) * size]
+            features = inputs[rows] if module is None else module(inputs[rows])
+            value, _ = loss(head(features), _taken(targets, rows))
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr_at(epoch * per_epoch + number, epochs * per_epoch)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            total += value.detach()
+        if not bool(torch.isfinite(total)):
+            raise DataError(
+                f"the loss is NaN or infinite in epoch {epoch + 1}; lower lr (now {lr}) or look for broken "
+                "rows"
+            )
+    whole.eval()
+    return head
+
+
+@dataclass(frozen=True)
+class _Settings:
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+            require_at_least(name, getattr(self, name), least)
+        for name in ("lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        warm_up = math.ceil(_WARM_UP * steps)
+        if step < warm_up:
+            return self.lr * (step + 1) / warm_up
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+
+
+def _groups(whole: nn.Module, no_decay: tuple[str, ...], weight_decay: float) -> list[dict[str, object]]:
+    trained = [(name, each) for name, each in whole.named_parameters() if each.requires_grad]
+    if not trained:
+        raise ConfigError("there is nothing to train: neither the head nor the module has trainable weights")
+    kept = [each for name, each in trained if any(part in name for part in no_decay)]
+    decayed = [each for name, each in trained if not any(part in name for part in no_decay)]
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _moved(targets: Targets, rows: int, device: str | torch.device) -> Targets:
+    if targets.labels.shape != (rows,):
+        raise DataError(
+            f"there are {rows} inputs but labels of the shape {tuple(targets.labels.shape)}; "
+            "give one label a row"
+        )
+    vectors = {}
+    for name in ("old", "new"):
+        side = getattr(targets, name)
+        if side is None:
+            continue
+        if len(side) != rows:
+            raise DataError(f"there are {rows} inputs but {len(side)} {name} vectors; give one a row")
+        vectors[name] = as_vectors(side, f"the {name} vectors").to(device)
+    return replace(targets, labels=targets.labels.long().to(device), **vectors)
+
+
+def _taken(targets: Targets, rows: Tensor) -> Targets:
+    old, new = (None if side is None else side[rows] for side in (targets.old, targets.new))
+    return Targets(targets.labels[rows], old, new)

@@ -1,0 +1,136 @@
+"""OCA: added dimensions, and an orthogonal layer before the classifier that is left out afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
+from xbt.heads.folded import FoldedHead
+from xbt.heads.objective import (
+    HeadLoss,
+    Targets,
+    check_smoothing,
+    check_weights,
+    classification,
+    compatible_direction,
+    influence,
+)
+from xbt.heads.orthogonal import orthogonal_linear
+from xbt.heads.prototypes import Prototypes
+from xbt.heads.starting import checked_map, stacked
+
+
+class OCAHead(CompatibleHead):
+    """h of unit length with ``old_dim + extra_dims`` coordinates, the leading ones compatible.
+
+        logits = W T h,    T orthogonal;    what is stored is h
+
+    Ricci, Biondi, Pernici, Del Bimbo, "Backward-compatible aligned representations via an orthogonal
+    transformation layer", ECCV 2024 workshops, arXiv 2408.08793. T is square and orthogonal, so T h and h
+    have the same angles, and W T is a matrix like W: T does not change what can be learned, only how an
+    optimiser gets there. ``orthogonal=False`` leaves it out; measure whether that costs anything. Here T has
+    no bias, which in the authors' code makes it keep distances but not angles.
+
+    Args:
+        old_dim: Dimension of the old model's vectors.
+        extra_dims: Dimensions added to it.
+        orthogonal: Whether there is T.
+        n_classes: Classes of the classifier; ``None`` for no classifier.
+        orthogonal_map: How T is parametrised; see :func:`~xbt.heads.orthogonal.orthogonal_linear`.
+
+    Raises:
+        ConfigError: If a number is too small or the map is not known.
+    """
+
+    kind = "oca"
+
+    def __init__(
+        self,
+        old_dim: int,
+        extra_dims: int,
+        orthogonal: bool = True,
+        n_classes: int | None = None,
+        orthogonal_map: str = "matrix_exp",
+    ) -> None:
+        require_at_least("old_dim", old_dim, 1)
+        require_at_least("extra_dims", extra_dims, 0)
+        dim = old_dim + extra_dims
+        super().__init__(in_dim=dim, old_dim=old_dim, out_dim=dim, feature_dim=dim, n_classes=n_classes)
+        self.extra_dims, self.orthogonal_map = extra_dims, orthogonal_map
+        rotation = orthogonal_linear(dim, orthogonal_map)  # refuses unknown maps also where it is not used
+        self.rotation = rotation if orthogonal else None
+
+    def embedded(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`CompatibleHead.embedded`."""
+        unit = normalize(features, dim=1)
+        return (unit if self.rotation is None else self.rotation(unit)), unit
+
+    def options(self) -> dict[str, Any]:
+        """See :meth:`CompatibleHead.options`."""
+        return {
+            "old_dim": self.old_dim,
+            "extra_dims": self.extra_dims,
+            "orthogonal": self.rotation is not None,
+            "n_classes": self.n_classes,
+            "orthogonal_map": self.orthogonal_map,
+        }
+
+    def fold(self) -> FoldedHead:
+        """See :meth:`CompatibleHead.fold`; T goes with the classifier."""
+        return FoldedHead(self.in_dim, self.old_dim, self.in_dim)
+
+    def start_at(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
+        """See :meth:`CompatibleHead.start_at`; T may be any."""
+        return stacked(checked_map(weight, self.old_dim), self.in_dim)
+
+
+class OCALoss(HeadLoss):
+    """L = w_cls · CE(W T h, y) + w_infl · CE(u · pᵀ, y) + w_proto · (1 − mean cos(p_y, u)).
+
+    u is the compatible part as a unit vector and p the old model's class means; the weights 5, 10 and 5 are
+    those of the authors' code. Both cross entropies are label-smoothed and neither has a temperature; see
+    :func:`~xbt.heads.objective.influence`. The old model is needed for the prototypes alone.
+
+    Args:
+        prototypes: p.
+        classification_weight: w_cls.
+        influence_weight: w_infl.
+        prototype_weight: w_proto.
+        label_smoothing: Share of the target that is spread over all classes.
+
+    Raises:
+        ConfigError: If a weight or the smoothing cannot be used.
+    """
+
+    def __init__(
+        self,
+        prototypes: Prototypes,
+        classification_weight: float = 5.0,
+        influence_weight: float = 10.0,
+        prototype_weight: float = 5.0,
+        label_smoothing: float = 0.1,
+    ) -> None:
+        super().__init__()
+        check_weights(
+            classification_weight=classification_weight,
+            influence_weight=influence_weight,
+            prototype_weight=prototype_weight,
+        )
+        check_smoothing(label_smoothing)
+        self.prototypes = prototypes
+        self.classification_weight, self.influence_weight = classification_weight, influence_weight
+        self.prototype_weight, self.label_smoothing = prototype_weight, label_smoothing
+
+    def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`HeadLoss.forward`; parts ``classification``, ``influence``, ``prototype``."""
+        labels, direction = targets.labels, compatible_direction(output)
+        own = classification(output, labels, self.label_smoothing)
+        pull = influence(direction, self.prototypes, labels, self.label_smoothing)
+        wanted = self.prototypes.present[self.prototypes.columns(labels)]
+        apart = 1 - cosine_similarity(direction, wanted, dim=1).mean()
+        loss = self.classification_weight * own + self.influence_weight * pull + self.prototype_weight * apart
+        parts = {"classification": own, "influence": pull, "prototype": apart}
+        return loss, {name: part.detach() for name, part in parts.items()}
