@@ -11,6 +11,15 @@ from xbt.evaluation.cells import (
     evaluate_retrieval,
     recovered_gain,
 )
+from xbt.evaluation.compatibility import (
+    compatibility_matrix,
+    compatibility_tax,
+    difference_over_seeds,
+    over_seeds,
+    prefix_vectors,
+    update_gain,
+)
+from xbt.evaluation.label_retrieval import LabelRetrieval, evaluate_labels
 from xbt.evaluation.retrieval import best_positive_ranks, recall_at_k
 from xbt.evaluation.significance import (
     Difference,
@@ -21,23 +30,34 @@ from xbt.evaluation.significance import (
     hits_at,
 )
 from xbt.evaluation.table import format_markdown, format_table
+from xbt.evaluation.version_matrix import AverageCompatibility, CompatibilityMatrix
 
 __all__ = [
+    "AverageCompatibility",
     "Cell",
+    "CompatibilityMatrix",
     "Difference",
     "Interval",
+    "LabelRetrieval",
     "RetrievalReport",
     "best_positive_ranks",
     "bootstrap_interval",
     "bootstrap_means",
     "compare_ranks",
+    "compatibility_matrix",
+    "compatibility_tax",
     "criterion",
+    "difference_over_seeds",
     "differences",
     "evaluate_cell",
+    "evaluate_labels",
     "evaluate_retrieval",
     "format_markdown",
     "format_table",
     "hits_at",
+    "over_seeds",
+    "prefix_vectors",
     "recall_at_k",
     "recovered_gain",
+    "update_gain",
 ]

@@ -274,6 +274,7 @@ def evaluate_retrieval(
     upgraded: Mapping[str, DualEncoder],
     ks: Sequence[int] = (1, 5, 10),
     progress: bool = False,
+    own: Mapping[str, DualEncoder] | None = None,
 ) -> RetrievalReport:
     """Measures old/old, new/old for every upgraded encoder, and new/new on the same pairs.
 
@@ -287,6 +288,8 @@ def evaluate_retrieval(
             called ``new/old``, several are called ``new/old (label)``.
         ks: Cut-offs.
         progress: Whether the encoders show progress bars.
+        own: By label, encoders to be measured on galleries of their own, as ``new/new (label)``: what their
+            compatibility has cost is the difference to ``new/new``.
 
     Raises:
         SpaceMismatchError: If an upgraded encoder does not speak the old space.
@@ -309,6 +312,9 @@ def evaluate_retrieval(
     for label, encoder in upgraded.items():
         name = "new/old" if len(upgraded) == 1 else f"new/old ({label})"
         cells.append(evaluate_cell(name, *embed(encoder), *old_vectors, t2i, i2t, ks))
+    for label, encoder in (own or {}).items():
+        vectors = embed(encoder)
+        cells.append(evaluate_cell(f"new/new ({label})", *vectors, *vectors, t2i, i2t, ks))
     new_vectors = embed(new)
     cells.append(evaluate_cell("new/new", *new_vectors, *new_vectors, t2i, i2t, ks))
     first_image = torch.tensor([int(images[0]) for images in t2i])
