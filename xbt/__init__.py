@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from xbt.version import __version__
 
 if TYPE_CHECKING:
+    from xbt.backbones import CompatibleBackbone as CompatibleBackbone
     from xbt.compatible import CompatibleEncoder as CompatibleEncoder
     from xbt.encoders import DualEncoder as DualEncoder
     from xbt.encoders import load_encoder as load_encoder
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 # Loaded at first use: `import xbt` must not cost the seconds that torch and the backends take.
 _HOMES = {
+    "CompatibleBackbone": "xbt.backbones",
     "CompatibleEncoder": "xbt.compatible",
     "DualEncoder": "xbt.encoders",
     "EmbeddingSpace": "xbt.space",

@@ -37,6 +37,8 @@ class EvaluationConfig:
     upgraded: dict[str, str] = field(default_factory=dict)
     """By label, what makes the new model speak the old space: directories or Hub repositories of compatible
     encoders, or of projections alone (stage 1)."""
+    own: dict[str, str] = field(default_factory=dict)
+    """By label, compatible encoders to be measured on galleries of their own, as new/new (label)."""
     ks: list[int] = field(default_factory=lambda: [1, 5, 10])
     """Cut-offs of R@k."""
     device: str | None = None
@@ -67,7 +69,8 @@ def run_evaluation(config: EvaluationConfig) -> RetrievalReport:
     pairs, rejected = load_readable_pairs(config.pairs, progress=True)
     old, new = load_encoder(config.old, device), load_encoder(config.new, device)
     upgraded = {label: _load_upgraded(path, config, device) for label, path in config.upgraded.items()}
-    report = evaluate_retrieval(pairs, old, new, upgraded, tuple(config.ks), progress=True)
+    own = {label: _load_upgraded(path, config, device) for label, path in config.own.items()}
+    report = evaluate_retrieval(pairs, old, new, upgraded, tuple(config.ks), progress=True, own=own)
     run.prepare()
     skipped = [{"id": each.id, "reason": each.reason} for each in rejected]
     run.write_json("retrieval.json", {**report.to_dict(), "skipped_images": skipped})

@@ -1,0 +1,125 @@
+"""The image tower of a CLIP alone: taken out of an encoder, and built anew from its description."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from typing import Any
+
+from torch import Tensor, nn
+
+from xbt.encoders.base import DualEncoder
+from xbt.encoders.quiet import brief, quiet
+from xbt.errors import EncoderError
+
+# The text tower of a rebuilt CLIP is thrown away: the smallest that the libraries build.
+_OPEN_CLIP_TEXT = {"context_length": 32, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
+_TRANSFORMERS_TEXT = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "vocab_size": 8,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+class ImageTower(nn.Module):
+    """What a CLIP makes of pixels: (n, 3, height, width) → (n, dim) vectors of any length.
+
+    Attributes:
+        architecture: JSON-able; :func:`build_image_tower` makes the same tower of it, its weights drawn anew.
+        image_size: Side in pixels of its input.
+        parts: The modules of the CLIP, shared with it.
+    """
+
+    def __init__(self, parts: dict[str, nn.Module], architecture: dict[str, Any], image_size: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict(parts)
+        self.architecture = architecture
+        self.image_size = image_size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(n, 3, height, width) pixels → (n, dim) vectors of any length."""
+        output = self.parts["tower"](pixels)
+        # open_clip gives the vectors, CoCa with the patches' beside them, transformers an output object.
+        vectors: Tensor = (
+            output.pooler_output
+            if hasattr(output, "pooler_output")
+            else output[0]
+            if isinstance(output, tuple)
+            else output
+        )
+        return self.parts["projection"](vectors) if "projection" in self.parts else vectors
+
+
+def take_image_tower(encoder: DualEncoder) -> ImageTower:
+    """Takes the image tower out of an encoder; it shares the encoder's weights.
+
+    Raises:
+        EncoderError: If the encoder is of neither backend, or carries a LoRA.
+    """
+    clip: Any = encoder.module
+    if hasattr(clip, "peft_config"):
+        raise EncoderError(f"{encoder.name} carries a LoRA; give an encoder as it was loaded")
+    if hasattr(clip, "visual"):
+        return _open_clip_tower(clip, deepcopy(vars(encoder)["model_config"]))
+    if hasattr(clip, "vision_model"):
+        config = json.loads(clip.config.to_json_string(use_diff=False))
+        kept = ("model_type", "vision_config", "projection_dim")
+        return _transformers_tower(clip, {key: config[key] for key in kept if key in config})
+    raise EncoderError(f"it is not known where {type(encoder).__name__} keeps its image tower")
+
+
+def build_image_tower(architecture: dict[str, Any]) -> ImageTower:
+    """Builds a tower of a description, without any file, its weights drawn anew.
+
+    Args:
+        architecture: What :attr:`ImageTower.architecture` said.
+
+    Raises:
+        EncoderError: If the description is malformed, or the library cannot build it.
+    """
+    try:
+        builder = {"open_clip": _build_open_clip, "transformers": _build_transformers}[
+            architecture["library"]
+        ]
+        with quiet():
+            return builder(architecture["config"])
+    except Exception as error:  # the libraries share no kind of error
+        raise EncoderError(
+            f"no image tower can be built from {architecture!r}: {type(error).__name__}: {brief(error)}"
+        ) from error
+
+
+def _open_clip_tower(clip: Any, config: dict[str, Any]) -> ImageTower:
+    size = clip.visual.image_size
+    side = int(size[0] if isinstance(size, list | tuple) else size)
+    return ImageTower({"tower": clip.visual}, {"library": "open_clip", "config": config}, side)
+
+
+def _transformers_tower(clip: Any, config: dict[str, Any]) -> ImageTower:
+    parts = {"tower": clip.vision_model}
+    if hasattr(clip, "visual_projection"):
+        parts["projection"] = clip.visual_projection
+    side = int(clip.config.vision_config.image_size)
+    return ImageTower(parts, {"library": "transformers", "config": config}, side)
+
+
+def _build_open_clip(config: dict[str, Any]) -> ImageTower:
+    from xbt.encoders.open_clip_encoder import OpenClipEncoder
+
+    # Wrappers around the same image tower, which need a text tower of their own kind.
+    small = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
+    small["text_cfg"] = dict(_OPEN_CLIP_TEXT)
+    return _open_clip_tower(OpenClipEncoder.create(small).module, config)
+
+
+def _build_transformers(config: dict[str, Any]) -> ImageTower:
+    from transformers import AutoConfig, AutoModel
+
+    vision = {key: value for key, value in config.items() if key != "model_type"}
+    whole = AutoConfig.for_model(config["model_type"], text_config=dict(_TRANSFORMERS_TEXT), **vision)
+    return _transformers_tower(AutoModel.from_config(whole), config)
