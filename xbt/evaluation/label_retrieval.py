@@ -151,7 +151,7 @@ class _ByClass(NamedTuple):
 
 def _sorted_gallery(items: Tensor, labels: NDArray[np.int64]) -> _ByClass:
     order = np.argsort(labels, kind="stable")
-    distinct, columns = retrieval._distinct_rows(items.numpy()[order])
+    distinct, columns = retrieval.distinct_rows(items.numpy()[order])
     return _ByClass(distinct, columns, labels[order], np.argsort(order))
 
 

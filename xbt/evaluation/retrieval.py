@@ -89,7 +89,7 @@ def best_positive_ranks(
     """
     left, right = _as_pair(queries, gallery)
     answers = check_positives(positives, len(left), len(right))
-    columns, column_of_row = _distinct_rows(right)
+    columns, column_of_row = distinct_rows(right)
     if chunk_size is None:
         chunk_size = max(1, SCORE_BYTES // (right.itemsize * len(right)))
     elif not _is_count(chunk_size):
@@ -192,7 +192,7 @@ def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[
     return left.to(dtype).numpy(), right.to(dtype).numpy()
 
 
-def _distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Returns the distinct rows and, for every row, which of them it is.
 
     BLAS may round the same inner product differently in different columns (its kernels treat the edge of a
