@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -53,7 +54,7 @@ def _open(directory: Path | None, source: str, subset: str | None, split: str | 
             return datasets.load_dataset(name, subset, split=split)
         if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
             return datasets.load_from_disk(str(directory))
-        return datasets.load_dataset(str(directory), subset)
+        return datasets.load_dataset(str(directory), subset, cache_dir=str(_cache_of(directory)))
     except Exception as error:
         # The hub client, fsspec, pyarrow and the builders share no kind of error.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
@@ -61,6 +62,21 @@ def _open(directory: Path | None, source: str, subset: str | None, split: str | 
             f"{source} cannot be opened ({type(error).__name__}: {reason}); check its name and subset, "
             "and that it holds parquet or jsonl files rather than a loading script"
         ) from error
+
+
+def _cache_of(directory: Path) -> Path:
+    """A cache for these very files.
+
+    Where a directory has a data set card, datasets (5.2) caches its data by the directory's name and card
+    alone: another directory of that name, or other files in this one, would be answered from the cache.
+    """
+    resolved = directory.resolve()
+    digest = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape"))
+    for path in sorted(path for path in resolved.rglob("*") if path.is_file()):
+        status = path.stat()
+        name = path.relative_to(resolved).as_posix().encode("utf-8", "surrogateescape")
+        digest.update(b"\0".join((name, str(status.st_size).encode(), str(status.st_mtime_ns).encode())))
+    return Path(datasets.config.HF_DATASETS_CACHE) / "xbt-local" / digest.hexdigest()[:32]
 
 
 def _choose_split(opened: Any, source: str, split: str | None) -> Any:
