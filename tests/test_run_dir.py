@@ -72,3 +72,16 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_json(target, {"x": 2})
     assert json.loads(target.read_text()) == {"x": 1}
+
+
+@dataclass
+class WithTuple:
+    output_dir: str = "x"
+    mean: tuple[float, ...] = (0.5, 0.25)
+
+
+def test_a_run_with_tuples_is_recognised(tmp_path):
+    RunDirectory(tmp_path, WithTuple()).prepare()
+    RunDirectory(tmp_path, WithTuple())
+    with pytest.raises(ConfigError, match=r"mean was \[0.5, 0.25\] and is \[0.5, 0.5\]"):
+        RunDirectory(tmp_path, WithTuple(mean=(0.5, 0.5)))

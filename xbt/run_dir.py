@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from xbt.config import config_to_dict, config_to_yaml, flatten
+from xbt.config import config_to_yaml, flatten
 from xbt.errors import ConfigError
 
 _CONFIG = "config.yaml"
@@ -106,7 +106,7 @@ class RunDirectory:
         if not recorded.is_file():
             return
         there = self._identity(yaml.safe_load(recorded.read_text(encoding="utf-8")) or {})
-        now = self._identity(config_to_dict(self._config))
+        now = self._identity(yaml.safe_load(config_to_yaml(self._config)))  # as read back: tuples are lists
         changed = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
         if changed:
             listed = ", ".join(f"{key} was {there.get(key)!r} and is {now.get(key)!r}" for key in changed[:4])
