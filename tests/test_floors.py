@@ -25,11 +25,11 @@ FLOORS = [
         "bench",
         "losses",
     },
-    {"encoders", "data"},
-    {"evaluation", "embedding"},
+    {"encoders", "data", "heads"},
+    {"evaluation", "embedding", "backbones"},
     {"projections"},
     {"compatible", "gallery"},
-    {"training", "report", "evaluation_job", "choosing_job"},
+    {"training", "report", "serve", "evaluation_job", "choosing_job"},
     {"demo"},
 ]
 HOMES = {
@@ -39,7 +39,11 @@ HOMES = {
     "faiss": {"gallery"},
     "accelerate": {"training", "embedding"},
     "datasets": {"data"},
+    "timm": {"backbones"},
+    "torchvision": {"backbones"},
     "matplotlib": {"report"},
+    "qdrant_client": {"serve"},
+    "onnxruntime": {"serve"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 

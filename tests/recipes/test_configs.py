@@ -14,7 +14,13 @@ from xbt.demo import DemoConfig
 from xbt.embedding import EmbedConfig
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
 from xbt.evaluation_job import EvaluationConfig
-from xbt.training import ClipConfig, LoraFinetuningConfig, TextProjectionConfig
+from xbt.training import (
+    ClipConfig,
+    CompatibleBackboneConfig,
+    CompatibleClipConfig,
+    LoraFinetuningConfig,
+    TextProjectionConfig,
+)
 from xbt.training.clip import read_model_config
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +32,8 @@ def config_class(recipe: str) -> type:
     known = {
         "embed": EmbedConfig,
         "train_clip": ClipConfig,
+        "train_compatible_backbone": CompatibleBackboneConfig,
+        "train_compatible_clip": CompatibleClipConfig,
         "pretrain_text_projection": TextProjectionConfig,
         "finetune_lora": LoraFinetuningConfig,
         "evaluate_retrieval": EvaluationConfig,

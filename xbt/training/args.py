@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 from xbt.errors import ConfigError
 
@@ -55,3 +56,55 @@ class TrainArgs:
         for name in ("lr", "weight_decay", "grad_clip"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--training.{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass
+class BackboneTraining(TrainArgs):
+    """The same for backbones trained from scratch, which count in epochs and choose their optimiser."""
+
+    batch_size: int = 128
+    """Global batch size: the batch is split over the processes."""
+    lr: float = 1e-3
+    """Peak learning rate; linear warm-up, then cosine decay to zero."""
+    weight_decay: float = 0.0
+    """Weight decay of matrices; biases, norms and orthogonal maps have none."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    grad_clip: float = 0.0
+    """Largest gradient norm; 0 turns clipping off."""
+    epochs: int | None = None
+    """Passes over the data, in place of steps; the incomplete last batch of a pass is left out."""
+    warmup_epochs: int | None = None
+    """Passes of linear warm-up, in place of warmup_steps."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """adam (weight decay in the gradient, as in the papers), adamw (weight decay apart) or sgd."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "warmup_epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"--training.{name} must not be negative, got {value}")
+        if self.optimizer not in ("adam", "adamw", "sgd"):
+            raise ConfigError(f"--training.optimizer must be adam, adamw or sgd, got {self.optimizer!r}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"--training.momentum must lie in [0, 1), got {self.momentum}")
+
+    def in_steps(self, n_items: int) -> Self:
+        """The same settings with epochs counted in steps.
+
+        Args:
+            n_items: Number of training items; at least the batch size.
+        """
+        per_epoch = n_items // self.batch_size
+        return replace(
+            self,
+            steps=self.steps if self.epochs is None else self.epochs * per_epoch,
+            warmup_steps=(
+                self.warmup_steps if self.warmup_epochs is None else self.warmup_epochs * per_epoch
+            ),
+            epochs=None,
+            warmup_epochs=None,
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ from xbt.errors import ConfigError, DataError
 from xbt.run_dir import RunDirectory
 from xbt.training.args import TrainArgs
 from xbt.training.batches import SeededBatches
+from xbt.training.loop_state import LoopState as LoopState
+from xbt.training.loop_state import TrainedTensors
+from xbt.training.optimizers import lr_factor, make_optimizer
 
 _WEIGHTS = "trainable.safetensors"
 
@@ -52,38 +54,12 @@ def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str)
     return accelerator
 
 
-@dataclass
-class LoopState:
-    """What a checkpoint keeps besides weights, optimiser and schedule.
-
-    Attributes:
-        step: Steps done.
-        best_step: Step with the best held-out score so far.
-        best_score: That score; higher is better.
-        best_weights: Trainable weights at that step.
-        history: One entry per evaluation.
-    """
-
-    step: int = 0
-    best_step: int = 0
-    best_score: float = -math.inf
-    best_weights: dict[str, Tensor] | None = None
-    history: list[dict[str, float]] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """For Accelerate's checkpoints."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """For Accelerate's checkpoints."""
-        vars(self).update(state)
-
-
 class TrainingLoop:
     """Trains a module whose forward takes a batch and returns ``(loss, metrics)``.
 
-    Requirements: parameters that require gradients are what is trained, checkpointed and selected; the
-    dataset's ``__getitems__`` takes a list of :class:`~xbt.training.batches.Draw` and returns a batch.
+    Requirements: parameters that require gradients are what is trained, and with the buffers beside them
+    (:class:`~xbt.training.loop_state.TrainedTensors`) what is checkpointed and selected; the dataset's
+    ``__getitems__`` takes a list of :class:`~xbt.training.batches.Draw` and returns a batch.
 
     Args:
         accelerator: From :func:`make_accelerator`.
@@ -113,10 +89,9 @@ class TrainingLoop:
         self.module, self.dataset = module, dataset
         self.evaluate, self.after_step = evaluate, after_step or (lambda: None)
         self.state = LoopState(history=[])
-        self.trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        groups = self._parameter_groups(tuple(no_decay))
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-        schedule = LambdaLR(optimizer, self._lr_factor)
+        self.trained = TrainedTensors(module)
+        optimizer = make_optimizer(self.trained.parameters, args, no_decay)
+        schedule = LambdaLR(optimizer, lambda step: lr_factor(step, args))
         self.model, self.optimizer, self.scheduler = accelerator.prepare(module, optimizer, schedule)
         accelerator.register_for_checkpointing(self.state)
         accelerator.register_save_state_pre_hook(self._save_trainable)
@@ -153,32 +128,37 @@ class TrainingLoop:
             self._after(metrics, bar)
         bar.close()
         if self.state.best_weights is not None:
-            self._set_trainable(self.state.best_weights)
+            self.trained.set(self.state.best_weights)
+        if self.evaluate is None:
+            self.trained.agree()
+            self.state.best_step = self.state.step
         for tracker in self.accelerator.trackers:
             # Not end_training(): it would also end the process group, which what follows still needs.
             tracker.finish()
         self._record()
         return self.state
 
+    def result(self) -> dict[str, Any]:
+        """Which step was kept, the evaluations, and how many processes ran."""
+        return {
+            "best_step": self.state.best_step,
+            "history": self.state.history,
+            "processes": self.accelerator.num_processes,
+        }
+
     def _record(self) -> None:
-        """Writes ``result.json``: which step was kept, the evaluations, and how many processes ran."""
+        """Writes ``result.json``."""
         if self.accelerator.is_main_process:
-            result = {
-                "best_step": self.state.best_step,
-                "history": self.state.history,
-                "processes": self.accelerator.num_processes,
-            }
-            self.run_dir.write_json("result.json", result)
-        self.accelerator.print(
-            f"kept step {self.state.best_step}: held-out recall {self.state.best_score:.4f}"
-        )
+            self.run_dir.write_json("result.json", self.result())
+        score = f": held-out score {self.state.best_score:.4f}" if self.evaluate else ", the last one"
+        self.accelerator.print(f"kept step {self.state.best_step}{score}")
 
     def _step(self, batch: Any) -> dict[str, Tensor]:
         self.model.train()
         loss, metrics = self.model(batch)
         self.accelerator.backward(loss)
         if self.args.grad_clip:
-            self.accelerator.clip_grad_norm_(self.trainable.values(), self.args.grad_clip)
+            self.accelerator.clip_grad_norm_(self.trained.parameters.values(), self.args.grad_clip)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -210,6 +190,7 @@ class TrainingLoop:
         if self.evaluate is None:
             return
         self.model.eval()
+        self.trained.agree()
         # Every process takes the main one's numbers: a last-digit difference must not split their choices.
         metrics = broadcast_object_list([self.evaluate()])[0]
         assert self.state.history is not None
@@ -217,7 +198,7 @@ class TrainingLoop:
         self.accelerator.log({f"held_out/{k}": v for k, v in metrics.items()}, step=self.state.step)
         if metrics["score"] > self.state.best_score:
             self.state.best_score, self.state.best_step = metrics["score"], self.state.step
-            self.state.best_weights = {k: p.detach().cpu().clone() for k, p in self.trainable.items()}
+            self.state.best_weights = self.trained.copy()
 
     def _checkpoint(self) -> None:
         final = self.run_dir.checkpoints / f"step_{self.state.step:08d}"
@@ -251,35 +232,11 @@ class TrainingLoop:
         weights.clear()
         if self.accelerator.is_main_process:
             Path(directory).mkdir(parents=True, exist_ok=True)
-            tensors = {k: p.detach().cpu().contiguous() for k, p in self.trainable.items()}
-            save_file(tensors, Path(directory) / _WEIGHTS)
+            save_file(self.trained.copy(), Path(directory) / _WEIGHTS)
 
     def _load_trainable(self, models: list[nn.Module], directory: str) -> None:
         models.clear()
-        self._set_trainable(load_file(Path(directory) / _WEIGHTS))
-
-    def _set_trainable(self, weights: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(weights[name])
-
-    def _parameter_groups(self, no_decay: tuple[str, ...]) -> list[dict[str, Any]]:
-        decay: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for name, parameter in self.trainable.items():
-            plain = parameter.ndim < 2 or any(part in name for part in no_decay)
-            (rest if plain else decay).append(parameter)
-        groups = [
-            {"params": decay, "weight_decay": self.args.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
-
-    def _lr_factor(self, step: int) -> float:
-        if step < self.args.warmup_steps:
-            return (step + 1) / self.args.warmup_steps
-        span = max(self.args.steps - self.args.warmup_steps, 1)
-        return 0.5 * (1 + math.cos(math.pi * min((step - self.args.warmup_steps) / span, 1.0)))
+        self.trained.set(load_file(Path(directory) / _WEIGHTS), f"the checkpoint {directory}")
 
 
 def _as_is(batch: Any) -> Any:

@@ -32,6 +32,7 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         seed: Fixes the choice of captions.
         per_text: (n_texts, ...) rows that go with each caption of ``pairs.texts`` under a batch key each;
             those in stores are read as they are needed.
+        per_image: (n_images, ...) rows that go with each image, likewise.
     """
 
     def __init__(
@@ -40,9 +41,10 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         encoder: DualEncoder,
         seed: int,
         per_text: dict[str, Tensor | EmbeddingStore] | None = None,
+        per_image: dict[str, Tensor | EmbeddingStore] | None = None,
     ) -> None:
         self._pairs, self._preprocess, self._seed = pairs, encoder.preprocess, seed
-        self._texts, self._per_text = pairs.texts, per_text or {}
+        self._texts, self._per_text, self._per_image = pairs.texts, per_text or {}, per_image or {}
         self._captions_of = pairs.positives_i2t
         self._pixels: dict[int, Tensor] = {}
         self._tokenize_more = encoder.text_transform
@@ -56,7 +58,9 @@ class PairBatches(Dataset[dict[str, Tensor]]):
     def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
         pixels = [self._load(draw.item) for draw in draws]
         texts = np.array([self._choose(draw) for draw in draws])
+        images = np.array([draw.item for draw in draws])
         batch = {key: _rows(source, texts) for key, source in self._per_text.items()}
+        batch |= {key: _rows(source, images) for key, source in self._per_image.items()}
         return {"pixels": torch.stack(pixels), "tokens": self._tokenize(texts), **batch}
 
     def _load(self, item: int) -> Tensor:

@@ -105,7 +105,7 @@ def open_text_stores(new: str, old: str) -> TextVectors:
         DataError: If the rows do not pair; the message names the first that differs.
     """
     first, second = _open(new, "new_store"), _open(old, "old_store")
-    return TextVectors(first, second, first.space, second.space, _distinct_rows(first, second))
+    return TextVectors(first, second, first.space, second.space, distinct_rows(first, second))
 
 
 def _open(path: str, flag: str) -> EmbeddingStore:
@@ -121,7 +121,7 @@ def _open(path: str, flag: str) -> EmbeddingStore:
     return store
 
 
-def _distinct_rows(new: EmbeddingStore, old: EmbeddingStore) -> NDArray[np.int64] | None:
+def distinct_rows(new: EmbeddingStore, old: EmbeddingStore) -> NDArray[np.int64] | None:
     """Rows of the first of equal captions, or ``None`` for all; checks on the way that the rows pair."""
     count = min(len(new), len(old))
     told = [store for store in (new, old) if CAPTION in store.columns]
