@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from xbt.backbones import ImagePreprocessing
 from xbt.data import LabelledSource
@@ -46,6 +47,9 @@ class CompatibleBackboneConfig:
     """BT²'s scale C: how much the new model's features count among new vectors."""
     orthogonal: bool = True
     """Whether oca has its orthogonal layer before the classifier."""
+    orthogonal_map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
+    """How bt2's and oca's orthogonal matrices are parametrised; matrix_exp is the authors', cayley many times
+    faster on a CPU."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Weights of the parts of the loss; by default those of the method's authors."""
     label_smoothing: float = 0.1

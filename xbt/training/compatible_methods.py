@@ -85,6 +85,7 @@ def make_method_head(
     extra_dims: int | None = None,
     scale: float = 2.0,
     orthogonal: bool = True,
+    orthogonal_map: str = "matrix_exp",
 ) -> CompatibleHead:
     """Builds a method's head with a classifier, its weights drawn anew.
 
@@ -101,6 +102,7 @@ def make_method_head(
         extra_dims: Dimensions to add; ``None`` takes 32 for BT² and OCA, as their authors did, and else 0.
         scale: BT²'s C.
         orthogonal: Whether OCA has its orthogonal layer.
+        orthogonal_map: How orthogonal matrices are parametrised.
 
     Raises:
         ConfigError: If the numbers do not fit together.
@@ -120,8 +122,9 @@ def make_method_head(
                 f"--extra_dims {extra} is more than BT² can use; take at most the smaller of --new_dim "
                 f"{new_dim} and the old model's {old_dim} dimensions"
             )
-        return BT2Head(new_dim, old_dim, extra + max(0, old_dim - new_dim), scale, n_classes)
-    return OCAHead(old_dim, extra, orthogonal, n_classes)
+        beyond = extra + max(0, old_dim - new_dim)
+        return BT2Head(new_dim, old_dim, beyond, scale, n_classes, orthogonal_map)
+    return OCAHead(old_dim, extra, orthogonal, n_classes, orthogonal_map)
 
 
 def make_method_loss(

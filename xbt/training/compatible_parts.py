@@ -73,6 +73,7 @@ def make_backbone(
         extra_dims=config.extra_dims,
         scale=config.scale,
         orthogonal=config.orthogonal,
+        orthogonal_map=config.orthogonal_map,
     )
     trunk = load_backbone(config.backbone, config.preprocessing.image_size, pretrained=config.pretrained)
     return CompatibleBackbone(
