@@ -96,6 +96,13 @@ def test_columns_may_differ_between_shards(tmp_path, space, unit_rows):
         store.metadata(["size"])
 
 
+def test_a_range_in_which_no_shard_has_a_column_reads_null(tmp_path, space, unit_rows):
+    store = EmbeddingStore.create(tmp_path / "s", modality="image", space=space)
+    store.append(unit_rows(2), ["a", "b"], {"year": [1999, 2000]})
+    store.append(unit_rows(1), ["c"], {"place": ["x"]})
+    assert store.metadata(["year", "place"], 2, 3).to_pydict() == {"year": [None], "place": ["x"]}
+
+
 def test_readers_see_what_they_opened_until_they_reload(tmp_path, space, unit_rows):
     writer, rows = fill(tmp_path / "s", space, unit_rows, counts=(3,))
     reader = EmbeddingStore.open(tmp_path / "s")

@@ -84,7 +84,11 @@ class MetadataColumns:
             if low < high:
                 parts.append(self._table(self._paths[number], columns, count).slice(low, high - low))
             number += 1
-        return pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
+        table = pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
+        for name in columns or []:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(table.num_rows))
+        return table
 
     def _table(self, path: Path, columns: Sequence[str] | None, count: int) -> pa.Table:
         key = path, None if columns is None else tuple(columns)
