@@ -25,7 +25,7 @@ from xbt.projections import PairVectors
 class ScenesConfig:
     """The built-in scenes."""
 
-    seeds: list[int] = field(default_factory=lambda: [3, 4, 5])
+    seeds: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7])
     """One pair of CLIPs per seed; an empty list leaves the scenes out."""
     runs_dir: str = "runs/benchmarks/upgrade_scenes"
     """Where the CLIPs are trained, as upgrade_scenes.py does; those that are there are used."""
