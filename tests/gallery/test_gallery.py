@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,31 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from galleries import brute_force, make_space, names, unit
 
 from xbt.errors import DataError, SpaceMismatchError
-from xbt.gallery import Gallery
-from xbt.gallery import gallery as module
-from xbt.space import EmbeddingSpace
-
-
-def unit(n, dim, seed=0):
-    vectors = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(vectors, dim=1)
-
-
-def names(n, start=0):
-    return [f"image-{i:04d}" for i in range(start, start + n)]
-
-
-def make_space(model="old", dim=16, seed=0):
-    return EmbeddingSpace(model, dim, {"backend": "pil"}, unit(20, dim, seed))
-
-
-def brute_force(vectors, ids, queries, k):
-    """Scores in double precision; equal ones in the gallery's order."""
-    scores = np.asarray(queries, np.float64) @ np.asarray(vectors, np.float64).T
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return [[ids[i] for i in row] for row in order], np.take_along_axis(scores, order, axis=1)
+from xbt.gallery import Gallery, settling
 
 
 @pytest.fixture
@@ -114,7 +92,7 @@ def test_a_gallery_of_one_vector_repeated():
 def test_candidates_are_scored_in_bounded_parts(gallery, monkeypatch):
     queries = unit(7, 16, seed=3)
     whole = gallery.search(queries, k=5)
-    monkeypatch.setattr(module, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(settling, "SCRATCH_BYTES", 1)
     parts = gallery.search(queries, k=5)
     assert parts.ids == whole.ids
     assert np.array_equal(parts.scores, whole.scores)
@@ -138,6 +116,14 @@ def test_build_copies_the_vectors():
     assert np.array_equal(gallery.search(torch.ones(4), k=3).scores, before.scores)
 
 
+def test_vectors_that_are_given_out_are_the_users_own(gallery):
+    for ids in (names(50), names(3), ["image-0009", "image-0002"]):
+        given = gallery.vectors(ids)
+        expected = given.copy()
+        given[:] = 0
+        assert np.array_equal(gallery.vectors(ids), expected)
+
+
 def test_describes_itself(gallery):
     assert (len(gallery), gallery.dim, gallery.ids[3]) == (50, 16, "image-0003")
     assert repr(gallery) == "Gallery(50 items, space='old' (16-d))"
@@ -151,166 +137,12 @@ def test_importing_and_building_leaves_faiss_alone():
     assert run(code) == "[['b']]"
 
 
-# -- saving and opening --------------------------------------------------------------------------------
-
-
 def run(code):
     """Runs Python code in a fresh process from the repository's root."""
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
-
-
-def test_save_and_open_in_a_fresh_process(gallery, tmp_path):
-    gallery.ids[0] = "søk \udc80 ☃"  # ids may be file names that are no valid UTF-8
-    gallery.save(tmp_path / "deep" / "gallery")
-    queries = unit(6, 16, seed=4)
-    np.save(tmp_path / "queries.npy", queries.numpy())
-    expected = gallery.search(queries, k=5)
-    code = f"""
-import json, numpy as np
-from xbt.gallery import Gallery
-gallery = Gallery.open({str(tmp_path / "deep" / "gallery")!r})
-result = gallery.search(np.load({str(tmp_path / "queries.npy")!r}), k=5)
-print(json.dumps([gallery.ids, result.ids, result.scores.tolist(), gallery.space.model]))
-"""
-    ids, found, scores, model = json.loads(run(code))
-    assert ids == gallery.ids
-    assert found == expected.ids
-    assert scores == expected.scores.tolist()
-    assert model == "old"
-    assert sorted(p.name for p in (tmp_path / "deep").iterdir()) == ["gallery"]
-
-
-def test_the_space_survives(gallery, tmp_path):
-    gallery.save(tmp_path / "g")
-    opened = Gallery.open(tmp_path / "g")
-    opened.search(unit(1, 16), space=make_space("another name, same probe"))
-    with pytest.raises(SpaceMismatchError):
-        opened.search(unit(1, 16), space=make_space(seed=1))
-    Gallery.build(unit(2, 4), names(2)).save(tmp_path / "unknown")
-    assert Gallery.open(tmp_path / "unknown").space is None
-
-
-def test_save_replaces_a_gallery(gallery, tmp_path):
-    gallery.save(tmp_path / "g")
-    gallery.add(unit(1, 16, seed=8), ["new"])
-    gallery.save(tmp_path / "g")
-    assert Gallery.open(tmp_path / "g").ids == gallery.ids
-    assert [p.name for p in tmp_path.iterdir()] == ["g"]
-
-
-def test_save_through_a_link_replaces_what_it_points_to(gallery, tmp_path):
-    gallery.save(tmp_path / "real")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    gallery.add(unit(1, 16, seed=8), ["new"])
-    gallery.save(tmp_path / "link")
-    assert len(Gallery.open(tmp_path / "real")) == len(Gallery.open(tmp_path / "link")) == 51
-
-
-@pytest.mark.parametrize("broken", ["_write", "write_text", "first rename", "second rename"])
-def test_a_failing_save_leaves_the_old_gallery(gallery, tmp_path, monkeypatch, broken):
-    target = tmp_path / "g"
-    gallery.save(target)
-    old_ids = list(gallery.ids)
-    gallery.add(unit(1, 16, seed=8), ["new"])
-    renames = []
-    rename = Path.rename
-
-    def failing_rename(self, other):
-        renames.append(self.name)
-        if len(renames) == (1 if broken == "first rename" else 2):
-            raise KeyboardInterrupt
-        return rename(self, other)
-
-    def fail(*args, **kwargs):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        if broken == "_write":
-            patch.setattr(Gallery, "_write", fail)
-        elif broken == "write_text":
-            patch.setattr(Path, "write_text", fail)  # after the vectors are written
-        else:
-            patch.setattr(Path, "rename", failing_rename)
-        with pytest.raises((OSError, KeyboardInterrupt)):
-            gallery.save(target)
-    assert Gallery.open(target).ids == old_ids
-    gallery.save(target)
-    assert Gallery.open(target).ids == gallery.ids
-    assert [p.name for p in tmp_path.iterdir()] == ["g"]
-
-
-def test_a_kill_after_the_exchange_leaves_the_new_gallery(gallery, tmp_path):
-    gallery.save(tmp_path / ".g.previous")
-    gallery.add(unit(1, 16, seed=8), ["new"])
-    gallery.save(tmp_path / "g")
-    assert len(Gallery.open(tmp_path / "g")) == 51
-    assert [p.name for p in tmp_path.iterdir()] == ["g"]
-
-
-def test_save_refuses_to_replace_other_files(gallery, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"notes\.txt is not part of a gallery"):
-        gallery.save(tmp_path)
-    with pytest.raises(DataError, match=r"notes\.txt is not part of a gallery"):
-        gallery.save(tmp_path / "notes.txt")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    (tmp_path / "empty").mkdir()
-    gallery.save(tmp_path / "empty")
-    assert len(Gallery.open(tmp_path / "empty")) == 50
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda d: truncate(d / "vectors.npy"), r"vectors\.npy cannot be read"),
-        (lambda d: (d / "vectors.npy").write_bytes(b""), r"vectors\.npy cannot be read"),
-        (lambda d: (d / "vectors.npy").unlink(), r"vectors\.npy cannot be read"),
-        (lambda d: np.save(d / "vectors.npy", np.array([{}] * 50)), r"vectors\.npy cannot be read"),
-        (
-            lambda d: np.save(d / "vectors.npy", np.ones((49, 16), np.float32)),
-            r"vectors\.npy does not hold 50 x 16",
-        ),
-        (lambda d: np.save(d / "vectors.npy", np.ones((50, 16))), r"vectors\.npy does not hold .* float32"),
-        (
-            lambda d: np.save(d / "vectors.npy", np.full((50, 16), np.nan, np.float32)),
-            r"vectors\.npy has NaN",
-        ),
-        (lambda d: truncate(d / "ids.json"), r"ids\.json cannot be read"),
-        (lambda d: (d / "ids.json").write_text('["a"]'), r"ids\.json does not hold the 50 ids"),
-        (lambda d: (d / "ids.json").write_text(json.dumps(["a"] * 50)), r"ids\.json has 'a' twice"),
-        (lambda d: (d / "ids.json").write_text(json.dumps(list(range(50)))), r"ids\.json\[0\] is 0"),
-        (lambda d: truncate(d / "gallery.json"), r"gallery\.json cannot be read"),
-        (lambda d: (d / "gallery.json").write_text("[]"), r"gallery\.json has format None"),
-        (lambda d: edit(d / "gallery.json", format=99), r"gallery\.json has format 99, .* reads 1"),
-        (lambda d: edit(d / "gallery.json", count=None), r"gallery\.json is damaged"),
-        (lambda d: edit(d / "gallery.json", space={"model": "x"}), r"gallery\.json is damaged"),
-        (
-            lambda d: edit(d / "gallery.json", space={"model": "x", "dim": 7}),
-            r"gallery\.json gives dimension 16 but",
-        ),
-    ],
-)
-def test_open_names_the_damaged_file(gallery, tmp_path, damage, message):
-    gallery.save(tmp_path / "g")
-    damage(tmp_path / "g")
-    with pytest.raises(DataError, match=message):
-        Gallery.open(tmp_path / "g")
-
-
-def test_open_refuses_a_directory_without_a_gallery(tmp_path):
-    with pytest.raises(DataError, match=r"gallery\.json cannot be read"):
-        Gallery.open(tmp_path / "nowhere")
 
 
 # -- refusals ------------------------------------------------------------------------------------------

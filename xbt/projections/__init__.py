@@ -9,6 +9,8 @@ from xbt.projections.decision import Decision
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.projections.ensemble_fit import fit_ensemble
 from xbt.projections.fitting import fit_projection
+from xbt.projections.forward import fit_forward
+from xbt.projections.forward_map import ForwardMap
 from xbt.projections.head_projection import HeadProjection
 from xbt.projections.identity import fit_identity
 from xbt.projections.lambda_orthogonal import fit_lambda_orthogonal
@@ -27,6 +29,7 @@ from xbt.projections.xbt_projection import fit_xbt
 __all__ = [
     "Candidate",
     "Decision",
+    "ForwardMap",
     "HeadProjection",
     "LinearProjection",
     "PairStatistics",
@@ -37,6 +40,7 @@ __all__ = [
     "choose_projection",
     "default_candidates",
     "fit_ensemble",
+    "fit_forward",
     "fit_identity",
     "fit_lambda_orthogonal",
     "fit_low_rank",

@@ -1,0 +1,164 @@
+"""What can be told of a gallery's items before they are backfilled, from old vectors and sample queries."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from xbt.gallery.orders import SCORES_AT_ONCE
+
+SHARES = (0.002, 0.02, 0.1)
+"""Shares of the gallery that count as found."""
+MAPPED_SHARE = 0.02
+NEIGHBOURS = 20
+NEAREST = 10
+
+FOUND = (
+    "found among the first 0.2 %",
+    "found among the first 2 %",
+    "found among the first 10 %",
+    "chance to be meant, summed",
+    "greatest chance to be meant",
+    "chance to be meant when mapped, summed",
+    "found among the first 2 % when mapped",
+)
+"""How much an item is found, in seven ways; an item that little finds is where the old model is weak."""
+
+FEATURES = (
+    *FOUND,
+    "mean score",
+    "greatest score",
+    "similarity of the nearest items",
+    "distance to the mean",
+    "length when mapped",
+)
+
+
+class Slopes(NamedTuple):
+    """How steeply the log-odds of relevance rise with the scores: what softmax needs to be a chance."""
+
+    old: float
+    new: float
+
+
+class Search(NamedTuple):
+    """What some queries say of each of m items, all (m,).
+
+    Attributes:
+        found: For every share, how often the item is among that share of the items.
+        summed: Sum over the queries of the item's share in softmax(slope · scores).
+        greatest: The greatest of these.
+        mean: Mean score.
+        highest: Greatest score.
+    """
+
+    found: list[Tensor]
+    summed: Tensor
+    greatest: Tensor
+    mean: Tensor
+    highest: Tensor
+
+
+def search_statistics(
+    queries: Tensor, items: Tensor, slope: float, shares: tuple[float, ...] = SHARES
+) -> Search:
+    """Compares queries with all items, some queries at a time.
+
+    Args:
+        queries: (n, dim).
+        items: (m, dim).
+        slope: Of the log-odds of relevance.
+        shares: Shares of the items that count as found; of each at least the first item does.
+    """
+    count = len(items)
+    cuts = [max(1, round(share * count)) for share in shares]
+    found = [torch.zeros(count) for _ in cuts]
+    summed, greatest, total = torch.zeros(count), torch.zeros(count), torch.zeros(count)
+    highest = torch.full((count,), -torch.inf)
+    step = max(1, SCORES_AT_ONCE // count)
+    for start in range(0, len(queries), step):
+        scores = queries[start : start + step] @ items.T
+        first = scores.topk(max(cuts), dim=1).indices
+        for counts, cut in zip(found, cuts, strict=True):
+            counts += torch.bincount(first[:, :cut].flatten(), minlength=count)
+        chances = torch.softmax(slope * scores, dim=1)
+        summed += chances.sum(dim=0)
+        greatest = torch.maximum(greatest, chances.amax(dim=0))
+        total += scores.sum(dim=0)
+        highest = torch.maximum(highest, scores.amax(dim=0))
+    return Search(found, summed, greatest, total / len(queries), highest)
+
+
+def nearest_items(items: Tensor, count: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
+    """Similarities and rows of every item's nearest others, by cosine about the mean; exact, O(m²).
+
+    Args:
+        items: (m, dim).
+        count: How many neighbours; all others if there are fewer.
+
+    Returns:
+        (m, count) cosines, descending, and (m, count) int64 rows.
+    """
+    centred = normalize(items - items.mean(dim=0), dim=1)
+    count = min(count, len(items) - 1)
+    cosines, rows = [], []
+    step = max(1, SCORES_AT_ONCE // len(items))
+    for start in range(0, len(items), step):
+        part = centred[start : start + step] @ centred.T
+        part[torch.arange(len(part)), torch.arange(start, start + len(part))] = -torch.inf
+        best = part.topk(count, dim=1)
+        cosines.append(best.values)
+        rows.append(best.indices)
+    return torch.cat(cosines), torch.cat(rows)
+
+
+def item_features(
+    items: Tensor,
+    mapped: Tensor,
+    old_queries: Tensor,
+    new_queries: Tensor,
+    slopes: Slopes,
+    neighbour_cosines: Tensor,
+) -> Tensor:
+    """Features of every item, each as its percentile in the gallery, so that galleries of any size compare.
+
+    Args:
+        items: (m, old_dim) old vectors.
+        mapped: (m, new_dim) what a forward map makes of them, not normalised: shorter where it knows less.
+        old_queries: (n, old_dim) sample queries in the old space.
+        new_queries: (n, new_dim) the same in the new space.
+        slopes: Of both parts' log-odds.
+        neighbour_cosines: (m, k) of :func:`nearest_items`.
+
+    Returns:
+        (m, len(FEATURES)) float32, each column of mean 0 and variance 1.
+    """
+    old = search_statistics(old_queries, items, slopes.old)
+    new = search_statistics(new_queries, normalize(mapped, dim=1), slopes.new, (MAPPED_SHARE,))
+    columns = (
+        *old.found,
+        old.summed,
+        old.greatest,
+        new.summed,
+        new.found[0],
+        old.mean,
+        old.highest,
+        neighbour_cosines[:, :NEAREST].mean(dim=1),
+        (items - items.mean(dim=0)).norm(dim=1),
+        mapped.norm(dim=1),
+    )
+    return torch.stack([_percentiles(column) for column in columns], dim=1)
+
+
+def _percentiles(values: Tensor) -> Tensor:
+    """Ranks, equal values at the mean of their ranks, scaled to mean 0 and the variance 1 of the uniform."""
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    if len(counts) == 1:
+        return torch.zeros(len(values))
+    middle = counts.cumsum(0).double() - (counts.double() + 1) / 2
+    ranks = middle[place] / (len(values) - 1) - 0.5
+    scaled: Tensor = (ranks * 12**0.5).float()
+    return scaled
