@@ -29,7 +29,7 @@ FLOORS = [
     {"evaluation", "embedding", "backbones"},
     {"projections"},
     {"compatible", "gallery"},
-    {"training", "report", "serve", "evaluation_job", "choosing_job"},
+    {"training", "report", "serve", "backfilling", "evaluation_job", "choosing_job"},
     {"demo"},
 ]
 HOMES = {
@@ -37,13 +37,15 @@ HOMES = {
     "transformers": {"encoders"},
     "peft": {"encoders"},
     "faiss": {"gallery"},
-    "accelerate": {"training", "embedding"},
+    "accelerate": {"training", "embedding", "backfilling"},
     "datasets": {"data"},
     "timm": {"backbones"},
     "torchvision": {"backbones"},
     "matplotlib": {"report"},
     "qdrant_client": {"serve"},
+    "onnx": {"serve"},
     "onnxruntime": {"serve"},
+    "onnxscript": {"serve"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem != "__init__")
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import open_clip
 import pytest
 
+from xbt.backfilling import BackfillConfig
 from xbt.choosing_job import ChooseProjectionConfig
 from xbt.config import parse_config
 from xbt.demo import DemoConfig
 from xbt.embedding import EmbedConfig
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
 from xbt.evaluation_job import EvaluationConfig
+from xbt.serve.export_job import ExportConfig
 from xbt.training import (
     ClipConfig,
     CompatibleBackboneConfig,
@@ -37,6 +39,8 @@ def config_class(recipe: str) -> type:
         "pretrain_text_projection": TextProjectionConfig,
         "finetune_lora": LoraFinetuningConfig,
         "evaluate_retrieval": EvaluationConfig,
+        "export_gallery": ExportConfig,
+        "backfill": BackfillConfig,
         "choose_projection": ChooseProjectionConfig,
         "quickstart": DemoConfig,
     }

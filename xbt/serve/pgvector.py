@@ -1,0 +1,167 @@
+"""A store or gallery as SQL for PostgreSQL with pgvector: one file that makes the table and fills it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xbt.errors import ConfigError, DataError
+from xbt.serve.files import whole_file
+from xbt.serve.items import Items, Portion, Source, portion
+
+MAX_DIM, MAX_INDEXED_DIM = 16_000, 2_000
+"""What pgvector's type ``vector`` holds, and what its indices take."""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
+_ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+_NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+
+
+@dataclass
+class PgvectorTable:
+    """The table that an export makes: ``id`` text, the vectors, and ``metadata`` as jsonb."""
+
+    table: str = "items"
+    """Its name, maybe with a schema in front (public.items)."""
+    column: str = "embedding"
+    """Name of the column of vectors."""
+    statement: Literal["copy", "insert"] = "copy"
+    """How rows are written: COPY, which psql reads fast, or INSERT, which any client can run."""
+    rows_at_once: int = 500
+    """Rows in one INSERT."""
+    index: bool = False
+    """Whether to end with an HNSW index for the inner product."""
+
+    def __post_init__(self) -> None:
+        """Refuses names that are not plain, and values that are not known."""
+        for name in (*self.table.split("."), self.column):
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"{name!r} is no plain SQL name; use letters, digits and underscores, at most 63"
+                )
+        if self.statement not in ("copy", "insert"):
+            raise ConfigError(f"the statement is 'copy' or 'insert', got {self.statement!r}")
+        if self.table.count(".") > 1 or self.column in ("id", "metadata"):
+            raise ConfigError(f"{self.table}.{self.column} cannot be made; choose another table or column")
+        if self.rows_at_once < 1:
+            raise ConfigError(f"rows_at_once must be at least 1, got {self.rows_at_once}")
+
+    @property
+    def quoted(self) -> str:
+        """The table's name as SQL has it."""
+        return ".".join(f'"{part}"' for part in self.table.split("."))
+
+
+def export_pgvector(
+    source: Source, path: str | Path, options: PgvectorTable | None = None, part: str | None = None
+) -> int:
+    """Writes SQL that makes a table of a store's or gallery's items, in one transaction.
+
+    The space stands as JSON in the comment of the vectors' column. Numbers are written with as many digits as
+    float32 needs to be read back the same.
+
+    Args:
+        source: An ``EmbeddingStore`` or a ``Gallery``, with its metadata.
+        path: The file; one that is there is replaced.
+        options: Names, and how rows are written.
+        part: The part of a gallery, needed while its items are in two.
+
+    Returns:
+        How many rows were written.
+
+    Raises:
+        ConfigError: If the source is something else, or its vectors are longer than pgvector takes.
+        DataError: If an id or metadata hold what PostgreSQL cannot (the character NUL, values without JSON),
+            or there is no such part.
+        StoreError: If the source is empty or damaged, or the file cannot be written.
+    """
+    table = options or PgvectorTable()
+    chosen = portion(source, part)
+    limit = MAX_INDEXED_DIM if table.index else MAX_DIM
+    if chosen.dim > limit:
+        does, mend = ("indexes", "leave out the index") if table.index else ("holds", "reduce them first")
+        raise ConfigError(
+            f"the vectors have {chosen.dim} dimensions, but pgvector {does} at most {limit}; {mend}"
+        )
+    file, count = Path(path).expanduser(), 0
+    with whole_file(file) as partial, partial.open("w", encoding="utf-8", newline="\n") as out:
+        _write_opening(out, table, chosen)
+        for items in chosen.batches():
+            rows = list(_rows(items))
+            (_write_copy if table.statement == "copy" else _write_inserts)(out, table, rows)
+            count += len(rows)
+        if table.index:
+            out.write(f'CREATE INDEX ON {table.quoted} USING hnsw ("{table.column}" vector_ip_ops);\n')
+        out.write("COMMIT;\n")
+    return count
+
+
+def vector_text(row: NDArray[np.float32]) -> str:
+    """A vector as pgvector reads it, ``[0.1,0.2]``, which gives the same float32 numbers back."""
+    return f"[{','.join(row.astype(np.float32).astype(str))}]"
+
+
+def _write_opening(out: TextIO, table: PgvectorTable, chosen: Portion) -> None:
+    space = json.dumps({"space": None if chosen.space is None else chosen.space.to_dict()})
+    out.write(
+        "-- The vectors of a gallery; run with psql --set ON_ERROR_STOP=1 --file.\n"
+        "SET client_encoding = 'UTF8';\n"
+        "SET standard_conforming_strings = on;\n"
+        "CREATE EXTENSION IF NOT EXISTS vector;\n"
+        "BEGIN;\n"
+        f'CREATE TABLE {table.quoted} (\n  "id" text PRIMARY KEY,\n'
+        f'  "{table.column}" vector({chosen.dim}) NOT NULL,\n  "metadata" jsonb\n);\n'
+        f'COMMENT ON COLUMN {table.quoted}."{table.column}" IS {_literal(space)};\n'
+    )
+
+
+def _write_copy(out: TextIO, table: PgvectorTable, rows: list[tuple[str, str, str | None]]) -> None:
+    out.write(f'COPY {table.quoted} ("id", "{table.column}", "metadata") FROM stdin;\n')
+    for row in rows:
+        out.write("\t".join("\\N" if value is None else value.translate(_ESCAPES) for value in row) + "\n")
+    out.write("\\.\n")
+
+
+def _write_inserts(out: TextIO, table: PgvectorTable, rows: list[tuple[str, str, str | None]]) -> None:
+    for start in range(0, len(rows), table.rows_at_once):
+        out.write(f'INSERT INTO {table.quoted} ("id", "{table.column}", "metadata") VALUES\n')
+        values = rows[start : start + table.rows_at_once]
+        out.write(",\n".join(f"({', '.join(map(_literal, row))})" for row in values) + ";\n")
+
+
+def _rows(items: Items) -> Iterator[tuple[str, str, str | None]]:
+    metadata = [None] * len(items.ids) if items.metadata is None else items.metadata.to_pylist()
+    for item, vector, values in zip(items.ids, items.vectors, metadata, strict=True):
+        if "\0" in item:
+            raise DataError(f"the id {item!r} holds the character NUL, which PostgreSQL does not; rename it")
+        yield item, vector_text(vector), None if values is None else _json(values, item)
+
+
+def _json(values: dict[str, Any], item: str) -> str:
+    try:
+        text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"the metadata of {item!r} have no JSON form ({error}); make a store with plain values"
+        ) from error
+    if _NUL_ESCAPE.search(text):
+        raise DataError(
+            f"the metadata of {item!r} hold the character NUL, which PostgreSQL does not; remove it"
+        )
+    return text
+
+
+def _literal(value: str | None) -> str:
+    if value is None:
+        return "NULL"
+    quoted = value.replace("'", "''")
+    if any(each in value for each in "\n\r\t"):  # tools on the way may change the ends of lines
+        return f"E'{quoted.translate(_ESCAPES)}'"
+    return f"'{quoted}'"
