@@ -10,7 +10,9 @@ from PIL import Image
 
 from xbt.errors import DataError
 from xbt.evaluation import Cell, RetrievalReport
-from xbt.report import MARGIN, RIGHT, TEXT_WIDTH, WIDTH, draw_recall_bars, draw_search_comparison
+from xbt.report import draw_backfill_curve, draw_recall_bars, draw_search_comparison
+from xbt.report.search_comparison import MARGIN, TEXT_WIDTH, WIDTH
+from xbt.report.style import RIGHT
 
 GREEN = tuple(int(RIGHT[i : i + 2], 16) for i in (1, 3, 5))
 COLOURS = [(200, 30, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200), (120, 90, 60)]
@@ -163,3 +165,24 @@ def test_pyplot_is_left_alone(tmp_path):
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_backfill_curve_is_drawn(tmp_path):
+    recall = {"R@1": [0.3, 0.4, 0.45], "R@10": [0.6, 0.7, 0.8]}
+    path = draw_backfill_curve([0, 0.5, 1], recall, tmp_path / "a" / "curve.png", stop=0.5)
+    with Image.open(path) as picture:
+        assert min(picture.size) > 400
+        assert len(picture.convert("RGB").getcolors(2**20)) > 50
+
+
+@pytest.mark.parametrize(
+    ("fractions", "recall", "words"),
+    [
+        ([], {"R@1": []}, "there is no curve to draw"),
+        ([0], {}, "there is no curve to draw"),
+        ([0, 1], {"R@1": [0.1]}, "the line 'R@1' has 1 points for 2 fractions; give one each"),
+    ],
+)
+def test_a_backfill_curve_that_cannot_be_drawn(tmp_path, fractions, recall, words):
+    with pytest.raises(DataError, match=words):
+        draw_backfill_curve(fractions, recall, tmp_path / "curve.png")

@@ -84,7 +84,9 @@ def test_images(run, tmp_path):
     ]  # fmt: skip
     run("images", *flags)
     found = read(tmp_path / "r_images.json")
-    assert {"independent", "BCT", "BT²", "OCA", "procrustes"} <= {row["method"] for row in found["rows"]}
+    assert {"independent", "BCT", "BT², λ1 = 5", "OCA", "procrustes"} <= {
+        row["method"] for row in found["rows"]
+    }
     assert found["config"]["images"]["source"] == "photos"  # no folder of this machine
     run("images", *flags)
     assert read(tmp_path / "r_images.json")["cells"] == found["cells"]  # what is trained is used

@@ -93,6 +93,11 @@ class ListedImages(Part):
         self.columns = ("image_path",) if len(ids) and isinstance(images[0], str) else ()
         self._ids, self._images = ids, images
 
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all images, as :meth:`read` gives them; no image is touched."""
+        return [readable(name) for name in self._ids]
+
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
         """Reads images ``start`` to ``stop`` undecoded."""
         for row in range(*slice(start, stop).indices(len(self._ids))):

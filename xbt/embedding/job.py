@@ -160,7 +160,7 @@ def embed_source(
     team.together(lambda: require_same_source(team.rank, job, agreed))
     workers = settings.num_workers
     if workers is None:
-        workers = _choose_workers(encoder, cores_per_process(team.state))
+        workers = choose_workers(encoder, cores_per_process(team.state))
     share = tasks[team.rank :: team.count]
     began = time.monotonic()
 
@@ -180,7 +180,8 @@ def _load(config: EmbedConfig, team: Team) -> DualEncoder:
     return encoder.compile_towers() if config.compile else encoder
 
 
-def _choose_workers(encoder: DualEncoder, cores: int) -> int:
+def choose_workers(encoder: DualEncoder, cores: int) -> int:
+    """How many processes shall decode ahead, for each one that embeds and has so many cores."""
     if encoder.device.type != "cpu":
         return min(cores, 16)
     # On a CPU the model needs the cores itself; one process that reads ahead pays as soon as there are two.

@@ -1,0 +1,150 @@
+"""What large galleries take, from what small ones were measured to: memory, disk, machines and hours."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from xbt.bench import Spread
+from xbt.gallery import Gallery
+from xbt.space import EmbeddingSpace
+
+USED = 0.9
+"""Share of a machine's memory that a gallery may have."""
+
+MEMORY = """
+import json, sys, time
+import faiss, psutil, torch
+from xbt.gallery import Gallery
+
+def used():
+    about = psutil.Process().memory_info()
+    return about.rss - about.shared
+
+before, began = used(), time.perf_counter()
+gallery = Gallery.open(sys.argv[1], read_only=True)
+gallery.prepare()
+ready = time.perf_counter() - began
+gallery.search(torch.nn.functional.normalize(torch.ones(1, gallery.dim), dim=1), 1)
+print(json.dumps({"bytes": used() - before, "seconds": ready}))
+"""
+
+
+@dataclass(frozen=True)
+class IndexCost:
+    """What an item of a gallery costs under one index.
+
+    Attributes:
+        index: FAISS's string.
+        memory: Bytes of memory per item: its vector in the index, its id, and what finds them.
+        disk: Bytes on disk per item.
+        ready: Seconds from opening the gallery to its first search.
+    """
+
+    index: str
+    memory: float
+    disk: float
+    ready: float
+
+
+def measure_index(
+    path: Path, index: str, items: Iterable[tuple[Tensor, list[str]]], space: EmbeddingSpace, count: int
+) -> IndexCost:
+    """Makes a gallery, and opens it in a process that does nothing else.
+
+    Args:
+        path: Where to.
+        index: Which.
+        items: Vectors and ids, some at a time.
+        space: Of the vectors.
+        count: Of all of them.
+    """
+    gallery = Gallery.create(path, space=space, index=index)
+    for vectors, ids in items:
+        gallery.add(vectors, ids)
+    gallery.prepare()
+    gallery.close()
+    told = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(path)], check=True, capture_output=True, text=True
+    )
+    found = json.loads(told.stdout)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return IndexCost(index, found["bytes"] / count, size / count, found["seconds"])
+
+
+def sizing_rows(
+    measured: Sequence[Mapping[str, Any]],
+    costs: Sequence[IndexCost],
+    rows: int,
+    sizes: Sequence[int],
+    machine_gb: float,
+    encoder_rates: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """The sizing table.
+
+    Args:
+        measured: The rows of the first table.
+        costs: What an item costs under each index.
+        rows: Items of the gallery that was measured.
+        sizes: Items to size for.
+        machine_gb: Memory of a machine.
+        encoder_rates: Images per second by encoder.
+    """
+    seconds = {row[""]: row["s in all"] / rows for row in measured if row["s in all"] != ""}
+    writing = next(value for name, value in seconds.items() if name.startswith("backfill"))
+    table: list[dict[str, Any]] = []
+    for size in sizes:
+        add = table_row(size, "to add", hours(size * seconds["add"]))
+        table += [add, table_row(size, "to write a backfill", hours(size * writing))]
+        for name, rate in encoder_rates.items():
+            told = hours(size * max(1 / rate, writing))
+            table.append(table_row(size, f"to backfill with {name} at {rate:g} images/s", told))
+        orders = {name: value for name, value in seconds.items() if name.startswith("order")}
+        table += [table_row(size, f"for the {name}", hours(size * each)) for name, each in orders.items()]
+        table += [quadratic(size, row) for row in measured if row[""].startswith("neighbours")]
+        for cost in costs:
+            memory = size * cost.memory / 1e9
+            machines = math.ceil(memory / (USED * machine_gb))
+            disk = size * cost.disk / 1e9
+            told = f"{memory:,.0f} GB memory = {machines} × {machine_gb:g} GB; {disk:,.0f} GB disk"
+            table.append(table_row(size, f"index {cost.index}", told))
+    return table
+
+
+def table_row(size: int, what: str, told: str) -> dict[str, Any]:
+    """One row of the sizing table."""
+    return {"items": f"{size:,}", "": what, "takes": told}
+
+
+def quadratic(size: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is compared with each other takes the square of the items."""
+    spread: Spread = row["measured"]
+    count = int(row[""].rsplit(", ", 1)[1].split()[0])
+    return table_row(
+        size, "for the neighbours of order rehearsed", hours(spread.median * (size / count) ** 2)
+    )
+
+
+def hours(seconds: float) -> str:
+    """A time as people say it."""
+    return f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds:,.0f} s"
+
+
+def sizing_notes(index_rows: int, rows: int, machine_gb: float, threads: int) -> str:
+    """What the table assumes."""
+    return (
+        f"Memory and disk are those of a gallery of {index_rows:,} items, times the number of items; a "
+        f"machine of {machine_gb:g} GB is filled to {100 * USED:.0f} %. Times are those of {rows:,} items on "
+        f"{threads} threads, times the number of items, or times its square for the neighbours; a backfill's "
+        "hours are the encoder's or the gallery's, whichever is more, in one process. An index of many more "
+        "items wants more lists than the one measured, which adds little memory. Nothing of this size was "
+        "run."
+    )

@@ -1,0 +1,88 @@
+"""The backfill of a gallery: in an order that is kept, by many processes, resumable, within a budget."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from xbt.backfilling.config import MAY_CHANGE, BackfillConfig
+from xbt.backfilling.desk import Desk
+from xbt.backfilling.items import ItemsById, open_items
+from xbt.backfilling.pace import Pace
+from xbt.backfilling.result import BackfillResult
+from xbt.backfilling.work import Chunk, embed_chunks, gathered
+from xbt.embedding.checks import require_writable
+from xbt.embedding.job import choose_workers
+from xbt.embedding.processes import Team, cores_per_process, start_processes
+from xbt.encoders import DualEncoder, load_encoder
+from xbt.run_dir import RunDirectory
+
+
+def run_backfill(config: BackfillConfig) -> BackfillResult:
+    """Moves a gallery's items into the new encoder's space, the most urgent first.
+
+    Every process that ``accelerate launch`` or ``torchrun`` started calls this. They share each stretch of
+    the order, and the main process alone writes it to the gallery, in one step. A job that was killed or has
+    spent its budget continues where it was when the same command is given again, with any number of
+    processes, in the same order; items that were added to the gallery meanwhile come last.
+
+    Args:
+        config: What to do.
+
+    Returns:
+        How far it has come, in every process.
+
+    Raises:
+        XbtError: If a setting, the gallery, an encoder, the images or the directory cannot be used, or the
+            encoder gives NaN. Images that are missing or cannot be decoded are no error: they are listed in
+            ``rejected.jsonl``, their items stay in the old space, and the file may be removed to try again.
+    """
+    path = Path(config.output_dir)
+    team = Team(start_processes(), path)
+    run = team.together(lambda: RunDirectory(path, config, config.overwrite, MAY_CHANGE))
+    items = team.together(lambda: open_items(config.images))
+    team.main_alone(lambda: require_writable(path))
+    encoder = team.together(lambda: _load(config, team))
+    desk = Desk(config, run, encoder, items)
+    with closing(desk):
+        chunks = team.main_alone(desk.prepare)
+        _work(config, team, encoder, items, desk, chunks)
+        result = team.main_alone(desk.finish)
+    if team.is_main:
+        print(result)
+    return result
+
+
+def _work(
+    config: BackfillConfig,
+    team: Team,
+    encoder: DualEncoder,
+    items: ItemsById,
+    desk: Desk,
+    chunks: list[Chunk],
+) -> None:
+    """Embeds chunk after chunk, each process its share, until the desk says why it is enough."""
+    workers = config.num_workers
+    if workers is None:
+        workers = choose_workers(encoder, cores_per_process(team.state))
+    rate = config.items_per_second
+    pace = Pace(None if rate is None else rate / team.count)
+    shares = embed_chunks(encoder, items, chunks, (team.rank, team.count), config.batch_size, workers, pace)
+    total = sum(len(chunk.ids) for chunk in chunks)
+    bar = tqdm(total=total, desc="backfilling", unit="image", disable=not team.is_main)
+    with closing(shares), bar:
+        for chunk in chunks:
+            done = gathered(team, team.together(lambda: next(shares)))
+            why = team.main_alone(partial(desk.commit, chunk, done))
+            bar.update(len(chunk.ids))
+            if why is not None:
+                break
+
+
+def _load(config: BackfillConfig, team: Team) -> DualEncoder:
+    encoder = load_encoder(config.encoder, team.state.device)
+    encoder.precision = config.precision
+    return encoder.compile_towers() if config.compile else encoder
