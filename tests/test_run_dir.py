@@ -85,3 +85,24 @@ def test_a_run_with_tuples_is_recognised(tmp_path):
     RunDirectory(tmp_path, WithTuple())
     with pytest.raises(ConfigError, match=r"mean was \[0.5, 0.25\] and is \[0.5, 0.5\]"):
         RunDirectory(tmp_path, WithTuple(mean=(0.5, 0.5)))
+
+
+@dataclass
+class Grown(Settings):
+    """What Settings became in a later version."""
+
+    own: dict[str, str] = field(default_factory=dict)
+    sharpness: float = 1.0
+
+
+def test_a_setting_learned_since_was_at_its_default(tmp_path):
+    prepared(tmp_path, noise=0.25)
+    RunDirectory(tmp_path, Grown(noise=0.25))
+    with pytest.raises(ConfigError, match=r"sharpness was 1.0 and is 2.0"):
+        RunDirectory(tmp_path, Grown(noise=0.25, sharpness=2.0))
+    with pytest.raises(ConfigError, match=r"noise was 0.25 and is 0.5"):
+        RunDirectory(tmp_path, Grown())
+    RunDirectory(tmp_path / "b", Grown(own={"a": "x"})).prepare()
+    RunDirectory(tmp_path / "b", Grown(own={"a": "x"}))
+    with pytest.raises(ConfigError, match=r"own"):
+        RunDirectory(tmp_path / "b", Grown())

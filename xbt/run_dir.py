@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterable
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from xbt.config import config_to_yaml, flatten
+from xbt.config import config_to_dict, config_to_yaml, flatten
 from xbt.errors import ConfigError
 
 _CONFIG = "config.yaml"
@@ -105,8 +106,10 @@ class RunDirectory:
         recorded = self.path / _CONFIG
         if not recorded.is_file():
             return
-        there = self._identity(yaml.safe_load(recorded.read_text(encoding="utf-8")) or {})
-        now = self._identity(yaml.safe_load(config_to_yaml(self._config)))  # as read back: tuples are lists
+        known = yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}
+        # A setting that xbt has learned since was at what is now its default.
+        there = self._identity(_as_read_back(_filled(known, self._config)))
+        now = self._identity(_as_read_back(config_to_dict(self._config)))
         changed = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
         if changed:
             listed = ", ".join(f"{key} was {there.get(key)!r} and is {now.get(key)!r}" for key in changed[:4])
@@ -118,6 +121,28 @@ class RunDirectory:
 
     def _identity(self, config: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in flatten(config).items() if key not in self._free}
+
+
+def _as_read_back(config: dict[str, Any]) -> dict[str, Any]:
+    """A config as it comes out of its YAML file: tuples are lists."""
+    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(config))
+    return plain
+
+
+def _filled(recorded: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A recorded config with the default of every field that was not known when it was recorded."""
+    filled = dict(recorded)
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.name in recorded:
+            if is_dataclass(value) and isinstance(recorded[each.name], dict):
+                filled[each.name] = _filled(recorded[each.name], value)
+        elif each.default is not MISSING:
+            filled[each.name] = each.default
+        elif each.default_factory is not MISSING:
+            made = each.default_factory()
+            filled[each.name] = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
+    return filled
 
 
 def _write_whole(path: Path, text: str) -> Path:
