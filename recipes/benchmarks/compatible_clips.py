@@ -21,7 +21,7 @@ _PAIRS = 300_000
 class ClipsConfig:
     """Two CLIPs on the built-in scenes per seed."""
 
-    seeds: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7])
+    seeds: list[int] = field(default_factory=lambda: [3, 4, 5])
     """One pair of CLIPs per seed; an empty list leaves them out."""
     runs_dir: str = "runs/benchmarks/upgrade_scenes"
     """Where the CLIPs and XBT's stages are trained, as upgrade_scenes.py does; what is there is used."""
