@@ -42,7 +42,7 @@ def test_notebook_is_made_from_its_source_and_shows_results(source):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # one cell trains two CLIPs: three minutes on two idle cores, more beside other work
+@pytest.mark.timeout(1800)  # one cell trains two CLIPs: three minutes on two idle cores
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_notebook_runs(source, tmp_path):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
