@@ -61,12 +61,13 @@ def run_worlds(config: CompatibleBackbonesBenchmark) -> bool:
         return False
     setting = (
         f"{len(seeds)} worlds of {CLASSES} classes, of which the old model knows {OLD_CLASSES}; MLPs of "
-        f"{config.worlds.dim} dimensions and {config.worlds.extra_dims} extra ones."
+        f"{config.worlds.dim} dimensions"
     )
-    write(
-        config, "worlds", "One upgrade, worlds of vectors", per_seed(seeds, one_step, config.worlds), setting
-    )
-    write(config, "sweep", "BT²'s extra dimensions", per_seed(seeds, sweep, config.worlds), setting)
+    with_extra = f"{setting} and {config.worlds.extra_dims} extra ones."
+    found = per_seed(seeds, one_step, config.worlds)
+    write(config, "worlds", "One upgrade, worlds of vectors", found, with_extra)
+    found = per_seed(seeds, sweep, config.worlds)
+    write(config, "sweep", "BT²'s extra dimensions", found, f"{setting}; λ1 = {config.worlds.new_weight:g}.")
     matrices = {seed: chain(config.worlds, seed) for seed in tqdm(seeds, desc="chains")}
     rows = [chain_row(method, [matrices[seed][method] for seed in seeds]) for method in matrices[seeds[0]]]
     steps = " → ".join(str(count) for count in CHAIN)
@@ -141,8 +142,10 @@ def write(
     notes = (
         f"Percent; mean over {len(seeds)} seeds with its 95 % bootstrap interval over the seeds. {setting} "
         "Queries and gallery are the test items of all classes, a query's own item left out; the first row "
-        "is old/old, which new/old must exceed. Tax: new/new of the independent model less the method's."
+        "is old/old, which new/old must exceed."
     )
+    if "independent" in methods:
+        notes += " Tax: new/new of the independent model less the method's."
     record = {"config": recorded(config), "seeds": seeds, "cells": found}
     write_report(f"{config.results}_{name}", title, table, notes, **record)
 
