@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 import yaml
 
 from xbt.config import config_to_yaml, flatten, parse_config, run_recipe
@@ -139,3 +141,19 @@ def test_bugs_keep_their_traceback(monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         run_recipe(main, Settings)
+
+
+@pytest.mark.parametrize("error", [None, DataError("corpus is empty")])
+def test_the_process_group_is_ended(monkeypatch, tmp_path, error):
+    """Left to the interpreter, gloo's threads abort the process ("terminate called …") after all is done."""
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--source", "a"])
+
+    def main(settings):
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) if error else nullcontext():
+        run_recipe(main, Settings)
+    assert not torch.distributed.is_initialized()

@@ -11,6 +11,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -92,13 +93,21 @@ def run_recipe(main: Callable[[ConfigT], object], config_class: type[ConfigT]) -
     warnings.showwarning = _show_warning
     try:
         main(parse_config(config_class, prog=prog))
+        _leave_processes()
     except (XbtError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"{prog}: error: {error}", file=sys.stderr)
+        _leave_processes()
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted; the same command continues from its last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave_processes() -> None:
+    """Ends the process group: gloo's threads, left running, abort every other process at its exit."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _show_warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class ImagesConfig:
     """Extra dimensions of BT² and OCA."""
     new_weight: float = 5.0
     """BT²'s λ1; the paper's 1 underfits on small data."""
-    epochs: int = 10
+    epochs: int = 30
     """Epochs of every model."""
     batch_size: int = 128
     """Images per step."""
@@ -54,20 +55,25 @@ class ImagesConfig:
     """Peak learning rate of Adam."""
     num_workers: int = 0
     """Processes that load images."""
+    precision: str = "bf16"
+    """What models are trained in: bf16 (autocast; the heads stay in float32) or no."""
     runs_dir: str = "runs/benchmarks/compatible_images"
     """Where the models are trained; those that are there are used."""
 
     def told(self) -> str:
         """What the table is of, in a sentence."""
+        precision = "bf16 autocast" if self.precision == "bf16" else "float32"
         return (
             f"{Path(self.source or '').name}: {self.backbone}, {self.image_size}×{self.image_size} pixels, "
-            f"{self.dim} dimensions and {self.extra_dims} extra ones, {self.epochs} epochs; the old model "
-            f"knows {self.old_classes} classes."
+            f"{self.dim} dimensions and {self.extra_dims} extra ones, {self.epochs} epochs in {precision}; "
+            f"the old model knows {self.old_classes} classes."
         )
 
 
 def image_cells(config: ImagesConfig, seed: int) -> dict[str, Values]:
     """Every method on one upgrade, by name: top-1 and mAP of old/old, new/old and new/new."""
+    # What `accelerate launch --mixed_precision` sets for the processes that it starts.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = config.precision
     out = Path(config.runs_dir) / f"seed_{seed}"
     old = _train(config, seed, out / "old", method="independent", classes=config.old_classes)
     independent = _train(config, seed, out / "independent", method="independent")

@@ -47,7 +47,8 @@ class ImageBackbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(n, 3, height, width) pixels → (n, feature_dim) features."""
-        features: Tensor = self.network(pixels)
+        # Convolutions are a fifth faster on a CPU when the channels of a pixel lie together.
+        features: Tensor = self.network(pixels.contiguous(memory_format=torch.channels_last))
         return features
 
     def description(self) -> dict[str, Any]:
