@@ -11,7 +11,6 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -106,7 +105,8 @@ def run_recipe(main: Callable[[ConfigT], object], config_class: type[ConfigT]) -
 
 def _leave_processes() -> None:
     """Ends the process group: gloo's threads, left running, abort every other process at its exit."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    torch = sys.modules.get("torch")  # a command that never needed it, --help say, must not wait for it
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
