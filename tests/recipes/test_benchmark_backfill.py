@@ -72,3 +72,36 @@ def test_nothing_to_measure_on_is_one_sentence(run, capsys):
         run("--scenes.seeds", "[]")
     assert raised.value.code == 2
     assert "give --flickr8k, --others or scene seeds" in capsys.readouterr().err
+
+
+def test_the_curves_begin_at_new_old_and_end_at_new_new(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    world = make_vector_world(*WORLDS["much better"], n_corpus=300, n_support=1, n_test=80)
+    test = {name: rows.numpy() for name, rows in world.test.items()}
+    pair = {f"val_{name.removesuffix('s')}": rows for name, rows in test.items() if name != "image_of_text"}
+    np.savez(
+        tmp_path / "pair.npz",
+        **pair,
+        corpus_new_text=world.corpus_new.numpy(),
+        corpus_old_text=world.corpus_old.numpy(),
+    )
+    flags = ["--flickr8k", str(tmp_path / "pair.npz"), "--scenes.seeds", "[]", "--sample_queries", "100"]
+    monkeypatch.setattr(sys, "argv", ["backfill_curves.py", *flags, "--results", str(tmp_path / "r")])
+    runpy.run_path(str(BENCHMARKS / "backfill_curves.py"), run_name="__main__")
+    found = json.loads((tmp_path / "r.json").read_text())
+    table = found["rows"]
+    assert [row["backfilled"] for row in table] == [f"{tenth} %" for tenth in range(0, 101, 10)]
+    for tenth in (0, 10):
+        assert table[tenth]["flickr8k, random"] == table[tenth]["flickr8k, rehearsed (ours)"]
+    # Independent numbers: everything is backfilled, so that new queries search new images, in either half.
+    full = [
+        np.mean(list(recall_at_k(test["new_texts"][texts], test["new_images"][images], owners).values()))
+        for texts, images in ((slice(0, 200), slice(0, 40)), (slice(200, 400), slice(40, 80)))
+        for owners in [[[row // 5] for row in range(200)]]
+    ]
+    assert table[10]["flickr8k, random"].startswith(f"{100 * np.mean(full):.1f} ")
+    steps = found["steps"]["flickr8k"]["random"]["R@1"]
+    assert len(steps) == 10
+    assert all(low <= gain <= high for gain, low, high in steps)
+    assert "have a paired interval that lies below zero" in found["notes"]
+    assert (tmp_path / "r_flickr8k.png").stat().st_size > 10_000
