@@ -109,7 +109,7 @@ def sizing_rows(
             table.append(table_row(size, f"to backfill with {name} at {rate:g} images/s", told))
         orders = {name: value for name, value in seconds.items() if name.startswith("order")}
         table += [table_row(size, f"for the {name}", hours(size * each)) for name, each in orders.items()]
-        table += [quadratic(size, row) for row in measured if row[""].startswith("neighbours")]
+        table += [neighbours(size, row) for row in measured if row[""].startswith("neighbours")]
         for cost in costs:
             memory = size * cost.memory / 1e9
             machines = math.ceil(memory / (USED * machine_gb))
@@ -124,12 +124,12 @@ def table_row(size: int, what: str, told: str) -> dict[str, Any]:
     return {"items": f"{size:,}", "": what, "takes": told}
 
 
-def quadratic(size: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is compared with each other takes the square of the items."""
+def neighbours(size: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    """An item is compared with what a fixed number of lists hold, which are as many as the root of all."""
     spread: Spread = row["measured"]
     count = int(row[""].rsplit(", ", 1)[1].split()[0])
     return table_row(
-        size, "for the neighbours of order rehearsed", hours(spread.median * (size / count) ** 2)
+        size, "for the neighbours of order rehearsed", hours(spread.median * (size / count) ** 1.5)
     )
 
 
@@ -143,8 +143,8 @@ def sizing_notes(index_rows: int, rows: int, machine_gb: float, threads: int) ->
     return (
         f"Memory and disk are those of a gallery of {index_rows:,} items, times the number of items; a "
         f"machine of {machine_gb:g} GB is filled to {100 * USED:.0f} %. Times are those of {rows:,} items on "
-        f"{threads} threads, times the number of items, or times its square for the neighbours; a backfill's "
-        "hours are the encoder's or the gallery's, whichever is more, in one process. An index of many more "
-        "items wants more lists than the one measured, which adds little memory. Nothing of this size was "
-        "run."
+        f"{threads} threads, times the number of items, or times its power of 1.5 for the neighbours; a "
+        "backfill's hours are the encoder's or the gallery's, whichever is more, in one process. An index of "
+        "many more items wants more lists than the one measured, which adds little memory. Nothing of this "
+        "size was run."
     )

@@ -14,8 +14,9 @@ from xbt.gallery.backfill_curve import backfill_curve
 from xbt.gallery.backfill_ranks import MixedScores
 from xbt.gallery.calibration import fit_kind
 from xbt.gallery.merge import RankMerge, RawMerge
+from xbt.gallery.neighbours import nearest_items
 from xbt.gallery.order_fastfill import fastfill_order
-from xbt.gallery.order_features import FEATURES, Slopes, item_features, nearest_items, search_statistics
+from xbt.gallery.order_features import FEATURES, Slopes, item_features, search_statistics
 from xbt.gallery.order_gains import moving_gains
 from xbt.gallery.order_rehearsal import fit_rehearsed_order
 from xbt.gallery.order_spread import spread_out
@@ -157,7 +158,7 @@ def test_features_are_percentiles_and_neighbours_exact(monkeypatch):
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     cosines = centred @ centred.T
     np.fill_diagonal(cosines, -2)
-    monkeypatch.setattr("xbt.gallery.order_features.SCORES_AT_ONCE", 40 * 7)
+    monkeypatch.setattr("xbt.gallery.neighbours.SCORES_AT_ONCE", 40 * 7)
     values, near = nearest_items(items, 5)
     np.testing.assert_array_equal(near.numpy(), np.argsort(-cosines, axis=1)[:, :5])
     features = item_features(items, 2 * items, rows(30, 6, 4), rows(30, 6, 5), Slopes(3.0, 5.0), values)

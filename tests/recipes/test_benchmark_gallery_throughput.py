@@ -61,7 +61,7 @@ def test_sizes_are_multiplied(script):
         "to add": "2.8 h",
         "to write a backfill": "5.6 h",
         "to backfill with fast at 1000 images/s": "5.6 h",
-        "for the neighbours of order rehearsed": "555.6 h",
+        "for the neighbours of order rehearsed": "17.6 h",
         "index Flat": "2 GB memory = 3 × 1 GB; 1 GB disk",
     }
 

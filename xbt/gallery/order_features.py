@@ -13,7 +13,6 @@ from xbt.gallery.orders import SCORES_AT_ONCE
 SHARES = (0.002, 0.02, 0.1)
 """Shares of the gallery that count as found."""
 MAPPED_SHARE = 0.02
-NEIGHBOURS = 20
 NEAREST = 10
 
 FOUND = (
@@ -92,29 +91,6 @@ def search_statistics(
     return Search(found, summed, greatest, total / len(queries), highest)
 
 
-def nearest_items(items: Tensor, count: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
-    """Similarities and rows of every item's nearest others, by cosine about the mean; exact, O(m²).
-
-    Args:
-        items: (m, dim).
-        count: How many neighbours; all others if there are fewer.
-
-    Returns:
-        (m, count) cosines, descending, and (m, count) int64 rows.
-    """
-    centred = normalize(items - items.mean(dim=0), dim=1)
-    count = min(count, len(items) - 1)
-    cosines, rows = [], []
-    step = max(1, SCORES_AT_ONCE // len(items))
-    for start in range(0, len(items), step):
-        part = centred[start : start + step] @ centred.T
-        part[torch.arange(len(part)), torch.arange(start, start + len(part))] = -torch.inf
-        best = part.topk(count, dim=1)
-        cosines.append(best.values)
-        rows.append(best.indices)
-    return torch.cat(cosines), torch.cat(rows)
-
-
 def item_features(
     items: Tensor,
     mapped: Tensor,
@@ -131,7 +107,7 @@ def item_features(
         old_queries: (n, old_dim) sample queries in the old space.
         new_queries: (n, new_dim) the same in the new space.
         slopes: Of both parts' log-odds.
-        neighbour_cosines: (m, k) of :func:`nearest_items`.
+        neighbour_cosines: (m, k) of :func:`~xbt.gallery.neighbours.nearest_items`.
 
     Returns:
         (m, len(FEATURES)) float32, each column of mean 0 and variance 1.

@@ -15,8 +15,9 @@ from xbt.gallery.backfill_curve import backfill_curve
 from xbt.gallery.backfill_ranks import MixedScores
 from xbt.gallery.calibration import logistic_fit
 from xbt.gallery.merge import Merge
+from xbt.gallery.neighbours import nearest_items
 from xbt.gallery.order_fastfill import out_of_fold
-from xbt.gallery.order_features import FEATURES, FOUND, Slopes, item_features, nearest_items
+from xbt.gallery.order_features import FEATURES, FOUND, Slopes, item_features
 from xbt.gallery.order_gains import moving_gains
 from xbt.gallery.order_spread import spread_out
 from xbt.gallery.orders import require_same_dim
@@ -54,7 +55,8 @@ class RehearsedOrder:
     def order(self, gallery: Vectors) -> Tensor:
         """Orders a gallery of which the old vectors alone are known, most urgent first.
 
-        It compares all items with the sample queries and with each other: O(m (n + m)) products.
+        It compares all items with the n sample queries, and each with those near it
+        (:func:`~xbt.gallery.neighbours.nearest_items`): O(m·n + m^1.5) products in a large gallery.
 
         Args:
             gallery: (m, old_dim) the items' old vectors, at least two.
