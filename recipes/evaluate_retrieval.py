@@ -1,9 +1,14 @@
-"""Measure old/old, new/old and new/new retrieval: T2I and I2T, R@1/5/10, and whether the criterion is met.
+r"""Measure old/old, new/old and new/new retrieval: T2I and I2T, R@1/5/10, and whether the criterion is met.
 
     accelerate launch recipes/evaluate_retrieval.py --config recipes/configs/evaluate_b32_l14.yaml
 
 R@k is the hit rate of CLIP's papers, with exact ranks; ties count against us. The table goes to standard
 output, JSON and Markdown to the output directory.
+
+For published numbers, one file for the models and one for the data, whose protocol is checked:
+
+    accelerate launch recipes/evaluate_retrieval.py --config recipes/configs/evaluate_pair_b32_h14.yaml \
+        --config recipes/configs/evaluate_on_coco_5k.yaml --output_dir runs/b32_h14/coco_5k
 
 Not supported: several processes.
 """
@@ -15,7 +20,7 @@ from xbt.evaluation_job import EvaluationConfig, run_evaluation
 
 def main(config: EvaluationConfig) -> None:
     """Measures and prints."""
-    print(format_table(run_evaluation(config)))
+    run_evaluation(config, show=lambda report: print(format_table(report)))
 
 
 if __name__ == "__main__":

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from xbt.compatible import CompatibleEncoder
-from xbt.compatible.saving import ENSEMBLE_DIR
-from xbt.data import PairSource, load_readable_pairs
-from xbt.encoders import DualEncoder, load_encoder
-from xbt.errors import ConfigError
-from xbt.evaluation.cells import RetrievalReport, evaluate_retrieval
+from xbt.compatible import load_upgraded
+from xbt.data import ImageTextPairs, PairSource, Rejected, load_pairs, load_readable_pairs
+from xbt.encoders import load_encoder
+from xbt.errors import ConfigError, DataError
+from xbt.evaluation.cells import evaluate_retrieval
+from xbt.evaluation.expected import CheckedReport, Expectation, check_report
+from xbt.evaluation.protocols import PROTOCOLS, Protocol, average_folds, find_protocol
 from xbt.evaluation.table import format_markdown
-from xbt.hub import fetch, read_json
-from xbt.projections import Projection
 from xbt.run_dir import RunDirectory
 
 
@@ -41,47 +41,92 @@ class EvaluationConfig:
     """By label, compatible encoders to be measured on galleries of their own, as new/new (label)."""
     ks: list[int] = field(default_factory=lambda: [1, 5, 10])
     """Cut-offs of R@k."""
+    protocol: str | None = None
+    """What the pairs claim to be: flickr30k_1k, coco_5k, coco_1k, flickr30k_all, coco_2014_val or
+    nocaps_val. Its counts are checked before anything is encoded, and its folds are averaged."""
+    expected: list[Expectation] = field(default_factory=list)
+    """Published values to compare with; those of other models are passed over."""
+    fail_on_mismatch: bool = False
+    """End with an error, after the results are written, if a published value is not reproduced."""
     device: str | None = None
     """Where the encoders run; the GPU if there is one."""
     overwrite: bool = False
     """Replace the results of another evaluation in the output directory."""
 
 
-def run_evaluation(config: EvaluationConfig) -> RetrievalReport:
+def run_evaluation(
+    config: EvaluationConfig,
+    show: Callable[[CheckedReport], object] | None = None,
+    protocols: Mapping[str, Protocol] = PROTOCOLS,
+) -> CheckedReport:
     """Measures the cells and writes them to the output directory.
 
     Args:
         config: What to measure.
+        show: Called with the report before a mismatch can end the job.
+        protocols: The protocols that ``config.protocol`` can name.
 
     Returns:
         The report; ``format_table`` prints it.
 
     Raises:
         XbtError: If an encoder, a saved part or the pairs cannot be used.
+        DataError: If the pairs are not what the protocol says, or with ``fail_on_mismatch`` a published value
+            is not reproduced; everything is written by then.
 
     Warns:
         UserWarning: If images were left out because they cannot be decoded.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("the evaluation runs in one process; launch it with --num_processes 1")
-    run = RunDirectory(config.output_dir, config, config.overwrite)
+    run = RunDirectory(
+        config.output_dir, config, config.overwrite, may_change=["expected", "fail_on_mismatch"]
+    )
+    protocol = None if config.protocol is None else find_protocol(config.protocol, protocols)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pairs, rejected = load_readable_pairs(config.pairs, progress=True)
+    folds, rejected = _load(config.pairs, protocol)
     old, new = load_encoder(config.old, device), load_encoder(config.new, device)
-    upgraded = {label: _load_upgraded(path, config, device) for label, path in config.upgraded.items()}
-    own = {label: _load_upgraded(path, config, device) for label, path in config.own.items()}
-    report = evaluate_retrieval(pairs, old, new, upgraded, tuple(config.ks), progress=True, own=own)
+    upgraded, own = (
+        {label: load_upgraded(path, config.new, config.old, device) for label, path in given.items()}
+        for given in (config.upgraded, config.own)
+    )
+    measured = average_folds(
+        [evaluate_retrieval(fold, old, new, upgraded, tuple(config.ks), True, own) for fold in folds]
+    )
+    # The cell of a single upgrade bears no label.
+    names = {f"new/old ({label})": "new/old" for label in upgraded} if len(upgraded) == 1 else {}
+    report = check_report(measured, protocol, config.expected, config.old, config.new, names)
+    _write(run, report, rejected)
+    if show is not None:
+        show(report)
+    if config.fail_on_mismatch:
+        report.require_agreement()
+    return report
+
+
+def _load(source: PairSource, protocol: Protocol | None) -> tuple[list[ImageTextPairs], list[Rejected]]:
+    """The pairs, in folds; under a protocol not one image may be missing."""
+    if protocol is None:
+        pairs, rejected = load_readable_pairs(source, progress=True)
+        return [pairs], rejected
+    if source.limit is not None and source.kind != "scenes":
+        raise ConfigError(
+            f"limit {source.limit} was given with the protocol {protocol.name!r}, which takes every image; "
+            "leave one of them out"
+        )
+    pairs = load_pairs(source)
+    folds = protocol.prepare(pairs, source.source)  # counting first: decoding takes minutes
+    _, rejected = pairs.drop_unreadable(progress=True)
+    if rejected:
+        raise DataError(
+            f"the protocol {protocol.name!r} takes every image, but {len(rejected)} of {len(pairs)} cannot "
+            f"be read, first: {rejected[0].reason}; get them again, or leave the protocol out"
+        )
+    return folds, []
+
+
+def _write(run: RunDirectory, report: CheckedReport, rejected: list[Rejected]) -> None:
     run.prepare()
     skipped = [{"id": each.id, "reason": each.reason} for each in rejected]
     run.write_json("retrieval.json", {**report.to_dict(), "skipped_images": skipped})
     (run.path / "retrieval.md").write_text(format_markdown(report) + "\n", encoding="utf-8")
-    return report
-
-
-def _load_upgraded(source: str, config: EvaluationConfig, device: str) -> DualEncoder:
-    """A compatible encoder as saved, or the new encoder behind a projection alone."""
-    directory = fetch(source)
-    if "kind" in read_json(directory / "config.json"):
-        return CompatibleEncoder(load_encoder(config.new, device), Projection.from_pretrained(directory))
-    old = config.old if (directory / ENSEMBLE_DIR).is_dir() else None
-    return CompatibleEncoder.from_pretrained(directory, base=config.new, old=old, device=device)

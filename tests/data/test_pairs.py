@@ -124,9 +124,12 @@ def test_malformed_karpathy(coco, change, message):
 def test_sources_that_are_no_pairs(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.json").write_text('{"annotations": [], "images": []}')
+    (tmp_path / "a.csv").write_text("a")
     with pytest.raises(DataError, match="give a Karpathy split file"):
+        load_pairs(str(tmp_path / "a.csv"))
+    with pytest.raises(DataError, match="names no image: captions alone are no pairs"):
         load_pairs(str(tmp_path / "a.txt"))
-    with pytest.raises(DataError, match="not in Karpathy's format"):
+    with pytest.raises(DataError, match=r"neither in Karpathy's format .* nor in COCO's"):
         load_pairs(str(tmp_path / "a.json"))
     with pytest.raises(DataError, match="is a directory"):
         load_pairs(str(tmp_path))
@@ -169,9 +172,9 @@ def test_parquet_directory_with_lists_and_splits(tmp_path):
     assert pairs.captions == [["a", "A"], ["b"], ["d"]]
     assert colour_of(pairs, 0) == COLOURS[0]
     with pytest.raises(DataError, match="no column 'image'; it has jpg, text"):
-        load_pairs(PairSource(f"hf:{tmp_path}"))
+        load_pairs(PairSource(f"hf:{tmp_path}", image_column="image"))
     with pytest.raises(DataError, match="no column 'caption'; it has jpg, text"):
-        load_pairs(PairSource(f"hf:{tmp_path}", image_column="jpg"))
+        load_pairs(PairSource(f"hf:{tmp_path}", caption_column="caption"))
     with pytest.raises(DataError, match="no split 'val'"):
         load_pairs(PairSource(f"hf:{tmp_path}", split="val"))
 

@@ -108,7 +108,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[Row]:
 def named_rows(value: Any, name: str, where: str) -> Iterator[Row]:
     """The captions of one cell and their ids: the row's own, with ``#<position>`` if it holds a list."""
     told = as_captions(value, where)
-    if not isinstance(value, list):
+    if len(told) == 1 and not isinstance(value, list):
         yield name, told[0]
         return
     for position, caption in enumerate(told):
@@ -116,7 +116,10 @@ def named_rows(value: Any, name: str, where: str) -> Iterator[Row]:
 
 
 def as_captions(value: Any, where: str) -> list[str | None]:
-    """Returns a cell as a list of captions: it may hold a string, a list of strings, or nothing.
+    """Returns a cell as a list of captions.
+
+    It may hold a string, a list of strings, or nothing; in place of a string or of the list, also Karpathy's
+    structure with the string or strings under ``raw``.
 
     Args:
         value: The cell.
@@ -128,7 +131,8 @@ def as_captions(value: Any, where: str) -> list[str | None]:
     Raises:
         DataError: If it holds something else.
     """
-    told = value if isinstance(value, list) else [value]
+    raw = _raw(value)
+    told = [_raw(item) for item in raw] if isinstance(raw, list) else [raw]
     for item in told:
         if item is not None and not isinstance(item, str):
             raise DataError(
@@ -136,3 +140,7 @@ def as_captions(value: Any, where: str) -> list[str | None]:
                 "column that holds text"
             )
     return told
+
+
+def _raw(value: Any) -> Any:
+    return value["raw"] if isinstance(value, dict) and "raw" in value else value

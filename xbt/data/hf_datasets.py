@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, overload
 
 import datasets
 
+from xbt.data.splits import ALL_SPLITS, choose_splits
 from xbt.errors import DataError
 from xbt.images import ImageSource
 
 HUB_PREFIX = "hf:"
+SPLIT_COLUMN = "split"
 
 
 def open_dataset(source: str, subset: str | None = None, split: str | None = None) -> Any:
@@ -22,7 +25,8 @@ def open_dataset(source: str, subset: str | None = None, split: str | None = Non
         source: ``hf:`` and the name of a Hub data set, or a local directory that ``Dataset.save_to_disk``
             made or that holds parquet or jsonl files.
         subset: Configuration of a Hub data set.
-        split: Which split; may be left out where there is only one.
+        split: Which split; may be left out where there is only one. Several are joined by ``+``, and ``all``
+            takes every one.
 
     Returns:
         A ``datasets.Dataset``, nothing of it decoded.
@@ -30,31 +34,69 @@ def open_dataset(source: str, subset: str | None = None, split: str | None = Non
     Raises:
         DataError: If it cannot be opened, there is no such split, or there are several and none is chosen.
     """
+    opened = _open(_directory(source), source, subset, split)
+    return _choose_split(opened, source, split)
+
+
+def open_rows(source: str, subset: str | None, split: str | None, split_column: str | None) -> Any:
+    """Opens the wanted rows of a data set whose splits are its own, or are told by a column.
+
+    A data set with a single split and a column ``split`` is Karpathy's file as a table: the column then has
+    the last word, for its one split may be called ``"test"`` and hold the training images as well.
+
+    Args:
+        source: As for :func:`open_dataset`.
+        subset: Configuration of a Hub data set.
+        split: Which splits, as for :func:`open_dataset`.
+        split_column: The column that tells them, where it has another name or there are several splits as
+            well.
+
+    Returns:
+        A ``datasets.Dataset``, nothing of it decoded.
+
+    Raises:
+        DataError: As :func:`open_dataset`, or if there is no such column.
+    """
+    directory = _directory(source)
+    if directory is None:
+        with _opening(source):
+            single = len(datasets.get_dataset_split_names(source.removeprefix(HUB_PREFIX), subset)) == 1
+        opened = _open(None, source, subset, ALL_SPLITS if single or split_column is not None else split)
+    else:
+        opened = _open(directory, source, subset, None)
+    if split_column is None:
+        split_column = _telling_column(opened, split)
+    if split_column is None:
+        return _choose_split(opened, source, split)
+    rows = _choose_split(opened, source, ALL_SPLITS)
+    told = [str(value) for value in read_column(rows, split_column, source)]
+    wanted = choose_splits(split, sorted(set(told)), f"{source}, column {split_column!r},")
+    return rows.select([row for row, name in enumerate(told) if name in wanted])
+
+
+def _telling_column(opened: Any, split: str | None) -> str | None:
+    if isinstance(opened, datasets.DatasetDict):
+        if len(opened) > 1:
+            return None
+        opened = next(iter(opened.values()))
+    return SPLIT_COLUMN if split is not None and SPLIT_COLUMN in opened.column_names else None
+
+
+def _directory(source: str) -> Path | None:
+    """The local directory that a source names, if it names one."""
     name = source.removeprefix(HUB_PREFIX)
     directory = Path(name).expanduser()
     if directory.is_file():
         raise DataError(f"{source} is a file; leave out hf: to read it, or name its directory")
     if name.startswith(("/", ".", "~")) and not directory.exists():
         raise DataError(f"{source}: the directory {directory} does not exist; check the path")
-    opened = _open(directory if directory.is_dir() else None, source, subset, split)
-    if isinstance(opened, datasets.DatasetDict):
-        return _choose_split(opened, source, split)
-    if split is not None and opened.split is not None and str(opened.split) != split:
-        raise DataError(f"{source} has no split {split!r}; it has only {opened.split}")
-    if split is not None and opened.split is None:
-        raise DataError(f"{source} has no splits, but {split!r} was asked for; leave split out")
-    return opened
+    return directory if directory.is_dir() else None
 
 
-def _open(directory: Path | None, source: str, subset: str | None, split: str | None) -> Any:
-    name = source.removeprefix(HUB_PREFIX)
+@contextmanager
+def _opening(source: str) -> Iterator[None]:
     try:
-        if directory is None:
-            # Asking for the split lets a Hub data set be downloaded in part.
-            return datasets.load_dataset(name, subset, split=split)
-        if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(directory))
-        return datasets.load_dataset(str(directory), subset, cache_dir=str(_cache_of(directory)))
+        yield
     except Exception as error:
         # The hub client, fsspec, pyarrow and the builders share no kind of error.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
@@ -62,6 +104,17 @@ def _open(directory: Path | None, source: str, subset: str | None, split: str | 
             f"{source} cannot be opened ({type(error).__name__}: {reason}); check its name and subset, "
             "and that it holds parquet or jsonl files rather than a loading script"
         ) from error
+
+
+def _open(directory: Path | None, source: str, subset: str | None, split: str | None) -> Any:
+    with _opening(source):
+        if directory is None:
+            # Asking for the split lets a Hub data set be downloaded in part.
+            part = None if split == ALL_SPLITS else split
+            return datasets.load_dataset(source.removeprefix(HUB_PREFIX), subset, split=part)
+        if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
+            return datasets.load_from_disk(str(directory))
+        return datasets.load_dataset(str(directory), subset, cache_dir=str(_cache_of(directory)))
 
 
 def _cache_of(directory: Path) -> Path:
@@ -80,14 +133,17 @@ def _cache_of(directory: Path) -> Path:
 
 
 def _choose_split(opened: Any, source: str, split: str | None) -> Any:
-    names = ", ".join(opened)
-    if split is None:
-        if len(opened) > 1:
-            raise DataError(f"{source} has the splits {names}; choose one with split")
-        split = next(iter(opened))
-    if split not in opened:
-        raise DataError(f"{source} has no split {split!r}; it has {names}")
-    return opened[split]
+    if not isinstance(opened, datasets.DatasetDict):
+        own = None if opened.split is None else str(opened.split)
+        if split in (None, ALL_SPLITS, own):
+            return opened
+        if own is None:
+            raise DataError(f"{source} has no splits, but {split!r} was asked for; leave split out")
+        raise DataError(f"{source} has no split {split!r}; it has only {own}")
+    if split is None and len(opened) > 1:
+        raise DataError(f"{source} has the splits {', '.join(opened)}; choose one with split")
+    chosen = [opened[name] for name in choose_splits(split, list(opened), source)]
+    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 
 
 def check_column(column: str, columns: Sequence[str], where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import overload
@@ -13,6 +14,7 @@ IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jp2", ".avif", ".ppm"]
 )
 """Suffixes, in lower case, by which images are recognised in folders and in tar files."""
+_COCO_NAME = re.compile(r"COCO_((?:train|val|test)\d{4})_\d+\.")
 
 
 class JoinedPaths(Sequence[str]):
@@ -56,6 +58,41 @@ def list_images(folder: Path) -> list[str]:
             f"files write {folder}/*.tar"
         )
     return names
+
+
+def find_images(names: Sequence[str], root: Path) -> list[str]:
+    """Finds image files by the names that a caption file gives them.
+
+    COCO's files disagree about folders (``val2014/COCO_val2014_...jpg`` in Karpathy's, the bare name in the
+    official ones), and so do the places where people unpack them: a name is looked for as it stands, without
+    its folder, and in the folder that COCO's own names tell.
+
+    Args:
+        names: Names, perhaps with a folder.
+        root: Folder that they are relative to.
+
+    Returns:
+        The path of each image.
+
+    Raises:
+        DataError: If files are missing; the message counts them and names the first.
+    """
+    found = [next((path for path in _places(name, root) if path.is_file()), None) for name in names]
+    missing = [name for name, path in zip(names, found, strict=True) if path is None]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(names)} image files are missing, first {missing[0]}, "
+            f"under {root}; set image_root to the folder that holds the images"
+        )
+    return [str(path) for path in found]
+
+
+def _places(name: str, root: Path) -> Iterator[Path]:
+    yield root / name
+    base = name.rpartition("/")[2]
+    yield root / base
+    if told := _COCO_NAME.match(base):
+        yield root / told[1] / base
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:

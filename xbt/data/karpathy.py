@@ -6,12 +6,12 @@ six or seven captions, all of which count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xbt.data.files import read_json
+from xbt.data.splits import choose_splits
 from xbt.errors import DataError
 
 
@@ -37,7 +37,8 @@ def read_karpathy(path: Path, split: str | None = None) -> list[KarpathyImage]:
 
     Args:
         path: The ``dataset_*.json`` file.
-        split: ``train`` means the split of that name alone; ``train+restval`` joins two; None takes all.
+        split: ``train`` means the split of that name alone; ``train+restval`` joins two; ``all`` or None
+            takes every one. COCO's own train set is ``train+restval``.
 
     Returns:
         The images of the split, in the file's order.
@@ -62,35 +63,8 @@ def parse_karpathy(content: Any, path: Path, split: str | None = None) -> list[K
     images = [_parse_record(record, position, path) for position, record in enumerate(records)]
     if split is None:
         return images
-    present = sorted({image.split for image in images})
-    wanted = [name.strip() for name in split.split("+")]
-    for name in wanted:
-        if name not in present:
-            raise DataError(f"{path} has no split {name!r}; it has {', '.join(present)}")
+    wanted = choose_splits(split, sorted({image.split for image in images}), str(path))
     return [image for image in images if image.split in wanted]
-
-
-def find_images(images: Sequence[KarpathyImage], root: Path) -> list[str]:
-    """Finds the image files of records.
-
-    Args:
-        images: The records.
-        root: Folder that their names are relative to.
-
-    Returns:
-        The path of each image.
-
-    Raises:
-        DataError: If files are missing; the message counts them and names the first.
-    """
-    paths = [root / image.name for image in images]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(paths)} image files are missing, first {missing[0].relative_to(root)}, "
-            f"under {root}; set image_root to the folder that holds the images"
-        )
-    return [str(path) for path in paths]
 
 
 def _parse_record(record: Any, position: int, path: Path) -> KarpathyImage:

@@ -1,62 +1,29 @@
-"""Where image–text pairs come from: Karpathy's splits, Hugging Face data sets or the built-in scenes."""
+"""Loading image–text pairs: caption files, CLIP_benchmark's tars, Hugging Face data sets, the scenes."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from xbt.data.caption_files import as_captions
-from xbt.data.captions import check_source
-from xbt.data.files import check_is_file, kind_of
-from xbt.data.hf_datasets import HUB_PREFIX, HubImages, open_dataset, read_column
+from xbt.data.hf_pairs import read_hub_pairs
+from xbt.data.image_folder import find_images
 from xbt.data.image_text_pairs import ImageTextPairs, Rejected, choose_subset
-from xbt.data.karpathy import find_images, read_karpathy
+from xbt.data.pair_files import read_pair_file
+from xbt.data.pair_source import PairSource
+from xbt.data.retrieval_folders import read_retrieval_folder
 from xbt.data.scenes import DEFAULT_COUNT, make_scenes
-from xbt.errors import ConfigError, DataError
+from xbt.errors import DataError
 from xbt.images import ImageSource
 
 __all__ = ["ImageTextPairs", "PairSource", "Rejected", "load_pairs", "load_readable_pairs"]
 
 
-@dataclass
-class PairSource:
-    """Where images with captions come from.
-
-    Raises:
-        ConfigError: If ``limit`` is below 1 or ``source`` is empty.
-    """
-
-    source: str
-    """A Karpathy split file (dataset_*.json or .json.gz), hf: and a Hub data set or a local directory, or
-    scenes for the built-in world."""
-    image_root: str | None = None
-    """Folder that image names are relative to; for a Karpathy file, the file's own folder by default."""
-    split: str | None = None
-    """Split to read; a + joins two of Karpathy's."""
-    image_column: str = "image"
-    """Column of an hf: source that holds the image, its bytes or its path."""
-    caption_column: str = "caption"
-    """Column of an hf: source that holds a caption or a list of captions."""
-    subset: str | None = None
-    """Configuration of a Hub data set."""
-    limit: int | None = None
-    """Take only so many images, chosen at random with the seed, in the original order."""
-    seed: int = 0
-    """Seed of that choice."""
-    image_size: int = 32
-    """Side in pixels of the built-in scenes; other sources ignore it."""
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        check_source(self.source, self.limit)
-
-
 def load_pairs(source: PairSource | str) -> ImageTextPairs:
     """Loads images with their captions; no image is decoded yet.
 
-    Images without a caption are left out, with a warning that counts them.
+    Captions are stripped. Blank ones and images without a caption are left out, with a warning that counts
+    them: a blank query has no answer, and an image without captions none that asks for it.
 
     Args:
         source: What to load; a plain string stands for ``PairSource(string)``.
@@ -66,23 +33,25 @@ def load_pairs(source: PairSource | str) -> ImageTextPairs:
 
     Raises:
         ConfigError: If an option does not apply to this kind of source.
-        DataError: If the source cannot be read, image files are missing, or no image has a caption.
+        DataError: If the source cannot be read, image files are missing, an image comes twice, or no image
+            has a caption.
+
+    Warns:
+        UserWarning: If captions or images were left out.
 
     Example:
         >>> load_pairs(PairSource("dataset_flickr30k.json", image_root="flickr30k-images", split="test"))
-        >>> load_pairs(PairSource("hf:royokong/coco_test", caption_column="text"))
+        >>> load_pairs(PairSource("dataset_coco.json", image_root="coco", split="val+restval"))
+        >>> load_pairs(PairSource("hf://datasets/clip-benchmark/wds_mscoco_captions", split="test"))
+        >>> load_pairs("hf:royokong/coco_test")
     """
     if isinstance(source, str):
         source = PairSource(source)
-    if source.subset is not None and not source.source.startswith(HUB_PREFIX):
-        raise ConfigError(
-            f"subset {source.subset!r} was given with {source.source}, but only hf: sources have subsets; "
-            "leave it out"
-        )
-    if source.source == "scenes":
+    source.check_options()
+    if source.kind == "scenes":
         count = source.limit or DEFAULT_COUNT
         return make_scenes(count, source.seed, source.split or "train", source.image_size)
-    pairs = _load_hub(source) if source.source.startswith(HUB_PREFIX) else _load_karpathy(source)
+    pairs = _with_captions(*_read(source), source.source)
     return pairs.select(choose_subset(len(pairs), source.limit, source.seed)) if source.limit else pairs
 
 
@@ -113,47 +82,39 @@ def load_readable_pairs(
     return pairs, rejected
 
 
-def _load_karpathy(source: PairSource) -> ImageTextPairs:
+def _read(source: PairSource) -> tuple[list[str], Sequence[ImageSource], list[list[str]]]:
+    """Ids, undecoded images, and the captions as they stand."""
+    if source.kind == "hf":
+        return read_hub_pairs(source)
+    if source.kind == "tars":
+        return read_retrieval_folder(source.source, source.split)
     path = Path(source.source).expanduser()
-    check_is_file(path)
-    if kind_of(path) != ".json":
-        raise DataError(
-            f"pairs cannot be loaded from {path}: give a Karpathy split file (.json or .json.gz), hf: and a "
-            "data set, or scenes"
-        )
-    records = read_karpathy(path, source.split)
+    names, captions = read_pair_file(path, source.split)
     root = path.parent if source.image_root is None else Path(source.image_root).expanduser()
-    paths = find_images(records, root)
-    captions = [[told for told in record.sentences if told] for record in records]
-    return _with_captions([record.name for record in records], paths, captions, source.source)
-
-
-def _load_hub(source: PairSource) -> ImageTextPairs:
-    dataset = open_dataset(source.source, source.subset, source.split)
-    images = HubImages(dataset, source.image_column, source.source, source.image_root)
-    captions = []
-    for row, value in enumerate(read_column(dataset, source.caption_column, source.source)):
-        where = f"{source.source}, row {row}, column {source.caption_column!r}"
-        told = [caption.strip() for caption in as_captions(value, where) if caption is not None]
-        captions.append([caption for caption in told if caption])
-    return _with_captions([f"row-{row}" for row in range(len(images))], images, captions, source.source)
+    return names, find_images(names, root), captions
 
 
 def _with_captions(
     ids: list[str], images: Sequence[ImageSource], captions: list[list[str]], source: str
 ) -> ImageTextPairs:
-    """Makes pairs of the images that have a caption and warns about the others."""
+    """Makes pairs of the images that have a caption and warns about what is left out."""
     if not ids:
         raise DataError(f"{source} is empty: it holds no image; give a source with image–text pairs")
-    silent = [name for name, told in zip(ids, captions, strict=True) if not told]
+    told = [[words for caption in each if (words := caption.strip())] for each in captions]
+    silent = [name for name, each in zip(ids, told, strict=True) if not each]
     if len(silent) == len(ids):
         raise DataError(f"none of the {len(ids)} images of {source} has a caption; name the caption column")
+    blank = sum(map(len, captions)) - sum(map(len, told))
+    left_out = []
     if silent:
-        warnings.warn(
+        left_out.append(
             f"{len(silent)} of {len(ids)} images of {source} have no caption and are left out, first "
-            f"{silent[0]}",
-            stacklevel=4,
+            f"{silent[0]}"
         )
+    if blank:
+        left_out.append(f"{blank} of the captions of {source} are blank and are left out")
+    if left_out:
+        warnings.warn("; ".join(left_out), stacklevel=3)
     # The placeholder never leaves this function: it keeps rows aligned until the silent ones are gone.
-    pairs = ImageTextPairs(ids, images, [told or [""] for told in captions])
-    return pairs.select([row for row, told in enumerate(captions) if told]) if silent else pairs
+    pairs = ImageTextPairs(ids, images, [each or [""] for each in told])
+    return pairs.select([row for row, each in enumerate(told) if each]) if silent else pairs

@@ -25,7 +25,7 @@ from xbt.errors import DataError
 
 _KEY = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)", re.DOTALL)
 # tarfile also lets through what parsing a damaged header raises.
-_DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError)
+DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError)
 _LARGEST = 1 << 30
 _BLOCK = 1 << 20
 
@@ -48,7 +48,7 @@ class TarImages(Part):
         return islice(_until_damage(self.url, self.name, self._entries(start)), start, stop)
 
     def _entries(self, start: int) -> Iterator[Entry]:
-        for position, sample in enumerate(_samples(self.url, "image")):
+        for position, sample in enumerate(read_samples(self.url, "image")):
             name = readable(f"{self.name}/{sample.key}")
             if sample.fault is not None:
                 yield Rejected(name, sample.fault)
@@ -74,7 +74,7 @@ class TarCaptions(Part):
         return islice(_until_damage(self.url, self.name, self._entries()), start, stop)
 
     def _entries(self) -> Iterator[Entry]:
-        for sample in _samples(self.url, "caption"):
+        for sample in read_samples(self.url, "caption"):
             name = readable(f"{self.name}/{sample.key}")
             if sample.fault is not None:
                 yield Rejected(name, sample.fault)
@@ -84,16 +84,31 @@ class TarCaptions(Part):
                 yield text_entry(f"{name}#{number}", line)
 
 
-class _Sample(NamedTuple):
+class Sample(NamedTuple):
+    """The image or the caption file of one sample.
+
+    Attributes:
+        key: The sample's key.
+        member: Name of the file in the tar; empty if there is a fault.
+        fault: Why it cannot be used, if so; :func:`missing` if there is no such file.
+        place: Offset and size of its bytes in the (uncompressed) tar.
+        read: Returns its bytes; only before the next sample is asked for.
+    """
+
     key: str
     member: str
     fault: str | None
+    place: tuple[int, int]
     read: Callable[[], bytes]
 
 
-def _samples(url: str, kind: Literal["image", "caption"]) -> Iterator[_Sample]:
+def missing(kind: Literal["image", "caption"]) -> str:
+    """The fault of a sample that lacks one of its files."""
+    return f"the sample holds no {kind} file"
+
+
+def read_samples(url: str, kind: Literal["image", "caption"]) -> Iterator[Sample]:
     """Every sample once, and surplus members with their fault; bytes are read when they are asked for."""
-    missing = f"the sample holds no {kind} file"
     seen: dict[str, int] = {}
     with _opened(url) as archive:
         key, found = "", True
@@ -103,17 +118,17 @@ def _samples(url: str, kind: Literal["image", "caption"]) -> Iterator[_Sample]:
                 continue
             if named[1] != key:
                 if not found:
-                    yield _faulty(key, seen, missing)
+                    yield _faulty(key, seen, missing(kind))
                 key, found = named[1], False
             suffix = f".{named[2].lower()}"
             if suffix in IMAGE_SUFFIXES if kind == "image" else suffix == ".txt":
                 found = True
                 yield _as_sample(archive, member, key, seen)
         if not found:
-            yield _faulty(key, seen, missing)
+            yield _faulty(key, seen, missing(kind))
 
 
-def _as_sample(archive: tarfile.TarFile, member: tarfile.TarInfo, key: str, seen: dict[str, int]) -> _Sample:
+def _as_sample(archive: tarfile.TarFile, member: tarfile.TarInfo, key: str, seen: dict[str, int]) -> Sample:
     if key in seen:
         return _faulty(
             key, seen, f"{member.name} has the key of an earlier sample in its tar; keys are unique"
@@ -126,14 +141,14 @@ def _as_sample(archive: tarfile.TarFile, member: tarfile.TarInfo, key: str, seen
         file = archive.extractfile(member)
         return file.read() if file is not None else b""
 
-    return _Sample(key, member.name, None, read)
+    return Sample(key, member.name, None, (member.offset_data, member.size), read)
 
 
-def _faulty(key: str, seen: dict[str, int], fault: str) -> _Sample:
+def _faulty(key: str, seen: dict[str, int], fault: str) -> Sample:
     # The second of a name gets a name of its own: every entry is on record once.
     seen[key] = seen.get(key, 0) + 1
     own = key if seen[key] == 1 else f"{key}#{seen[key]}"
-    return _Sample(own, "", fault, bytes)
+    return Sample(own, "", fault, (0, 0), bytes)
 
 
 def _is_meta(name: str) -> bool:
@@ -174,13 +189,14 @@ def _until_damage(url: str, name: str, entries: Iterator[Entry]) -> Iterator[Ent
         for entry in entries:
             yield entry
             count += 1
-    except (*_DAMAGE, FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        yield Rejected(name, f"{url} cannot be read beyond its first {count} samples ({_one_line(error)})")
+    except (*DAMAGE, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        yield Rejected(name, f"{url} cannot be read beyond its first {count} samples ({one_line(error)})")
     except Exception as error:
         raise DataError(
-            f"{url} cannot be read any more ({_one_line(error)}); mend that and run the same command again"
+            f"{url} cannot be read any more ({one_line(error)}); mend that and run the same command again"
         ) from error
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's kind and message without line breaks."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -19,7 +19,9 @@ from xbt.evaluation.compatibility import (
     prefix_vectors,
     update_gain,
 )
+from xbt.evaluation.expected import CheckedReport, Comparison, Expectation, check_report
 from xbt.evaluation.label_retrieval import LabelRetrieval, evaluate_labels
+from xbt.evaluation.protocols import PROTOCOLS, Protocol, average_folds, find_protocol
 from xbt.evaluation.retrieval import best_positive_ranks, recall_at_k
 from xbt.evaluation.significance import (
     Difference,
@@ -33,16 +35,23 @@ from xbt.evaluation.table import format_markdown, format_table
 from xbt.evaluation.version_matrix import AverageCompatibility, CompatibilityMatrix
 
 __all__ = [
+    "PROTOCOLS",
     "AverageCompatibility",
     "Cell",
+    "CheckedReport",
+    "Comparison",
     "CompatibilityMatrix",
     "Difference",
+    "Expectation",
     "Interval",
     "LabelRetrieval",
+    "Protocol",
     "RetrievalReport",
+    "average_folds",
     "best_positive_ranks",
     "bootstrap_interval",
     "bootstrap_means",
+    "check_report",
     "compare_ranks",
     "compatibility_matrix",
     "compatibility_tax",
@@ -52,6 +61,7 @@ __all__ = [
     "evaluate_cell",
     "evaluate_labels",
     "evaluate_retrieval",
+    "find_protocol",
     "format_markdown",
     "format_table",
     "hits_at",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from xbt.evaluation.cells import DIRECTIONS, Cell, RetrievalReport
+from xbt.evaluation.expected import CheckedReport, Comparison
 from xbt.evaluation.significance import Difference
 
 
@@ -17,7 +18,8 @@ def format_table(report: RetrievalReport) -> str:
     Returns:
         A table of R@k in percent with one row per cell, then for every ``new/old`` cell whether it meets the
         criterion, how much of the gain of re-embedding it recovers, and what it fixes and breaks with 95 %
-        bootstrap intervals. No newline at the end.
+        bootstrap intervals; a :class:`~xbt.evaluation.CheckedReport` ends with its published values. No
+        newline at the end.
     """
     width = max(len("query/gallery"), *(len(cell.name) for cell in report.cells))
     columns = [f"R@{k}" for k in report.ks]
@@ -33,7 +35,7 @@ def format_table(report: RetrievalReport) -> str:
     for cell in report.cells:
         blocks = [f"{' ' * len(direction)} {block(_percents(cell, direction))}" for direction in DIRECTIONS]
         lines.append("  |  ".join([cell.name.ljust(width), *blocks]))
-    return "\n".join([*lines, "", _counts(report), *_verdict_lines(report)])
+    return "\n".join([*lines, "", _counts(report), *_verdict_lines(report), *_expected_lines(report)])
 
 
 def format_markdown(report: RetrievalReport) -> str:
@@ -49,10 +51,9 @@ def format_markdown(report: RetrievalReport) -> str:
     lines = [f"| query/gallery | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
     for cell in report.cells:
         values = [value for direction in DIRECTIONS for value in _percents(cell, direction)]
-        # A label with a bar in it would open another column.
-        lines.append(f"| {cell.name.replace('|', chr(92) + '|')} | {' | '.join(values)} |")
+        lines.append(f"| {_in_cell(cell.name)} | {' | '.join(values)} |")
     notes = [f"- {line}" for line in [_counts(report), *_verdict_lines(report)]]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, "", *notes, *_expected_markdown(report)])
 
 
 def _percents(cell: Cell, direction: str) -> list[str]:
@@ -61,7 +62,15 @@ def _percents(cell: Cell, direction: str) -> list[str]:
 
 def _counts(report: RetrievalReport) -> str:
     first = report.cells[0]
-    return f"R@k in percent over {first.n_images:,} images and {first.n_texts:,} texts"
+    counts = f"R@k in percent over {first.n_images:,} images and {first.n_texts:,} texts"
+    protocol = report.protocol if isinstance(report, CheckedReport) else None
+    if protocol is None:
+        return counts
+    if protocol.folds > 1:
+        counts += f", mean over {protocol.folds} folds of so many"
+    if protocol.captions_per_image is not None:
+        counts += f", the first {protocol.captions_per_image} captions of every image"
+    return f"{counts} (protocol {protocol.name})"
 
 
 def _verdict_lines(report: RetrievalReport) -> list[str]:
@@ -104,3 +113,49 @@ def _changed(changes: Mapping[int, Difference]) -> str:
 
 def _points(share: float) -> str:
     return f"{100 * share:+.1f}"
+
+
+def _expected_lines(report: RetrievalReport) -> list[str]:
+    """Published values, one line per cell and direction, and how many of them were reproduced."""
+    if not isinstance(report, CheckedReport) or not report.comparisons + report.unmeasured:
+        return []
+    lines = [_summary(report)] if report.comparisons else []
+    rows: dict[tuple[str, str, str], list[Comparison]] = {}
+    for each in report.comparisons:
+        rows.setdefault((each.cell, each.direction, each.source), []).append(each)
+    for (cell, direction, source), values in rows.items():
+        told = "; ".join(f"R@{each.k} {each}" for each in values)
+        lines.append(f"  {cell} {direction}: {told} [{source}]")
+    return [*lines, *_unmeasured(report)]
+
+
+def _expected_markdown(report: RetrievalReport) -> list[str]:
+    if not isinstance(report, CheckedReport) or not report.comparisons + report.unmeasured:
+        return []
+    lines = ["", "| cell | | expected | got | difference | | source |", "|---|---|---:|---:|---:|---|---|"]
+    for each in report.comparisons:
+        verdict = "agrees" if each.agrees else "**disagrees**"
+        lines.append(
+            f"| {_in_cell(each.cell)} | {each.direction} R@{each.k} | {each.expected:.2f} | "
+            f"{each.measured:.2f} | {each.difference:+.2f} | {verdict} | {_in_cell(each.source)} |"
+        )
+    if not report.comparisons:
+        return ["", *(f"- {line}" for line in _unmeasured(report))]
+    return [*lines, "", *(f"- {line}" for line in [_summary(report), *_unmeasured(report)])]
+
+
+def _summary(report: CheckedReport) -> str:
+    agreeing = sum(each.agrees for each in report.comparisons)
+    points = ", ".join(f"{value:g}" for value in sorted({each.tolerance for each in report.comparisons}))
+    return f"published values: {agreeing} of {len(report.comparisons)} agree within {points} points"
+
+
+def _unmeasured(report: CheckedReport) -> list[str]:
+    if not report.unmeasured:
+        return []
+    return [f"published, but not measured here: {', '.join(dict.fromkeys(report.unmeasured))}"]
+
+
+def _in_cell(text: str) -> str:
+    """A bar in a text would open another column."""
+    return text.replace("|", "\\|")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def _approximate(centred: NDArray[np.float32], count: int) -> tuple[Tensor, Tens
     return torch.cat(cosines).float(), torch.cat(rows)
 
 
-def _inverted_file(centred: NDArray[np.float32]) -> object:
+def _inverted_file(centred: NDArray[np.float32]) -> Any:
     import faiss
 
     count, dim = centred.shape

@@ -1,0 +1,49 @@
+"""Whatever makes the new model speak the old space, loaded as a compatible encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from xbt.compatible.encoder import CompatibleEncoder
+from xbt.compatible.saving import CONFIG_NAME, ENSEMBLE_DIR, load_model
+from xbt.errors import ConfigError
+from xbt.hub import fetch, read_json
+from xbt.projections import Projection
+
+
+def load_upgraded(
+    source: str | Path,
+    new: str | None = None,
+    old: str | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> CompatibleEncoder:
+    """Loads a compatible encoder as it was saved, or a projection alone behind its new encoder.
+
+    Args:
+        source: Directory or Hub repository of a compatible encoder, or of a projection (stage 1).
+        new: Specification of the new encoder, where the recorded one does not hold on this machine.
+        old: Specification of the old encoder, likewise; ignored where no ensemble needs it.
+        device: Where the encoders go.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        SavedPartError: If a file is missing, damaged, or of another kind.
+        EncoderError: If a model cannot be loaded.
+        SpaceMismatchError: If a model is not the one this was made for; the message names both.
+        ConfigError: If a projection does not say its new encoder, and neither does ``new``.
+    """
+    directory = fetch(source, revision=revision)
+    if "kind" not in read_json(directory / CONFIG_NAME):
+        needed = old if (directory / ENSEMBLE_DIR).is_dir() else None
+        return CompatibleEncoder.from_pretrained(directory, base=new, old=needed, device=device)
+    projection = Projection.from_pretrained(directory)
+    recorded = None if projection.new_space is None else projection.new_space.model
+    if new is None and recorded is None:
+        raise ConfigError(
+            f"the projection {directory} does not say which encoder it was fitted for; give new= as well"
+        )
+    what = f"the new model recorded in {directory}"
+    return CompatibleEncoder(load_model(new, recorded or "", what, "new=", device), projection)

@@ -1,0 +1,149 @@
+"""Files that name images and give their captions: Karpathy's, COCO's and CLIP_benchmark's formats.
+
+The last is the text form of Flickr30k in CLIP_benchmark (LAION), ``flickr30k_test_karpathy.txt``: a header
+line, then ``1007129816.jpg,The man with pierced ears ...``, one line per caption. Captions hold commas and
+quotes as they are: it looks like CSV, but a CSV reader would misread it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xbt.data.caption_files import as_captions
+from xbt.data.files import check_is_file, kind_of, read_json, read_text
+from xbt.data.karpathy import is_karpathy, parse_karpathy
+from xbt.errors import ConfigError, DataError
+
+_LINE = re.compile(r"(.+?\.(?:jpe?g|png|webp)),(.*)", re.IGNORECASE)
+
+
+class NamedImages(NamedTuple):
+    """What such a file holds.
+
+    Attributes:
+        names: The file name of each image, with its folder where the file gives one.
+        captions: The captions of each image as they stand, blank ones included.
+    """
+
+    names: list[str]
+    captions: list[list[str]]
+
+
+def read_pair_file(path: Path, split: str | None) -> NamedImages:
+    """Reads images and captions from a file, plain or gzipped.
+
+    Args:
+        path: A Karpathy split file or a file in COCO's caption format (``.json``), or CLIP_benchmark's text
+            format (``.txt``).
+        split: Splits of a Karpathy file; the other formats hold one split each.
+
+    Returns:
+        The images in the file's order.
+
+    Raises:
+        ConfigError: If a split is given for a file that has none.
+        DataError: If the file cannot be read or is of another format; the message gives the place.
+    """
+    check_is_file(path)
+    kind = kind_of(path)
+    if kind not in (".json", ".txt"):
+        raise DataError(
+            f"pairs cannot be loaded from {path}: give a Karpathy split file or COCO captions (.json), "
+            "CLIP_benchmark's image,caption lines (.txt; each may end in .gz) or its folder of tars, hf: and "
+            "a data set, or scenes"
+        )
+    content = read_json(path) if kind == ".json" else None
+    if is_karpathy(content):
+        records = parse_karpathy(content, path, split)
+        return NamedImages([each.name for each in records], [list(each.sentences) for each in records])
+    if split is not None:
+        raise ConfigError(
+            f"split {split!r} was given, but {path} has no splits: it is one; leave split out and name the "
+            "file of the split that you mean"
+        )
+    return read_image_lines(path) if content is None else read_coco_captions(content, path)
+
+
+def read_image_lines(path: Path) -> NamedImages:
+    """Reads CLIP_benchmark's text format.
+
+    Args:
+        path: The file; its first line may be a header.
+
+    Returns:
+        The images in the order in which they first occur.
+
+    Raises:
+        DataError: If the file cannot be read, holds no image, or a line does not begin with an image's name
+            and a comma.
+    """
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        found = _LINE.fullmatch(line.strip())
+        if found is not None:
+            captions.setdefault(found[1], []).append(found[2])
+        elif line.strip() and number > 1:
+            raise DataError(
+                f"{path}, line {number}: {line.strip()[:60]!r} does not begin with an image's name and a "
+                "comma; write name.jpg,caption on every line"
+            )
+    if not captions:
+        raise DataError(
+            f"{path} names no image: captions alone are no pairs; write name.jpg,caption on every line, or "
+            "use it as captions"
+        )
+    return NamedImages(list(captions), list(captions.values()))
+
+
+def read_coco_captions(content: Any, path: Path) -> NamedImages:
+    """Joins the images and the annotations of a file in COCO's caption format; nocaps uses it as well.
+
+    Args:
+        content: What the file holds: ``images`` with ``id`` and ``file_name``, and ``annotations`` with
+            ``image_id`` and ``caption``.
+        path: The file, for errors.
+
+    Returns:
+        The images in the file's order.
+
+    Raises:
+        DataError: If a record lacks a key or an id occurs twice, or a caption belongs to no image of the
+            file; the message gives the position.
+    """
+    names: dict[Any, str] = {}
+    for position, image in enumerate(_records(content, "images", path)):
+        where = f"{path}: record {position} of 'images'"
+        identity, name = _values(image, ("id", "file_name"), where, "image")
+        if identity in names:
+            raise DataError(f"{where}: the image id {identity!r} occurs more than once; ids must be unique")
+        names[identity] = str(name)
+    captions: dict[Any, list[str]] = {identity: [] for identity in names}
+    for position, annotation in enumerate(_records(content, "annotations", path)):
+        where = f"{path}: record {position} of 'annotations'"
+        identity, caption = _values(annotation, ("image_id", "caption"), where, "caption")
+        if identity not in captions:
+            raise DataError(
+                f"{where} is a caption of the image {identity!r}, which is not among the file's 'images'; "
+                "give a complete file"
+            )
+        captions[identity] += [told or "" for told in as_captions(caption, where)]
+    return NamedImages(list(names.values()), list(captions.values()))
+
+
+def _records(content: Any, key: str, path: Path) -> list[Any]:
+    records = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(records, list) or not records:
+        raise DataError(
+            f"{path} holds no list of {key!r}: it is neither in Karpathy's format (a dataset_*.json file) "
+            "nor in COCO's caption format with 'images' and 'annotations'; give a complete file"
+        )
+    return records
+
+
+def _values(record: Any, keys: tuple[str, str], where: str, kind: str) -> tuple[Any, Any]:
+    for key in keys:
+        if not isinstance(record, dict) or key not in record:
+            raise DataError(f"{where} lacks the key {key!r}; give a file with COCO's {kind} records")
+    return record[keys[0]], record[keys[1]]
