@@ -4,7 +4,7 @@ BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint format notebooks clean
+.PHONY: install demo test test-oldest lint format notebooks docs clean
 
 install: .venv/.installed
 
@@ -27,6 +27,17 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
 	$(BIN)/pytest -m slow
 
+# The fast suite with the oldest versions that pyproject.toml admits; on demand, no part of `make test`.
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -m "not slow" -n auto --dist loadfile
+
+.venv-oldest/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct \
+		--editable '.[dev]'
+	touch $@
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -36,5 +47,9 @@ notebooks: install
 		../$(BIN)/jupytext --to ipynb "$$source" && ../$(BIN)/jupyter-execute --inplace "$${source%.py}.ipynb" || exit 1; \
 	done
 
+# What is written from the source: docs/errors.md.
+docs: install
+	$(BIN)/python docs/make_errors.py
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs
