@@ -186,3 +186,19 @@ def test_a_backfill_curve_is_drawn(tmp_path):
 def test_a_backfill_curve_that_cannot_be_drawn(tmp_path, fractions, recall, words):
     with pytest.raises(DataError, match=words):
         draw_backfill_curve(fractions, recall, tmp_path / "curve.png")
+
+
+def test_labels_of_lines_that_end_together_do_not_lie_on_each_other(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    told = []
+    annotate = Axes.annotate
+    monkeypatch.setattr(
+        Axes,
+        "annotate",
+        lambda self, text, place, **how: (told.append(place), annotate(self, text, place, **how)),
+    )
+    draw_backfill_curve([0, 1], {"a": [0.1, 0.8], "b": [0.2, 0.8], "c": [0.1, 0.5]}, tmp_path / "c.png")
+    heights = sorted(height for _, height in told)
+    assert heights[:2] == [50.0, 80.0]
+    assert 82 < heights[2] < 85

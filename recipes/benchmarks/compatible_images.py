@@ -47,6 +47,8 @@ class ImagesConfig:
     """Extra dimensions of BT² and OCA."""
     new_weight: float = 5.0
     """BT²'s λ1; the paper's 1 underfits on small data."""
+    oca_weight: float = 1.0
+    """OCA's classification weight in a row of its own; the authors have 5."""
     epochs: int = 30
     """Epochs of every model."""
     batch_size: int = 128
@@ -78,12 +80,16 @@ def image_cells(config: ImagesConfig, seed: int) -> dict[str, Values]:
     old = _train(config, seed, out / "old", method="independent", classes=config.old_classes)
     independent = _train(config, seed, out / "independent", method="independent")
     weights = LossWeights(new=config.new_weight)
+    lighter = LossWeights(classification=config.oca_weight)
     paths = {
         "BCT": _train(config, seed, out / "bct", method="bct", old=old),
         f"BT², λ1 = {config.new_weight:g}": _train(
             config, seed, out / "bt2", method="bt2", old=old, independent=independent, weights=weights
         ),
         "OCA": _train(config, seed, out / "oca", method="oca", old=old),
+        f"OCA, classification weight {config.oca_weight:g}": _train(
+            config, seed, out / "oca_lighter", method="oca", old=old, weights=lighter
+        ),
     }
     found = {name: _measured(Path(path).parent) for name, path in paths.items()}
     found = {"independent": _measured(out / "bt2", "independent"), **found}

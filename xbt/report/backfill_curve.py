@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,10 +44,12 @@ def draw_backfill_curve(
     figure = Figure(figsize=(9, 5.4), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     places = [100 * fraction for fraction in fractions]
-    for (name, values), colour in zip(recall.items(), itertools.cycle(LINES)):
+    every = [100 * value for values in recall.values() for value in values]
+    beside = _apart([100 * values[-1] for values in recall.values()], 0.045 * (max(every) - min(every) or 1))
+    for (name, values), place, colour in zip(recall.items(), beside, itertools.cycle(LINES)):
         heights = [100 * value for value in values]
         axes.plot(places, heights, color=colour, marker="o", markersize=4, linewidth=2, label=name)
-        axes.annotate(f"{name}: {heights[-1]:.1f}", (places[-1], heights[-1]), fontsize=12, color=colour,
+        axes.annotate(f"{name}: {heights[-1]:.1f}", (places[-1], place), fontsize=12, color=colour,
                       xytext=(8, 0), textcoords="offset points", va="center")  # fmt: skip
     if stop is not None:
         axes.axvline(100 * stop, color=QUIET, linestyle="dashed", linewidth=1.2)
@@ -62,3 +65,12 @@ def draw_backfill_curve(
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=DPI, bbox_inches="tight")
     return target
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights of labels: those of the lines' ends, moved up where two would lie on each other."""
+    placed: dict[int, float] = {}
+    for number in sorted(range(len(heights)), key=lambda each: heights[each]):
+        lowest = max(placed.values(), default=-math.inf) + gap
+        placed[number] = max(heights[number], lowest)
+    return [placed[number] for number in range(len(heights))]
