@@ -15,6 +15,7 @@ from xbt.demo import DemoConfig
 from xbt.embedding import EmbedConfig
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
 from xbt.evaluation_job import EvaluationConfig
+from xbt.report import UpgradeReportConfig
 from xbt.serve.export_job import ExportConfig
 from xbt.training import (
     ClipConfig,
@@ -42,6 +43,7 @@ def config_class(recipe: str) -> type:
         "export_gallery": ExportConfig,
         "backfill": BackfillConfig,
         "choose_projection": ChooseProjectionConfig,
+        "upgrade_report": UpgradeReportConfig,
         "quickstart": DemoConfig,
     }
     return known[recipe]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xbt.evaluation.cells import DIRECTIONS, RetrievalReport
-from xbt.report.style import DPI, INK, QUIET, RULE
+from xbt.report.style import DPI, INK, NEW, OLD, QUIET, RULE, UPGRADED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,9 +79,9 @@ def _dress(axes: Axes, label: str, n_cells: int) -> None:
 
 def _colours(report: RetrievalReport) -> list[str]:
     """Grey for the old model, oranges for upgrades, blue for a re-embedded gallery."""
-    oranges = ["#e8890c", "#b85c00", "#f4b860", "#8a4300"]
+    oranges = [UPGRADED, "#b85c00", "#f4b860", "#8a4300"]
     upgrades = [cell.name for cell in report.upgrades]
-    fixed = {"old/old": "#9a9a9a", "new/new": "#2f6db5"}
+    fixed = {"old/old": OLD, "new/new": NEW}
     return [
         oranges[upgrades.index(cell.name) % len(oranges)]
         if cell.name in upgrades

@@ -1,0 +1,108 @@
+"""What an upgrade costs per query, and what embedding the gallery again would cost instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xbt.bench import Spread, side_by_side
+from xbt.projections import Decision
+from xbt.report.upgrade.measuring import Measured
+from xbt.report.upgrade.sample import Sample
+
+ROUNDS = 9
+BYTES_PER_VALUE = 2
+_HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Measured on this machine.
+
+    Attributes:
+        gallery_size: Items that hours and bytes are worked out for.
+        device: Where the encoders ran; ``None`` without encoders.
+        images_per_second: Of the old and the new model, decoding included; ``None`` without encoders.
+        query: Milliseconds of a single text query: each model's tower, and what the method adds to it.
+        needs_old: Whether the method runs the old model's tower as well, for any direction.
+        dims: Dimension of the old and the new vectors.
+        method_bytes: Of the projection and what it is combined with.
+    """
+
+    gallery_size: int
+    device: str | None
+    images_per_second: dict[str, float] | None
+    query: dict[str, Spread]
+    needs_old: bool
+    dims: tuple[int, int]
+    method_bytes: int
+
+    @property
+    def backfill_hours(self) -> float | None:
+        """Hours of a full backfill with the new model at the measured rate."""
+        rates = self.images_per_second
+        return None if rates is None else self.gallery_size / rates["new"] / _HOUR
+
+    @property
+    def gallery_bytes(self) -> dict[str, int]:
+        """Bytes of the gallery's vectors in fp16, under the old and the new model."""
+        old, new = (self.gallery_size * dim * BYTES_PER_VALUE for dim in self.dims)
+        return {"old": old, "new": new}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return {
+            "gallery_size": self.gallery_size,
+            "device": self.device,
+            "images_per_second": self.images_per_second,
+            "backfill_hours": self.backfill_hours,
+            "query_milliseconds": {
+                name: {"median": each.median, "min": each.min, "max": each.max}
+                for name, each in self.query.items()
+            },
+            "needs_old_model": self.needs_old,
+            "bytes": {
+                **{f"gallery_{k}": v for k, v in self.gallery_bytes.items()},
+                "method": self.method_bytes,
+            },
+        }
+
+
+def measure_cost(sample: Sample, measured: Measured, gallery_size: int) -> Cost:
+    """Times single text queries, and reads off what embedding the sample took.
+
+    Args:
+        sample: With encoders, or without: then only what the method adds is timed.
+        measured: The method, and texts to time.
+        gallery_size: Items of the gallery.
+    """
+    decision = measured.decision
+    new, old = (side[:1] for side in measured.pairs.queries("T2I"))
+    method = "method (projection and combination)"
+    work: dict[str, Callable[[], object]] = {method: lambda: decision.queries(new, old, "T2I")}
+    rates, device = None, None
+    sides = {"old": sample.old, "new": sample.new}
+    for name, side in sides.items():
+        if side.encoder is not None:
+            work[f"{name} text tower"] = _one_text(side.encoder.encode_texts, sample.shown.text(0, 0))
+            device = str(side.encoder.device)
+    if all(side.seconds_per_image for side in sides.values()):
+        rates = {name: 1 / side.seconds_per_image for name, side in sides.items() if side.seconds_per_image}
+    timings = side_by_side(work, ROUNDS)
+    query = {name: Spread(tuple(1000 * second for second in each.values)) for name, each in timings.items()}
+    needs_old = any(decision.deployed(d) and decision.ensemble.needs_old(d) for d in measured.directions)
+    dims = (sample.old.dim, sample.new.dim)
+    return Cost(gallery_size, device, rates, query, needs_old, dims, _bytes_of(decision))
+
+
+def _one_text(encode: Callable[[list[str]], Tensor], text: str) -> Callable[[], object]:
+    return lambda: encode([text])
+
+
+def _bytes_of(decision: Decision) -> int:
+    parts: list[torch.nn.Module] = [decision.projection, decision.ensemble]
+    return sum(each.numel() * each.element_size() for part in parts for each in part.state_dict().values())

@@ -1,0 +1,148 @@
+"""What recall to expect while the gallery is backfilled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xbt.data.image_text_pairs import choose_subset
+from xbt.evaluation import Interval, bootstrap_interval
+from xbt.gallery import (
+    BackfillCurve,
+    Merge,
+    MixedScores,
+    backfill_curve,
+    fit_merge,
+    fit_rehearsed_order,
+    random_order,
+)
+from xbt.projections import PairVectors
+from xbt.projections.sources import random_access
+from xbt.report.upgrade.measuring import Measured
+from xbt.report.upgrade.sample import Sample
+
+FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+MAX_SCORES = 2**23
+"""Query–item pairs that the curve is computed from at most."""
+MAX_REHEARSAL = 2**20
+"""The same for rehearsing the order, which holds some 80 bytes for each."""
+SAMPLE_QUERIES = 1000
+"""Texts of the corpus that stand for a log of queries."""
+MIN_ITEMS = 40
+"""Fewest images on either side: with fewer, a curve is noise."""
+
+
+@dataclass(frozen=True)
+class ExpectedCurve:
+    """Recall of text queries in a gallery of which a part is backfilled.
+
+    Attributes:
+        fractions: Of the images.
+        recall: By order, the mean of R@k over the ks with its 95 % bootstrap interval at each fraction.
+        merge: How both parts' scores are compared.
+        n_queries: Texts that it was measured with.
+    """
+
+    fractions: tuple[float, ...]
+    recall: dict[str, tuple[Interval, ...]]
+    merge: Merge
+    n_queries: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        orders = {name: [list(point) for point in points] for name, points in self.recall.items()}
+        return {
+            "fractions": list(self.fractions),
+            "mean_recall": orders,
+            "merge": self.merge.kind,
+            "n_queries": self.n_queries,
+        }
+
+
+def expect_curve(chosen: Sample, measured: Measured, seed: int) -> ExpectedCurve | None:
+    """Backfills the images that measure, in thought, at random and in the rehearsed order.
+
+    Merge and order are learnt from the part of the sample that chose the method.
+
+    Args:
+        chosen: The part that chose.
+        measured: The other part and the method.
+        seed: Fixes what is drawn.
+
+    Returns:
+        The curve; ``None`` if images have no new vectors or there are too few of them.
+    """
+    if measured.pairs.new_images is None or min(len(chosen), len(measured.pairs)) < MIN_ITEMS:
+        return None
+    learnt = _limited(chosen.pairs, MAX_REHEARSAL)
+    tested = _limited(measured.pairs, MAX_SCORES)
+    old_learnt, old_tested = (_old_queries(measured, pairs) for pairs in (learnt, tested))
+    merge = fit_merge(
+        old_learnt,
+        learnt.new_texts,
+        learnt.old_images,
+        _new(learnt),
+        learnt.positives("T2I"),
+        kinds=("affine", "isotonic", "raw"),
+        groups=learnt.groups("T2I"),
+        ks=measured.ks,
+        seed=seed,
+    )
+    asked = _unlabelled(chosen, measured, seed) or (old_learnt, learnt.new_texts)
+    rehearsed = fit_rehearsed_order(
+        old_learnt,
+        learnt.new_texts,
+        learnt.old_images,
+        _new(learnt),
+        learnt.positives("T2I"),
+        merge,
+        sample_old=asked[0],
+        sample_new=asked[1],
+        seed=seed,
+    )
+    scores = MixedScores(
+        old_tested, tested.new_texts, tested.old_images, _new(tested), tested.positives("T2I")
+    )
+    orders = {
+        "random order": random_order(len(tested), seed),
+        "rehearsed": rehearsed.order(tested.old_images),
+    }
+    groups = tested.groups("T2I")
+    found = {
+        name: _points(backfill_curve(scores, order, merge, fractions=FRACTIONS, ks=measured.ks), groups)
+        for name, order in orders.items()
+    }
+    return ExpectedCurve(FRACTIONS, found, merge, len(scores))
+
+
+def _limited(pairs: PairVectors, most: int) -> PairVectors:
+    """The first images, as many as keep queries × images within a bound."""
+    per_image = len(pairs.image_of_text) / len(pairs)
+    count = int(min(len(pairs), max(MIN_ITEMS, (most / per_image) ** 0.5)))
+    return pairs if count == len(pairs) else pairs.subset(range(count))
+
+
+def _old_queries(measured: Measured, pairs: PairVectors) -> Tensor:
+    return measured.decision.queries(*pairs.queries("T2I"), "T2I")
+
+
+def _unlabelled(chosen: Sample, measured: Measured, seed: int) -> tuple[Tensor, Tensor] | None:
+    """Texts of the corpus as queries in the old space and in the new one."""
+    if chosen.corpus is None:
+        return None
+    rows = random_access(*chosen.corpus)
+    new, old = rows.take(np.array(choose_subset(len(rows), SAMPLE_QUERIES, seed)))
+    return measured.decision.queries(new, old, "T2I"), new
+
+
+def _new(pairs: PairVectors) -> Tensor:
+    assert pairs.new_images is not None
+    return pairs.new_images
+
+
+def _points(curve: BackfillCurve, groups: Tensor) -> tuple[Interval, ...]:
+    return tuple(bootstrap_interval(hits, groups) for hits in torch.unbind(curve.hits))

@@ -1,0 +1,122 @@
+"""Which queries an upgrade mends and which it breaks, with what they find before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from xbt.gallery import Gallery
+from xbt.report.upgrade.measuring import OLD, UPGRADED, Measured
+
+TOP = 4
+"""Results shown per query and model."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query whose answer moved.
+
+    Attributes:
+        direction: ``"T2I"`` or ``"I2T"``.
+        query: Row of the text, or of the image, among those that measure.
+        old_rank: Wrong results before the best right one with the old query, from 0.
+        new_rank: The same with the new one.
+        before: Rows of the first results of the old query.
+        after: Rows of the first results of the new one.
+        right: The rows that answer it.
+    """
+
+    direction: str
+    query: int
+    old_rank: int
+    new_rank: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    right: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return {
+            "query": self.query,
+            "old_rank": self.old_rank,
+            "new_rank": self.new_rank,
+            "before": list(self.before),
+            "after": list(self.after),
+            "right": list(self.right),
+        }
+
+
+@dataclass(frozen=True)
+class Flips:
+    """The best and the worst changes of a direction.
+
+    Attributes:
+        k: The k at which a query counts as mended or broken.
+        fixed: Queries that miss at k with the old model and hit with the new one, the greatest leap first.
+        broken: Queries that hit with the old model and miss with the new one, the deepest fall first.
+    """
+
+    k: int
+    fixed: list[Example]
+    broken: list[Example]
+
+
+def find_flips(measured: Measured, count: int) -> dict[str, Flips]:
+    """Finds the best and the worst changes per direction, one query of an image at most.
+
+    Args:
+        measured: The cells.
+        count: How many of each kind.
+
+    Returns:
+        By direction; results are those of an exact search.
+    """
+    found = {}
+    k = min(measured.ks)
+    for direction in measured.directions:
+        old, new = (measured.cells[name].ranks[direction].numpy() for name in (OLD, UPGRADED))
+        groups = measured.groups[direction].numpy()
+        fixed = _spread(np.flatnonzero((old >= k) & (new < k)), new - old, groups, count)
+        broken = _spread(np.flatnonzero((old < k) & (new >= k)), old - new, groups, count)
+        examples = _examples(measured, direction, [*fixed, *broken])
+        found[direction] = Flips(k, examples[: len(fixed)], examples[len(fixed) :])
+    return found
+
+
+def _spread(
+    rows: np.ndarray[Any, Any], change: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], count: int
+) -> list[int]:
+    """The rows with the lowest change, each of another image."""
+    chosen: dict[int, int] = {}
+    for row in rows[np.argsort(change[rows], kind="stable")]:
+        chosen.setdefault(int(groups[row]), int(row))
+    return list(chosen.values())[:count]
+
+
+def _examples(measured: Measured, direction: str, rows: list[int]) -> list[Example]:
+    if not rows:
+        return []
+    gallery = measured.gallery(OLD, direction)
+    index = Gallery.build(gallery, [str(row) for row in range(len(gallery))])
+    asked = torch.tensor(rows)
+    before, after = (
+        index.search(measured.queries[name][direction][asked], min(TOP, len(gallery))).ids
+        for name in (OLD, UPGRADED)
+    )
+    old, new = (measured.cells[name].ranks[direction] for name in (OLD, UPGRADED))
+    right = measured.pairs.positives(direction)
+    return [
+        Example(
+            direction,
+            row,
+            int(old[row]),
+            int(new[row]),
+            tuple(map(int, first)),
+            tuple(map(int, second)),
+            tuple(right[row]),
+        )
+        for row, first, second in zip(rows, before, after, strict=True)
+    ]

@@ -1,0 +1,197 @@
+"""Charts of the page as inline SVG, drawn in the page's own colours so that they follow light and dark.
+
+They are drawn 360 units wide, about a phone's width, so that their text stays readable there; matplotlib's
+figures have fixed colours and shrink as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from xml.etree.ElementTree import Element
+
+from xbt.evaluation import Interval
+from xbt.report.upgrade.curve import ExpectedCurve
+from xbt.report.upgrade.html_elements import element
+from xbt.report.upgrade.rows import Row, points
+
+WIDTH, LEFT, RIGHT = 360, 46, 40
+_BAR, _GAP, _GROUP = 13, 3, 14
+_DASHES = ("none", "6 4")
+_LINES = ("new", "upgraded")
+
+
+def recall_chart(rows: Sequence[Row], title: str) -> Element:
+    """Bars of old/old, new/old and new/new with their intervals, a group for each k.
+
+    Args:
+        rows: Of one direction.
+        title: What the figure is called.
+    """
+    most = max(each.high for row in rows for each in _bars_of(row).values())
+    scale, top, marks = _scale(0, most), 30.0, []
+    said = []
+    for row in rows:
+        bars = _bars_of(row)
+        height = len(bars) * (_BAR + _GAP) - _GAP
+        marks.append(_text(LEFT - 8, top + height / 2 + 4, f"R@{row.k}", "end"))
+        for name, value in bars.items():
+            marks += _bar(name, value, scale, top)
+            top += _BAR + _GAP
+        top += _GROUP
+        said.append(f"R@{row.k}: " + ", ".join(f"{name} {value}" for name, value in bars.items()))
+    return _figure(title, f"{'; '.join(said)}, in percent.", top - 6, [*_legend(_bars_of(rows[0])), *marks])
+
+
+def gain_chart(rows: Sequence[Row], title: str) -> Element:
+    """The gain of new/old over old/old with its interval, a line for each direction and k."""
+    gains = [row.change.gain for row in rows]
+    scale = _scale(min(0, *(each.low for each in gains)), max(0, *(each.high for each in gains)), 92, 56)
+    zero, step = scale(0), 24
+    bottom = 14 + step * len(rows)
+    marks = [_line(zero, 4, zero, bottom - 6, "rule", 1.5), _text(zero, bottom + 10, "0", "middle", "quiet")]
+    for number, (row, gain) in enumerate(zip(rows, gains, strict=True)):
+        middle = 16 + step * number
+        marks += [
+            _text(84, middle + 4, f"{row.direction} R@{row.k}", "end"),
+            _line(scale(gain.low), middle, scale(gain.high), middle, "upgraded", 2.5),
+            element(
+                "circle", cx=_n(scale(gain.estimate)), cy=_n(middle), r="4.5", style="fill:var(--upgraded)"
+            ),
+            _text(WIDTH - 2, middle + 4, f"{100 * gain.estimate:+.1f}", "end"),
+        ]
+    said = "; ".join(
+        f"{row.direction} R@{row.k} {points(gain)}" for row, gain in zip(rows, gains, strict=True)
+    )
+    return _figure(title, f"{said}, in points.", bottom + 16, marks)
+
+
+def curve_chart(curve: ExpectedCurve, title: str) -> Element:
+    """Mean recall over the fraction backfilled, a line and a band for each order."""
+    known = [point for values in curve.recall.values() for point in values]
+    low, high = min(each.low for each in known), max(each.high for each in known)
+    top, bottom = 34.0, 200.0
+    margin = max(0.02, 0.08 * (high - low))
+    low, high = max(0.0, low - margin), min(1.0, high + margin)
+
+    def across(fraction: float) -> float:
+        return LEFT + fraction * (WIDTH - LEFT - 12)
+
+    def up(value: float) -> float:
+        return bottom - (value - low) / (high - low) * (bottom - top)
+
+    marks = []
+    for tick in _ticks(low, high):
+        marks += [
+            _line(LEFT, up(tick), WIDTH - 12, up(tick), "rule", 0.7),
+            _text(LEFT - 6, up(tick) + 4, f"{100 * tick:.0f}", "end", "quiet"),
+        ]
+    for fraction in (0, 0.25, 0.5, 0.75, 1):
+        anchor = "end" if fraction == 1 else "middle"
+        marks.append(_text(across(fraction), bottom + 18, f"{100 * fraction:.0f} %", anchor, "quiet"))
+    for number, (name, values) in enumerate(curve.recall.items()):
+        places = [across(fraction) for fraction in curve.fractions]
+        marks += _band(places, values, up, _LINES[number]) + _path(
+            places, [up(each.estimate) for each in values], _LINES[number], _DASHES[number]
+        )
+        left = LEFT + 150 * number
+        marks += [
+            *_path([left, left + 24], [12, 12], _LINES[number], _DASHES[number]),
+            _text(left + 30, 16, name),
+        ]
+    said = "; ".join(
+        f"{name}: "
+        + ", ".join(
+            f"{100 * fraction:.0f} % {point}" for fraction, point in zip(curve.fractions, values, strict=True)
+        )
+        for name, values in curve.recall.items()
+    )
+    return _figure(title, f"{said}, in percent.", bottom + 26, marks)
+
+
+class _Scale:
+    """From values to places across the chart."""
+
+    def __init__(self, low: float, high: float, left: float, right: float) -> None:
+        self.low, self.left = low, left
+        self.unit = (WIDTH - left - right) / max(high - low, 1e-9)
+
+    def __call__(self, value: float) -> float:
+        return self.left + (value - self.low) * self.unit
+
+
+def _scale(low: float, high: float, left: float = LEFT, right: float = RIGHT) -> _Scale:
+    return _Scale(low, high, left, right)
+
+
+def _bars_of(row: Row) -> dict[str, Interval]:
+    bars = {"old/old": row.old, "new/old": row.upgraded}
+    return bars if row.new is None else {**bars, "new/new": row.new}
+
+
+_COLOURS = {"old/old": "old", "new/old": "upgraded", "new/new": "new"}
+
+
+def _bar(name: str, value: Interval, scale: _Scale, top: float) -> list[Element]:
+    middle = top + _BAR / 2
+    colour = f"fill:var(--{_COLOURS[name]})"
+    width = max(scale(value.estimate) - LEFT, 0.5)
+    return [
+        element("rect", x=str(LEFT), y=_n(top), width=_n(width), height=str(_BAR), style=colour),
+        _line(scale(value.low), middle, scale(value.high), middle, "ink", 1.2),
+        _text(scale(max(value.high, value.estimate)) + 5, top + _BAR - 2.5, f"{100 * value.estimate:.1f}"),
+    ]
+
+
+def _legend(names: Sequence[str] | dict[str, Interval]) -> list[Element]:
+    marks = []
+    for number, name in enumerate(names):
+        left, colour = LEFT + 92 * number, f"fill:var(--{_COLOURS[name]})"
+        marks += [
+            element("rect", x=str(left), y="4", width="12", height="12", style=colour),
+            _text(left + 17, 14, name),
+        ]
+    return marks
+
+
+def _band(places: Sequence[float], points: Sequence[Interval], up: object, colour: str) -> list[Element]:
+    assert callable(up)
+    there = [f"{_n(x)},{_n(up(point.high))}" for x, point in zip(places, points, strict=True)]
+    back = [f"{_n(x)},{_n(up(point.low))}" for x, point in zip(places, points, strict=True)]
+    style = f"fill:var(--{colour});fill-opacity:.14"
+    return [element("polygon", points=" ".join([*there, *reversed(back)]), style=style)]
+
+
+def _path(xs: Sequence[float], ys: Sequence[float], colour: str, dash: str) -> list[Element]:
+    points = " ".join(f"{_n(x)},{_n(y)}" for x, y in zip(xs, ys, strict=True))
+    style = f"fill:none;stroke:var(--{colour});stroke-width:2.2;stroke-dasharray:{dash}"
+    return [element("polyline", points=points, style=style)]
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round values within a range of fractions."""
+    step = next(each for each in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / each <= 6 or each == 0.5)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _figure(title: str, said: str, height: float, marks: Sequence[Element]) -> Element:
+    named = element("title", f"{title}. {said}")
+    drawn = element("svg", named, *marks, viewBox=f"0 0 {WIDTH} {_n(height)}", role="img")
+    return element("figure", drawn, element("figcaption", title))
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start", class_: str = "") -> Element:
+    made = element("text", text, x=_n(x), y=_n(y))
+    made.set("text-anchor", anchor)
+    if class_:
+        made.set("class", class_)
+    return made
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float) -> Element:
+    style = f"stroke:var(--{colour});stroke-width:{width:g}"
+    return element("line", x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), style=style)
+
+
+def _n(value: float) -> str:
+    return f"{value:.1f}"

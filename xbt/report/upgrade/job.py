@@ -1,0 +1,78 @@
+"""The report's job: draw a sample, choose, measure, judge, and write it all down."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import fields
+
+from xbt.errors import ConfigError, DataError
+from xbt.projections.auto import MIN_IMAGES
+from xbt.report.upgrade.config import FailUnder, UpgradeReportConfig
+from xbt.report.upgrade.cost import measure_cost
+from xbt.report.upgrade.curve import expect_curve
+from xbt.report.upgrade.examples import find_flips
+from xbt.report.upgrade.from_encoders import embed_sample
+from xbt.report.upgrade.from_vectors import read_sample
+from xbt.report.upgrade.html_page import render_page
+from xbt.report.upgrade.limits import find_limits
+from xbt.report.upgrade.measuring import measure
+from xbt.report.upgrade.result import UpgradeReport
+from xbt.report.upgrade.thresholds import check_thresholds
+from xbt.report.upgrade.verdict import give_verdict
+from xbt.run_dir import RunDirectory
+
+HTML, JSON = "report.html", "report.json"
+_FEWEST = 4
+_MAY_CHANGE = ("device", *(f"fail_under.{each.name}" for each in fields(FailUnder)))
+"""What may be another when a report is made again in the same directory: it changes no figure."""
+
+
+def write_upgrade_report(config: UpgradeReportConfig) -> UpgradeReport:
+    """Measures on a sample whether to upgrade, and writes ``report.html`` and ``report.json``.
+
+    Args:
+        config: What to measure.
+
+    Returns:
+        The report; print its ``format()``.
+
+    Raises:
+        XbtError: If an encoder, vectors, pairs, captions or a setting cannot be used.
+
+    Warns:
+        UserWarning: If images were left out, or the sample is too small for intervals.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("the report is made in one process; launch it with --num_processes 1")
+    run = RunDirectory(config.output_dir, config, config.overwrite, _MAY_CHANGE)
+    sample = embed_sample(config, run.prepare) if config.vectors is None else read_sample(config)
+    if len(sample) < _FEWEST:
+        raise DataError(
+            f"the sample has {len(sample)} images with texts, but a method must be chosen by some and "
+            f"measured on others; bring at least {2 * MIN_IMAGES}, better some hundreds"
+        )
+    run.prepare()
+    chosen, shown = sample.split(config.choose_fraction, config.seed)
+    if min(len(chosen), len(shown)) < MIN_IMAGES:
+        warnings.warn(
+            f"the sample is too small for intervals: {len(chosen)} images to choose by and {len(shown)} to "
+            f"measure with, and fewer than {MIN_IMAGES} show nothing",
+            stacklevel=2,
+        )
+    measured = measure(chosen, shown, config)
+    report = UpgradeReport(
+        config,
+        sample,
+        shown,
+        measured,
+        give_verdict(measured, config.confidence, config.worthwhile, config.seed),
+        check_thresholds(config.fail_under, measured),
+        find_flips(measured, config.examples),
+        measure_cost(sample, measured, config.gallery_size),
+        expect_curve(chosen, measured, config.seed),
+        find_limits(sample, measured, config.gallery_size),
+    )
+    run.write_json(JSON, report.to_dict())
+    (run.path / HTML).write_text(render_page(report), encoding="utf-8")
+    return report

@@ -1,0 +1,148 @@
+"""An upgrade report: everything that was found, as numbers and as text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from xbt.config import config_to_dict
+from xbt.report.upgrade.config import UpgradeReportConfig
+from xbt.report.upgrade.cost import Cost
+from xbt.report.upgrade.curve import ExpectedCurve
+from xbt.report.upgrade.examples import Example, Flips
+from xbt.report.upgrade.measuring import Measured
+from xbt.report.upgrade.rows import HEADS, Row, aligned, make_rows
+from xbt.report.upgrade.sample import Sample
+from xbt.report.upgrade.thresholds import Threshold
+from xbt.report.upgrade.verdict import Verdict
+from xbt.version import __version__
+
+SCHEMA, SCHEMA_VERSION = "xbt.upgrade_report", 1
+
+
+@dataclass(frozen=True)
+class UpgradeReport:
+    """Whether to upgrade, and all that the answer rests on.
+
+    Attributes:
+        config: What was asked for.
+        sample: The whole sample.
+        shown: The part of it that measures.
+        measured: Method and cells.
+        verdict: The answer.
+        thresholds: What was asked for beyond it.
+        flips: By direction, queries mended and broken.
+        cost: What it takes.
+        curve: Recall while the gallery is backfilled, if it could be measured.
+        limits: What could not be known, a sentence each.
+    """
+
+    config: UpgradeReportConfig
+    sample: Sample
+    shown: Sample
+    measured: Measured
+    verdict: Verdict
+    thresholds: list[Threshold]
+    flips: dict[str, Flips]
+    cost: Cost
+    curve: ExpectedCurve | None
+    limits: list[str]
+    rows: list[Row] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", make_rows(self.measured))
+
+    @property
+    def passed(self) -> bool:
+        """Whether the answer is to upgrade and every threshold is met."""
+        return self.verdict.answer in ("yes", "ensemble") and all(each.met for each in self.thresholds)
+
+    @property
+    def method(self) -> list[str]:
+        """What to query the old gallery with, and why, in the decision's own words: a line each."""
+        return str(self.measured.decision).split("\n\n")[0].splitlines()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form of everything: fractions, not percents; ``schema_version`` rises with changes."""
+        return {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "xbt_version": __version__,
+            "passed": self.passed,
+            "verdict": self.verdict.to_dict(),
+            "thresholds": [each.to_dict() for each in self.thresholds],
+            "old": self._side("old"),
+            "new": self._side("new"),
+            "sample": {
+                "available": self.sample.available,
+                "n_images": len(self.sample),
+                "skipped_images": [{"id": name, "reason": reason} for name, reason in self.sample.skipped],
+            },
+            "measured": self.measured.to_dict(),
+            "flips": {direction: self._flips(direction) for direction in self.flips},
+            "cost": self.cost.to_dict(),
+            "backfill_curve": None if self.curve is None else self.curve.to_dict(),
+            "limits": self.limits,
+            "config": config_to_dict(self.config),
+        }
+
+    def format(self) -> str:
+        """The report for a terminal, without a newline at the end."""
+        lines = [self.verdict.sentence, *map(str, self.thresholds), ""]
+        lines += aligned([list(HEADS), *(row.cells() for row in self.rows)])
+        lines += [
+            "",
+            f"R@k in percent over {len(self.shown):,} images and {len(self.shown.pairs.image_of_text):,} "
+            "texts that had no say in the choice, with 95 % intervals; fixed and broken are queries",
+            "",
+            *self.method,
+            "",
+            "What could not be known:",
+            *(f"- {limit}" for limit in self.limits),
+        ]
+        return "\n".join(lines)
+
+    def _side(self, name: str) -> dict[str, Any]:
+        side = self.sample.old if name == "old" else self.sample.new
+        space = None if side.space is None else {"model": side.space.model, "revision": side.space.revision}
+        return {"name": side.name, "dim": side.dim, "space": space}
+
+    def _flips(self, direction: str) -> dict[str, Any]:
+        flips = self.flips[direction]
+        counts = {
+            f"R@{row.k}": dict(zip(("fixed", "broken", "queries"), row.counts, strict=True))
+            for row in self.rows
+            if row.direction == direction
+        }
+        return {
+            "counts": counts,
+            "k": flips.k,
+            "fixed": [self._named(each) for each in flips.fixed],
+            "broken": [self._named(each) for each in flips.broken],
+        }
+
+    def _named(self, example: Example) -> dict[str, Any]:
+        """An example by ids and texts, in place of rows."""
+        query, answer = self.name_query, self.name_answer
+        return {
+            "query": query(example),
+            "old_rank": example.old_rank,
+            "new_rank": example.new_rank,
+            "before": [answer(example, row) for row in example.before],
+            "after": [answer(example, row) for row in example.after],
+            "right": [answer(example, row) for row in example.right],
+        }
+
+    def name_query(self, example: Example) -> str:
+        """The text, or the image's id."""
+        return self._name(example.query, text=example.direction == "T2I")
+
+    def name_answer(self, example: Example, row: int) -> str:
+        """The id of the image that was found, or the text."""
+        return self._name(row, text=example.direction == "I2T")
+
+    def _name(self, row: int, text: bool) -> str:
+        shown = self.shown.shown
+        if not text:
+            return shown.ids[row]
+        return shown.text(row, int(self.shown.pairs.image_of_text[row]))
