@@ -10,24 +10,16 @@ the same command is given again, with any number of processes.
 Not supported: galleries of texts; images that can only be read as a stream.
 """
 
-import os
-from pathlib import Path
-
-from xbt.backfilling import BackfillConfig, run_backfill
-from xbt.config import run_recipe
-from xbt.report import draw_backfill_curve
+from xbt.backfilling import BackfillConfig
+from xbt.cli.jobs import backfill_and_draw
+from xbt.config import is_main_process, run_recipe
 
 
 def main(config: BackfillConfig) -> None:
-    """Backfills, and draws what was measured."""
-    result = run_backfill(config)
-    if not result.curve or os.environ.get("RANK", "0") != "0":
-        return
-    points = result.curve
-    stop = next((each.fraction for each in points if each.position == result.stopping_position), None)
-    recall = {f"R@{k}": [each.recall[k] for each in points] for k in points[0].recall}
-    path = Path(config.output_dir) / "curve.png"
-    draw_backfill_curve([each.fraction for each in points], recall, path, stop)
+    """Backfills, draws what was measured, and prints how far it has come."""
+    result = backfill_and_draw(config)
+    if is_main_process():
+        print(result)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,15 @@ import pytest
 import torch
 import yaml
 
-from xbt.config import config_to_yaml, flatten, parse_config, run_recipe
+from xbt.config import (
+    config_to_yaml,
+    flatten,
+    make_parser,
+    parse_config,
+    parse_flags,
+    run_guarded,
+    run_recipe,
+)
 from xbt.errors import ConfigError, DataError
 
 
@@ -57,6 +65,8 @@ def test_dicts_and_unions(tmp_path):
         ([], ["source", "required"]),
         (["--source", "a", "--inner.rnk", "3"], ["--inner.rnk"]),
         (["--source", "a", "--sorce", "b"], ["--sorce"]),
+        (["--sourc", "a"], ["--sourc"]),
+        (["--source", "a", "--inner.ran", "3"], ["--inner.ran"]),
         (["--source", "a", "--inner.rank", "many"], ["inner.rank", "int", "many"]),
         (["--source", "a", "--inner.rank", "0"], ["inner.rank must be at least 1, got 0"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "not exist"]),
@@ -99,6 +109,41 @@ def test_flatten():
 def test_only_dataclass_instances_are_configs():
     with pytest.raises(ConfigError, match="dataclass instance"):
         config_to_yaml(Settings)
+
+
+def test_arguments_beside_the_config():
+    parser = make_parser(Settings)
+    parser.add_argument("--json", action="store_true")
+    config, others = parse_flags(parser, Settings, ["--json", "--source", "a"])
+    assert config == Settings("a")
+    assert others["json"] is True
+    with pytest.raises(ConfigError, match="--sorce"):
+        parse_flags(parser, Settings, ["--sorce", "a"])
+
+
+def test_help_is_grouped_and_keeps_the_lines_of_its_example():
+    parser = make_parser(Settings, "try", "try [WORD]", "example:\n  try a \\\n    --inner.rank 3")
+    shown = parser.format_help()
+    assert shown.startswith("usage: try [WORD]\n\nSettings of a test.\n")
+    assert shown.endswith("example:\n  try a \\\n    --inner.rank 3\n")
+    settings, inner = shown.index("\nsettings:\n"), shown.index("\nThe inner ones:\n")
+    assert settings < shown.index("--source") < inner < shown.index("--inner.rank", inner)
+
+
+def test_guarded_work(capsys, monkeypatch):
+    """The status is the work's; an error is told once, by the main process."""
+    told = []
+    assert run_guarded(lambda: 1, "try") == 1
+
+    def fails():
+        raise DataError("empty")
+
+    assert run_guarded(fails, "try", lambda error, status: told.append((str(error), status))) == 2
+    assert capsys.readouterr().err == "try: error: empty\n"
+    monkeypatch.setenv("RANK", "1")
+    assert run_guarded(fails, "try", lambda error, status: told.append((str(error), status))) == 2
+    assert capsys.readouterr().err == ""
+    assert told == [("empty", 2)]
 
 
 def test_help_shows_the_attribute_docstrings(capsys, monkeypatch):

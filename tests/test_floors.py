@@ -29,8 +29,9 @@ FLOORS = [
     {"evaluation", "embedding", "backbones"},
     {"projections"},
     {"compatible", "gallery"},
-    {"training", "report", "serve", "backfilling", "evaluation_job", "choosing_job"},
-    {"demo"},
+    {"training", "report", "serve", "backfilling", "evaluation_job", "choosing_job", "sharing"},
+    {"demo", "cli"},
+    {"__main__"},
 ]
 HOMES = {
     "open_clip": {"encoders"},

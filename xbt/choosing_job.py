@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from xbt.compatible import CompatibleEncoder
 from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_readable_pairs, read_captions
@@ -76,17 +75,10 @@ def run_choice(config: ChooseProjectionConfig) -> Decision:
         raise ConfigError("every caption is one of the pairs' own; give --captions of other images")
     old, new = load_encoder(config.old, device), load_encoder(config.new, device)
     run.prepare()
-    vectors = {side: _embed(encoder, corpus, pairs) for side, encoder in (("new", new), ("old", old))}
     decision = choose_projection(
-        vectors["new"][0],
-        vectors["old"][0],
-        pairs=PairVectors(
-            new_texts=vectors["new"][1],
-            old_texts=vectors["old"][1],
-            old_images=vectors["old"][2],
-            image_of_text=torch.tensor([int(images[0]) for images in pairs.positives_t2i]),
-            new_images=vectors["new"][2],
-        ),
+        new.encode_texts(corpus, progress=True),
+        old.encode_texts(corpus, progress=True),
+        pairs=embed_pairs(pairs, new, old),
         thorough=config.thorough,
         use_old=config.use_old,
         confidence=config.confidence,
@@ -95,7 +87,9 @@ def run_choice(config: ChooseProjectionConfig) -> Decision:
         new_space=new.space,
         old_space=old.space,
     )
-    upgraded = CompatibleEncoder(new, decision.projection, decision.ensemble, _if_needed(decision, old))
+    upgraded = CompatibleEncoder(
+        new, decision.projection, decision.ensemble, encoder_if_needed(decision, old)
+    )
     upgraded.save_pretrained(run.path / "compatible")
     skipped = [{"id": each.id, "reason": each.reason} for each in rejected]
     run.write_json("decision.json", {**decision.to_dict(), "skipped_images": skipped})
@@ -103,16 +97,18 @@ def run_choice(config: ChooseProjectionConfig) -> Decision:
     return decision
 
 
-def _embed(encoder: DualEncoder, corpus: list[str], pairs: ImageTextPairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Vectors of the corpus, and of the pairs' texts and images."""
+def embed_pairs(pairs: ImageTextPairs, new: DualEncoder, old: DualEncoder) -> PairVectors:
+    """Embeds pairs with both models."""
     images = [pairs.image(row) for row in range(len(pairs))]
-    return (
-        encoder.encode_texts(corpus, progress=True),
-        encoder.encode_texts(list(pairs.texts), progress=True),
-        encoder.encode_images(images, progress=True),
+    (new_texts, new_images), (old_texts, old_images) = (
+        (encoder.encode_texts(list(pairs.texts), progress=True), encoder.encode_images(images, progress=True))
+        for encoder in (new, old)
     )
+    owners = torch.tensor([int(rows[0]) for rows in pairs.positives_t2i])
+    return PairVectors(new_texts, old_texts, old_images, owners, new_images)
 
 
-def _if_needed(decision: Decision, old: DualEncoder) -> DualEncoder | None:
+def encoder_if_needed(decision: Decision, old: DualEncoder) -> DualEncoder | None:
+    """The old encoder, if a chosen combination of queries runs it in any direction."""
     needed = any(decision.ensemble.needs_old(direction) for direction in decision.judgements)
     return old if needed else None

@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from xbt.errors import ConfigError, XbtError
 
 ConfigT = TypeVar("ConfigT")
 
+USER_ERRORS = (XbtError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+"""What a user can mend, and needs no traceback for."""
+WRONG_INPUT, INTERRUPTED = 2, 130
+"""Exit statuses."""
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def make_parser(config_class: type[Any], prog: str | None = None) -> ArgumentParser:
-    """A parser whose options are the fields of a (possibly nested) dataclass, plus ``--config FILE``."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=_first_paragraph(config_class))
+class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's help, with the line breaks that an epilog has."""
+
+
+def make_parser(
+    config_class: type[Any], prog: str | None = None, usage: str | None = None, epilog: str | None = None
+) -> ArgumentParser:
+    """A parser whose options are the fields of a (possibly nested) dataclass, plus ``--config FILE``.
+
+    Args:
+        config_class: The dataclass.
+        prog: Name shown in the help.
+        usage: The help's first line, in place of all flags.
+        epilog: The help's last lines.
+    """
+    parser = ArgumentParser(
+        prog=prog,
+        usage=usage,
+        epilog=epilog,
+        exit_on_error=False,
+        allow_abbrev=False,  # half a key is an unknown key
+        description=_first_paragraph(config_class),
+        formatter_class=_HelpFormatter,
+    )
     parser.add_argument("--config", action="config", help="YAML file; flags after it override its values")
-    parser.add_class_arguments(config_class, nested_key=None, fail_untyped=True)
+    settings = parser.add_argument_group("settings")
+    settings.add_class_arguments(config_class, nested_key=None, as_group=False, fail_untyped=True)
     return parser
 
 
@@ -46,16 +75,35 @@ def parse_config(
         ConfigError: If a key is unknown, a value has the wrong type or fails the dataclass's own checks, a
             required key is missing, or the YAML file is missing or malformed.
     """
-    parser = make_parser(config_class, prog)
     flags = list(sys.argv[1:] if argv is None else argv)
+    return parse_flags(make_parser(config_class, prog), config_class, flags)[0]
+
+
+def parse_flags(
+    parser: ArgumentParser, config_class: type[ConfigT], flags: Sequence[str]
+) -> tuple[ConfigT, dict[str, Any]]:
+    """Builds a config with a parser that may know other arguments beside the config's keys.
+
+    Args:
+        parser: From :func:`make_parser`.
+        config_class: The dataclass it was made of.
+        flags: The command line.
+
+    Returns:
+        The config, and the values of the other arguments by name.
+
+    Raises:
+        ConfigError: As :func:`parse_config`.
+    """
     try:
         parsed = parser.instantiate(parser.parse_args(flags))
     except XbtError:
         raise
     except Exception as error:  # jsonargparse wraps what a dataclass's own check raised
         raise ConfigError(_explain(error, flags)) from error
-    values = {key: value for key, value in vars(parsed).items() if key != "config"}
-    return config_class(**values)
+    values, known = dict(vars(parsed)), {each.name for each in fields(config_class)}  # type: ignore[arg-type]
+    config = config_class(**{key: values.pop(key) for key in list(values) if key in known})
+    return config, values
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -89,18 +137,62 @@ def run_recipe(main: Callable[[ConfigT], object], config_class: type[ConfigT]) -
     130 after an interrupt. Anything else is a bug and keeps its traceback.
     """
     prog = Path(sys.argv[0]).name
-    warnings.showwarning = _show_warning
-    try:
+
+    def work() -> int:
         main(parse_config(config_class, prog=prog))
+        return 0
+
+    status = run_guarded(work, prog)
+    if status:
+        sys.exit(status)
+
+
+def run_guarded(
+    work: Callable[[], int],
+    prog: str,
+    tell: Callable[[BaseException, int], None] | None = None,
+    when_interrupted: str = "interrupted; the same command continues from its last checkpoint",
+) -> int:
+    """Does a command's work, and turns errors and interrupts into one line on stderr and a status.
+
+    Args:
+        work: Returns the exit status.
+        prog: What the command is called.
+        tell: Is told of the error and the status as well, in the main process.
+        when_interrupted: What to say after an interrupt.
+
+    Returns:
+        What ``work`` returns; 2 after one of :data:`USER_ERRORS`, 130 after an interrupt. Anything else is a
+        bug and is raised.
+    """
+    shown_before, warnings.showwarning = warnings.showwarning, _show_warning
+    try:
+        status = work()
         _leave_processes()
-    except (XbtError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{prog}: error: {error}", file=sys.stderr)
+        return status
+    except USER_ERRORS as error:
+        status = _report(error, f"{prog}: error: {error}", WRONG_INPUT, tell)
         _leave_processes()
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted; the same command continues from its last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        return status
+    except KeyboardInterrupt as error:
+        return _report(error, f"{prog}: {when_interrupted}", INTERRUPTED, tell)
+    finally:
+        warnings.showwarning = shown_before
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process of a run, or the one that speaks for all of them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _report(
+    error: BaseException, line: str, status: int, tell: Callable[[BaseException, int], None] | None
+) -> int:
+    if is_main_process():
+        print(line, file=sys.stderr)
+        if tell is not None:
+            tell(error, status)
+    return status
 
 
 def _leave_processes() -> None:
@@ -119,12 +211,12 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     """One line per warning, from the main process alone: what a person at a terminal wants of them."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(f"warning: {message}", file=file or sys.stderr)
 
 
 def _first_paragraph(config_class: type[Any]) -> str:
-    return (config_class.__doc__ or "").strip().split("\n\n")[0]
+    return inspect.cleandoc(config_class.__doc__ or "").split("\n\n")[0]
 
 
 def _of_optional_group(message: str) -> str:

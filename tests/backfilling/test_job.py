@@ -16,7 +16,7 @@ from xbt.gallery.backfill_ranks import mixed_ranks
 from xbt.gallery.orders import distance_to_mean_order, query_log_order, random_order
 
 
-def test_every_item_is_moved_in_the_order(config, gallery, new_vectors, old_vectors, new, tmp_path, capsys):
+def test_every_item_is_moved_in_the_order(config, gallery, new_vectors, old_vectors, new, tmp_path):
     result = run_backfill(config(seed=3))
     ids = [SCENES.ids[row] for row in random_order(COUNT, 3)]
     assert order_of(tmp_path / "out") == ids
@@ -29,7 +29,7 @@ def test_every_item_is_moved_in_the_order(config, gallery, new_vectors, old_vect
     assert made.search(new_vectors[:5], 1, new.space).ids == [[name] for name in SCENES.ids[:5]]
     assert (result.items, result.rejected, result.fraction, result.position) == (COUNT, 0, 1.0, COUNT)
     assert result.why == "nothing is left to do"
-    assert "backfilled 60 items; 60 of the order's 60 are taken up" in capsys.readouterr().out
+    assert "backfilled 60 items; 60 of the order's 60 are taken up" in str(result)
 
 
 def test_all_backfilled_is_a_gallery_of_the_new_model(config, new, new_vectors, tmp_path):

@@ -33,7 +33,7 @@ def run_backfill(config: BackfillConfig) -> BackfillResult:
         config: What to do.
 
     Returns:
-        How far it has come, in every process.
+        How far it has come, in every process; print it.
 
     Raises:
         XbtError: If a setting, the gallery, an encoder, the images or the directory cannot be used, or the
@@ -50,10 +50,7 @@ def run_backfill(config: BackfillConfig) -> BackfillResult:
     with closing(desk):
         chunks = team.main_alone(desk.prepare)
         _work(config, team, encoder, items, desk, chunks)
-        result = team.main_alone(desk.finish)
-    if team.is_main:
-        print(result)
-    return result
+        return team.main_alone(desk.finish)
 
 
 def _work(

@@ -1,0 +1,237 @@
+"""The command line as such: its help, its errors, its streams and its exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from xbt.cli import Outcome, app, commands
+from xbt.cli.commands import COMMANDS, Command
+from xbt.errors import DataError
+from xbt.version import __version__
+
+THERE = {each.name for each in COMMANDS}
+
+
+@dataclass
+class Settings:
+    """Settings of a command that is made for a test."""
+
+    source: str = "a"
+    """Where from."""
+
+
+def answer(settings):
+    print("a job that prints")
+    os.write(1, b"a library in C that prints\n")
+    subprocess.run([sys.executable, "-c", "print('a child that prints')"], check=True)
+    return Outcome({"source": settings.source, "figure": float("nan")}, f"found {settings.source}", 1)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Installs a function as the command ``try``."""
+
+    def install(function, **options):
+        monkeypatch.setattr(sys.modules[__name__], "job", function, raising=False)
+        monkeypatch.setattr(
+            commands,
+            "COMMANDS",
+            (Command("try", "", f"{__name__}:Settings", f"{__name__}:job", "xbt try", **options),),
+        )
+
+    return install
+
+
+def raising(error):
+    def job(settings):
+        raise error
+
+    return job
+
+
+def test_the_overview_lists_every_command_in_a_line(run):
+    said = run("--help")
+    assert said.status == 0
+    for each in COMMANDS:
+        assert any(line.split(maxsplit=len(each.name.split()))[:-1] == each.name.split()
+                   and line.endswith(each.help) for line in said.out.splitlines())  # fmt: skip
+    assert max(map(len, said.out.splitlines())) <= 100
+    assert said.err == ""
+
+
+def test_version(run):
+    assert run("--version") == (0, f"xbt {__version__}\n", "")
+
+
+def test_without_a_word_the_overview_is_an_error(run):
+    said = run()
+    assert (said.status, said.out) == (2, "")
+    assert "commands:" in said.err
+
+
+@pytest.mark.parametrize(("words", "status"), [(["gallery"], 2), (["gallery", "--help"], 0)])
+def test_the_group_of_gallery_commands(run, words, status):
+    said = run(*words)
+    assert said.status == status
+    assert "gallery verify" in said.out
+    assert "  embed" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["embd"], "there is no command 'embd'; did you mean embed?"),
+        (["gallery", "creat", "x"], "there is no command 'gallery creat'; did you mean gallery create?"),
+        (["--josn"], "there is no command '--josn'"),
+    ],
+)
+def test_an_unknown_command(run, words, told):
+    said = run(*words)
+    assert (said.status, said.out) == (2, "")
+    assert said.err.startswith(f"xbt: error: {told}")
+    assert said.err.count("\n") == 1
+    assert run(*words, "--json").document["error"]["kind"] == "ConfigError"
+
+
+def test_help_and_version_import_no_torch():
+    for words in (["--help"], ["--version"], ["gallery", "--help"], ["embd"]):
+        code = (
+            f"import sys; from xbt.cli import main; main({words!r}); "
+            "heavy = {'torch', 'numpy', 'jsonargparse', 'transformers'} & set(sys.modules); "
+            "assert not heavy, heavy"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", sorted(THERE))
+def test_every_command_explains_its_keys_with_an_example(run, capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        run(*name.split(), "--help")
+    said = capsys.readouterr()
+    assert (ended.value.code, said.err) == (0, "")
+    assert said.out.startswith(f"usage: xbt {name} ")
+    assert f"example:\n  xbt {name}" in said.out
+    assert "settings:" in said.out
+    assert "default: " in said.out
+    assert "--json" in said.out
+
+
+@pytest.mark.parametrize("each", COMMANDS, ids=lambda each: each.name)
+def test_the_example_is_a_command_line_that_is_understood(each):
+    from xbt.cli.app import parse
+
+    for example in each.example.replace("\\\n", " ").splitlines():
+        words = [word.strip('"') for word in example.removeprefix(each.prog).split()]
+        if "--config" not in words:
+            parse(each, words)
+
+
+def test_what_is_found_and_what_is_printed_beside_it(command, capfd):
+    command(answer)
+    status = app.main(["try", "--source", "b"])
+    said = capfd.readouterr()
+    assert (status, said.out) == (1, "found b\n")
+    for words in ("a job that prints", "a library in C that prints", "a child that prints"):
+        assert words in said.err
+    app.main(["try", "--json"])
+    assert json.loads(capfd.readouterr().out) == {"source": "a", "figure": None}
+
+
+def test_an_error_is_one_sentence_and_under_json_a_document(command, run):
+    command(raising(DataError("captions.txt is empty")))
+    assert run("try") == (2, "", "xbt try: error: captions.txt is empty\n")
+    said = run("try", "--json")
+    assert (said.status, said.err) == (2, "xbt try: error: captions.txt is empty\n")
+    assert said.document == {
+        "error": {
+            "command": "xbt try", "kind": "DataError", "message": "captions.txt is empty", "status": 2
+        }
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--sorce", "a"], ["--sorce"]),
+        (["word"], ["word"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+)
+def test_wrong_flags_and_files(command, run, flags, words):
+    command(answer)
+    said = run("try", *flags, "--json")
+    assert said.status == 2
+    assert said.err.startswith("xbt try: error: ")
+    assert said.err.count("\n") == 1
+    assert all(word in said.document["error"]["message"] for word in words)
+
+
+def test_an_unknown_key_in_a_file(command, run, tmp_path):
+    command(answer)
+    (tmp_path / "try.yaml").write_text("sorce: b\n")
+    said = run("try", "--config", tmp_path / "try.yaml")
+    assert (said.status, said.out) == (2, "")
+    assert "sorce" in said.err
+    (tmp_path / "try.yaml").write_text("source: b\n")
+    assert run("try", "--config", tmp_path / "try.yaml").out == "found b\n"
+
+
+def test_a_bug_has_a_traceback_and_a_status_of_its_own(command, run):
+    command(raising(ZeroDivisionError("a bug")))
+    said = run("try", "--json")
+    assert said.status == 70
+    assert "Traceback" in said.err
+    assert said.document["error"]["kind"] == "ZeroDivisionError"
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_an_interrupt(command, run, resumable):
+    command(raising(KeyboardInterrupt()), resumable=resumable)
+    said = run("try")
+    assert (said.status, said.out) == (130, "")
+    assert ("continues" in said.err) == resumable
+    assert run("try", "--json").document["error"]["status"] == 130
+
+
+def test_one_of_several_processes_speaks(command, run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command(answer)
+    said = run("try")
+    assert said.status == 2
+    assert "--num_processes 1" in said.err
+    command(answer, processes=True)
+    assert run("try").out == "found a\n"
+    monkeypatch.setenv("RANK", "1")
+    assert run("try").out == ""
+    command(raising(DataError("empty")), processes=True)
+    assert run("try", "--json") == (2, "", "")
+
+
+def test_a_reader_that_has_gone_away_is_no_error(tmp_path):
+    """As in ``xbt --help | head -1``: the pipe is closed before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    ran = subprocess.run(
+        [sys.executable, "-m", "xbt", "--help"], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_the_entry_point_and_the_module():
+    (entry,) = [each for each in metadata.distribution("xbt").entry_points if each.group == "console_scripts"]
+    assert (entry.name, entry.load()) == ("xbt", app.main)
+    script = Path(sys.executable).with_name("xbt")
+    for command_line in ([str(script)], [sys.executable, "-m", "xbt"]):
+        said = subprocess.run([*command_line, "--version"], capture_output=True, text=True, check=True)
+        assert said.stdout == f"xbt {__version__}\n"
+    failed = subprocess.run([sys.executable, "-m", "xbt", "embd"], capture_output=True, check=False)
+    assert failed.returncode == 2

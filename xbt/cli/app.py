@@ -1,0 +1,139 @@
+"""From a command line to an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from argparse import SUPPRESS
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from textwrap import wrap
+from typing import Any, get_args, get_type_hints
+
+from xbt.cli.commands import Command, find_command, overview
+from xbt.cli.outcome import as_json
+from xbt.cli.streams import prints_on_stderr, show
+from xbt.errors import ConfigError, XbtError
+from xbt.version import __version__
+
+BUG = 70
+"""Exit status of what is no user's fault: 1 is an answer."""
+JSON = "--json"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: The words after ``xbt``; ``None`` reads the process's own.
+
+    Returns:
+        The exit status; see :mod:`xbt.cli`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["--version"]:
+        show(f"xbt {__version__}")
+        return 0
+    if words[:1] in (["-h"], ["--help"]):
+        show(overview())
+        return 0
+    if words == ["gallery"] or words[:2] in (["gallery", "-h"], ["gallery", "--help"]):
+        show(overview("gallery "))
+        return 0 if len(words) > 1 else 2
+    if not words:
+        print(overview(), file=sys.stderr)
+        return 2
+    try:
+        command, flags = find_command(words)
+    except XbtError as error:
+        print(f"xbt: error: {error}", file=sys.stderr)
+        if JSON in words:
+            show(_error("xbt", error, 2))
+        return 2
+    return run_command(command, flags)
+
+
+def run_command(command: Command, flags: list[str]) -> int:
+    """Parses a command's flags, runs it, and shows what it found.
+
+    Returns:
+        The exit status.
+    """
+    from xbt.config import is_main_process, run_guarded  # a quarter of a second that --help need not wait
+
+    as_document = JSON in flags
+
+    def work() -> int:
+        config = parse(command, flags)
+        if not command.processes and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ConfigError(f"{command.prog} runs in one process; launch it with --num_processes 1")
+        with prints_on_stderr():
+            outcome = command.run(config)
+        if is_main_process():
+            show(outcome.to_json() if as_document else outcome.text)
+        return outcome.status
+
+    def tell(error: BaseException, status: int) -> None:
+        if as_document:
+            show(_error(command.prog, error, status))
+
+    again = "; the same command continues where it was" if command.resumable else ""
+    try:
+        return run_guarded(work, command.prog, tell, f"interrupted{again}")
+    except Exception as error:
+        traceback.print_exc()
+        if is_main_process():
+            tell(error, BUG)
+        return BUG
+
+
+def parse(command: Command, flags: Sequence[str]) -> Any:
+    """A command's config from its flags.
+
+    Raises:
+        ConfigError: As :func:`~xbt.config.parse_config`.
+    """
+    from xbt.config import make_parser, parse_flags
+
+    rest = list(flags)
+    if command.first and rest and not rest[0].startswith("-"):
+        rest = [f"--{command.first}={rest[0]}", *rest[1:]]
+    config_class = command.config_class()
+    words = [f"[{command.first.upper()}]"] if command.first else []
+    words += [f"[{command.words.split('.')[-1].upper()} ...]"] if command.words else []
+    usage = " ".join([command.prog, *words, "[--config FILE] [--key value ...] [--json]"])
+    example = command.example.replace("\n", "\n  ")
+    epilog = "\n".join([*_optional_groups(config_class), "example:", f"  {example}"])
+    parser = make_parser(config_class, command.prog, usage, epilog)
+    parser.add_argument(JSON, action="store_true", help="print one JSON document")
+    if command.words:
+        parser.add_argument("words", nargs="*", type=str, help=SUPPRESS)
+    config, others = parse_flags(parser, config_class, rest)
+    if others.get("words"):
+        _add_words(config, str(command.words), others["words"])
+    return config
+
+
+def _optional_groups(config_class: type[Any]) -> list[str]:
+    """What can stand below keys that may be left out as a whole, which the list of flags does not show."""
+    lines = []
+    for name, hint in get_type_hints(config_class).items():
+        group = next((each for each in get_args(hint) if is_dataclass(each)), None)
+        if group is not None:
+            listed = ", ".join(f".{each.name}" for each in fields(group))
+            lines += [*wrap(f"--{name} has the keys {listed} (see --{name}.help)", 80), ""]
+    return lines
+
+
+def _add_words(config: Any, key: str, words: list[str]) -> None:
+    *groups, name = key.split(".")
+    for group in groups:
+        config = getattr(config, group)
+    there = getattr(config, name)
+    setattr(config, name, [*([there] if isinstance(there, str) else there), *words])
+
+
+def _error(prog: str, error: BaseException, status: int) -> str:
+    told = {"command": prog, "kind": type(error).__name__, "message": str(error), "status": status}
+    return as_json({"error": told})

@@ -1,0 +1,217 @@
+"""Which commands there are. Nothing is imported before one of them is called."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import Any
+
+from xbt.cli.outcome import Outcome
+from xbt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: As it is typed: a word or two.
+        help: What it does, in a line.
+        config: Where its config's dataclass is, as ``"module:name"``.
+        function: Where the function is that takes the config and returns an :class:`Outcome`.
+        example: A command that works, with line breaks.
+        first: The key that a first word without a flag stands for.
+        words: The key of a list that other words without a flag are added to.
+        processes: Whether several processes may share the work.
+        resumable: Whether the same command continues after a kill.
+    """
+
+    name: str
+    help: str
+    config: str
+    function: str
+    example: str
+    first: str | None = None
+    words: str | None = None
+    processes: bool = False
+    resumable: bool = False
+
+    @property
+    def prog(self) -> str:
+        """What it is called."""
+        return f"xbt {self.name}"
+
+    def config_class(self) -> type[Any]:
+        """The config's dataclass."""
+        found: type[Any] = resolve_name(self.config)
+        return found
+
+    def run(self, config: Any) -> Outcome:
+        """Does the command's work."""
+        function: Callable[[Any], Outcome] = resolve_name(self.function)
+        return function(config)
+
+
+_GALLERY, _GALLERY_CONFIGS = "xbt.cli.gallery_commands", "xbt.cli.gallery_configs"
+
+COMMANDS = (
+    Command(
+        "embed",
+        "embed images or captions into a store, in any number of processes",
+        "xbt.embedding:EmbedConfig",
+        "xbt.cli.jobs:embed",
+        "xbt embed --encoder open_clip:ViT-B-32-quickgelu/openai --images.source photos/ \\\n"
+        "  --output_dir stores/photos_b32",
+        processes=True,
+        resumable=True,
+    ),
+    Command(
+        "fit",
+        "fit a projection, or choose one (and whether at all) by held-out pairs",
+        "xbt.cli.fit_config:FitConfig",
+        "xbt.cli.jobs:fit",
+        "xbt fit --old_store stores/captions_b32 --new_store stores/captions_l14 --output_dir runs/fit\n"
+        "xbt fit --old open_clip:ViT-B-32-quickgelu/openai \\\n"
+        "  --new transformers:openai/clip-vit-large-patch14 --captions.source captions.txt \\\n"
+        "  --pairs.source dataset_flickr8k.json --pairs.split val --output_dir runs/choice",
+    ),
+    Command(
+        "evaluate",
+        "measure old/old, new/old and new/new retrieval on image-text pairs",
+        "xbt.evaluation_job:EvaluationConfig",
+        "xbt.cli.jobs:evaluate",
+        "xbt evaluate --old open_clip:ViT-B-32-quickgelu/openai \\\n"
+        "  --new transformers:openai/clip-vit-large-patch14 --upgraded.chosen runs/choice/compatible \\\n"
+        "  --pairs.source dataset_flickr8k.json --pairs.split test --output_dir runs/evaluation",
+    ),
+    Command(
+        "report",
+        "say whether an upgrade is worth it, with numbers and pictures",
+        "xbt.report:UpgradeReportConfig",
+        "xbt.cli.jobs:report",
+        "xbt report --old open_clip:ViT-B-32-quickgelu/openai \\\n"
+        "  --new transformers:openai/clip-vit-large-patch14 --captions.source captions.txt \\\n"
+        "  --pairs.source dataset_flickr8k.json --pairs.split test --output_dir runs/report",
+    ),
+    Command(
+        "search",
+        "search a gallery with texts or pictures",
+        "xbt.cli.search_config:SearchConfig",
+        "xbt.cli.jobs:search",
+        'xbt search --gallery gallery --encoder runs/choice/compatible "a dog on a beach" "a red car"',
+        words="queries.texts",
+    ),
+    Command(
+        "backfill",
+        "re-embed a gallery while it serves, the most urgent items first",
+        "xbt.backfilling:BackfillConfig",
+        "xbt.cli.jobs:backfill",
+        "xbt backfill --gallery gallery --encoder transformers:openai/clip-vit-large-patch14 \\\n"
+        "  --images.source photos/ --output_dir runs/backfill --max_hours 8",
+        processes=True,
+        resumable=True,
+    ),
+    Command(
+        "push",
+        "upload a compatible encoder or a projection to the Hugging Face Hub",
+        "xbt.sharing:PushConfig",
+        "xbt.cli.jobs:push",
+        "xbt push runs/choice --repo me/l14-speaks-b32 --license apache-2.0",
+        first="directory",
+    ),
+    Command(
+        "gallery create",
+        "make a gallery, of a store or empty",
+        f"{_GALLERY_CONFIGS}:CreateConfig",
+        f"{_GALLERY}:create",
+        "xbt gallery create gallery --store stores/photos_b32",
+        first="gallery",
+    ),
+    Command(
+        "gallery add",
+        "add a store's items to a gallery",
+        f"{_GALLERY_CONFIGS}:AddConfig",
+        f"{_GALLERY}:add",
+        "xbt gallery add gallery --store stores/new_photos_b32",
+        first="gallery",
+    ),
+    Command(
+        "gallery remove",
+        "remove items from a gallery",
+        f"{_GALLERY_CONFIGS}:RemoveConfig",
+        f"{_GALLERY}:remove",
+        "xbt gallery remove gallery 2019/beach.jpg 2019/forest.jpg",
+        first="gallery",
+        words="ids",
+    ),
+    Command(
+        "gallery verify",
+        "read every byte of a gallery or store and name what is damaged",
+        f"{_GALLERY_CONFIGS}:GalleryConfig",
+        f"{_GALLERY}:verify",
+        "xbt gallery verify gallery",
+        first="gallery",
+    ),
+    Command(
+        "gallery compact",
+        "free the room of removed and superseded items",
+        f"{_GALLERY_CONFIGS}:GalleryConfig",
+        f"{_GALLERY}:compact",
+        "xbt gallery compact gallery",
+        first="gallery",
+    ),
+    Command(
+        "gallery info",
+        "say what is in a gallery or store, and which model made it",
+        f"{_GALLERY_CONFIGS}:GalleryConfig",
+        f"{_GALLERY}:info",
+        "xbt gallery info gallery",
+        first="gallery",
+    ),
+)
+"""Every command, in the order in which they are listed."""
+
+
+def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
+    """The command that a command line begins with, and the rest of the line.
+
+    Raises:
+        ConfigError: If there is no such command; the message names the nearest.
+    """
+    for length in (2, 1):
+        for command in COMMANDS:
+            if command.name == " ".join(words[:length]):
+                return command, list(words[length:])
+    typed = " ".join(words[:2] if words[0] == "gallery" else words[:1])
+    near = difflib.get_close_matches(typed, [each.name for each in COMMANDS], 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"there is no command {typed!r}; {hint}xbt --help lists them")
+
+
+def overview(prefix: str = "") -> str:
+    """The help of ``xbt``, or of a group of commands such as ``"gallery "``."""
+    chosen = [each for each in COMMANDS if each.name.startswith(prefix)]
+    width = max(len(each.name) for each in chosen)
+    lines = [
+        f"usage: xbt {prefix}COMMAND [--config FILE] [--key value ...] [--json]",
+        "",
+        "Put a better CLIP in front of a gallery that an older one embedded."
+        if not prefix
+        else "Make, fill, check and describe galleries.",
+        "",
+        "commands:",
+        *(f"  {each.name.ljust(width)}  {each.help}" for each in chosen),
+        "",
+        "Every key of a command's config is a flag, nested ones with dots (--images.source photos/), or",
+        "stands in a YAML file (--config FILE). Results go to standard output, as one JSON document with",
+        "--json; progress, warnings and errors go to standard error.",
+        "",
+        "  xbt COMMAND --help  its keys, with an example",
+        "  xbt --version       which xbt this is",
+        "",
+        "exit status: 0; 1 if the answer is no (report, gallery verify); 2 for what you can mend; 70 for a",
+        "bug; 130 after an interrupt",
+    ]
+    return "\n".join(lines)

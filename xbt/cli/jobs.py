@@ -1,0 +1,95 @@
+"""What each command runs, and what it then has to say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from xbt.cli.outcome import Outcome
+
+if TYPE_CHECKING:
+    from xbt.backfilling import BackfillConfig, BackfillResult
+    from xbt.cli.fit_config import FitConfig
+    from xbt.cli.search_config import SearchConfig
+    from xbt.embedding import EmbedConfig
+    from xbt.evaluation_job import EvaluationConfig
+    from xbt.report import UpgradeReportConfig
+    from xbt.sharing import PushConfig
+
+
+def embed(config: EmbedConfig) -> Outcome:
+    """Embeds, and describes the store."""
+    from xbt.cli.describing import describe_store
+    from xbt.embedding import embed as run
+    from xbt.embedding.records import NOTES, REJECTED
+
+    store = run(config)
+    about = describe_store(store)
+    for name in (REJECTED, NOTES):
+        about[Path(name).stem] = (store.path / name).read_bytes().count(b"\n")
+    left_out = f"; {about['rejected']} rejected, see {REJECTED}" if about["rejected"] else ""
+    text = f"{store.path}: {len(store)} {store.modality} vectors of {store.space}{left_out}"
+    return Outcome(about, text)
+
+
+def fit(config: FitConfig) -> Outcome:
+    """Fits or chooses."""
+    from xbt.cli.fit_job import run_fit
+
+    result = run_fit(config)
+    return Outcome(result.to_dict(), str(result))
+
+
+def evaluate(config: EvaluationConfig) -> Outcome:
+    """Measures."""
+    from xbt.evaluation import format_table
+    from xbt.evaluation_job import run_evaluation
+
+    report = run_evaluation(config)
+    return Outcome(report.to_dict(), format_table(report))
+
+
+def report(config: UpgradeReportConfig) -> Outcome:
+    """Writes the upgrade report; the status is its verdict."""
+    from xbt.report import write_upgrade_report
+
+    result = write_upgrade_report(config)
+    return Outcome(result.to_dict(), result.format(), 0 if result.passed else 1)
+
+
+def search(config: SearchConfig) -> Outcome:
+    """Searches."""
+    from xbt.cli.search_job import run_search
+
+    answer = run_search(config)
+    return Outcome(answer.to_dict(), str(answer))
+
+
+def backfill(config: BackfillConfig) -> Outcome:
+    """Backfills, and draws what was measured."""
+    result = backfill_and_draw(config)
+    return Outcome(result.to_dict(), str(result))
+
+
+def backfill_and_draw(config: BackfillConfig) -> BackfillResult:
+    """Backfills, and draws recall over the fraction backfilled, if it was measured, as ``curve.png``."""
+    from xbt.backfilling import run_backfill
+    from xbt.config import is_main_process
+    from xbt.report import draw_backfill_curve
+
+    result = run_backfill(config)
+    points = result.curve
+    if points and is_main_process():
+        stop = next((each.fraction for each in points if each.position == result.stopping_position), None)
+        recall = {f"R@{k}": [each.recall[k] for each in points] for k in points[0].recall}
+        path = Path(config.output_dir) / "curve.png"
+        draw_backfill_curve([each.fraction for each in points], recall, path, stop)
+    return result
+
+
+def push(config: PushConfig) -> Outcome:
+    """Uploads."""
+    from xbt.sharing import push as run
+
+    result = run(config)
+    return Outcome(result.to_dict(), result.format())
