@@ -236,7 +236,10 @@ def spoil(directory, **changes):
         ({"format": "something"}, "does not describe a compatible backbone"),
         ({"head": None}, "lacks or misnames a key: 'head'"),
         ({"head": {"kind": "magic", "options": {}}}, "head 'magic' is not known"),
-        ({"head": {"kind": "oca", "options": {"old_dim": 8, "extra_dims": 4, "x": 1}}}, "cannot be used"),
+        (
+            {"head": {"kind": "oca", "options": {"old_dim": 8, "extra_dims": 4, "x": 1}}},
+            "options.x is not known",
+        ),
         ({"head": {"kind": "oca", "options": {"old_dim": 8, "extra_dims": 5}}}, "does not fit its config"),
         (
             {"backbone": {"spec": "magic", "image_size": 32, "architecture": None}},

@@ -190,7 +190,11 @@ def test_loads_from_the_hub_cache_with_a_revision(specs, tmp_path):
     (repo / "refs").mkdir()
     (repo / "refs" / "v1").write_text(commit)
     loaded = xbt.CompatibleEncoder.from_pretrained(
-        "org/adapter", revision="v1", cache_dir=tmp_path / "cache", local_files_only=True
+        "org/adapter",
+        base=specs["open_clip"],
+        revision="v1",
+        cache_dir=tmp_path / "cache",
+        local_files_only=True,
     )
     torch.testing.assert_close(vectors(loaded), vectors(compatible), atol=1e-6, rtol=0)
 
@@ -199,8 +203,8 @@ def test_card_names_both_models(specs, tmp_path):
     make(specs, "open_clip", lora=True).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "library_name: xbt" in card
-    assert specs["open_clip"] in card
-    assert specs["old"] in card
+    assert "`local:a` speaks the space of `local:old`" in card
+    assert specs["open_clip"].rpartition("/")[0] not in card
     assert "with a LoRA adapter" in card
 
 

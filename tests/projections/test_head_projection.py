@@ -88,7 +88,7 @@ def test_damaged_configs_are_refused(projection, tmp_path):
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "options": {**config["options"], "head": "magic"}}))
-    with pytest.raises(ConfigError, match="head 'magic' is not known"):
+    with pytest.raises(SavedPartError, match=r"config\.json cannot be used: head 'magic' is not known"):
         Projection.from_pretrained(tmp_path)
     wider = {**config["options"]["head_options"], "new_dim": 13}
     file.write_text(json.dumps({**config, "options": {**config["options"], "head_options": wider}}))

@@ -6,10 +6,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
@@ -21,7 +20,7 @@ from xbt.encoders.checks import as_images, not_finite, numbered, require_positiv
 from xbt.encoders.image_batches import decode_batches
 from xbt.errors import ConfigError, DataError, ImageError, SpaceMismatchError
 from xbt.heads import CompatibleHead, HeadOutput
-from xbt.hub import fetch
+from xbt.hub import CardData, CardFacts, Naming, SharedPart
 from xbt.images import ImageSource
 from xbt.probe import PROBE_TEXTS, draw_probe_images
 from xbt.space import EmbeddingSpace
@@ -29,14 +28,7 @@ from xbt.space import EmbeddingSpace
 Side = Literal["new", "old"]
 
 
-class CompatibleBackbone(
-    nn.Module,
-    ModelHubMixin,
-    library_name="xbt",
-    license="apache-2.0",
-    pipeline_tag="image-feature-extraction",
-    tags=["backward-compatible", "image-retrieval"],
-):
+class CompatibleBackbone(nn.Module, SharedPart):
     """An image model whose vectors can be compared with an older model's, if its head says so.
 
     Its whole vectors (``space="new"``) go into the gallery; their leading ``old_dim`` coordinates, normalised
@@ -220,35 +212,12 @@ class CompatibleBackbone(
             for module in training:
                 module.training = True
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        saving.save(self, save_directory)
+    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
+        saving.save(self, directory, naming)
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card that is saved beside the weights."""
-        return saving.model_card(self)
+    def _facts(self, card: CardData) -> CardFacts:
+        return saving.facts(self)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-        **hub_options: Any,
-    ) -> Self:
-        """Loads a model from a directory or a Hub repository, strictly; nothing else is downloaded.
-
-        Args:
-            pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
-            device: Where the weights go.
-            revision: Branch, tag or commit on the Hub.
-            **hub_options: ``cache_dir``, ``token``, ``force_download``, ``local_files_only``.
-
-        Returns:
-            The model in evaluation mode.
-
-        Raises:
-            SavedPartError: If the directory or a file is missing, damaged, or does not fit its config.
-        """
-        directory = fetch(pretrained_model_name_or_path, revision=revision, **hub_options)
-        return saving.load(directory, cls).eval().to(device)
+    def _read(cls, directory: Path, device: str | torch.device) -> Self:
+        return saving.load(directory, cls).to(device)

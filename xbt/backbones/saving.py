@@ -1,21 +1,33 @@
-"""The files of a compatible backbone: its config, its weights, and the card for people."""
+"""The files of a compatible backbone: its config, its weights, and what its card says."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
-
-import torch
-from huggingface_hub import ModelCard, ModelCardData
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from xbt.backbones.loading import rebuild_backbone
 from xbt.backbones.preprocessing import ImagePreprocessing
-from xbt.errors import XbtError
+from xbt.errors import ConfigError, XbtError
 from xbt.heads import make_head
-from xbt.hub import SavedPartError, load_weights, read_json
+from xbt.heads.saving import PAPERS, known_head
+from xbt.hub import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CardFacts,
+    Naming,
+    SavedConfig,
+    SavedPartError,
+    build_and_load,
+    check_digests,
+    digests,
+    public_name,
+    quoted,
+    read_header,
+    save_weights,
+    write_config,
+)
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
@@ -24,38 +36,44 @@ if TYPE_CHECKING:
 
 ModelT = TypeVar("ModelT", bound="CompatibleBackbone")
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+MAX_IMAGE_SIZE = 2048
+"""Largest side in pixels that a saved config may ask for; a blank image is made of it."""
 _FORMAT = "compatible_backbone"
+_KEYS = ("format", "xbt_version", "backbone", "head", "preprocessing", "class_names", "old_space")
+_SPARE_BYTES = 256 * 2**20  # a blank image, and the small text tower that open_clip builds besides
 
-_CARD = """# {name}
+_SNIPPET = """from xbt import CompatibleBackbone
 
-An image model made with xbt: the backbone `{spec}` with the head `{kind}`, {dim}-d vectors.{compatible}
+model = CompatibleBackbone.from_pretrained({{source}})
+vectors = model.encode_images(["photo.jpg"])  # (1, {dim}) unit rows, for a gallery of its own"""
 
-```python
-from xbt.backbones import CompatibleBackbone
+_OLD_SNIPPET = """
+queries = model.encode_images(["photo.jpg"], space="old")  # (1, {old_dim}) unit rows, for the old gallery"""
 
-model = CompatibleBackbone.from_pretrained("path/or/repo-of-this-model")
-vectors = model.encode_images(["photo.jpg"])  # (1, {dim}) unit rows{old}
-```
-"""
+_LIMITS = (
+    "It has no text tower: it searches images with images.",
+    "It was trained on the classes that its config lists; how far it carries to other images was not "
+    "measured unless Results says so.",
+    "Compatible means that both models' vectors can be compared, not that the old gallery becomes better "
+    "than its own vectors allow.",
+)
 
 
-def save(model: CompatibleBackbone, directory: Path) -> None:
+def save(model: CompatibleBackbone, directory: Path, naming: Naming) -> None:
     """Writes config and weights, batch norms' statistics among them."""
-    # Clones, because safetensors refuses tensors that share memory.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(state, directory / WEIGHTS_NAME)
+    save_weights(model, directory / WEIGHTS_NAME)
+    described, space = model.backbone.description(), model.old_space
     config = {
         "format": _FORMAT,
         "xbt_version": __version__,
-        "backbone": model.backbone.description(),
+        "backbone": described | {"spec": naming(described["spec"])},
         "head": {"kind": model.head.kind, "options": model.head.options()},
         "preprocessing": asdict(model.preprocessing),
         "class_names": model.class_names,
-        "old_space": model.old_space.to_dict() if model.old_space is not None else None,
+        "old_space": space.to_dict() | {"model": naming(space.model)} if space is not None else None,
+        "sha256": digests(directory, [WEIGHTS_NAME]),
     }
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(directory / CONFIG_NAME, config)
 
 
 def load(directory: Path, kind: type[ModelT]) -> ModelT:
@@ -66,54 +84,95 @@ def load(directory: Path, kind: type[ModelT]) -> ModelT:
         kind: :class:`~xbt.backbones.compatible_backbone.CompatibleBackbone` or what derives from it.
 
     Raises:
-        SavedPartError: If a file is missing, damaged, of another kind, or does not fit the other.
+        SavedPartError: If a file is missing, damaged, changed, of another kind, or does not fit the other.
     """
     file = directory / CONFIG_NAME
-    config = read_json(file)
-    if config.get("format") != _FORMAT:
+    config = SavedConfig(file)
+    if config.values.get("format") != _FORMAT:
         raise SavedPartError(f"{file} does not describe a compatible backbone")
+    values = config.known(_KEYS, ["sha256"])
+    weights = directory / WEIGHTS_NAME
     try:
-        # What is drawn here is overwritten: it must not move the caller's random state.
-        with torch.random.fork_rng(devices=[]):
-            old_space = config["old_space"]
-            model = kind(
-                rebuild_backbone(config["backbone"]),
-                make_head(config["head"]["kind"], config["head"]["options"]),
-                ImagePreprocessing(**config["preprocessing"]),
-                [str(name) for name in config["class_names"]],
-                None if old_space is None else EmbeddingSpace.from_dict(old_space),
-            )
+        parts = _described(config, values, len(read_header(weights)))
+        old_space = config.space("old_space")
+        model = build_and_load(weights, lambda: _build(kind, *parts, old_space), file, _SPARE_BYTES)
+    except SavedPartError:
+        raise
     except XbtError as error:
         raise SavedPartError(f"{file} cannot be used: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise SavedPartError(f"{file} lacks or misnames a key: {error}") from error
-    load_weights(model, directory / WEIGHTS_NAME)
+    check_digests(directory, values.get("sha256"))
     return model
 
 
-def model_card(model: CompatibleBackbone) -> ModelCard:
-    """The card that is saved beside the weights."""
-    data = ModelCardData(
-        library_name="xbt",
-        license="apache-2.0",
-        pipeline_tag="image-feature-extraction",
-        tags=["backward-compatible", "image-retrieval"],
+def _described(
+    config: SavedConfig, values: Mapping[str, Any], n_tensors: int
+) -> tuple[dict[str, Any], str, dict[str, Any], ImagePreprocessing, list[str]]:
+    """Backbone, head, preprocessing and class names as the config describes them, of possible sizes."""
+    backbone = config.only(values["backbone"], ("spec", "image_size", "architecture"), "backbone")
+    given = config.only(values["head"], ("kind", "options"), "head")
+    kind, options = known_head(config, given["kind"], given["options"], "head.options")
+    settings = config.only(
+        values["preprocessing"], [each.name for each in fields(ImagePreprocessing)], "preprocessing"
     )
-    old = ""
+    preprocessing = ImagePreprocessing(**settings)
+    for what, size in (("backbone", backbone["image_size"]), ("preprocessing", preprocessing.image_size)):
+        if int(size) > MAX_IMAGE_SIZE:
+            raise ConfigError(f"image_size of the {what} is {size}, but may be at most {MAX_IMAGE_SIZE}")
+    _require_depth(backbone, n_tensors)
+    return backbone, kind, options, preprocessing, [str(name) for name in values["class_names"]]
+
+
+def _require_depth(described: object, n_tensors: int, key: str = "backbone") -> None:
+    """Refuses a network of more layers than there are tensors: each would be built before it is compared."""
+    if isinstance(described, Mapping):
+        for name, each in described.items():
+            _require_depth(each, n_tensors, str(name))
+    elif isinstance(described, list):
+        for each in described:
+            _require_depth(each, n_tensors, key)
+    elif ("layers" in key or "depth" in key) and isinstance(described, int) and described > n_tensors:
+        raise ConfigError(
+            f"{key} is {described}, but the weights have {n_tensors} tensors; save or download it again"
+        )
+
+
+def _build(
+    model: type[ModelT],
+    backbone: Mapping[str, Any],
+    kind: str,
+    options: Mapping[str, Any],
+    preprocessing: ImagePreprocessing,
+    class_names: list[str],
+    old_space: EmbeddingSpace | None,
+) -> ModelT:
+    return model(rebuild_backbone(backbone), make_head(kind, options), preprocessing, class_names, old_space)
+
+
+def facts(model: CompatibleBackbone) -> CardFacts:
+    """What the card of a backbone says."""
+    space = model.old_space
     compatible = ""
     if model.old_dim:
-        space = f"`{model.old_space.model}`" if model.old_space is not None else "an older model"
+        old = quoted(public_name(space.model)) if space is not None else "an older model"
         compatible = (
-            f" Their first {model.old_dim} coordinates can be searched in a gallery that {space} embedded: "
+            f" Their first {model.old_dim} coordinates can be searched in a gallery that {old} embedded: "
             "nothing in that gallery needs to be embedded again."
         )
-        old = f'\nqueries = model.encode_images(["photo.jpg"], space="old")  # (1, {model.old_dim}), for it'
-    body = _CARD.format(
-        name=model.name,
-        spec=model.backbone.spec,
-        kind=model.head.kind,
-        dim=model.dim,
-        compatible=compatible,
-        old=old,
+    spec = quoted(public_name(model.backbone.spec))
+    snippet = _SNIPPET + (_OLD_SNIPPET if model.old_dim else "")
+    return CardFacts(
+        title=f"A {model.head.kind} image model on {spec}",
+        summary=(
+            f"An image model made with xbt: the backbone {spec} with the head {quoted(model.head.kind)}, "
+            f"{model.dim}-d vectors.{compatible}"
+        ),
+        snippet=snippet.format(dim=model.dim, old_dim=model.old_dim),
+        method=PAPERS[model.head.kind],
+        limits=_LIMITS,
+        spaces={"old": space},
+        tags=("image-retrieval",),
+        pipeline_tag="image-feature-extraction",
+        packages=("timm", "torchvision"),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin
 from torch import Tensor, nn
 
+from xbt.compatible import card as model_card
 from xbt.compatible import saving
 from xbt.compatible.checks import check_ensemble, check_new, given, refuse
 from xbt.encoders import DualEncoder, EncodedImages, has_lora, load_lora
@@ -20,7 +20,7 @@ from xbt.encoders.image_batches import NamedImage
 from xbt.encoders.short_context import ShortContext
 from xbt.encoders.text_batches import TextTransform
 from xbt.errors import ConfigError, EncoderError
-from xbt.hub import fetch
+from xbt.hub import CardData, CardFacts, Naming, SharedPart, fetch, gathered_warning, is_snapshot
 from xbt.images import ImageSource
 from xbt.projections import LinearProjection, Projection
 from xbt.projections.base import Modality
@@ -39,7 +39,7 @@ class _Sides(NamedTuple):
     given: Tensor | None
 
 
-class CompatibleEncoder(DualEncoder, ModelHubMixin, library_name="xbt", license="apache-2.0"):
+class CompatibleEncoder(DualEncoder, SharedPart):
     """New encoder + LoRA + projection (+ ensemble) behind the interface of an encoder; vectors are old-space.
 
     A drop-in for the old encoder: ``encode_texts`` and ``encode_images`` return (n, old_dim) float32 CPU unit
@@ -113,8 +113,9 @@ class CompatibleEncoder(DualEncoder, ModelHubMixin, library_name="xbt", license=
         """Moves encoders and projection, and returns the compatible encoder itself."""
         for encoder in filter(None, (self.new, self.old)):
             encoder.to(device)
-        for part in filter(None, (self.projection, self.ensemble)):
-            part.to(device)
+        self.projection.to(device)
+        if self.ensemble is not None:
+            self.ensemble.to(device)
         return self if self._folded is None else self.fold()
 
     def fold(self) -> Self:
@@ -320,15 +321,41 @@ class CompatibleEncoder(DualEncoder, ModelHubMixin, library_name="xbt", license=
         old = self.old._towers() if self.old is not None else []
         return (self._folded or self.new)._towers() + old
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        saving.save(self, save_directory)
+    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
+        saving.save(self, directory, naming, card)
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The card that is saved beside the weights: base model, use, and what it is compatible with."""
-        return saving.model_card(self)
+    def _facts(self, card: CardData) -> CardFacts:
+        return model_card.facts(self, card)
 
     @classmethod
-    def from_pretrained(
+    def _read(
+        cls,
+        directory: Path,
+        device: str | torch.device,
+        base: DualEncoder | str | None = None,
+        old: DualEncoder | str | None = None,
+        load_old: bool = True,
+    ) -> Self:
+        saved, foreign = saving.read(directory), is_snapshot(directory)
+        if old is not None and saved.ensemble is None:
+            raise ConfigError(f"{directory} has no ensemble to use an old encoder; leave out old=")
+        what = f"the base model recorded in {directory}"
+        new = saving.load_model(base, saved.base, what, "base=", device, foreign)
+        if has_lora(new):
+            raise EncoderError(f"'{new.name}' carries a LoRA already; give a freshly loaded base")
+        saved.new_space.require(new.space, f"the base model given to {directory}")
+        if saved.lora:
+            load_lora(new, directory / saving.LORA_DIR, merge=True)
+        saving.check_unchanged(directory)
+        tower = None
+        if saved.needs_old and (load_old or isinstance(old, DualEncoder)):
+            what = f"the old model recorded in {directory}"
+            mend = "old=, or load_old=False and old_vectors=,"
+            tower = saving.load_model(old, saved.old, what, mend, device, foreign)
+        return cls(new, saved.projection, saved.ensemble, tower)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -337,7 +364,10 @@ class CompatibleEncoder(DualEncoder, ModelHubMixin, library_name="xbt", license=
         load_old: bool = True,
         device: str | torch.device = "cpu",
         revision: str | None = None,
-        **hub_options: Any,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Self:
         """Loads a compatible encoder from a directory or a Hub repository, strictly.
 
@@ -350,30 +380,28 @@ class CompatibleEncoder(DualEncoder, ModelHubMixin, library_name="xbt", license=
                 ``old_vectors``.
             device: Where the encoders go; a given encoder stays where it is.
             revision: Branch, tag or commit on the Hub.
-            **hub_options: ``cache_dir``, ``token``, ``force_download``, ``local_files_only``.
+            cache_dir: See :meth:`SharedPart.from_pretrained`, as for what follows.
+            token: See there; also used for nothing but this repository.
+            force_download: See there.
+            local_files_only: See there.
 
         Returns:
             The encoder; LoRA is merged, so that it costs nothing at search time.
 
         Raises:
-            SavedPartError: If a file is missing, damaged, or of another kind.
+            SavedPartError: If a file is missing, damaged, changed, or of another kind, or it came from the
+                Hub and records a path of somebody's machine as a model.
             EncoderError: If a model cannot be loaded or the LoRA does not fit it.
             SpaceMismatchError: If a model is not the one this was made for; the message names both.
             ConfigError: If an old encoder is given and there is no ensemble.
         """
-        directory = fetch(pretrained_model_name_or_path, revision=revision, **hub_options)
-        saved = saving.read(directory)
-        if old is not None and saved.ensemble is None:
-            raise ConfigError(f"{directory} has no ensemble to use an old encoder; leave out old=")
-        new = saving.load_model(base, saved.base, f"the base model recorded in {directory}", "base=", device)
-        if has_lora(new):
-            raise EncoderError(f"'{new.name}' carries a LoRA already; give a freshly loaded base")
-        saved.new_space.require(new.space, f"the base model given to {directory}")
-        if saved.lora:
-            load_lora(new, directory / saving.LORA_DIR, merge=True)
-        tower = None
-        if saved.needs_old and (load_old or isinstance(old, DualEncoder)):
-            what = f"the old model recorded in {directory}"
-            mend = "old=, or load_old=False and old_vectors=,"
-            tower = saving.load_model(old, saved.old, what, mend, device)
-        return cls(new, saved.projection, saved.ensemble, tower)
+        directory = fetch(
+            pretrained_model_name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        with gathered_warning():
+            return cls._read(directory, device, base, old, load_old)

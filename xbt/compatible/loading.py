@@ -9,7 +9,7 @@ import torch
 from xbt.compatible.encoder import CompatibleEncoder
 from xbt.compatible.saving import CONFIG_NAME, ENSEMBLE_DIR, load_model
 from xbt.errors import ConfigError
-from xbt.hub import fetch, read_json
+from xbt.hub import fetch, is_snapshot, read_json
 from xbt.projections import Projection
 
 
@@ -46,4 +46,5 @@ def load_upgraded(
             f"the projection {directory} does not say which encoder it was fitted for; give new= as well"
         )
     what = f"the new model recorded in {directory}"
-    return CompatibleEncoder(load_model(new, recorded or "", what, "new=", device), projection)
+    base = load_model(new, recorded or "", what, "new=", device, foreign=is_snapshot(directory))
+    return CompatibleEncoder(base, projection)

@@ -1,18 +1,30 @@
-"""The files of a compatible encoder: its config, its parts, and the card for people."""
+"""The files of a compatible encoder: its config and its parts."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 
 from xbt.encoders import DualEncoder, has_lora, load_encoder, save_lora
+from xbt.encoders.lora import CONFIG_FILE, WEIGHTS_FILE
 from xbt.errors import EncoderError
-from xbt.hub import SavedPartError, read_json
+from xbt.hub import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CardData,
+    Naming,
+    SavedConfig,
+    SavedPartError,
+    check_digests,
+    digests,
+    require_loadable,
+    warn_of_directories,
+    write_config,
+)
 from xbt.projections import Projection
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.space import EmbeddingSpace
@@ -21,33 +33,24 @@ from xbt.version import __version__
 if TYPE_CHECKING:
     from xbt.compatible.encoder import CompatibleEncoder
 
-CONFIG_NAME = "config.json"
+__all__ = [
+    "CONFIG_NAME",
+    "ENSEMBLE_DIR",
+    "LORA_DIR",
+    "PROJECTION_DIR",
+    "SavedEncoder",
+    "check_unchanged",
+    "load_model",
+    "read",
+    "save",
+]
+
 PROJECTION_DIR = "projection"
 ENSEMBLE_DIR = "ensemble"
 LORA_DIR = "lora"
 _FORMAT = "compatible_encoder"
-
-_CARD = """# {new} speaks the space of {old}
-
-A [CLIP](https://arxiv.org/abs/2103.00020) adapter made with xbt: the base model `{new}`{lora} and a
-projection whose vectors can be searched in a gallery that `{old}` embedded. Nothing in that gallery needs
-to be embedded again.
-
-```python
-import xbt
-
-upgraded = xbt.CompatibleEncoder.from_pretrained("path/or/repo-of-this-adapter")
-queries = upgraded.encode_texts(["a dog on a beach"])  # (1, {dim}) unit rows in the old space
-```
-"""
-
-_ENSEMBLE_CARD = """
-Its vectors are queries, and not for storing: each combines the projected vector with the old model's
-({combinations}).{cost}
-"""
-
-_COST = """ So `{old}` is loaded and runs on every query as well; a caller that has its vectors
-already passes `load_old=False` to `from_pretrained` and `old_vectors=` to `encode_texts`."""
+_KEYS = ("format", "base", "lora", "new_space", "old_space")
+_LATER = ("xbt_version", "ensemble", "old", "sha256")
 
 
 class SavedEncoder(NamedTuple):
@@ -75,7 +78,7 @@ class SavedEncoder(NamedTuple):
         return self.ensemble is not None and any(map(self.ensemble.needs_old, self.ensemble.directions))
 
 
-def save(encoder: CompatibleEncoder, directory: Path) -> None:
+def save(encoder: CompatibleEncoder, directory: Path, naming: Naming, card: CardData) -> None:
     """Writes config, projection, and LoRA and ensemble if there are any; what is stale is removed."""
     for stale in (LORA_DIR, ENSEMBLE_DIR):
         shutil.rmtree(directory / stale, ignore_errors=True)
@@ -83,47 +86,74 @@ def save(encoder: CompatibleEncoder, directory: Path) -> None:
     if encoder.ensemble is not None:
         parts.append((ENSEMBLE_DIR, encoder.ensemble))
     for name, part in parts:
-        part.save_pretrained(directory / name)
-        (directory / name / "README.md").unlink(missing_ok=True)
+        (directory / name).mkdir(exist_ok=True)
+        part._write(directory / name, naming, card)
+        (directory / name / CARD_NAME).unlink(missing_ok=True)  # there is one card for all
+    names = [f"{name}/{file}" for name, _ in parts for file in (CONFIG_NAME, WEIGHTS_NAME)]
     if has_lora(encoder.new):
         save_lora(encoder.new, directory / LORA_DIR)
+        (directory / LORA_DIR / CARD_NAME).unlink(missing_ok=True)
+        names += [f"{LORA_DIR}/{file}" for file in (CONFIG_FILE, WEIGHTS_FILE)]
+    base = card.base or encoder.new.name
+    needs_old = encoder.ensemble is not None and any(
+        map(encoder.ensemble.needs_old, encoder.ensemble.directions)
+    )
+    old = encoder.old.name if encoder.old is not None else encoder.space.model
+    warn_of_directories({"base": base} | ({"old": old} if needs_old else {}), naming)
     new_space = encoder.projection.new_space or encoder.new.space
     config = {
         "format": _FORMAT,
         "xbt_version": __version__,
-        "base": encoder.new.name,
+        "base": naming(base),
         "lora": has_lora(encoder.new),
         "ensemble": encoder.ensemble is not None,
-        "old": encoder.old.name if encoder.old is not None else encoder.space.model,
-        "new_space": new_space.to_dict(),
-        "old_space": encoder.space.to_dict(),
+        "old": naming(old),
+        "new_space": new_space.to_dict() | {"model": naming(new_space.model)},
+        "old_space": encoder.space.to_dict() | {"model": naming(encoder.space.model)},
+        "sha256": digests(directory, names),
     }
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_config(directory / CONFIG_NAME, config)
 
 
 def read(directory: Path) -> SavedEncoder:
     """Reads what :func:`save` wrote, now or before there were ensembles.
 
     Raises:
-        SavedPartError: If a file is missing, damaged, or of another kind.
+        SavedPartError: If a file is missing, damaged, changed, or of another kind.
     """
     file = directory / CONFIG_NAME
-    config = read_json(file)
-    if config.get("format") != _FORMAT:
+    config = SavedConfig(file)
+    if config.values.get("format") != _FORMAT:
         raise SavedPartError(f"{file} does not describe a compatible encoder")
+    values = config.known(_KEYS, _LATER)
     projection = Projection.from_pretrained(directory / PROJECTION_DIR)
-    try:
-        new_space = EmbeddingSpace.from_dict(config["new_space"])
-        base, lora, with_ensemble = str(config["base"]), bool(config["lora"]), config.get("ensemble", False)
-        old = str(config.get("old") or config["old_space"]["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SavedPartError(f"{file} lacks or misnames a key: {error}") from error
+    new_space, old_space = config.space("new_space"), config.space("old_space")
+    if new_space is None or old_space is None:
+        raise SavedPartError(f"{file} lacks or misnames a key: both spaces must be there; save it again")
+    base, old = values["base"], values.get("old") or old_space.model
+    if not isinstance(base, str) or not isinstance(old, str):
+        raise SavedPartError(f"{file} lacks or misnames a key: base and old must be specifications of models")
+    with_ensemble = bool(values.get("ensemble", False))
     ensemble = QueryEnsemble.from_pretrained(directory / ENSEMBLE_DIR) if with_ensemble else None
-    return SavedEncoder(base, lora, new_space, projection, ensemble, old)
+    return SavedEncoder(base, bool(values["lora"]), new_space, projection, ensemble, old)
+
+
+def check_unchanged(directory: Path) -> None:
+    """Compares the files with the digests that the config records.
+
+    Raises:
+        SavedPartError: If one is missing or is not the file that was saved.
+    """
+    check_digests(directory, SavedConfig(directory / CONFIG_NAME).values.get("sha256"))
 
 
 def load_model(
-    given: DualEncoder | str | None, recorded: str, what: str, mend: str, device: str | torch.device
+    given: DualEncoder | str | None,
+    recorded: str,
+    what: str,
+    mend: str,
+    device: str | torch.device,
+    foreign: bool = False,
 ) -> DualEncoder:
     """The encoder that was given, or the one that was recorded.
 
@@ -133,36 +163,19 @@ def load_model(
         what: What to call the recorded model in an error.
         mend: The option that names it anew.
         device: Where a loaded encoder goes.
+        foreign: Whether the record came from the Hub: then a path in it is not followed.
 
     Raises:
         EncoderError: If it cannot be loaded.
+        SavedPartError: If the record is a path that is not to be followed.
     """
     if isinstance(given, DualEncoder):
         return given
+    if given is None:
+        require_loadable(recorded, what, mend, foreign)
     try:
         return load_encoder(given or recorded, device)
     except EncoderError as error:
         if given is not None:
             raise
         raise EncoderError(f"{what} cannot be loaded: {error}; pass {mend} to name it anew") from error
-
-
-def model_card(encoder: CompatibleEncoder) -> ModelCard:
-    """The card that is saved beside the weights."""
-    repo = encoder.new.name.split(":", 1)[1].removeprefix("hf-hub:")
-    data = ModelCardData(
-        library_name="xbt",
-        license="apache-2.0",
-        base_model=repo if repo.count("/") == 1 and "local-dir" not in repo else None,
-        tags=["backward-compatible", "clip", "image-text-retrieval"],
-    )
-    lora = " with a LoRA adapter" if has_lora(encoder.new) else ""
-    old = encoder.space.model
-    body = _CARD.format(new=encoder.new.name, old=old, lora=lora, dim=encoder.dim)
-    ensemble = encoder.ensemble
-    if ensemble is not None:
-        listed = "; ".join(f"{direction}: {each.mode}" for direction, each in ensemble.directions.items())
-        needed = any(map(ensemble.needs_old, ensemble.directions))
-        cost = _COST.format(old=old) if needed else ""
-        body += _ENSEMBLE_CARD.format(combinations=listed, cost=cost)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")

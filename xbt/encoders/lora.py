@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
 from xbt.encoders.quiet import brief, quiet
 from xbt.errors import ConfigError, EncoderError
+from xbt.hub import SavedPartError, read_json, read_tensors, require_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -142,6 +143,7 @@ def load_lora(
     _require_bare(encoder)
     folder = Path(directory)
     config, state = _read(folder)
+    _require_possible(encoder, config, state, folder)
     try:
         _attach(encoder, config)
     except EncoderError as error:
@@ -254,34 +256,81 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """The settings that matter for inference, and the weights, of a saved LoRA."""
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise EncoderError(f"{folder} has no {file}, so it is not a saved LoRA")
     try:
-        saved = PeftConfig.from_pretrained(str(folder))
-        state = load_file(folder / WEIGHTS_FILE)
-    except Exception as error:
-        raise EncoderError(f"the adapter in {folder} cannot be read: {brief(error)}") from error
-    if not isinstance(saved, LoraConfig):
-        raise EncoderError(f"the adapter in {folder} is of type {saved.peft_type}, not a LoRA")
-    if saved.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            require_file(folder / file, folder)
+        saved = read_json(folder / CONFIG_FILE)
+        state = read_tensors(folder / WEIGHTS_FILE)
+    except SavedPartError as error:
+        raise EncoderError(f"the adapter in {folder} cannot be read: {error}") from error
+    if saved.get("peft_type") != "LORA":
+        raise EncoderError(f"the adapter in {folder} is of type {saved.get('peft_type')}, not a LoRA")
+    began = saved.get("init_lora_weights", True)
+    if began not in (True, False, "gaussian", "orthogonal"):
         raise EncoderError(
-            f"the adapter in {folder} was initialised by '{saved.init_lora_weights}', which changes the base "
-            "model; convert it to a plain LoRA first"
+            f"the adapter in {folder} was initialised by '{began}', which changes the base model; convert it "
+            "to a plain LoRA first"
         )
-    targets = saved.target_modules
-    plain = LoraConfig(
-        r=saved.r,
-        lora_alpha=saved.lora_alpha,
-        lora_dropout=saved.lora_dropout,
-        use_rslora=saved.use_rslora,
-        rank_pattern=saved.rank_pattern,
-        alpha_pattern=saved.alpha_pattern,
-        target_modules=targets if isinstance(targets, str) else _endings(targets),
-    )
+    for name, least in (("r", 1), ("lora_alpha", None), ("lora_dropout", None)):
+        value = saved.get(name, 0.0 if name == "lora_dropout" else None)
+        if not _is_number(value, least):
+            raise EncoderError(f"the adapter in {folder} cannot be read: {CONFIG_FILE} has {name} {value!r}")
+    try:
+        targets = saved["target_modules"]
+        plain = LoraConfig(
+            r=saved["r"],
+            lora_alpha=saved["lora_alpha"],
+            lora_dropout=saved.get("lora_dropout", 0.0),
+            use_rslora=saved.get("use_rslora", False),
+            rank_pattern=saved.get("rank_pattern") or {},
+            alpha_pattern=saved.get("alpha_pattern") or {},
+            target_modules=targets if isinstance(targets, str) else _endings(targets),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise EncoderError(f"the adapter in {folder} cannot be read: {CONFIG_FILE} {brief(error)}") from error
     return plain, state
+
+
+def _require_possible(encoder: DualEncoder, config: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """Refuses a rank that the weights there are cannot have, before peft makes matrices of that rank.
+
+    Every adapted matrix gets two of at least rank · its longer side elements together.
+    """
+    try:
+        sides = [
+            max(weight.shape) for weight in map(_adapted_weight, _matches(encoder, config.target_modules))
+        ]
+    except EncoderError:
+        return  # said better by what follows
+    except re.error as error:
+        raise EncoderError(f"the adapter in {folder} cannot be read: its target_modules {error}") from error
+    ranks = [config.r, *config.rank_pattern.values()]
+    if not all(_is_number(rank, 1) for rank in ranks):
+        raise EncoderError(f"the adapter in {folder} cannot be read: it has the ranks {ranks}")
+    there = sum(tensor.numel() for tensor in state.values())
+    needed = config.r * sum(sides) if len(ranks) == 1 else max(ranks) * min(sides)
+    if needed > 8 * there:  # another model's adapter is told apart by what follows
+        raise EncoderError(
+            f"the adapter in {folder} does not fit {encoder.name}: its config says rank {max(ranks)}, which "
+            f"takes {needed:,} weights or more, but there are {there:,}"
+        )
+
+
+def _is_number(value: object, least: int | None) -> bool:
+    """Whether it is a finite number, and a whole one of at least ``least`` if there is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < float("inf") and (least is None or (isinstance(value, int) and value >= least))
+
+
+def _adapted_weight(module: Any) -> Tensor:
+    weight: Tensor = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+    return weight
 
 
 def _misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,21 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from huggingface_hub import ModelHubMixin
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, SpaceMismatchError
+from xbt.heads import saving
 from xbt.heads.folded import FoldedHead
-from xbt.hub import SavedPartError, fetch, load_weights, read_json
-from xbt.version import __version__
+from xbt.hub import CardData, CardFacts, Naming, SharedPart
 
 Space = Literal["old", "new"]
 """Which vectors a head is asked for: those that are compared with the old model's, or its own."""
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,15 +40,7 @@ class HeadOutput:
     logits: Tensor | None
 
 
-class CompatibleHead(
-    nn.Module,
-    ModelHubMixin,
-    ABC,
-    library_name="xbt",
-    license="apache-2.0",
-    pipeline_tag="feature-extraction",
-    tags=["backward-compatible", "representation-learning"],
-):
+class CompatibleHead(nn.Module, SharedPart, ABC):
     """The last part of a model: from a backbone's features to vectors whose leading ones are compatible.
 
     Whatever it computes is computed in float32 (or float64), also under autocast: in half precision an
@@ -152,41 +139,15 @@ class CompatibleHead(
             )
         return normalize(self(features).full[:, :dims], dim=1)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, save_directory / WEIGHTS_NAME)
-        config = {"xbt_version": __version__, "kind": self.kind, "options": self.options()}
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
+        saving.save(self, directory)
+
+    def _facts(self, card: CardData) -> CardFacts:
+        return saving.facts(self)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **hub_options: Any
-    ) -> Self:
-        """Loads a head from a directory or a Hub repository, strictly.
-
-        Args:
-            pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
-            revision: Branch, tag or commit on the Hub.
-            **hub_options: ``cache_dir``, ``token``, ``force_download``, ``local_files_only``.
-
-        Returns:
-            The head, of whatever kind was saved, in evaluation mode.
-
-        Raises:
-            SavedPartError: If the directory or a file is missing, damaged, or does not fit its config.
-        """
-        directory = fetch(pretrained_model_name_or_path, revision=revision, **hub_options)
-        config = read_json(directory / CONFIG_NAME)
-        try:
-            head = make_head(config.get("kind", ""), config["options"])
-        except KeyError as error:
-            raise SavedPartError(f"{directory / CONFIG_NAME} lacks the key {error}; save it again") from error
-        except ConfigError as error:
-            raise SavedPartError(f"{directory / CONFIG_NAME} is not a head's: {error}") from error
-        if not isinstance(head, cls):
-            raise SavedPartError(f"{directory} holds a {type(head).__name__}, not a {cls.__name__}")
-        load_weights(head, directory / WEIGHTS_NAME)
-        return head.eval()
+    def _read(cls, directory: Path, device: str | torch.device) -> Self:
+        return saving.load(directory, cls).to(device)
 
 
 def make_head(kind: str, options: Mapping[str, Any]) -> CompatibleHead:
@@ -207,6 +168,12 @@ def make_head(kind: str, options: Mapping[str, Any]) -> CompatibleHead:
         return CompatibleHead._kinds[kind](**options)
     except TypeError as error:
         raise ConfigError(f"the options of the {kind} head cannot be used: {error}") from error
+
+
+def option_names(kind: object) -> tuple[str, ...]:
+    """The keyword arguments of a kind of head; none for a kind that is not known."""
+    head = CompatibleHead._kinds.get(kind) if isinstance(kind, str) else None
+    return () if head is None else tuple(inspect.signature(head).parameters)
 
 
 def require_at_least(name: str, value: int, least: int) -> None:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from huggingface_hub import ModelHubMixin
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xbt.errors import SpaceMismatchError
-from xbt.hub import SavedPartError, fetch, load_weights, read_json
+from xbt.hub import CONFIG_NAME, WEIGHTS_NAME, CardData, CardFacts, Naming, SharedPart
+from xbt.projections import saving
 from xbt.space import EmbeddingSpace
-from xbt.version import __version__
 
 Modality = Literal["text", "image"]
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "LinearProjection", "Modality", "Projection"]
 
 
-class Projection(
-    nn.Module,
-    ModelHubMixin,
-    library_name="xbt",
-    license="apache-2.0",
-    pipeline_tag="feature-extraction",
-    tags=["backward-compatible", "clip", "projection"],
-):
+class Projection(nn.Module, SharedPart):
     """A map from the new space into the old one, the same for texts and images.
 
     ``projection(new_vectors)`` takes (n, new_dim) vectors and returns (n, old_dim) float unit rows. Some maps
@@ -39,9 +28,11 @@ class Projection(
     Attributes:
         new_space: The space the projection maps from, if known.
         old_space: The space the projection maps to, if known.
+        method: The name of the method that fitted it, if known; a card tells it.
     """
 
     kind: ClassVar[str]
+    method: str | None = None
     _kinds: ClassVar[dict[str, type[Projection]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -101,58 +92,15 @@ class Projection(
             )
         return nn.functional.normalize(self.project(vectors, modality), dim=-1)
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, save_directory / WEIGHTS_NAME)
-        config = {
-            "xbt_version": __version__,
-            "kind": self.kind,
-            "new_dim": self.new_dim,
-            "old_dim": self.old_dim,
-            "options": self.options(),
-            "new_space": self.new_space.to_dict() if self.new_space else None,
-            "old_space": self.old_space.to_dict() if self.old_space else None,
-        }
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
+        saving.save(self, directory, naming)
+
+    def _facts(self, card: CardData) -> CardFacts:
+        return saving.facts(self, card)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **hub_options: Any
-    ) -> Self:
-        """Loads a projection from a directory or a Hub repository, strictly.
-
-        Args:
-            pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
-            revision: Branch, tag or commit on the Hub.
-            **hub_options: ``cache_dir``, ``token``, ``force_download``, ``local_files_only``.
-
-        Returns:
-            The projection, of whatever kind was saved, in evaluation mode.
-
-        Raises:
-            SavedPartError: If the directory or a file is missing, damaged, or does not fit its config.
-        """
-        directory = fetch(pretrained_model_name_or_path, revision=revision, **hub_options)
-        config = read_json(directory / CONFIG_NAME)
-        kind = config.get("kind")
-        if kind not in cls._kinds:
-            raise SavedPartError(
-                f"{directory / CONFIG_NAME} is of kind {kind!r}, not a projection; "
-                f"the known kinds are {', '.join(sorted(cls._kinds))}"
-            )
-        chosen = cls._kinds[kind]
-        if not issubclass(chosen, cls):
-            raise SavedPartError(f"{directory} holds a {chosen.__name__}, not a {cls.__name__}")
-        try:
-            spaces = {
-                key: EmbeddingSpace.from_dict(config[key]) if config[key] else None
-                for key in ("new_space", "old_space")
-            }
-            projection = chosen(config["new_dim"], config["old_dim"], **config["options"], **spaces)
-        except (KeyError, TypeError) as error:
-            raise SavedPartError(f"{directory / CONFIG_NAME} lacks or misnames a key: {error}") from error
-        load_weights(projection, directory / WEIGHTS_NAME)
-        return projection.eval()
+    def _read(cls, directory: Path, device: str | torch.device) -> Self:
+        return saving.load(directory, cls, cls._kinds).to(device)
 
 
 class LinearProjection(Projection):

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -254,6 +254,12 @@ class Linear(Combination):
 
 
 _MODES: dict[str, type[Combination]] = {each.mode: each for each in (Nlerp, Slerp, Adaptive, Linear)}
+
+
+def keys_of_mode(mode: object) -> tuple[str, ...]:
+    """The numbers a mode has in a saved config; empty for a mode that is not known."""
+    known = _MODES.get(mode) if isinstance(mode, str) else None
+    return tuple(each.name for each in fields(known)) if known else ()
 
 
 def combination_from_dict(values: Mapping[str, Any]) -> Combination:

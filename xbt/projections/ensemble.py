@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
-from huggingface_hub import ModelHubMixin
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from xbt.errors import ConfigError, DataError, SpaceMismatchError, XbtError
+from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation.cells import DIRECTIONS
-from xbt.hub import SavedPartError, fetch, load_weights, read_json
-from xbt.projections.base import CONFIG_NAME, WEIGHTS_NAME, Modality
+from xbt.hub import CardData, CardFacts, Naming, SharedPart
+from xbt.projections import ensemble_saving as saving
+from xbt.projections.base import Modality
 from xbt.projections.combinations import (
     MAX_REFERENCE,
     Adaptive,
@@ -24,25 +22,14 @@ from xbt.projections.combinations import (
     Linear,
     Nlerp,
     Slerp,
-    combination_from_dict,
 )
 from xbt.space import EmbeddingSpace
-from xbt.version import __version__
-
-_KIND = "query_ensemble"
-_KEYS = ("xbt_version", "kind", "old_dim", "directions", "old_space")
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Direction → name → what a combination needs beyond its numbers."""
 
 
-class QueryEnsemble(
-    nn.Module,
-    ModelHubMixin,
-    library_name="xbt",
-    license="apache-2.0",
-    tags=["backward-compatible", "clip", "query-ensemble"],
-):
+class QueryEnsemble(nn.Module, SharedPart):
     """Old and projected new query vectors in, one query vector for the old gallery out.
 
     The gallery stays as it is; the price is the old query tower, unless the old query's vector is at hand.
@@ -193,63 +180,15 @@ class QueryEnsemble(
             )
         return vectors if vectors.dtype == torch.float64 else vectors.float()
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(tensors, save_directory / WEIGHTS_NAME)
-        directions = {
-            direction: {
-                **combination.to_dict(),
-                "tensors": {name: list(each.shape) for name, each in self.tensors(direction).items()},
-            }
-            for direction, combination in self.directions.items()
-        }
-        space = self.old_space.to_dict() if self.old_space else None
-        values = (__version__, _KIND, self.old_dim, directions, space)
-        config = dict(zip(_KEYS, values, strict=True))
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
+        saving.save(self, directory, naming)
+
+    def _facts(self, card: CardData) -> CardFacts:
+        return saving.facts(self)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **hub_options: Any
-    ) -> Self:
-        """Loads an ensemble from a directory or a Hub repository, strictly.
-
-        Args:
-            pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
-            revision: Branch, tag or commit on the Hub.
-            **hub_options: ``cache_dir``, ``token``, ``force_download``, ``local_files_only``.
-
-        Raises:
-            SavedPartError: If the directory or a file is missing, damaged, or does not fit its config.
-        """
-        directory = fetch(pretrained_model_name_or_path, revision=revision, **hub_options)
-        file = directory / CONFIG_NAME
-        config = read_json(file)
-        if config.get("kind") != _KIND:
-            raise SavedPartError(f"{file} is of kind {config.get('kind')!r}, not a query ensemble")
-        if set(config) != set(_KEYS):
-            odd = sorted(set(config) ^ set(_KEYS))
-            raise SavedPartError(f"{file} lacks or misnames keys: {odd}; save or download it again")
-        try:
-            ensemble = cls._empty(config)
-        except (XbtError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise SavedPartError(f"{file} does not describe a query ensemble: {error}") from error
-        load_weights(ensemble, directory / WEIGHTS_NAME)
-        return ensemble.eval()
-
-    @classmethod
-    def _empty(cls, config: dict[str, Any]) -> Self:
-        """The ensemble a config describes, with zeros where its tensors will be."""
-        directions: dict[str, Combination] = {}
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for direction, entry in config["directions"].items():
-            values = dict(entry)
-            shapes = {name: tuple(map(int, shape)) for name, shape in values.pop("tensors").items()}
-            directions[direction] = combination_from_dict(values)
-            # Expanded zeros take no memory before the shape has been checked.
-            tensors[direction] = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-        space = EmbeddingSpace.from_dict(config["old_space"]) if config["old_space"] else None
-        return cls(int(config["old_dim"]), directions, tensors, space)
+    def _read(cls, directory: Path, device: str | torch.device) -> Self:
+        return saving.load(directory, cls).to(device)
 
 
 def direction_of(modality: Modality) -> str:

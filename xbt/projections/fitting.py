@@ -117,6 +117,7 @@ def fit_projection(
     spaces = _space_of(new, new_space, "new"), _space_of(old, old_space, "old")
     projection = METHODS[method](new, old, **options)
     projection.set_spaces(*spaces)
+    projection.method = method
     return projection
 
 

@@ -1,0 +1,62 @@
+"""Saved parts: fetched from a directory or the Hugging Face Hub, read without unpickling, and shared."""
+
+from __future__ import annotations
+
+from xbt.hub.cards import CardData, CardFacts, make_card, quoted
+from xbt.hub.configs import NewerConfigWarning, SavedConfig, gathered_warning
+from xbt.hub.errors import SavedPartError
+from xbt.hub.fetching import SAFE_PATTERNS, cached_commit, fetch, split_revision
+from xbt.hub.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    PART_FILES,
+    WEIGHTS_NAME,
+    check_digests,
+    digests,
+    is_pickled,
+    is_snapshot,
+    read_json,
+    require_file,
+    write_config,
+)
+from xbt.hub.names import LOCAL, Naming, public_name, require_loadable, settled_name
+from xbt.hub.sharing import SharedPart, warn_of_directories
+from xbt.hub.weights import build_and_load, load_weights, read_header, read_tensors, save_weights
+
+__all__ = [
+    "CARD_NAME",
+    "CONFIG_NAME",
+    "LOCAL",
+    "PART_FILES",
+    "SAFE_PATTERNS",
+    "WEIGHTS_NAME",
+    "CardData",
+    "CardFacts",
+    "Naming",
+    "NewerConfigWarning",
+    "SavedConfig",
+    "SavedPartError",
+    "SharedPart",
+    "build_and_load",
+    "cached_commit",
+    "check_digests",
+    "digests",
+    "fetch",
+    "gathered_warning",
+    "is_pickled",
+    "is_snapshot",
+    "load_weights",
+    "make_card",
+    "public_name",
+    "quoted",
+    "read_header",
+    "read_json",
+    "read_tensors",
+    "require_file",
+    "require_loadable",
+    "save_weights",
+    "settled_name",
+    "split_revision",
+    "warn_of_directories",
+    "write_config",
+]

@@ -1,0 +1,144 @@
+"""Reading the config of a saved part: what is known, what is missing, and what only a newer xbt knows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from packaging.version import InvalidVersion, Version
+
+from xbt.hub.errors import SavedPartError
+from xbt.hub.files import read_json
+from xbt.space import EmbeddingSpace
+from xbt.version import __version__
+
+_SPACE_KEYS = ("model", "revision", "dim", "normalisation", "preprocessing", "probe", "probe_version")
+_dropped: ContextVar[dict[str, list[str]] | None] = ContextVar("dropped", default=None)
+
+
+class NewerConfigWarning(UserWarning):
+    """A saved part has settings that only a newer xbt knows; they were left out."""
+
+
+class SavedConfig:
+    """The config of a saved part.
+
+    A key that is not known is an error, because it may change what the vectors mean, unless the file says
+    that a newer xbt wrote it: then it is left out, and :func:`gathered_warning` says so once.
+
+    Attributes:
+        file: Where it was read.
+        values: All of it.
+
+    Raises:
+        SavedPartError: If the file is missing or is not a JSON object.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.values = read_json(file)
+
+    def known(self, keys: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
+        """The config with these keys and no others.
+
+        Args:
+            keys: Those that must be there.
+            optional: Those that may be.
+
+        Raises:
+            SavedPartError: If one is missing, or there is another and no newer xbt wrote it.
+        """
+        missing = sorted(set(keys) - set(self.values))
+        if missing:
+            raise SavedPartError(
+                f"{self.file} lacks or misnames a key: {', '.join(map(repr, missing))} "
+                f"{'is' if len(missing) == 1 else 'are'} missing; save or download it again"
+            )
+        return self.only(self.values, {*keys, *optional})
+
+    def only(self, values: Mapping[str, Any], known: Collection[str], where: str = "") -> dict[str, Any]:
+        """A part of the config without the keys that only a newer xbt knows.
+
+        Args:
+            values: The part.
+            known: Every key it may have.
+            where: What the part is called, such as ``"options"``.
+
+        Raises:
+            SavedPartError: If it is not an object, or has unknown keys and no newer xbt wrote it.
+        """
+        if not isinstance(values, Mapping):
+            raise SavedPartError(
+                f"{self.file} lacks or misnames a key: {where or 'it'} must be an object, got {values!r:.80}"
+            )
+        unknown = [f"{where}.{key}" if where else key for key in sorted(set(values) - set(known))]
+        if unknown:
+            self._drop(unknown)
+        return {key: value for key, value in values.items() if key in known}
+
+    def space(self, name: str) -> EmbeddingSpace | None:
+        """A space that the config describes; ``None`` where it holds null.
+
+        Raises:
+            SavedPartError: If it is malformed.
+        """
+        described = self.values[name]
+        if described is None:
+            return None
+        try:
+            return EmbeddingSpace.from_dict(self.only(described, _SPACE_KEYS, name))
+        except SavedPartError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            raise SavedPartError(f"{self.file} lacks or misnames a key: {name}: {error}") from error
+
+    def _drop(self, unknown: list[str]) -> None:
+        written = self.values.get("xbt_version")
+        if not _is_newer(written):
+            raise SavedPartError(
+                f"{self.file} lacks or misnames a key: {', '.join(unknown)} "
+                f"{'is' if len(unknown) == 1 else 'are'} not known to xbt {__version__}, and no newer one "
+                "wrote it; save or download it again"
+            )
+        gathered = _dropped.get()
+        if gathered is None:
+            _warn(str(written), unknown)
+        else:
+            gathered.setdefault(str(written), []).extend(unknown)
+
+
+@contextmanager
+def gathered_warning() -> Iterator[None]:
+    """Within it, what is left out of several configs is told in one warning, at the end."""
+    if _dropped.get() is not None:
+        yield
+        return
+    gathered: dict[str, list[str]] = {}
+    token = _dropped.set(gathered)
+    try:
+        yield
+    finally:
+        _dropped.reset(token)
+    for written, unknown in gathered.items():
+        _warn(written, unknown)
+
+
+def _warn(written: str, unknown: list[str]) -> None:
+    warnings.warn(
+        f"xbt {written} wrote this and knows settings that xbt {__version__} does not: "
+        f"{', '.join(dict.fromkeys(unknown))}; they are left out, and the vectors may differ from those "
+        "intended: update xbt",
+        NewerConfigWarning,
+        stacklevel=4,
+    )
+
+
+def _is_newer(written: object) -> bool:
+    try:
+        return isinstance(written, str) and Version(written) > Version(__version__)
+    except InvalidVersion:
+        return False

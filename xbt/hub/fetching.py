@@ -1,0 +1,147 @@
+"""Fetching saved parts from a directory or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from xbt.hub.errors import SavedPartError
+from xbt.hub.files import CONFIG_NAME, PART_FILES, is_pickled
+
+SAFE_PATTERNS = ("*.json", "*.safetensors", "README.md")
+"""What is fetched of a foreign model's repository: nothing that would have to be unpickled."""
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name has the form of a Hub repository, ``org/name``."""
+    return bool(_REPO_ID.fullmatch(name)) and not name.startswith(".") and ".." not in name
+
+
+def fetch(
+    repo_or_dir: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    patterns: Sequence[str] = PART_FILES,
+) -> Path:
+    """Returns a local directory that holds a saved part.
+
+    Args:
+        repo_or_dir: A directory, or a Hub repository ``org/name``.
+        revision: Branch, tag or commit on the Hub.
+        cache_dir: The Hub cache to use instead of the default one.
+        token: Hub access token, for private repositories.
+        force_download: Download again what the cache already holds.
+        local_files_only: Use the cache alone.
+        patterns: Which files are fetched; by default those that a saved part can have.
+
+    Returns:
+        The directory itself, or the Hub cache's snapshot with the files that fit ``patterns``.
+
+    Raises:
+        SavedPartError: If there is no such directory, repository or revision, the Hub cannot be reached, a
+            download is cut short, or the repository holds pickled files and none of xbt's.
+    """
+    path = Path(repo_or_dir).expanduser()
+    if path.is_dir():
+        return path
+    name = str(repo_or_dir)
+    if not is_repository(name):
+        raise SavedPartError(
+            f"directory {name} does not exist, and it is not a Hub repository 'org/name' either"
+        )
+    where = f"Hub repository {name}" + (f" at revision {revision}" if revision else "")
+    try:
+        found = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                allow_patterns=list(patterns),
+            )
+        )
+    except Exception as error:  # the HTTP library's own errors share no kind with the Hub's
+        raise SavedPartError(_reason(error, name, where)) from error
+    if patterns is PART_FILES and not (found / CONFIG_NAME).is_file():
+        raise SavedPartError(_no_part(name, found, where, token))
+    return found
+
+
+def _reason(error: Exception, name: str, where: str) -> str:
+    if isinstance(error, RevisionNotFoundError):
+        return f"{where} does not exist; look at the repository's branches and tags"
+    if isinstance(error, GatedRepoError):
+        return f"{where} is gated; ask its owner for access and pass a token that has it"
+    if isinstance(error, RepositoryNotFoundError) or _status(error) in (401, 403):
+        return f"{where} does not exist, or is private and needs a token that may read it"
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"there is no directory {name}, and the {where} is not in the cache and cannot be reached"
+    return f"{where} cannot be fetched: {first_line(error)}; try again"
+
+
+def _no_part(name: str, snapshot: Path, where: str, token: str | bool | None) -> str:
+    """Why a repository has no config: it may hold another format, or nothing."""
+    try:
+        files = HfApi(token=token).list_repo_files(name, revision=snapshot.name)
+    except Exception:  # only to say more: offline there is no list
+        files = []
+    pickled = sorted(filter(is_pickled, files))
+    if pickled:
+        return (
+            f"{where} holds {pickled[0]} and no {CONFIG_NAME} of xbt; what would have to be unpickled could "
+            "run any code and is not even fetched: ask for safetensors and JSON"
+        )
+    return f"{where} has no {CONFIG_NAME}, so it holds nothing that xbt saved"
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """Splits ``org/name@revision``; a path of an existing directory is never split."""
+    repo, at, revision = source.rpartition("@")
+    if not at or not revision or Path(source).expanduser().exists() or not _REPO_ID.fullmatch(repo):
+        return source, None
+    return repo, revision
+
+
+def cached_commit(repo: str, filename: str, revision: str | None = None) -> str | None:
+    """The commit that a file of the Hub cache belongs to, or ``None`` if the file is not in the cache.
+
+    Args:
+        repo: Hub repository ``org/name``.
+        filename: A file of it that was loaded.
+        revision: Branch, tag or commit; the default branch if left out.
+    """
+    try:
+        found = try_to_load_from_cache(repo, filename, revision=revision)
+    except HFValidationError:
+        return None
+    # <cache>/models--org--name/snapshots/<commit>/<filename>
+    parts = Path(found).parts if isinstance(found, str) else ()
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None

@@ -1,0 +1,142 @@
+"""Which files a saved part consists of, and reading them without running or following anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from xbt.hub.errors import SavedPartError
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+PART_FILES = (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    "projection/config.json",
+    "projection/model.safetensors",
+    "ensemble/config.json",
+    "ensemble/model.safetensors",
+    "lora/adapter_config.json",
+    "lora/adapter_model.safetensors",
+)
+"""Every file that a saved part can have: what is uploaded and downloaded, and nothing else."""
+MAX_JSON = 16 * 2**20
+"""Largest JSON file that is read, in bytes; probes of two large models take a tenth of it."""
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
+_AGAIN = "save or download it again"
+
+
+def is_pickled(name: str) -> bool:
+    """Whether a file is of a kind that holds, or may hold, pickled objects."""
+    return name.lower().endswith(_PICKLED)
+
+
+def is_snapshot(directory: Path) -> bool:
+    """Whether a directory is what the Hub cache keeps of one commit."""
+    return directory.absolute().parent.name == "snapshots"
+
+
+def require_file(path: Path, directory: Path | None = None) -> Path:
+    """A file of a saved part, which must be there and must not lead elsewhere.
+
+    Args:
+        path: The file.
+        directory: The saved part's directory; by default the file's own.
+
+    Returns:
+        The path.
+
+    Raises:
+        SavedPartError: If it is missing, or a symbolic link to outside of the directory, or for a snapshot in
+            the Hub cache to outside of its repository there.
+    """
+    root = (directory or path.parent).absolute()
+    if not path.is_file():
+        raise SavedPartError(f"{path} is missing: {_why_missing(root)}")
+    # The Hub's cache is made of links: snapshots/COMMIT/file -> ../../blobs/HASH.
+    cache = next((each.parent for each in (root, *root.parents) if each.name == "snapshots"), None)
+    home = (cache or root).resolve()
+    if not path.resolve().is_relative_to(home):
+        raise SavedPartError(
+            f"{path} is a link to {path.resolve()}, outside of {home}; links are not followed: put the file "
+            "itself there"
+        )
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        SavedPartError: If the file is missing, larger than :data:`MAX_JSON`, not a JSON object, nested too
+            deeply, or holds NaN or Infinity.
+    """
+    size = require_file(path).stat().st_size
+    if size > MAX_JSON:
+        raise SavedPartError(f"{path} has {size:,} bytes, but at most {MAX_JSON:,} are read of a JSON file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise SavedPartError(f"{path} is nested too deeply to be a config; {_AGAIN}") from error
+    except ValueError as error:  # broken UTF-8, broken JSON, numbers of thousands of digits
+        raise SavedPartError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(data, dict):
+        raise SavedPartError(f"{path} must hold a JSON object, got a {type(data).__name__}")
+    return data
+
+
+def write_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Writes a config as every saved part keeps it."""
+    text = json.dumps(config, indent=2, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files of a saved part, for its config."""
+    return {name: _digest(directory / name) for name in names}
+
+
+def check_digests(directory: Path, recorded: object) -> None:
+    """Compares files with the digests that were recorded when they were saved; older parts have none.
+
+    Raises:
+        SavedPartError: If a file is missing or is not the one that was saved, or the record names a file that
+            no saved part has.
+    """
+    if recorded is None:
+        return
+    if not isinstance(recorded, dict) or not set(recorded) <= set(PART_FILES):
+        raise SavedPartError(
+            f"the sha256 of {directory / CONFIG_NAME} must name files of a saved part, got "
+            f"{recorded!r:.200}; {_AGAIN}"
+        )
+    for name, digest in recorded.items():
+        if _digest(require_file(directory / name, directory)) != digest:
+            raise SavedPartError(
+                f"{directory / name} is not the file that was saved: its SHA-256 is not the one that "
+                f"{CONFIG_NAME} records; {_AGAIN}"
+            )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _why_missing(directory: Path) -> str:
+    pickled = sorted(each.name for each in directory.glob("*") if is_pickled(each.name))
+    if pickled:
+        return (
+            f"there is {pickled[0]}, which would have to be unpickled and could run any code; xbt reads "
+            "safetensors and JSON alone, so ask for these"
+        )
+    return "this directory was not saved by xbt, or only in part"
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number that JSON knows")

@@ -1,0 +1,236 @@
+"""Weights: written as safetensors, and read only once their names, shapes and sizes are known to fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from xbt.hub.errors import SavedPartError
+from xbt.hub.files import require_file
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_SPARE_BYTES = 4 * 2**20
+_SPARE_TENSORS = 10_000
+_TIMES = 8
+_FLOATS = ("F16", "BF16", "F32", "F64")
+_DTYPES = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+class Stored(NamedTuple):
+    """What the header of a safetensors file says of a tensor.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its type as safetensors calls it, such as ``"F32"``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Writes a module's state as safetensors.
+
+    Raises:
+        SavedPartError: If a weight is NaN or infinite: such a part could not be loaded.
+    """
+    # Clones, because safetensors refuses tensors that share memory.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
+    _require_finite(state, f"the {type(module).__name__}")
+    save_file(state, path)
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Names, shapes and types of the tensors of a safetensors file, none of which is read.
+
+    Raises:
+        SavedPartError: If the file is missing or links elsewhere, or its header and its size do not agree.
+    """
+    require_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: Stored(tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SavedPartError(f"{path} is damaged ({error}); save or download it again") from error
+
+
+def build_and_load(
+    path: Path, build: Callable[[], ModuleT], config: Path, spare_bytes: int = _SPARE_BYTES
+) -> ModuleT:
+    """Builds the module that a config describes and fills it, once it is known that both agree.
+
+    A config is not trusted: while the module is built, no tensor may be made that is out of proportion to the
+    weights there are, so that a width of a thousand million is refused and not allocated. Names, shapes and
+    types are then compared with the file's header, and only after that are the weights read.
+
+    Args:
+        path: The safetensors file.
+        build: Makes the module; random numbers it draws do not move torch's global generator.
+        config: The config's file, for messages.
+        spare_bytes: What may be made beyond eight times the weights' size.
+
+    Returns:
+        The module in evaluation mode.
+
+    Raises:
+        SavedPartError: If the file is missing, damaged, does not fit its config, or holds NaN or infinite
+            values; or the config cannot be used.
+    """
+    header = read_header(path)
+    guard = _Budget(_TIMES * path.stat().st_size + spare_bytes, _TIMES * len(header) + _SPARE_TENSORS)
+    try:
+        # What is drawn here is overwritten: it must not move the caller's random state.
+        with torch.random.fork_rng(devices=[]), guard:
+            module = build()
+    except Exception as error:
+        if guard.refused is None:
+            raise
+        raise SavedPartError(
+            f"{path} does not fit its config: {config} asks for {guard.refused}, but the weights have "
+            f"{path.stat().st_size:,} bytes in {len(header)} tensors; save or download it again"
+        ) from error
+    load_weights(module, path)
+    return module.eval()
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Loads safetensors into a module, strictly: every name, shape and type must agree.
+
+    Raises:
+        SavedPartError: If the file is missing, damaged, does not fit the module, or holds NaN or infinite
+            values; the module is left as it was.
+    """
+    expected = {name: stored(tensor) for name, tensor in module.state_dict().items()}
+    check_fit(path, read_header(path), expected)
+    module.load_state_dict(read_tensors(path))
+
+
+def stored(tensor: Tensor) -> Stored:
+    """How a tensor is described in a header."""
+    return Stored(tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
+
+
+def check_fit(path: Path, header: Mapping[str, Stored], expected: Mapping[str, Stored]) -> None:
+    """Compares a header with what a config implies.
+
+    Raises:
+        SavedPartError: If a tensor is missing, unexpected, or of another shape or type; any float will do
+            where a float is expected.
+    """
+    missing, extra = sorted(expected.keys() - header.keys()), sorted(header.keys() - expected.keys())
+    if missing or extra:
+        raise SavedPartError(
+            f"{path} does not fit its config: missing tensors {_some(missing)}, unexpected {_some(extra)}"
+        )
+    for name, found in header.items():
+        needed = expected[name]
+        if found.shape != needed.shape:
+            raise SavedPartError(
+                f"{path} does not fit its config: tensor {name} has the shape {found.shape}, "
+                f"the config needs {needed.shape}"
+            )
+        if found.dtype != needed.dtype and not {found.dtype, needed.dtype} <= set(_FLOATS):
+            raise SavedPartError(
+                f"{path} does not fit its config: tensor {name} has the type {found.dtype}, the config needs "
+                f"{needed.dtype}"
+            )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of a safetensors file, all of them finite.
+
+    Raises:
+        SavedPartError: If the file is missing, damaged, or holds NaN or infinite values.
+    """
+    require_file(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise SavedPartError(f"{path} is damaged ({error}); save or download it again") from error
+    _require_finite(tensors, str(path))
+    return tensors
+
+
+def _require_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise SavedPartError(
+                f"tensor {name} of {what} holds NaN or infinite values; train or download it again"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return str(names) if len(names) <= 8 else f"{names[:8]} and {len(names) - 8} more"
+
+
+class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses operations that make, or read, a tensor larger than is left of a budget, before they run.
+
+    Attributes:
+        refused: In words, what was refused.
+    """
+
+    def __init__(self, n_bytes: int, n_tensors: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._bytes, self._tensors = n_bytes, n_tensors
+        self._largest = n_bytes
+        self.refused: str | None = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
+        # A tensor that was expanded is small until somebody copies it.
+        largest = max((each.numel() * each.element_size() for each in given), default=0)
+        if largest > self._largest:
+            self._refuse(f"a tensor of {largest:,} bytes")
+        made = _made(func, args, given)
+        if made is not None:
+            self._bytes -= made * 4
+            self._tensors -= 1
+            if self._bytes < 0:
+                self._refuse(f"tensors of more than {self._largest:,} bytes, the last of them {made * 4:,}")
+            if self._tensors < 0:
+                self._refuse("more tensors than that")
+        return func(*args, **(kwargs or {}))
+
+    def _refuse(self, what: str) -> None:
+        self.refused = what
+        raise MemoryError(what)
+
+
+def _made(func: Any, args: tuple[Any, ...], given: list[Tensor]) -> int | None:
+    """How many elements a factory makes; ``None`` for every other operation."""
+    name = func.overloadpacket.__name__
+    if given and not name.startswith("new_"):
+        return None
+    numbers = [each for each in args if isinstance(each, int | float) and not isinstance(each, bool)]
+    if name == "eye":
+        return int(numbers[0]) * int(numbers[-1])
+    if name in ("arange", "linspace", "logspace"):
+        # The larger of the ends and of the number of steps; nobody asks for a million small steps.
+        return int(max(map(abs, numbers), default=0))
+    sizes = next((each for each in args if isinstance(each, list | tuple)), None)
+    return None if sizes is None else math.prod(int(each) for each in sizes)
