@@ -22,10 +22,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict xbt
 
-# One thread and one process per core; what takes long comes last and alone, where it does not disturb.
+# One thread and one process per core; what takes long comes last.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n auto --dist loadfile
 
 # The fast suite with the oldest versions that pyproject.toml admits; on demand, no part of `make test`.
 test-oldest: .venv-oldest/.installed

@@ -50,11 +50,17 @@ def test_an_error_in_two_processes_is_told_once(specs, tmp_path):
     assert "nowhere" in json.loads(ran.stdout)["error"]["message"]
 
 
+def listen_to_the_keyboard():
+    """What a shell starts in the background ignores interrupts, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_of_a_real_job(specs, tmp_path):
     command = [sys.executable, "-m", "xbt", *flags(specs[0], tmp_path / "store", 20_000)]
     running = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=listen_to_the_keyboard,
+    )  # fmt: skip
     deadline = time.monotonic() + 300
     while len(list((tmp_path / "store").rglob("*.npy"))) < 2:
         assert running.poll() is None, running.communicate()

@@ -143,12 +143,17 @@ def test_killed_under_torchrun_and_continued_with_more_processes(spec, job):
     assert np.abs(store.read() - load_encoder(spec).encode_images(photos).numpy()).max() <= 1e-6
 
 
+def listen_to_the_keyboard():
+    """What a shell starts in the background ignores interrupts, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_interrupted_from_the_keyboard(job):
     flags, out, _ = job
     running = subprocess.Popen(
         [sys.executable, "recipes/embed.py", *flags], cwd=ROOT, env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=listen_to_the_keyboard,
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(list(out.glob("in_progress/[0-9]*.json"))) < 3:
