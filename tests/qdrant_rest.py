@@ -68,7 +68,13 @@ class RestServer:
         return self.local.create_vector_name(name, vector, config) and {"status": "completed"}
 
     def _aliases(self, body):
-        return self.local.update_collection_aliases(models.ChangeAliasesOperation(**body).actions)
+        actions = models.ChangeAliasesOperation(**body).actions
+        taken = {each.name for each in self.local.get_collections().collections}
+        for each in actions:  # a server refuses this; local mode before 1.20 does not
+            made = getattr(each, "create_alias", None)
+            if made is not None and made.alias_name in taken:
+                raise ValueError(f"Collection {made.alias_name} already exists")
+        return self.local.update_collection_aliases(actions)
 
     def _vectors(self, name, body):
         self.local.update_vectors(name, list_of(models.PointVectors, body))

@@ -21,6 +21,7 @@ from xbt.vectors import Vectors, as_vectors
 
 SCORE_BYTES = 64 * 2**20
 """Upper bound on the scores held at once when no chunk size is given (one query's row is the least)."""
+_BLOCK_ROWS = 4096
 
 
 class Positives(NamedTuple):
@@ -90,6 +91,8 @@ def best_positive_ranks(
     left, right = _as_pair(queries, gallery)
     answers = check_positives(positives, len(left), len(right))
     columns, column_of_row = distinct_rows(right)
+    copies = np.bincount(column_of_row) - 1  # further gallery rows that each column stands for
+    repeated = np.flatnonzero(copies)
     if chunk_size is None:
         chunk_size = max(1, SCORE_BYTES // (right.itemsize * len(right)))
     elif not _is_count(chunk_size):
@@ -97,20 +100,21 @@ def best_positive_ranks(
             f"chunk_size is {chunk_size!r}; give an integer of at least 1, or None for the default"
         )
 
+    # One block for all chunks: a new one would be filled while the last one is still held.
+    block = np.empty((min(chunk_size, len(left)), len(columns)), dtype=left.dtype)
     ranks = np.empty(len(left), dtype=np.int64)
     for start in range(0, len(left), chunk_size):
         stop = min(start + chunk_size, len(left))
-        scores = left[start:stop] @ columns.T
+        scores = np.matmul(left[start:stop], columns.T, out=block[: stop - start])
         bounds = answers.starts[start : stop + 1]
         owners = np.repeat(np.arange(stop - start), np.diff(bounds))
         own_scores = scores[owners, column_of_row[answers.rows[bounds[0] : bounds[-1]]]]
         segments = bounds[:-1] - bounds[0]
         best = np.maximum.reduceat(own_scores, segments)
         as_high = scores >= best[:, None]
-        if len(columns) < len(right):
-            as_high = as_high[:, column_of_row]
         right_ones = np.add.reduceat((own_scores == best[owners]).astype(np.int64), segments)
-        ranks[start:stop] = np.count_nonzero(as_high, axis=1) - right_ones
+        further = as_high[:, repeated] @ copies[repeated]
+        ranks[start:stop] = np.count_nonzero(as_high, axis=1) + further - right_ones
     return torch.from_numpy(ranks)
 
 
@@ -182,28 +186,42 @@ def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[
     dtype = torch.promote_types(left.dtype, right.dtype)
     # Cauchy and Schwarz bound every partial sum by the norms. An overflowing score could turn into NaN, which
     # compares false with everything and would pass for a perfect rank.
-    norms = [float(side.double().norm(dim=1).max()) for side in (left, right)]
+    norms = [_longest(side) for side in (left, right)]
     if norms[0] * norms[1] >= torch.finfo(dtype).max:
         raise DataError(
             f"scores overflow {dtype}: the longest query has norm {norms[0]:.3g} and the longest gallery row "
             f"{norms[1]:.3g}; normalise the vectors"
         )
     # numpy from here on: a torch matmul would follow the caller's autocast and float32 matmul precision.
-    return left.to(dtype).numpy(), right.to(dtype).numpy()
+    return left.to(dtype).contiguous().numpy(), right.to(dtype).contiguous().numpy()
+
+
+def _longest(rows: Tensor) -> float:
+    """The greatest norm of a row, in double precision, block by block: no second copy of the rows."""
+    starts = range(0, len(rows), _BLOCK_ROWS)
+    return max(float(rows[start : start + _BLOCK_ROWS].double().norm(dim=1).max()) for start in starts)
 
 
 def distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Returns the distinct rows and, for every row, which of them it is.
+    """Returns the distinct rows in the order of their first occurrence, and for every row which it is.
 
     BLAS may round the same inner product differently in different columns (its kernels treat the edge of a
     block apart), so that equal gallery rows would not tie. Scoring every distinct row once makes them tie.
+    Where no row occurs twice, what comes back is ``rows`` itself and not a copy.
     """
-    plain = np.ascontiguousarray(rows + rows.dtype.type(0))  # -0.0 becomes 0.0: equal rows, equal bytes
-    keys = plain.view(np.dtype((np.void, plain.dtype.itemsize * plain.shape[1]))).ravel()
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    if len(first) == len(plain):
-        return plain, np.arange(len(plain))
-    return plain[first], inverse.astype(np.int64)
+    hashes = np.fromiter((hash(_row_bytes(row)) for row in rows), np.int64, len(rows))
+    _, where, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    first = np.arange(len(rows))
+    first_of: dict[bytes, int] = {}
+    # Rows with different hashes differ; only the others are compared byte by byte.
+    for row in np.flatnonzero(counts[where] > 1).tolist():
+        first[row] = first_of.setdefault(_row_bytes(rows[row]), row)
+    kept, column_of_row = np.unique(first, return_inverse=True)
+    return (rows if len(kept) == len(rows) else rows[kept]), column_of_row.astype(np.int64)
+
+
+def _row_bytes(row: NDArray[Any]) -> bytes:
+    return (row + 0).tobytes()  # -0.0 becomes 0.0: equal rows, equal bytes
 
 
 def _is_count(value: object) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ TOLERANCE = 1e-4
 """An exported model that differs more than this from torch is not written."""
 
 _ROWS = (1, 7)
+_MOST_ROWS = 2**62
+"""Said because torch 2.7 refuses graphs whose rows could be 2**63 - 1."""
 
 
 def export_onnx(
@@ -101,10 +105,11 @@ def _parts(
 
 
 def _traced(graph: QueryGraph, projection: Projection, names: list[str]) -> Any:
-    rows = torch.export.Dim("n", min=1)
+    rows = torch.export.Dim("n", min=1, max=_MOST_ROWS)
     examples = example_inputs(graph, projection.new_dim, projection.old_dim, 3)
-    with warnings.catch_warnings(), torch.no_grad():
-        # What the exporter warns of is its own insides; what it makes is compared with torch afterwards.
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), torch.no_grad():
+        # What the exporter warns of and prints (torch 2.7 does, verbose or not) is its own insides; what it
+        # makes is compared with torch afterwards.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
