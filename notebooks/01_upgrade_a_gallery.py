@@ -73,8 +73,8 @@ print(f"{captions[0]}\n{captions[1]}\n{captions[2]}")
 # %% [markdown]
 # ## With your own models
 #
-# Put your models and files into these lines and uncomment them; all that follows stays as it is. For an upgrade
-# without any pictures with captions, see the README.
+# Put your models and files into these lines and uncomment them; all that follows stays as it is. Without
+# pictures that have captions, [`auto`](../docs/methods.md#auto) has less to go by.
 
 # %%
 # old = xbt.load_encoder("open_clip:ViT-B-32-quickgelu/openai")
@@ -178,5 +178,6 @@ display(Image(filename=str(draw_recall_bars(report, "runs/notebooks/recall.png")
 # - [Text-to-image search before and after](02_text_to_image_search_before_and_after.ipynb): the same in pictures.
 # - [Which projection](03_which_projection.ipynb): why the rotation alone may lose, and what `auto` makes of it.
 # - [Backfill while serving](04_backfill_while_serving.ipynb): if the pictures are to be embedded again after all.
+# - [The upgrade report](../docs/report.md): one page that says whether to upgrade, from one command.
 # - [Serving](../docs/serving.md): Qdrant, PostgreSQL, FAISS as it is; only your query code changes.
-# - [README](../README.md): everything else, with measurements.
+# - [Sharing and loading](../docs/hub.md): the upgraded encoder on the Hub.

@@ -188,4 +188,5 @@ print(format_table(report))
 # - [Upgrade a gallery](01_upgrade_a_gallery.ipynb): the same steps one by one, without training a projection.
 # - [Which projection](03_which_projection.ipynb): all of them side by side, with error bars.
 # - [Backfill while serving](04_backfill_while_serving.ipynb): from *new/old* to *new/new*, picture by picture.
-# - [README](../README.md): stage 2 of XBT, which fine-tunes the new CLIP with LoRA, and the recipes for both stages.
+# - [Stage 1 and stage 2](../docs/methods.md#stage-1-and-stage-2-xbt): what was trained here, and LoRA on top of it.
+# - [Evaluation](../docs/evaluation.md): what R@k is here, and how to check it.

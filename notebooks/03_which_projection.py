@@ -309,7 +309,7 @@ for direction in titles:
 # %% [markdown]
 # ## What to read next
 #
-# - [README: which projection, and whether at all](../README.md#which-projection-and-whether-at-all): the methods'
-#   formulas, and how they compare over many seeds, on Flickr8k and on real CLIPs.
+# - [Methods](../docs/methods.md#projections): the formula of each, where it comes from, and when it wins.
+# - [How they compare](../README.md#how-they-compare): over many seeds, on Flickr8k and with real CLIPs.
 # - [Upgrade a gallery](01_upgrade_a_gallery.ipynb): what to do with a decision.
 # - [Compatible backbones](05_compatible_backbones.ipynb): train the new model so that it needs no projection.

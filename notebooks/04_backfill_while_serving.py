@@ -396,8 +396,9 @@ print("damaged files:", gallery.verify())
 # %% [markdown]
 # ## What to read next
 #
-# - [README: a gallery that grows](../README.md#a-gallery-that-grows-and-is-backfilled-while-it-serves): orders and
-#   merges measured on pictures, and what searching costs.
+# - [Galleries](../docs/galleries.md#two-parts-a-backfill): search, add, remove, backfill, and what a kill leaves behind.
+# - [Orders and merges](../docs/methods.md#backfill-orders-and-merges): how each of them works.
+# - [A gallery that grows](../README.md#a-gallery-that-grows-and-is-backfilled-while-it-serves): orders and merges measured
+#   on pictures, and what searching costs.
 # - [Serving](../docs/serving.md): the same backfill in Qdrant or PostgreSQL.
 # - [Upgrade a gallery](01_upgrade_a_gallery.ipynb): the projection that the old part is searched through.
-# - [Which projection](03_which_projection.ipynb): whether that projection can be trusted.

@@ -253,13 +253,12 @@ plt.show()
 # - **What training adds** is one vector that serves both galleries, with no map to keep beside the model. In a chain
 #   of versions each then speaks to every gallery before it; [the
 #   README](../README.md#backbones-that-are-born-compatible) measures such chains.
-# - **If you do train, leave room.** With extra dimensions (BT² and OCA) the tax is a good deal smaller than without
-#   (BCT).
+# - **If you do train, leave room.** With extra dimensions (BT² and OCA) the tax is smaller than without (BCT).
 
 # %% [markdown]
 # ## What to read next
 #
-# - [README: backbones that are born compatible](../README.md#backbones-that-are-born-compatible): five seeds, chains
-#   of versions, images and CLIPs.
+# - [Born-compatible models](../docs/methods.md#born-compatible-models): what each method computes, and its paper.
+# - [Measured](../README.md#backbones-that-are-born-compatible): five seeds, chains of versions, images and CLIPs.
 # - [Which projection](03_which_projection.ipynb): the same question for CLIPs, where a rotation alone often fails.
 # - [Backfill while serving](04_backfill_while_serving.ipynb): from the old gallery to the new one.
