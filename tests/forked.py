@@ -56,7 +56,7 @@ class Job:
     def __init__(self, launcher, pids, log):
         self.pids, self.log, self._launcher = pids, log, launcher
 
-    def wait(self, timeout=60):
+    def wait(self, timeout=120):
         """Exit statuses in the order of the ranks; a negative one is a signal. None: it still runs."""
         return self._launcher.wait(self.pids, timeout)
 

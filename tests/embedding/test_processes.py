@@ -223,7 +223,7 @@ def test_a_process_that_fails_ends_the_others(launcher, data, whole, tmp_path, r
         arguments(data, tmp_path / "out"), tmp_path / "log", world=2, fail_rank=rank, fail_after=1
     )
     began = time.monotonic()
-    statuses = job.wait(30)
+    statuses = job.wait()
     assert time.monotonic() - began < 20
     assert None not in statuses
     assert statuses[rank] == 1  # its traceback, for it is a bug
@@ -259,7 +259,7 @@ def test_processes_that_see_other_items_do_not_begin(launcher, data, tmp_path):
     flags = arguments(data, tmp_path / "out")
     flags[flags.index("--images.source") + 1] = str(tmp_path / "photos_RANK")
     job = launcher.start(flags, tmp_path / "log", world=2)
-    assert job.wait(30) == [2, 2]
+    assert job.wait() == [2, 2]
     assert "process 1 finds other items in" in job.said
     assert "Traceback" not in job.said
 
@@ -270,7 +270,7 @@ def test_an_error_of_one_process_is_told_by_the_main_one(launcher, data, tmp_pat
     flags = arguments(data, tmp_path / "out")
     flags[flags.index("--images.source") + 1] = str(tmp_path / "photos_RANK")
     job = launcher.start(flags, tmp_path / "log", world=2)
-    assert job.wait(30) == [2, 2]
+    assert job.wait() == [2, 2]
     assert f"error: {tmp_path}/photos_1 does not exist" in job.said
 
 

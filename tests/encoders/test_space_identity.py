@@ -17,7 +17,7 @@ import xbt
 from xbt.errors import SpaceMismatchError
 from xbt.space import EmbeddingSpace
 
-SHARPER, OFF = 6.0, -2.0
+SHARPER, OFF = 3.0, -2.0
 """Random towers are nearly linear, trained ones are not. For images, their weights are scaled; for GELU and
 QuickGELU, which differ most where a hidden unit is off, most hidden units are switched off."""
 
