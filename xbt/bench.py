@@ -112,6 +112,25 @@ def ratio(timings: Timings, slow: str, fast: str) -> Spread:
     return timings[slow].over(timings[fast])
 
 
+def autocast(device: torch.device | str, precision: str) -> torch.autocast:
+    """The context in which ``"bf16"`` computes, as the encoders do it; ``"fp32"`` changes nothing."""
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def machine_rates(device: torch.device, precision: str) -> dict[str, float]:
+    """What the machine itself does: TFLOP/s of a large matrix product, GB/s of a copy within its memory."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    timings = side_by_side({"matmul": lambda: a @ a, "copy": lambda: target.copy_(source)}, rounds=9)
+    return {
+        "matmul_tflops": 2 * n**3 / timings["matmul"].median / 1e12,
+        "copy_gb_per_s": 2 * source.nbytes / timings["copy"].median / 1e9,
+    }
+
+
 def write_report(
     path_stem: str | Path, title: str, rows: Sequence[Mapping[str, Any]], notes: str = "", **record: Any
 ) -> Path:

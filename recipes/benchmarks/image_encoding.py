@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
-from xbt.bench import Timings, ratio, side_by_side, write_report
+from xbt.bench import Timings, autocast, machine_rates, ratio, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.encoders import DualEncoder
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
@@ -129,7 +129,7 @@ def measure(config: ImageEncodingBenchmark, encoder: DualEncoder, paths: list[Pa
 def forward_only(config: ImageEncodingBenchmark, encoder: DualEncoder, pixels: Tensor, count: int) -> None:
     """As many images through the model as there are, from pixels that are on the device already."""
     ready = pixels.to(encoder.device)
-    with torch.no_grad(), autocast(config):
+    with torch.no_grad(), autocast(config.device, config.precision):
         for start in range(0, count, config.batch_size):
             encoder.embed_pixels(ready[: min(config.batch_size, count - start)])
 
@@ -147,7 +147,7 @@ def plain_pipeline(
         pin_memory=encoder.device.type == "cuda",
     )
     parts = []
-    with torch.no_grad(), autocast(config):
+    with torch.no_grad(), autocast(config.device, config.precision):
         for pixels in loader:
             vectors = normalize(clip.encode_image(pixels.to(encoder.device)), dim=-1)
             parts.append(vectors.cpu().to(torch.float16).numpy())
@@ -164,12 +164,6 @@ class _Files(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         pixels: Tensor = self._transform(Image.open(self._paths[index]))
         return pixels
-
-
-def autocast(config: ImageEncodingBenchmark) -> torch.autocast:
-    """bf16 where it is asked for."""
-    kind = torch.device(config.device).type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def image_paths(config: ImageEncodingBenchmark, directory: Path) -> list[Path]:
@@ -194,20 +188,6 @@ def draw_jpegs(config: ImageEncodingBenchmark, directory: Path) -> Iterator[Path
         path = directory / f"{number:05}.jpg"
         Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(path, quality=85)
         yield path
-
-
-def machine_rates(device: torch.device, precision: str) -> dict[str, float]:
-    """What the machine itself does: TFLOP/s of a large matrix product, GB/s of a copy within its memory."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
-    target = torch.empty_like(source)
-    timings = side_by_side({"matmul": lambda: a @ a, "copy": lambda: target.copy_(source)}, rounds=9)
-    return {
-        "matmul_tflops": 2 * n**3 / timings["matmul"].median / 1e12,
-        "copy_gb_per_s": 2 * source.nbytes / timings["copy"].median / 1e9,
-    }
 
 
 def describe(config: ImageEncodingBenchmark, count: int, size: float) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import open_clip
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from xbt.bench import Timings, ratio, side_by_side, write_report
+from xbt.bench import Timings, autocast, machine_rates, ratio, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.data import CaptionSource, read_captions
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
@@ -48,12 +48,15 @@ class TextEncodingBenchmark:
     """Rounds; everybody is timed once in each."""
     device: str = "cpu"
     """Where the towers are."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What everybody computes in; bf16 is autocast."""
     threads: int = 2
     """Threads of torch on the CPU."""
     seed: int = 0
     """Draws the captions and the weights."""
     results: str = "recipes/benchmarks/results/text_encoding"
-    """Where the results go; the model's name and a suffix are appended."""
+    """Where the results go; the model's name, unless it is the CPU in fp32 device and precision, and a suffix
+    are appended."""
 
 
 class Library(NamedTuple):
@@ -78,16 +81,24 @@ def main(config: TextEncodingBenchmark) -> None:
         for name in [name for name in library.encode if name != "xbt"]:
             difference = float((vectors[name] - vectors["xbt"]).abs().max())
             rows.append(compare(f"{library.name}, {name}", timings, name, difference))
-    slug = config.model.lower().replace("-", "_")
     written = write_report(
-        f"{config.results}_{slug}",
+        f"{config.results}_{slug(config)}",
         f"Text encoding, {config.model}",
         rows,
         describe(config, texts),
         config={**config_to_dict(config), "captions": Path(config.captions).name},
         seconds=seconds,
+        machine=machine_rates(torch.device(config.device), config.precision),
     )
     print(written.with_suffix(".md").read_text(encoding="utf-8"), end="")
+
+
+def slug(config: TextEncodingBenchmark) -> str:
+    """What tells one result from another: of the CPU in fp32, the model alone."""
+    where = (
+        "" if (config.device, config.precision) == ("cpu", "fp32") else f"_{config.device}_{config.precision}"
+    )
+    return f"{config.model}{where}".lower().replace("-", "_").replace(":", "_")
 
 
 def compare(title: str, timings: Timings, name: str, difference: float) -> dict[str, Any]:
@@ -108,9 +119,9 @@ def describe(config: TextEncodingBenchmark, texts: list[str]) -> str:
     tokens = open_clip.get_tokenizer(config.model)(texts)
     used = float((tokens != 0).sum(dim=1).float().mean())
     return (
-        f"The text tower of {config.model} with random weights in fp32 on {config.device}; {len(texts)} "
-        f"captions with {used:.1f} tokens on average, {config.batch_size} per forward pass; {config.rounds} "
-        "rounds in turns, shown as median [least, greatest]. Times include tokenising; where they do not, "
+        f"The text tower of {config.model} with random weights in {config.precision} on {config.device}; "
+        f"{len(texts)} captions with {used:.1f} tokens on average, {config.batch_size} per forward pass; "
+        f"{config.rounds} rounds in turns, shown as median [least, greatest]. Times include tokenising; where they do not, "
         "what it took in the same round is taken off on both sides. Difference: the greatest between unit "
         "vectors."
     )
@@ -119,6 +130,7 @@ def describe(config: TextEncodingBenchmark, texts: list[str]) -> str:
 def with_open_clip(config: TextEncodingBenchmark, texts: list[str]) -> Library:
     """open_clip's own model, with and without xbt around it."""
     encoder = OpenClipEncoder.create(config.model).to(config.device)
+    encoder.precision = config.precision
     encoder.module.eval().requires_grad_(False)
     clip: Any = encoder.module
 
@@ -137,6 +149,7 @@ def with_open_clip(config: TextEncodingBenchmark, texts: list[str]) -> Library:
 def with_transformers(config: TextEncodingBenchmark, texts: list[str]) -> Library:
     """A CLIPModel of the same size; also padded to the longest text of each batch, as some do."""
     encoder = transformers_encoder(config.model)
+    encoder.precision = config.precision
     clip: Any = encoder.to(config.device).module.eval().requires_grad_(False)
 
     def tokens(part: list[str], padding: str) -> Any:
@@ -164,8 +177,8 @@ def batched(
     config: TextEncodingBenchmark, texts: list[str], features: Callable[[list[str]], Tensor]
 ) -> Tensor:
     """(n, dim) unit rows, the plain way."""
-    with torch.no_grad():
-        parts = [normalize(features(part), dim=-1).cpu() for part in in_batches(config, texts)]
+    with torch.no_grad(), autocast(config.device, config.precision):
+        parts = [normalize(features(part).float(), dim=-1).cpu() for part in in_batches(config, texts)]
     return torch.cat(parts)
 
 

@@ -210,7 +210,7 @@ def make_step(config: UpgradeCostBenchmark, new_dim: int, old_dim: int, folder: 
 def count_flops(run: Callable[[], object]) -> float:
     """Operations of the matrix products, convolutions and attention in a call."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    # The counter knows no fused kernel of whole layers, and in older versions of torch none of attention on a CPU.
+    # The counter knows no fused kernel of whole layers, and older torch's none of attention on a CPU.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

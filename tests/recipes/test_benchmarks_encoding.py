@@ -59,6 +59,23 @@ def test_text_encoding(run, tmp_path):
     assert result["config"]["captions"] == "captions.txt"
     assert str(tmp_path) not in json.dumps(result["rows"]) + printed
     assert "12 captions" in printed
+    assert result["machine"]["matmul_tflops"] > 0
+
+
+def test_text_encoding_in_half_precision(run, monkeypatch):
+    dtypes = set()
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "layer_norm",
+        lambda *args, known=torch.nn.functional.layer_norm, **options: (
+            dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None),
+            known(*args, **options),
+        )[1],
+    )
+    result, printed = run("text_encoding", "--texts", "6", "--rounds", "1", "--precision", "bf16")
+    assert "in bf16 on cpu" in printed
+    assert torch.bfloat16 in dtypes  # beside the full precision of the encoders' own probes
+    assert all(row["difference"] < 0.02 for row in result["rows"])
 
 
 def test_both_libraries_read_the_same_tokens(tmp_path):
