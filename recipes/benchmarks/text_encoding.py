@@ -121,9 +121,9 @@ def describe(config: TextEncodingBenchmark, texts: list[str]) -> str:
     return (
         f"The text tower of {config.model} with random weights in {config.precision} on {config.device}; "
         f"{len(texts)} captions with {used:.1f} tokens on average, {config.batch_size} per forward pass; "
-        f"{config.rounds} rounds in turns, shown as median [least, greatest]. Times include tokenising; where they do not, "
-        "what it took in the same round is taken off on both sides. Difference: the greatest between unit "
-        "vectors."
+        f"{config.rounds} rounds in turns, shown as median [least, greatest]. Times include tokenising; "
+        "where they do not, what it took in the same round is taken off on both sides. Difference: the "
+        "greatest between unit vectors."
     )
 
 
