@@ -83,6 +83,7 @@ def main(config: ImageEncodingBenchmark) -> None:
         paths = image_paths(config, Path(directory))
         timings, difference = measure(config, encoder, paths)
         size = sum(path.stat().st_size for path in paths) / len(paths)
+    probe = side_by_side({"probe": lambda: probed(encoder)}, config.rounds)["probe"]
     rows = [
         {
             "way": name,
@@ -97,10 +98,11 @@ def main(config: ImageEncodingBenchmark) -> None:
         f"{config.results}_{slug}",
         f"Image encoding, {config.model} on {config.device} in {config.precision}",
         rows,
-        describe(config, len(paths), size),
+        f"{describe(config, len(paths), size)} Probing the space of such an encoder takes {probe} seconds.",
         config={**config_to_dict(config), "images": Path(config.images).name},
         seconds=timings,
         difference=difference,
+        probe=probe,
         machine=machine_rates(encoder.device, config.precision),
     )
     print(written.with_suffix(".md").read_text(encoding="utf-8"), end="")
@@ -124,6 +126,12 @@ def measure(config: ImageEncodingBenchmark, encoder: DualEncoder, paths: list[Pa
     }
     difference = np.abs(end_to_end().numpy() - plain_pipeline(config, encoder, paths)).max()  # and warms up
     return side_by_side(contenders, config.rounds, warmup=0), float(difference)
+
+
+def probed(encoder: DualEncoder) -> object:
+    """The encoder's space, found anew: a loaded encoder does it once."""
+    encoder.invalidate_space()
+    return encoder.space
 
 
 def forward_only(config: ImageEncodingBenchmark, encoder: DualEncoder, pixels: Tensor, count: int) -> None:

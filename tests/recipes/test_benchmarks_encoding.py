@@ -104,6 +104,7 @@ def test_image_encoding(run, tmp_path, own):
     assert result["difference"] < 1e-3  # the plain pipeline keeps fp16
     assert result["machine"]["matmul_tflops"] > 0
     assert result["machine"]["copy_gb_per_s"] > 0
+    assert len(result["probe"]["rounds"]) == 2
     assert f"{5 if own else 6} image files" in printed
     assert str(tmp_path) not in printed
 
