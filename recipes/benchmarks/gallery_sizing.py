@@ -6,7 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,37 +100,39 @@ def sizing_rows(
     """
     seconds = {row[""]: row["s in all"] / rows for row in measured if row["s in all"] != ""}
     writing = next(value for name, value in seconds.items() if name.startswith("backfill"))
-    table: list[dict[str, Any]] = []
-    for size in sizes:
-        add = table_row(size, "to add", hours(size * seconds["add"]))
-        table += [add, table_row(size, "to write a backfill", hours(size * writing))]
-        for name, rate in encoder_rates.items():
-            told = hours(size * max(1 / rate, writing))
-            table.append(table_row(size, f"to backfill with {name} at {rate:g} images/s", told))
-        orders = {name: value for name, value in seconds.items() if name.startswith("order")}
-        table += [table_row(size, f"for the {name}", hours(size * each)) for name, each in orders.items()]
-        table += [neighbours(size, row) for row in measured if row[""].startswith("neighbours")]
-        for cost in costs:
-            memory = size * cost.memory / 1e9
-            machines = math.ceil(memory / (USED * machine_gb))
-            disk = size * cost.disk / 1e9
-            told = f"{memory:,.0f} GB memory = {machines} × {machine_gb:g} GB; {disk:,.0f} GB disk"
-            table.append(table_row(size, f"index {cost.index}", told))
-    return table
+    takes: dict[str, Callable[[int], str]] = {"to add": timed(seconds["add"])}
+    takes["to write a backfill"] = timed(writing)
+    for name, rate in encoder_rates.items():
+        takes[f"to backfill with {name} at {rate:g} images/s"] = timed(max(1 / rate, writing))
+    takes |= {f"for the {name}": timed(each) for name, each in seconds.items() if name.startswith("order")}
+    for row in measured:
+        if row[""].startswith("neighbours"):
+            takes["for the neighbours of order rehearsed"] = neighbours(row)
+    takes |= {f"index {cost.index}": room(cost, machine_gb) for cost in costs}
+    return [{"": what, **{f"{size:,} items": told(size) for size in sizes}} for what, told in takes.items()]
 
 
-def table_row(size: int, what: str, told: str) -> dict[str, Any]:
-    """One row of the sizing table."""
-    return {"items": f"{size:,}", "": what, "takes": told}
+def timed(each: float) -> Callable[[int], str]:
+    """So many seconds for each item."""
+    return lambda size: hours(size * each)
 
 
-def neighbours(size: int, row: Mapping[str, Any]) -> dict[str, Any]:
+def neighbours(row: Mapping[str, Any]) -> Callable[[int], str]:
     """An item is compared with what a fixed number of lists hold, which are as many as the root of all."""
     spread: Spread = row["measured"]
     count = int(row[""].rsplit(", ", 1)[1].split()[0])
-    return table_row(
-        size, "for the neighbours of order rehearsed", hours(spread.median * (size / count) ** 1.5)
-    )
+    return lambda size: hours(spread.median * (size / count) ** 1.5)
+
+
+def room(cost: IndexCost, machine_gb: float) -> Callable[[int], str]:
+    """Memory, the machines that have it, and disk."""
+
+    def told(size: int) -> str:
+        memory, disk = size * cost.memory / 1e9, size * cost.disk / 1e9
+        machines = math.ceil(memory / (USED * machine_gb))
+        return f"{memory:,.0f} GB memory = {machines} × {machine_gb:g} GB; {disk:,.0f} GB disk"
+
+    return told
 
 
 def hours(seconds: float) -> str:

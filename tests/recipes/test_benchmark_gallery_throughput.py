@@ -41,7 +41,7 @@ def test_the_whole_script(script, monkeypatch, tmp_path, capsys):
     assert flat["disk"] >= 2 * 16
     assert quantised["memory"] > 0
     sizing = json.loads((tmp_path / "out_sizing.json").read_text())["rows"]
-    told = {row[""]: row["takes"] for row in sizing}
+    told = {row[""]: row["10,000,000 items"] for row in sizing}
     assert told["to backfill with a slow one at 50 images/s"] == "55.6 h"
     assert "GB memory" in told["index Flat"]
     assert "Sizing a gallery" in capsys.readouterr().out
@@ -56,8 +56,9 @@ def test_sizes_are_multiplied(script):
         {"": "neighbours for order rehearsed, 1000 items", "s in all": "",
          "measured": sizing.Spread((2.0,))},
     ]  # fmt: skip
-    rows = sizing.sizing_rows(rates, [cost], 1000, [10**6], 1.0, {"fast": 1000.0})
-    assert {row[""]: row["takes"] for row in rows} == {
+    rows = sizing.sizing_rows(rates, [cost], 1000, [10**3, 10**6], 1.0, {"fast": 1000.0})
+    assert [row["1,000 items"] for row in rows[:2]] == ["10 s", "20 s"]
+    assert {row[""]: row["1,000,000 items"] for row in rows} == {
         "to add": "2.8 h",
         "to write a backfill": "5.6 h",
         "to backfill with fast at 1000 images/s": "5.6 h",
