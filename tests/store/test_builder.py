@@ -144,6 +144,18 @@ def test_what_killed_writers_left_is_removed(tmp_path, space, unit_rows):
     assert [path.name for path in (tmp_path / "img_emb").iterdir()] == ["img_emb_0.npy"]
 
 
+def test_files_of_the_user_s_own_stay(tmp_path, space, unit_rows):
+    own = [tmp_path / "metadata/my_labels.parquet", tmp_path / "img_emb/pca_mean.npy"]
+    for path in own:
+        path.parent.mkdir()
+        path.write_bytes(b"x")
+    builder = builder_at(tmp_path, space)
+    builder.prepare()
+    builder.write("0", unit_rows(2), ["a", "b"])
+    builder.finish(["0"])
+    assert all(path.is_file() for path in own)
+
+
 def test_ids_are_unique_over_all_shards(tmp_path, space, unit_rows):
     builder = builder_at(tmp_path, space)
     builder.prepare()
@@ -223,3 +235,14 @@ def test_damaged_records_are_named(tmp_path, space, unit_rows, name):
     path.write_text(json.dumps(whole))
     with pytest.raises(StoreError, match=rf"{name} is incomplete or damaged"):
         builder.prepare() if name == "header.json" else builder.committed()
+
+
+def test_columns_that_could_never_be_read_together_are_refused_at_the_end(tmp_path, space, unit_rows):
+    builder = builder_at(tmp_path, space)
+    builder.prepare()
+    builder.write("0", unit_rows(1), ["a"], {"w": [1]})
+    builder.write("1", unit_rows(1), ["b"], {"w": ["x"]})
+    with pytest.raises(StoreError, match=r"metadata_1.parquet: column 'w' is string, which does not go toge"):
+        builder.finish(["0", "1"])
+    builder.write("1", unit_rows(1), ["b"], {"w": [2]})
+    assert builder.finish(["0", "1"]).metadata()["w"].to_pylist() == [1, 2]

@@ -169,3 +169,44 @@ def test_our_stores_are_readable_in_its_layout(tmp_path, space, unit_rows):
     foreign = EmbeddingStore.open(tmp_path / "s")
     assert foreign.ids == ["a", "b"]
     np.testing.assert_array_equal(foreign.read(), store.read())
+
+
+def write_tables(path, unit_rows, tables):
+    for number, table in enumerate(tables):
+        for folder in ("img_emb", "metadata"):
+            (path / folder).mkdir(exist_ok=True)
+        rows = unit_rows(len(next(iter(table.values()))), seed=number)
+        np.save(path / f"img_emb/img_emb_{number}.npy", rows)
+        pq.write_table(pa.table(table), path / f"metadata/metadata_{number}.parquet")
+
+
+@pytest.mark.parametrize("others", [[3.0, 4.5], ["x", "y"], [3, 2**53 + 1]])
+def test_ids_are_strings_by_the_type_of_their_own_shard(tmp_path, unit_rows, others):
+    write_tables(tmp_path, unit_rows, [{"id": [1, 2]}, {"id": others}, {"id": [0.5]}])
+    store = EmbeddingStore.open(tmp_path)
+    assert store.ids == ["1", "2", *map(str, others), "0.5"]
+    assert store.read_ids(0, 2) == ["1", "2"]
+    assert store.read_ids(1, 4) == store.ids[1:4]
+
+
+@pytest.mark.parametrize(("others", "kind"), [(["x"], "string"), ([0.5], "double")])
+def test_columns_that_do_not_go_together_are_named(tmp_path, unit_rows, others, kind):
+    tables = [{"id": ["a", "b"], "w": [1, 2**53 + 1], "caption": ["one", "two"]}, {"id": ["c"], "w": others}]
+    write_tables(tmp_path, unit_rows, tables)
+    store = EmbeddingStore.open(tmp_path)
+    with pytest.raises(StoreError, match=rf"column 'w' of .*metadata_1.parquet is {kind} and cannot be joi"):
+        store.metadata()
+    assert store.metadata(["caption"])["caption"].to_pylist() == ["one", "two", None]
+    assert store.metadata(["w"], 2)["w"].to_pylist() == others
+    with pytest.raises(StoreError, match=rf"1 faults: .*metadata_1.parquet: column 'w' is {kind}, which do"):
+        store.verify()
+
+
+def test_nan_is_found(tmp_path, unit_rows):
+    write_folder(tmp_path, unit_rows, [4, 5, 3])
+    rows = np.load(tmp_path / "img_emb/img_emb_1.npy")
+    rows[3, 2], rows[4, 0] = np.nan, np.inf
+    np.save(tmp_path / "img_emb/img_emb_1.npy", rows)
+    words = r"1 faults: .*img_emb_1.npy of shard '1' has NaN or infinity, first in its row 3: copy it again"
+    with pytest.raises(StoreError, match=words):
+        EmbeddingStore.open(tmp_path).verify()

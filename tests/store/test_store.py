@@ -322,3 +322,33 @@ def test_a_worker_that_outlives_its_writer_does_not_keep_the_lock(tmp_path, spac
         StoreBuilder(tmp_path / "s", modality="image", space=space).prepare()
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+def test_files_of_the_user_s_own_stay(tmp_path, space, unit_rows):
+    store, _ = fill(tmp_path / "s", space, unit_rows, counts=(2,))
+    own = ["metadata/my_labels.parquet", "img_emb/pca_mean.npy", "img_emb/img_emb_mean.npy",
+           "metadata/.mine.partial", "img_emb/notes_0.npy"]  # fmt: skip
+    stray = ["img_emb/img_emb_000007.npy", "metadata/metadata_0_3.parquet",
+             "metadata/.metadata_1.parquet.some-host-12-0badcafe.partial"]  # fmt: skip
+    for name in (*own, *stray):
+        (tmp_path / "s" / name).write_bytes(b"x")
+    store.append(unit_rows(2, 1), ["c", "d"])
+    assert [name for name in (*own, *stray) if (tmp_path / "s" / name).is_file()] == own
+    EmbeddingStore.open(tmp_path / "s").verify()
+
+
+@pytest.mark.parametrize(
+    ("there", "comes"),
+    [([1], ["x"]), (["x"], [1]), ([2**53 + 1], [0.5]), ([0.5], [2**53 + 1]), ([[1]], [{"a": 1}])],
+)
+def test_a_column_that_could_never_be_read_again_is_refused(tmp_path, space, unit_rows, there, comes):
+    store = EmbeddingStore.create(tmp_path / "s", modality="image", space=space)
+    store.append(unit_rows(1), ["a"], {"w": there})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StoreError, match=r"shard '000001' of .*: column 'w' is .* does not go together with"):
+        store.append(unit_rows(1), ["b"], {"w": comes})
+    assert sorted(tmp_path.rglob("*")) == before
+    EmbeddingStore.open(tmp_path / "s").append(unit_rows(1), ["b"], {"w": [None], "other": comes})
+    store.append(unit_rows(1), ["c"], {"w": there})  # what was refused has left no trace
+    assert store.metadata(["w"])["w"].to_pylist() == [*there, None, *there]
+    store.verify()

@@ -10,7 +10,15 @@ from typing import Any
 
 from xbt.errors import StoreError
 from xbt.space import EmbeddingSpace
-from xbt.store.files import remove_leftovers, sync_directory, write_bytes, write_record, writing_to
+from xbt.store.column_types import ColumnTypes
+from xbt.store.files import (
+    remove_leftovers,
+    remove_strays,
+    sync_directory,
+    write_bytes,
+    write_record,
+    writing_to,
+)
 from xbt.store.ids import require_unique
 from xbt.store.layout import (
     EXTRA,
@@ -23,9 +31,11 @@ from xbt.store.layout import (
     Header,
     Manifest,
     ShardRecord,
+    metadata_file,
     read_header,
     read_manifest,
     read_shard_record,
+    shard_files,
     shard_key,
     shard_name,
     store_path,
@@ -178,8 +188,8 @@ class StoreBuilder:
             The open store.
 
         Raises:
-            StoreError: If a shard is missing, left over or damaged, or an id occurs twice; the message names
-                it, and nothing is lost.
+            StoreError: If a shard is missing, left over or damaged, an id occurs twice, or a column has types
+                that do not go together; the message names it, and nothing is lost.
         """
         records = self._complete(list(names))
         if not self.finished:
@@ -187,7 +197,10 @@ class StoreBuilder:
             if faults:
                 raise StoreError(f"{faults[0]} ({len(faults)} such files); remove it and run the job again")
             require_unique(self.path, records)
-            self._remove_orphans(records)
+            faults = ColumnTypes().add(self.path / metadata_file(record.name) for record in records)
+            if faults:
+                raise StoreError(faults[0])
+            remove_strays(self.path, self.header.modality, records)
             manifest = Manifest(self.header, tuple(records), self._write_extra(records))
             write_record(self.path / MANIFEST, manifest.to_dict())
         shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
@@ -228,17 +241,9 @@ class StoreBuilder:
 
     def _refuse_foreign_files(self) -> None:
         for folder in (*FOLDERS.values(), METADATA):
-            found = next((p for p in (self.path / folder).glob("*") if not p.name.startswith(".")), None)
+            found = next(iter(shard_files(self.path, folder).values()), None)
             if found is not None:
                 raise StoreError(
                     f"{self.path} already holds {folder}/{found.name}, which no such job has left there; "
                     "choose another directory"
                 )
-
-    def _remove_orphans(self, records: list[ShardRecord]) -> None:
-        # Other readers of this layout go by what lies in the folders, not by the manifest.
-        ours = {self.path / path for record in records for path in record.files}
-        for folder in (FOLDERS[self.header.modality], METADATA):
-            for path in (self.path / folder).iterdir():
-                if path.suffix in (".npy", ".parquet") and path not in ours:
-                    path.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from xbt.store.layout import (
     Manifest,
     ShardRecord,
     metadata_file,
+    shard_files,
     shard_key,
 )
 from xbt.store.metadata import inspect_parquet
@@ -89,9 +89,7 @@ def _choose_modality(path: Path, modality: str | None) -> str:
 
 def _npy_files(path: Path, modality: str) -> dict[str, NpyFile]:
     folder = FOLDERS[modality]
-    pattern = re.compile(rf"{folder}_(\d+(?:_\d+)*)\.npy")
-    matches = [match for file in (path / folder).iterdir() if (match := pattern.fullmatch(file.name))]
-    names = sorted((match[1] for match in matches), key=shard_key)
+    names = sorted(shard_files(path, folder), key=shard_key)
     for first, second in pairwise(names):
         if shard_key(first) == shard_key(second):
             raise StoreError(

@@ -6,17 +6,19 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from xbt.errors import StoreError
-from xbt.store.layout import FileRecord
+from xbt.store.layout import FOLDERS, METADATA, FileRecord, ShardRecord, shard_files
 
 _PARTIAL = ".partial"
+_PARTIAL_NAME = re.compile(rf"\..+-[0-9]+-[0-9a-f]+\{_PARTIAL}")
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
 _BLOCK = 1 << 20
 
@@ -131,4 +133,17 @@ def remove_leftovers(*directories: Path) -> None:
     """Removes the temporary files that killed writers left; only a sole writer may do so."""
     for directory in directories:
         for leftover in directory.glob(f".*{_PARTIAL}"):
-            leftover.unlink(missing_ok=True)
+            if _PARTIAL_NAME.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)
+
+
+def remove_strays(path: Path, modality: str, records: Iterable[ShardRecord]) -> None:
+    """Removes shards that no record vouches for, and nothing that is not named as a shard's file.
+
+    Other readers of this layout go by what lies in the folders, not by the manifest.
+    """
+    ours = {path / name for record in records for name in record.files}
+    for folder in (FOLDERS[modality], METADATA):
+        for file in shard_files(path, folder).values():
+            if file not in ours:
+                file.unlink(missing_ok=True)

@@ -88,14 +88,12 @@ def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | N
 
     def read(name: str) -> Iterator[list[str | None]]:
         for start, stop in borders:
-            yield columns.read([name], start, stop)[name].to_pylist() if stop > start else []
+            yield columns.read_strings(name, start, stop)
 
     def is_usable(name: str) -> bool:
         if any(None in values for values in read(name)):
             return False
-        return (
-            first_repeated(lambda: ([str(v) for v in values] for values in read(name)), sum(counts)) is None
-        )
+        return first_repeated(lambda: (list(map(str, values)) for values in read(name)), sum(counts)) is None
 
     there = columns.names()
     return next((name for name in (ID, "image_path") if name in there and is_usable(name)), None)

@@ -35,7 +35,7 @@ DTYPES = ("float16", "float32")
 
 _CHECKSUM = "checksum"
 _MEND = "copy the file again or write the store anew"
-_NAME = re.compile(r"\d+(_\d+)*")
+_NAME = re.compile(r"[0-9]+(_[0-9]+)*")
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,22 @@ def vectors_file(modality: str, name: str) -> str:
 def metadata_file(name: str) -> str:
     """Path of a shard's metadata, relative to the store."""
     return f"{METADATA}/{METADATA}_{name}.parquet"
+
+
+def shard_files(path: Path, folder: str) -> dict[str, Path]:
+    """Files in one of a store's folders that are named as a shard's; whatever else is there is the user's.
+
+    Args:
+        path: The store's directory.
+        folder: ``"img_emb"``, ``"text_emb"`` or ``"metadata"``.
+
+    Returns:
+        By the shards' names, in no order; empty if there is no such folder.
+    """
+    ending = "parquet" if folder == METADATA else "npy"
+    pattern = re.compile(rf"{folder}_({_NAME.pattern})\.{ending}")
+    there = (path / folder).iterdir() if (path / folder).is_dir() else ()
+    return {match[1]: file for file in there if (match := pattern.fullmatch(file.name))}
 
 
 def store_path(path: str | Path) -> Path:

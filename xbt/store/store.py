@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from xbt.errors import DataError, StoreError
 from xbt.space import EmbeddingSpace
 from xbt.store.clip_retrieval import scan_folder
-from xbt.store.files import remove_leftovers, write_record, writing_to
+from xbt.store.column_types import ColumnTypes
+from xbt.store.files import remove_leftovers, remove_strays, write_record, writing_to
 from xbt.store.ids import KnownIds, choose_id_column
 from xbt.store.layout import (
     EXTRA,
@@ -35,7 +36,7 @@ from xbt.store.layout import (
 from xbt.store.lock import WriterLock
 from xbt.store.metadata import MetadataColumns
 from xbt.store.npy import NpyRows
-from xbt.store.shards import ID, Metadata, write_shard
+from xbt.store.shards import ID, Metadata, as_table, write_shard
 from xbt.store.verify import find_faults, refuse_wrong_sizes
 from xbt.vectors import Vectors
 
@@ -59,7 +60,7 @@ class EmbeddingStore:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
-        self._known = KnownIds(path)
+        self._known, self._types = KnownIds(path), ColumnTypes()
         self._adopt(manifest)
 
     def _adopt(self, manifest: Manifest) -> None:
@@ -240,8 +241,7 @@ class EmbeddingStore:
             return [f"row-{row}" for row in range(start, stop)]
         if start == stop:
             return []
-        values = self._columns.read([self._id_column], start, stop)[self._id_column].to_pylist()
-        return [str(value) for value in values]
+        return [str(value) for value in self._columns.read_strings(self._id_column, start, stop)]
 
     @property
     def columns(self) -> list[str]:
@@ -262,7 +262,8 @@ class EmbeddingStore:
             A table with one row a row; null where a shard has no such column.
 
         Raises:
-            StoreError: If no shard has a column, or the range is not within the store.
+            StoreError: If no shard has a column, its types do not go together, or the range is not within the
+                store.
         """
         start, stop = self._range(start, stop)
         there = self.columns
@@ -305,8 +306,8 @@ class EmbeddingStore:
         Raises:
             DataError: If there are no rows, or a value is NaN, infinite or too large for the dtype.
             SpaceMismatchError: If dimension or space are another.
-            StoreError: If an id is known already, ids or metadata do not fit, another process is writing, the
-                disk is full, or the folder has no manifest.
+            StoreError: If an id is known already, ids or metadata do not fit (one column has one type over
+                the whole store), another process is writing, the disk is full, or the folder has no manifest.
         """
         if not (self.path / MANIFEST).is_file():
             raise StoreError(
@@ -324,7 +325,12 @@ class EmbeddingStore:
             self._remove_leftovers()
             self._known.refuse(ids, self.shards)
             name = str(max((shard_key(s.name)[0] for s in self.shards), default=-1) + 1).zfill(6)
-            record = write_shard(self.path, self._manifest.header, name, vectors, ids, metadata)
+            where = f"shard {name!r} of {self.path}"
+            table = as_table(ids, metadata, len(vectors), where)
+            # A column of the wrong type could never be removed again.
+            self._types.add(self.path / metadata_file(shard.name) for shard in self.shards)
+            self._types.require(table, where)
+            record = write_shard(self.path, self._manifest.header, name, vectors, ids, table.drop([ID]))
             grown = Manifest(self._manifest.header, (*self.shards, record), self._manifest.extra)
             write_record(self.path / MANIFEST, grown.to_dict())
         self._adopt(grown)
@@ -367,12 +373,8 @@ class EmbeddingStore:
         return start, end
 
     def _remove_leftovers(self) -> None:
-        folders = [self.path / name for name in (FOLDERS[self.modality], METADATA)]
-        remove_leftovers(self.path, *folders)
-        ours = {self.path / name for shard in self.shards for name in shard.files}
-        for path in (path for folder in folders if folder.is_dir() for path in folder.iterdir()):
-            if path.suffix in (".npy", ".parquet") and path not in ours:
-                path.unlink(missing_ok=True)
+        remove_leftovers(self.path, *(self.path / name for name in (FOLDERS[self.modality], METADATA)))
+        remove_strays(self.path, self.modality, self.shards)
 
     def __repr__(self) -> str:
         space = self.space or "no known space"

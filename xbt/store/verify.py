@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from xbt.errors import StoreError
 from xbt.store.clip_retrieval import scan_folder
+from xbt.store.column_types import ColumnTypes
 from xbt.store.files import checksum
 from xbt.store.layout import (
     EXTRA,
@@ -19,8 +22,9 @@ from xbt.store.layout import (
     store_path,
 )
 from xbt.store.metadata import inspect_parquet
-from xbt.store.npy import inspect_npy
+from xbt.store.npy import NpyRows, inspect_npy
 
+_ROWS_AT_ONCE = 16_384
 _MEND = "copy it again, or embed its rows anew"
 
 
@@ -76,13 +80,18 @@ def wrong_contents(path: Path, shards: Iterable[ShardRecord], dim: int) -> list[
         dim: Dimension of the vectors.
 
     Returns:
-        The faults; a flipped bit is found where checksums are known.
+        The faults; a flipped bit is found where checksums are known, NaN where they are not: what has a
+        checksum was looked at before it was written.
     """
     faults: list[str] = []
+    types = ColumnTypes()
     for shard in shards:
         for name, file in shard.files.items():
             fault = wrong_file(path / name, file, f"shard {shard.name!r}")
-            faults += [fault or _wrong_rows(path / name, name, shard, dim)]
+            fault = fault or _wrong_rows(path / name, name, shard, dim, checked=bool(file.sha256))
+            faults.append(fault)
+            if not fault and name.startswith(f"{METADATA}/"):
+                faults += types.add([path / name])
     return [fault for fault in faults if fault]
 
 
@@ -106,7 +115,7 @@ def _wrong_size(path: Path, file: FileRecord, of: str) -> str:
     return "" if size == file.bytes else f"{path} of {of} has {size} bytes instead of {file.bytes}: {_MEND}"
 
 
-def _wrong_rows(path: Path, name: str, shard: ShardRecord, dim: int) -> str:
+def _wrong_rows(path: Path, name: str, shard: ShardRecord, dim: int, checked: bool) -> str:
     try:
         if name.startswith(f"{METADATA}/"):
             count, _ = inspect_parquet(path)
@@ -119,4 +128,20 @@ def _wrong_rows(path: Path, name: str, shard: ShardRecord, dim: int) -> str:
         return str(error)
     if count != shard.count:
         return f"{path} of shard {shard.name!r} has {count} rows instead of {shard.count}: {_MEND}"
-    return ""
+    if checked or name.startswith(f"{METADATA}/"):
+        return ""
+    broken = _first_not_finite(NpyRows([path], [count], dim))
+    return (
+        ""
+        if broken is None
+        else f"{path} of shard {shard.name!r} has NaN or infinity, first in its row {broken}: {_MEND}"
+    )
+
+
+def _first_not_finite(rows: NpyRows) -> int | None:
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        sums = rows.slice(start, min(start + _ROWS_AT_ONCE, len(rows))).sum(axis=1, dtype=np.float64)
+        broken = np.flatnonzero(~np.isfinite(sums))
+        if len(broken):
+            return start + int(broken[0])
+    return None
