@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import bz2
+import errno
+import gzip
 import io
+import lzma
 import os
 import tarfile
 
 import fsspec
 import pytest
 from entries import entries, ids, picture, samples, value, write_tar
+from jobs import config
 
 from xbt.data import CaptionSource
 from xbt.data.image_collection import ImageCollection, open_captions, open_images
 from xbt.data.image_text_pairs import Rejected
 from xbt.data.items import Item
 from xbt.data.tar_files import find_tars
+from xbt.embedding import embed, work
 from xbt.errors import DataError
+
+PACK = {"w": bytes, "w:gz": gzip.compress, "w:bz2": bz2.compress, "w:xz": lzma.compress}
 
 
 def test_tars_give_images_and_captions(tmp_path):
@@ -99,15 +107,98 @@ def test_an_empty_tar_has_nothing_to_tell(tmp_path):
     assert entries(open_images(ImageCollection(str(path)))) == []
 
 
-def test_a_missing_tar_among_others_is_on_record(tmp_path):
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_zeros_in_the_middle_are_not_the_end(tmp_path, mode):
+    """As a download leaves them that was begun as a sparse file; tar itself stops there without a word."""
+    noise = [(f"{n:04d}.png", os.urandom(3000).replace(b"\0", b"x")) for n in range(20)]
+    plain = write_tar(tmp_path / "plain.tar", noise)
+    with tarfile.open(plain) as archive:
+        offset = archive.getmember("0007.png").offset
+    data = bytearray(plain.read_bytes())
+    data[offset : offset + 4096] = bytes(4096)
+    path = tmp_path / f"a.tar{'.' + mode[2:] if mode != 'w' else ''}"
+    path.write_bytes(PACK[mode](bytes(data)))
+    *good, last = entries(open_images(ImageCollection(str(path))))
+    assert ids(good) == [f"a/{n:04d}" for n in range(7)]
+    assert isinstance(last, Rejected)
+    assert last.id == "a"
+    assert f"the end mark at byte {offset} is followed by data at byte {offset + 4096}" in last.reason
+    assert "tar --ignore-zeros" in last.reason
+    for start in range(9):
+        assert entries(open_images(ImageCollection(str(path))), start=start) == [*good, last][start:]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+def test_tars_that_were_joined_do_not_end_silently(tmp_path, mode):
+    suffix = f"tar.{mode[2:]}" if mode != "w" else "tar"
+    halves = [write_tar(tmp_path / f"{n}.{suffix}", samples(5, 5 * n), mode).read_bytes() for n in range(2)]
+    (tmp_path / f"both.{suffix}").write_bytes(b"".join(halves))
+    *good, last = entries(open_images(ImageCollection(str(tmp_path / f"both.{suffix}"))))
+    assert ids(good) == [f"both/{n:04d}" for n in range(5)]
+    assert "is followed by data" in last.reason
+    captions = entries(open_captions(CaptionSource(str(tmp_path / f"both.{suffix}"))))
+    assert isinstance(captions[-1], Rejected)
+
+
+@pytest.mark.parametrize("padding", [0, 512, 10240 * 3, (1 << 20) + 512, 5 << 20])
+def test_padding_after_the_end_is_plain(tmp_path, padding):
+    path = write_tar(tmp_path / "a.tar", samples(3))
+    members = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(members + bytes(-len(members) % 512 + 1024 + padding))
+    assert all(isinstance(entry, Item) for entry in entries(open_images(ImageCollection(str(path)))))
+    path.write_bytes(path.read_bytes() + b"x")
+    *good, last = entries(open_images(ImageCollection(str(path))))
+    assert len(good) == 3
+    assert "is followed by data" in last.reason
+
+
+def test_packed_tars_of_several_streams_are_read_through(tmp_path):
+    """As bgzip, pbzip2 and pixz write them; and what gzip's checksum finds is on record."""
+    whole = write_tar(tmp_path / "a.tar", [(f"{n}.png", os.urandom(3000)) for n in range(9)]).read_bytes()
+    for mode in ("w:gz", "w:bz2", "w:xz"):
+        path = tmp_path / f"a.tar.{mode[2:]}"
+        path.write_bytes(PACK[mode](whole[:10_000]) + PACK[mode](whole[10_000:]))
+        found = entries(open_images(ImageCollection(str(path))))
+        assert [item.value for item in found] == [
+            item.value for item in entries(open_images(ImageCollection(str(tmp_path / "a.tar"))))
+        ]
+    packed = bytearray(gzip.compress(whole))
+    packed[-8] ^= 1
+    (tmp_path / "b.tar.gz").write_bytes(packed)
+    *good, last = entries(open_images(ImageCollection(str(tmp_path / "b.tar.gz"))))
+    assert len(good) == 9
+    assert "CRC check failed" in last.reason
+
+
+def test_a_tar_that_is_missing_stops_the_job(tmp_path):
+    """On record it would count as one bad item, and its return would never be noticed."""
+    write_tar(tmp_path / "0.tar", samples(1))
     write_tar(tmp_path / "1.tar", samples(1))
+    with pytest.raises(DataError, match=r"2 of the 4 tar files .* are missing, first .*/2\.tar; .*a glob"):
+        open_images(ImageCollection(f"{tmp_path}/{{0..3}}.tar"))
     source = open_images(ImageCollection(f"{tmp_path}/{{0..1}}.tar"))
-    (missing,) = entries(source, 0)
-    assert missing.id == "0"
-    assert len(entries(source, 1)) == 1
+    (tmp_path / "1.tar").rename(tmp_path / "away")
+    assert len(entries(source, 0)) == 1
+    with pytest.raises(DataError, match=r"1\.tar is not there any more; put it back and run the same"):
+        entries(source, 1)
     (tmp_path / "2.tar").mkdir()
-    (folder,) = entries(open_images(ImageCollection(f"{tmp_path}/{{1..2}}.tar")), 1)
+    (folder,) = entries(open_images(ImageCollection(f"{tmp_path}/{{0,2}}.tar")), 1)
     assert "IsADirectoryError" in folder.reason
+
+
+def test_a_tar_that_may_not_be_read_is_on_record(tmp_path, monkeypatch):
+    write_tar(tmp_path / "0.tar", samples(1))
+    source = open_images(ImageCollection(f"{tmp_path}/0.tar"))
+
+    def refuse(*arguments):  # root may read everything
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fsspec, "open", refuse)
+    (entry,) = entries(source)
+    assert "Permission denied" in entry.reason
+    source.parts[0].url = "s3://bucket/0.tar"  # there it is what a session that ran out is told
+    with pytest.raises(DataError, match="cannot be opened"):
+        entries(source)
 
 
 def test_odd_samples(tmp_path):
@@ -133,15 +224,27 @@ def test_odd_samples(tmp_path):
     assert "has the key of an earlier sample" in found[3].reason
 
 
-def test_a_network_that_fails_stops_the_job(tmp_path, monkeypatch):
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("connection reset by peer"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),  # as some file systems say it
+        OSError(errno.EIO, "Input/output error"),
+        EOFError("ended early"),
+        MemoryError(),
+    ],
+)
+def test_a_network_that_fails_stops_the_job(tmp_path, monkeypatch, mode, error):
     """Were it put on record, an hour without network would cost the rest of every tar."""
-    path = write_tar(tmp_path / "a.tar", samples(4))
+    noise = [(f"{number}.png", os.urandom(3000)) for number in range(4)]
+    path = write_tar(tmp_path / "a.tar", noise, mode)
     source = open_images(ImageCollection(str(path)))
 
     class Failing(io.BytesIO):
         def read(self, size=-1):
             if self.tell() > 2000:
-                raise ConnectionResetError("connection reset by peer")
+                raise error
             return super().read(min(size, 512) if size > 0 else 512)
 
     monkeypatch.setattr(fsspec, "open", lambda *arguments: Failing(path.read_bytes()))
@@ -153,3 +256,45 @@ def test_the_same_tar_twice_is_refused(tmp_path):
     write_tar(tmp_path / "a.tar", samples(1))
     with pytest.raises(DataError, match="the tar file a is named twice"):
         open_images(ImageCollection(f"{tmp_path}/{{a,a}}.tar"))
+
+
+def test_a_tar_that_was_replaced_is_another_source(tmp_path):
+    path = write_tar(tmp_path / "0.tar", samples(4))
+    write_tar(tmp_path / "1.tar", samples(2, first=4))
+    for pattern in (f"{tmp_path}/*.tar", f"{tmp_path}/{{0..1}}.tar", f"file://{tmp_path}/*.tar"):
+        begun = open_images(ImageCollection(pattern)).digest()
+        assert open_images(ImageCollection(pattern)).digest() == begun
+        told = open_captions(CaptionSource(pattern)).digest()
+        write_tar(path, samples(4, first=9))
+        os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+        assert open_images(ImageCollection(pattern)).digest() != begun
+        assert open_captions(CaptionSource(pattern)).digest() != told
+
+
+def test_a_job_does_not_mix_the_samples_of_two_tars(spec, tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "0.tar", samples(25))
+
+    def stop(*arguments):
+        raise DataError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work._Writer, "_write", stop)
+        with pytest.raises(DataError, match="stopped"):
+            embed(config(spec, tmp_path / "out", path))
+    write_tar(path, samples(25, first=100))
+    with pytest.raises(DataError, match=r"0\.tar has changed since .*--overwrite"):
+        embed(config(spec, tmp_path / "out", path))
+    assert embed(config(spec, tmp_path / "out", path, overwrite=True)).ids[0] == "0/0100"
+
+
+def test_a_remote_tar_that_was_replaced_is_another_source(monkeypatch):
+    files = fsspec.filesystem("memory")
+    state = {"size": 100, "ETag": "one", "type": "file"}
+    monkeypatch.setattr(type(files), "info", lambda self, path, **options: {"name": path, **state})
+    begun = open_images(ImageCollection("memory://a/{0..1}.tar")).digest()
+    assert open_images(ImageCollection("memory://a/{0..1}.tar")).digest() == begun
+    for other in ({"ETag": "two"}, {"size": 101}):
+        with monkeypatch.context() as patch:
+            for key, changed in other.items():
+                patch.setitem(state, key, changed)
+            assert open_images(ImageCollection("memory://a/{0..1}.tar")).digest() != begun

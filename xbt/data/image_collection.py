@@ -153,7 +153,8 @@ def open_captions(captions: CaptionSource) -> ItemSource:
 
 def _tars(source: str, kind: type[TarImages] | type[TarCaptions]) -> list[Part]:
     tars = find_tars(source)
-    return [kind(tar, name) for tar, name in zip(tars, tar_names(tars), strict=True)]
+    names = tar_names([tar.url for tar in tars])
+    return [kind(tar.url, name, tar.state) for tar, name in zip(tars, names, strict=True)]
 
 
 def _list(images: ImageCollection) -> tuple[list[str], Sequence[ImageSource]]:

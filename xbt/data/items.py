@@ -48,8 +48,11 @@ class Part(ABC):
         """Reads entries ``start`` to ``stop`` (or the end) in order, without decoding what comes before."""
 
     def digest(self) -> str:
-        """SHA-256 that tells this part from others: of its ids (and texts), or of a stream's name."""
-        return hashlib.sha256(self.name.encode("utf-8", "surrogateescape")).hexdigest()
+        """SHA-256 that tells this part from others: of its ids (and texts), or of what a stream is read from.
+
+        A job continues only while it is the same.
+        """
+        return digest_of([self.name])
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ class ListedImages(Part):
 
     def digest(self) -> str:
         """SHA-256 of the ids in their order."""
-        return _digest(self._ids)
+        return digest_of(self._ids)
 
 
 class ListedTexts(Part):
@@ -129,7 +132,7 @@ class ListedTexts(Part):
 
     def digest(self) -> str:
         """SHA-256 of the ids and texts in their order."""
-        return _digest(self._ids, [text or "" for text in self._texts])
+        return digest_of(self._ids, [text or "" for text in self._texts])
 
 
 def text_entry(name: str, text: str | None) -> Entry:
@@ -147,7 +150,8 @@ def readable(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _digest(*columns: Sequence[str]) -> str:
+def digest_of(*columns: Sequence[str]) -> str:
+    """SHA-256 of texts in their order."""
     digest = hashlib.sha256()
     for column in columns:
         for text in column:

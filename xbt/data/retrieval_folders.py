@@ -19,7 +19,8 @@ from huggingface_hub import snapshot_download
 
 from xbt.data.items import readable
 from xbt.data.splits import ALL_SPLITS, choose_splits
-from xbt.data.web_datasets import DAMAGE, missing, one_line, read_samples
+from xbt.data.tar_streams import one_line
+from xbt.data.web_datasets import DAMAGE, missing, read_samples
 from xbt.errors import DataError
 from xbt.images import ImageSource
 
@@ -195,7 +196,7 @@ def _add_shard(pairs: TarredPairs, tar: str, name: str) -> None:
             pairs.captions.append(captions.get(sample.key, []))
     except DataError:
         raise
-    except (*DAMAGE, OSError) as error:
+    except DAMAGE as error:
         raise DataError(
             f"{tar} cannot be read to its end ({one_line(error)}); copy or download it again"
         ) from error

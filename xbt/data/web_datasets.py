@@ -12,25 +12,37 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Literal, NamedTuple
 
-import fsspec  # type: ignore[import-untyped]
-
 from xbt.data.image_folder import IMAGE_SUFFIXES
 from xbt.data.image_text_pairs import Rejected
-from xbt.data.items import Entry, Item, Part, readable, text_entry
+from xbt.data.items import Entry, Item, Part, digest_of, readable, text_entry
+from xbt.data.tar_streams import TarStream, one_line, open_tar
 from xbt.errors import DataError
 
 _KEY = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)", re.DOTALL)
-# tarfile also lets through what parsing a damaged header raises.
-DAMAGE = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError)
+# tarfile also lets through what parsing a damaged header raises; gzip and bz2 call a damage an OSError. What
+# befalls the way to the tar comes as a DataError, which has to be caught first.
+DAMAGE = (
+    tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError
+)  # fmt: skip
 _LARGEST = 1 << 30
-_BLOCK = 1 << 20
 
 
-class TarImages(Part):
+class _Tar(Part):
+    """What two readers of one tar share: its place, its name, and how to tell it from another."""
+
+    def __init__(self, url: str, name: str, state: str = "") -> None:
+        """Keeps the path or URL, the name that ids begin with, and what a replaced tar would change."""
+        self.url, self.name, self._state = url, name, state
+
+    def digest(self) -> str:
+        """SHA-256 of the name and the state: after a tar was replaced, its samples would be mixed."""
+        return digest_of([self.name, self._state])
+
+
+class TarImages(_Tar):
     """The images of one tar, as a stream of their encoded bytes.
 
     A sample without an image, a second image of a sample, a member that cannot be read and a damaged end of
@@ -38,10 +50,6 @@ class TarImages(Part):
     """
 
     columns = ("image_path",)
-
-    def __init__(self, url: str, name: str) -> None:
-        """Keeps the path or URL, and the name that ids begin with."""
-        self.url, self.name = url, name
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
         """Reads entries ``start`` to ``stop``; of what comes before, only the headers are looked at."""
@@ -60,14 +68,10 @@ class TarImages(Part):
                 )
 
 
-class TarCaptions(Part):
+class TarCaptions(_Tar):
     """The captions of one tar: every line of a sample's ``.txt`` is one, as CLIP_benchmark writes them."""
 
     columns = ("caption",)
-
-    def __init__(self, url: str, name: str) -> None:
-        """Keeps the path or URL, and the name that ids begin with."""
-        self.url, self.name = url, name
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
         """Reads entries ``start`` to ``stop``."""
@@ -110,7 +114,7 @@ def missing(kind: Literal["image", "caption"]) -> str:
 def read_samples(url: str, kind: Literal["image", "caption"]) -> Iterator[Sample]:
     """Every sample once, and surplus members with their fault; bytes are read when they are asked for."""
     seen: dict[str, int] = {}
-    with _opened(url) as archive:
+    with open_tar(url) as archive:
         key, found = "", True
         for member in archive:
             named = _KEY.fullmatch(member.name.removeprefix("./"))
@@ -128,7 +132,7 @@ def read_samples(url: str, kind: Literal["image", "caption"]) -> Iterator[Sample
             yield _faulty(key, seen, missing(kind))
 
 
-def _as_sample(archive: tarfile.TarFile, member: tarfile.TarInfo, key: str, seen: dict[str, int]) -> Sample:
+def _as_sample(archive: TarStream, member: tarfile.TarInfo, key: str, seen: dict[str, int]) -> Sample:
     if key in seen:
         return _faulty(
             key, seen, f"{member.name} has the key of an earlier sample in its tar; keys are unique"
@@ -137,11 +141,8 @@ def _as_sample(archive: tarfile.TarFile, member: tarfile.TarInfo, key: str, seen
         return _faulty(key, seen, f"{member.name} has {member.size} bytes, which no image or caption needs")
     seen[key] = 1
 
-    def read() -> bytes:
-        file = archive.extractfile(member)
-        return file.read() if file is not None else b""
-
-    return Sample(key, member.name, None, (member.offset_data, member.size), read)
+    place = (member.offset_data, member.size)
+    return Sample(key, member.name, None, place, lambda: archive.read(member))
 
 
 def _faulty(key: str, seen: dict[str, int], fault: str) -> Sample:
@@ -156,28 +157,6 @@ def _is_meta(name: str) -> bool:
     return base.startswith("__") and base.endswith("__")
 
 
-class _StrictHeader(tarfile.TarInfo):
-    """A header whose damage is an error: tarfile itself takes it for the end, and drops what follows."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictHeader:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.HeaderError as error:
-            if type(error).__name__ == "EOFHeaderError":  # the mark at the end, as it should be
-                raise
-            raise tarfile.ReadError(f"{error} after {archive.offset} bytes") from error
-
-
-@contextmanager
-def _opened(url: str) -> Iterator[tarfile.TarFile]:
-    with (
-        fsspec.open(url, "rb") as file,
-        tarfile.open(fileobj=file, mode="r|*", bufsize=_BLOCK, tarinfo=_StrictHeader) as archive,
-    ):
-        yield archive
-
-
 def _until_damage(url: str, name: str, entries: Iterator[Entry]) -> Iterator[Entry]:
     """The entries, and one more on record if the tar cannot be read to its end.
 
@@ -189,14 +168,11 @@ def _until_damage(url: str, name: str, entries: Iterator[Entry]) -> Iterator[Ent
         for entry in entries:
             yield entry
             count += 1
-    except (*DAMAGE, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+    except DataError:
+        raise
+    except DAMAGE as error:
         yield Rejected(name, f"{url} cannot be read beyond its first {count} samples ({one_line(error)})")
     except Exception as error:
         raise DataError(
             f"{url} cannot be read any more ({one_line(error)}); mend that and run the same command again"
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    """An error's kind and message without line breaks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
