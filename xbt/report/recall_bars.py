@@ -50,7 +50,7 @@ def draw_recall_bars(report: RetrievalReport, path: str | os.PathLike[str]) -> P
             level, group - 0.42, group + 0.42, colors=QUIET, linestyles="dashed", linewidth=1.2, zorder=3
         )
     highest = max(100 * cell.recall(direction)[k] for cell in cells for direction in DIRECTIONS)
-    axes.set_ylim(0, max(1.0, 1.15 * highest))
+    axes.set_ylim(0, max(1.0, 1.09 * highest))
     _dress(axes, f"R@{k} in percent", len(cells))
     figure.set_layout_engine("constrained", w_pad=0.2, h_pad=0.15)
     target = Path(path)
