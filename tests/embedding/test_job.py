@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
-from jobs import config, on_record
-from pictures import SCENES, encoded, write_tar
+from jobs import config, on_record, write_dataset
+from pictures import SCENES, write_tar
 
 from xbt.data import CaptionSource, make_scenes, scene_captions
 from xbt.data.image_collection import ImageCollection
@@ -103,13 +102,7 @@ def test_tars_with_a_cut_one(spec, encoder, tmp_path):
 
 
 def test_a_stream_equals_the_listed_data_set(spec, tmp_path):
-    rows = [{"bytes": encoded(SCENES.image(n), "PNG"), "path": None} for n in range(25)]
-    features = datasets.Features({"image": datasets.Image(), "name": datasets.Value("string")})
-    table = {"image": rows, "name": [f"n{n}" for n in range(25)]}
-    whole = datasets.Dataset.from_dict(table, features=features)
-    (tmp_path / "data").mkdir()
-    for number in range(3):
-        whole.shard(3, number, contiguous=True).to_parquet(str(tmp_path / f"data/train-{number}.parquet"))
+    write_dataset(tmp_path / "data", [f"n{n}" for n in range(25)], parts=3)
     stores = [
         embed(
             config(
@@ -123,6 +116,25 @@ def test_a_stream_equals_the_listed_data_set(spec, tmp_path):
     ]
     assert stores[0].ids == stores[1].ids == [f"n{n}" for n in range(25)]
     assert np.abs(stores[0].read() - stores[1].read()).max() <= 1e-6
+
+
+def test_ids_that_come_again_in_a_stream_are_on_record(spec, encoder, tmp_path):
+    names = [f"k{number}" for number in range(30)]
+    names[2], names[8], names[20] = "k1", "k0", "k0"  # in the same shard, in another, and in another part
+    write_dataset(tmp_path / "data", names)
+    stream = ImageCollection(f"hf:{tmp_path / 'data'}", id_column="name", streaming=True)
+    store = embed(config(spec, tmp_path / "out", stream, shard_size=4))
+    kept = [number for number in range(30) if number not in (2, 8, 20)]
+    assert store.ids == [f"k{number}" for number in kept]
+    expected = encoder.encode_images([SCENES.image(number) for number in kept]).numpy()
+    assert np.abs(store.read() - expected).max() <= 1e-6
+    assert on_record(tmp_path / "out", "rejected.jsonl") == [
+        {"id": "k1", "reason": "the id 'k1' is already that of an item before it"},
+        {"id": "k0", "reason": "the id 'k0' is already that of an item of shard 0_00000"},
+        {"id": "k0", "reason": "the id 'k0' is already that of an item of shard 0_00000"},
+    ]
+    store.verify()
+    assert len(embed(config(spec, tmp_path / "out", stream, shard_size=4))) == 27
 
 
 # What goes wrong

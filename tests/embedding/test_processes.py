@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from forked import Launcher
-from jobs import files, on_record
+from jobs import files, on_record, write_dataset
 from pictures import SCENES, write_tar
 
 from xbt.data import CaptionSource, read_captions
@@ -40,6 +40,9 @@ def data(tmp_path_factory):
         write_tar(root / f"{number}.tar", 0, count)
     whole = (root / "3.tar").read_bytes()
     (root / "3.tar").write_bytes(whole[: len(whole) * 2 // 3])
+    names = [f"n{number}" for number in range(60)]
+    names[7], names[25], names[40], names[41], names[59] = "n3", "n0", "n1", "n30", "n0"
+    write_dataset(root / "stream", names)
     return root
 
 
@@ -47,6 +50,14 @@ def arguments(data, out, kind="photos", **options):
     source = {
         "photos": ["--images.source", str(data / "photos")],
         "tars": ["--images.source", f"{data}/{{0..3}}.tar"],
+        "stream": [
+            "--images.source",
+            f"hf:{data / 'stream'}",
+            "--images.streaming",
+            "true",
+            "--images.id_column",
+            "name",
+        ],
         "captions": ["--captions.source", "scenes", "--captions.limit", "300"],
     }[kind]
     # Without workers of its own, so that limits and kills meet the process that writes.
@@ -81,7 +92,7 @@ def assert_same(out, whole):
     assert files(out).keys() == files(whole).keys()  # nothing half-written is left lying about
 
 
-@pytest.mark.parametrize("kind", ["photos", "tars", "captions"])
+@pytest.mark.parametrize("kind", ["photos", "tars", "captions", "stream"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_the_work(launcher, data, whole, tmp_path, kind, world):
     job = launcher.start(arguments(data, tmp_path / "out", kind), tmp_path / "log", world)
@@ -203,6 +214,22 @@ def test_killed_while_it_finishes(launcher, data, tmp_path):
         assert not (out / "manifest.json").exists()
         assert launcher.start(_small(data, out), tmp_path / "log").wait() == [0]
         assert_same(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("late", [2, 3, 4])
+def test_killed_while_repeated_ids_are_left_out(launcher, data, whole, tmp_path, late):
+    """Before the record of the first such shard is replaced, and before either of its files is."""
+    store = EmbeddingStore.open(whole("stream"))
+    assert (len(store), len(store.shards)) == (55, 6)
+    before = 4 + 3 * len(store.shards)
+    job = launcher.start(
+        arguments(data, tmp_path / "out", "stream"), tmp_path / "log", kill_before_rename=before + late
+    )
+    assert job.wait() == [-9], job.said
+    assert (tmp_path / "out/in_progress/new").is_dir()
+    again = launcher.start(arguments(data, tmp_path / "out", "stream"), tmp_path / "log", world=2)
+    assert again.wait() == [0, 0], again.said
+    assert_same(tmp_path / "out", whole("stream"))
 
 
 def test_continued_at_once_after_a_kill(launcher, data, whole, tmp_path):

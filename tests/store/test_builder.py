@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,11 +78,7 @@ def test_a_job_run_again_writes_the_rest_and_ends_with_the_same_bytes(tmp_path, 
         again.write(str(number), unit_rows(3, number), [f"{number}-{row}" for row in range(3)])
     again.finish(map(str, range(4)))
     builder_at(tmp_path / "whole", space).finish(map(str, range(4)))
-    contents = [
-        {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file() and p.name != ".lock"}
-        for root in (tmp_path / "whole", tmp_path / "again")
-    ]
-    assert contents[0] == contents[1]
+    assert contents_of(tmp_path / "whole") == contents_of(tmp_path / "again")
 
 
 def test_a_finished_store_is_found_finished(tmp_path, space, other_space, unit_rows):
@@ -168,6 +165,78 @@ def test_ids_are_unique_over_all_shards(tmp_path, space, unit_rows):
         builder.finish(["0", "1", "2"])
     builder.write("2", unit_rows(2), ["e", "f"])  # nothing else is lost
     assert builder.finish(["0", "1", "2"]).ids == list("abcdef")
+
+
+def with_repetitions(path, space, unit_rows):
+    builder = builder_at(path, space, dtype="float32")
+    builder.prepare()
+    ids = ["abc", "de", "bfg", "da", "ch"]
+    for number, names in enumerate(ids):
+        builder.write(
+            str(number), unit_rows(len(names), number), list(names), {"caption": list(names.upper())}
+        )
+    return builder
+
+
+def note(extra, repeated):
+    return {**extra, "repeated": [*extra.get("repeated", []), *map(list, repeated)]}
+
+
+def test_rows_whose_id_came_before_can_be_left_out(tmp_path, space, unit_rows):
+    builder = with_repetitions(tmp_path, space, unit_rows)
+    assert builder.leave_out_repeated(note) == 4
+    store = builder.finish(map(str, range(5)))
+    assert store.ids == list("abcdefgh")
+    assert store.metadata()["caption"].to_pylist() == list("ABCDEFGH")
+    kept = [unit_rows(3, 0), unit_rows(2, 1), unit_rows(3, 2)[1:], unit_rows(2, 4)[1:]]
+    np.testing.assert_array_equal(store.read(), np.concatenate(kept))
+    assert dict(store.extra()) == {
+        "2": {"repeated": [["b", "0"]]}, "3": {"repeated": [["d", "1"], ["a", "0"]]},
+        "4": {"repeated": [["c", "0"]]},
+    }  # fmt: skip
+    store.verify()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_while_rows_are_left_out_loses_nothing(tmp_path, space, unit_rows, monkeypatch):
+    whole = with_repetitions(tmp_path / "whole", space, unit_rows)
+    whole.leave_out_repeated(note)
+    whole.finish(map(str, range(5)))
+    rename, number, ended = Path.replace, 0, False
+    while not ended:
+        count = 0
+
+        def replace(self, target, number=number):
+            nonlocal count
+            if count == number:
+                raise Killed
+            count += 1
+            return rename(self, target)
+
+        path = tmp_path / str(number)
+        builder = with_repetitions(path, space, unit_rows)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            try:
+                builder.leave_out_repeated(note)
+                ended = True
+            except Killed:
+                pass
+        builder.prepare()
+        assert len(builder.committed()) == 5
+        builder.leave_out_repeated(note)
+        builder.finish(map(str, range(5))).verify()
+        assert contents_of(path) == contents_of(tmp_path / "whole")
+        number += 1
+    assert number >= 15  # three shards, of which each takes five
+
+
+def contents_of(root):
+    files = (path for path in root.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path.relative_to(root): path.read_bytes() for path in files}
 
 
 def test_many_passes_over_the_ids_find_the_same_repetition(monkeypatch):

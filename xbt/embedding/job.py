@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xbt.data.captions import require_unique
 from xbt.data.items import ItemSource, ListedTexts
 from xbt.embedding.checks import (
     clear,
@@ -20,7 +21,7 @@ from xbt.embedding.checks import (
 )
 from xbt.embedding.config import MAY_CHANGE, EmbedConfig
 from xbt.embedding.processes import Team, cores_per_process, start_processes
-from xbt.embedding.records import REJECTED, write_records
+from xbt.embedding.records import REJECTED, note_repeated, write_records
 from xbt.embedding.shards import ShardPlan, Task
 from xbt.embedding.work import embed_tasks
 from xbt.encoders import DualEncoder, load_encoder
@@ -114,6 +115,7 @@ def embed_texts_into_store(
         raise DataError(
             f"there are {len(texts)} texts and {len(ids)} ids; give one id a text, and at least one"
         )
+    require_unique(ids, "the texts")
     blank = next((name for name, text in zip(ids, texts, strict=True) if not text.strip()), None)
     if blank is not None:
         raise DataError(f"the text {blank!r} is blank; leave it out")
@@ -192,6 +194,7 @@ def _finish(builder: StoreBuilder, plan: ShardPlan, seconds: float, before: int)
     if builder.finished:
         print(f"{builder.path} is finished already: {len(EmbeddingStore.open(builder.path))} vectors")
         return
+    builder.leave_out_repeated(note_repeated)
     committed = builder.committed()
     # Before the store is declared whole: a kill in between must not lose them.
     rejected, notes = write_records(builder.path, committed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ def as_extra(rejected: Iterable[tuple[str, str]], notes: Iterable[tuple[str, str
     """What a shard's record keeps of these (id, reason) and (id, note) pairs."""
     kept = {"rejected": [list(pair) for pair in rejected], "notes": [list(pair) for pair in notes]}
     return {name: pairs for name, pairs in kept.items() if pairs}
+
+
+def note_repeated(extra: Mapping[str, Any], repeated: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """A shard's note once rows were taken out whose ids, as (id, shard), an earlier shard has."""
+    rejected = [
+        [name, f"the id {name!r} is already that of an item of shard {home}"] for name, home in repeated
+    ]
+    return {**extra, "rejected": [*extra.get("rejected", ()), *rejected]}
 
 
 def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int, int]:

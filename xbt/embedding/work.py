@@ -151,9 +151,22 @@ class _Writer:
         self._bar.update(len(batch.items) + len(batch.rejected))
 
     def _write(self, batch: Batch) -> None:
+        self._leave_out_repeated()
         extra = as_extra(self._rejected, self._notes)
         if self._streams and batch.ends_part:
             extra[LAST] = True
         rows = torch.cat(self._vectors) if self._ids else torch.zeros(0, self._builder.header.dim)
         self._builder.write(batch.shard, rows, self._ids, self._metadata, extra)
         self._start_shard()
+
+    def _leave_out_repeated(self) -> None:
+        # Streams promise no unique ids; those that another shard has are found when all are there.
+        first: dict[str, int] = {}
+        for row, name in enumerate(self._ids):
+            if first.setdefault(name, row) != row:
+                self._rejected.append((name, f"the id {name!r} is already that of an item before it"))
+        if len(first) < len(self._ids):
+            keep = list(first.values())
+            self._vectors = [torch.cat(self._vectors)[keep]]
+            self._ids = list(first)
+            self._metadata = {name: [v[row] for row in keep] for name, v in self._metadata.items()}

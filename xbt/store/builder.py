@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from xbt.store.files import (
     write_record,
     writing_to,
 )
-from xbt.store.ids import require_unique
+from xbt.store.ids import Repetition, repeated_ids, require_unique
 from xbt.store.layout import (
     EXTRA,
     FOLDERS,
@@ -41,10 +41,13 @@ from xbt.store.layout import (
     store_path,
 )
 from xbt.store.lock import WriterLock
+from xbt.store.replacing import complete_replacements, drop_rows
 from xbt.store.shards import Metadata, write_shard
 from xbt.store.store import EmbeddingStore
 from xbt.store.verify import wrong_sizes
 from xbt.vectors import Vectors
+
+NoteRepeated = Callable[[Mapping[str, Any], Sequence[tuple[str, str]]], Mapping[str, Any]]
 
 
 class StoreBuilder:
@@ -100,6 +103,7 @@ class StoreBuilder:
             self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         header = self.path / IN_PROGRESS / HEADER
+        complete_replacements(self.path, self.header.modality)
         if self.finished:
             read_manifest(self.path / MANIFEST).header.require(self.header, self.path)
         elif header.is_file():
@@ -177,6 +181,30 @@ class StoreBuilder:
         record = write_shard(self.path, self.header, name, vectors, ids, metadata, extra)
         write_record(self.path / IN_PROGRESS / f"{name}.json", record.to_dict())
         return record
+
+    def leave_out_repeated(self, note: NoteRepeated) -> int:
+        """Takes out rows whose id an earlier shard has; the main process calls this before :meth:`finish`.
+
+        A kill at any moment loses nothing: the next run goes on where this one was.
+
+        Args:
+            note: Makes the new note of a shard from the one it has and the (id, shard that has it) of the
+                rows that are taken out.
+
+        Returns:
+            How many rows were taken out.
+
+        Raises:
+            StoreError: If a shard is damaged, or the disk is full.
+        """
+        records = [] if self.finished else list(self.committed().values())
+        found: dict[int, list[Repetition]] = {}
+        for repetition in repeated_ids(self.path, records):
+            found.setdefault(repetition.part, []).append(repetition)
+        for part, repeated in sorted(found.items()):
+            extra = note(records[part].extra, [(each.name, records[each.first].name) for each in repeated])
+            drop_rows(self.path, self.header, records[part], [each.row for each in repeated], extra)
+        return sum(map(len, found.values()))
 
     def finish(self, names: Iterable[str]) -> EmbeddingStore:
         """Makes a store of the shards; the main process alone calls this, when all processes are done.

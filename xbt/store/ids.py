@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,16 +23,32 @@ def hashes_of(names: Iterable[str]) -> NDArray[np.int64]:
     return np.fromiter(map(hash, names), np.int64)
 
 
-def first_repeated(read: Callable[[], Iterable[Sequence[str]]], count: int) -> str | None:
-    """Finds a string that occurs twice, with 8 bytes a string (and at most 1 GiB) in memory.
+class Repetition(NamedTuple):
+    """A string that has occurred before.
+
+    Attributes:
+        part: Which part it is in, and ...
+        row: ... where in that part.
+        name: The string.
+        first: The part in which it occurred first.
+    """
+
+    part: int
+    row: int
+    name: str
+    first: int
+
+
+def repetitions(read: Callable[[], Iterable[Sequence[str]]], count: int) -> Iterator[Repetition]:
+    """Finds strings that occur again, with 8 bytes a string (and at most 1 GiB) in memory.
 
     Args:
         read: Gives all strings, part by part; called once more for every 134 million of them, and once
             again when two hashes agree, to compare the strings themselves.
         count: How many strings there are.
 
-    Returns:
-        The first string that has occurred before, or ``None``.
+    Yields:
+        Every occurrence but the first, in order (within each 134 million).
     """
     passes = max(1, -(-count // _HASHES_AT_ONCE))
     for number in range(passes):
@@ -43,14 +60,26 @@ def first_repeated(read: Callable[[], Iterable[Sequence[str]]], count: int) -> s
         del parts
         hashes.sort()
         repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-        seen: set[str] = set()
-        for names in read() if repeated else ():
-            for name in names:
-                if hash(name) in repeated:
-                    if name in seen:
-                        return name
-                    seen.add(name)
-    return None
+        seen: dict[str, int] = {}
+        for part, names in enumerate(read() if repeated else ()):
+            for row, name in enumerate(names):
+                if hash(name) not in repeated:
+                    continue
+                if name in seen:
+                    yield Repetition(part, row, name, seen[name])
+                else:
+                    seen[name] = part
+
+
+def first_repeated(read: Callable[[], Iterable[Sequence[str]]], count: int) -> str | None:
+    """The first string that has occurred before, or ``None``; see :func:`repetitions`."""
+    found = next(repetitions(read, count), None)
+    return None if found is None else found.name
+
+
+def repeated_ids(path: Path, records: Sequence[ShardRecord]) -> Iterator[Repetition]:
+    """Ids that an earlier shard has; the parts are positions in ``records``."""
+    return repetitions(lambda: shard_ids(path, records), sum(record.count for record in records))
 
 
 def require_unique(path: Path, records: Sequence[ShardRecord]) -> None:
@@ -59,12 +88,12 @@ def require_unique(path: Path, records: Sequence[ShardRecord]) -> None:
     Raises:
         StoreError: If an id occurs twice; the message names it and its shards.
     """
-    repeated = first_repeated(lambda: shard_ids(path, records), sum(record.count for record in records))
-    if repeated is not None:
-        homes = [record.name for record in records if repeated in set(*shard_ids(path, [record]))]
+    found = next(repeated_ids(path, records), None)
+    if found is not None:
+        homes = f"{records[found.first].name} and {records[found.part].name}"
         raise StoreError(
-            f"the id {repeated!r} is in the shards {' and '.join(homes)} of {path}; ids must be unique over "
-            "the store: give every row its own"
+            f"the id {found.name!r} is in the shards {homes} of {path}; ids must be unique over the store: "
+            "give every row its own"
         )
 
 
