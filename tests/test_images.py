@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pickle
+import re
 import struct
 import sys
 import warnings
@@ -13,6 +15,7 @@ import pytest
 from pictures import png
 from PIL import Image
 
+from xbt.data.image_folder import JoinedPaths
 from xbt.errors import DataError, ImageError
 from xbt.images import MAX_ASPECT_RATIO, MAX_PIXELS, load_image, read_image
 
@@ -216,7 +219,14 @@ def test_exif_orientation_is_left_alone(picture):
 
 @pytest.mark.parametrize(
     "error",
-    [struct.error("unpack"), MemoryError(), EOFError(), OverflowError("x"), RecursionError(), KeyError("y")],
+    [
+        struct.error("unpack"),
+        OSError("broken"),
+        EOFError(),
+        OverflowError("x"),
+        RecursionError(),
+        KeyError("y"),
+    ],
 )
 def test_whatever_a_decoder_raises_is_an_image_error(error, picture, monkeypatch):
     data = encoded(picture)
@@ -225,21 +235,83 @@ def test_whatever_a_decoder_raises_is_an_image_error(error, picture, monkeypatch
         raise error
 
     monkeypatch.setattr(Image.Image, "convert", fail)
-    with pytest.raises(ImageError, match=f"image a/b cannot be decoded: {type(error).__name__}"):
+    with pytest.raises(ImageError, match="image a/b cannot be decoded: "):
         read_image(data, name="a/b")
 
 
-def test_a_system_without_files_is_no_fault_of_the_image(picture, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EMFILE, "Too many open files"),
+        (errno.ENFILE, "Too many open files in system"),
+        (errno.EIO, "Input/output error"),
+        (errno.ESTALE, "Stale file handle"),
+        (errno.ETIMEDOUT, "Connection timed out"),
+        (errno.ENOTCONN, "not connected"),
+        (errno.ENOMEM, "Cannot allocate memory"),
+        (errno.ENOSPC, "No space left"),
+    ],
+)
+@pytest.mark.parametrize("place", ["os.stat", "PIL.Image.open", "PIL.Image.Image.convert"])
+def test_a_fault_of_the_system_is_no_fault_of_the_image(picture, tmp_path, monkeypatch, number, words, place):
     path = tmp_path / "a.png"
     path.write_bytes(encoded(picture))
 
     def fail(*arguments, **options):
-        raise OSError(errno.EMFILE, "Too many open files")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(DataError, match="cannot be read any more") as caught:
-        read_image(path)
+    with monkeypatch.context() as patch:  # pytest itself needs os.stat
+        patch.setattr(place, fail)
+        try:
+            read_image(path)
+        except DataError as error:
+            caught = error
+    assert re.search(rf"a\.png cannot be read: .*{words}", str(caught))
+    assert not isinstance(caught, ImageError)
+
+
+def test_want_of_memory_is_no_fault_of_the_image(picture, monkeypatch):
+    data = encoded(picture)
+
+    def fail(*arguments, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(DataError, match=r"image a/b cannot be read for want of memory; .* run") as caught:
+        read_image(data, name="a/b")
     assert not isinstance(caught.value, ImageError)
+
+
+def test_a_folder_that_is_gone_is_no_fault_of_the_image(picture, tmp_path):
+    """A mount that was lost leaves an empty folder, or none."""
+    folder = tmp_path / "photos"
+    for name in ("a/1.png", "a/2.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encoded(picture))
+    listed = JoinedPaths(folder, ["a/1.png", "a/2.png"])
+    again = pickle.loads(pickle.dumps(listed[0]))  # as it comes to a worker
+    assert (again, again.root) == (f"{folder}/a/1.png", str(folder))
+
+    def problem(source):
+        with pytest.raises(DataError) as caught:
+            read_image(source)
+        return type(caught.value), str(caught.value)
+
+    (folder / "a/1.png").unlink()
+    assert problem(again) == (ImageError, f"image {folder}/a/1.png does not exist")
+    (folder / "a/2.png").unlink()
+    (folder / "a").rmdir()  # an empty root
+    for _ in range(2):
+        kind, words = problem(listed[1])
+        assert kind is DataError
+        assert f"the folder {folder} is gone or empty; put it back and run the same command again" in words
+        if folder.exists():
+            folder.rmdir()
+    kind, words = problem(str(folder / "a.png"))  # listed from nowhere: its own folder counts
+    assert kind is DataError
+    assert f"the folder {folder} is gone" in words
+    folder.mkdir()
+    assert problem(str(folder / "a.png"))[0] is ImageError
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from PIL import Image, UnidentifiedImageError
 
@@ -27,7 +27,30 @@ hundred pixels, which would make the longer one gigantic."""
 
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...
 _WORDS = {"1": "black and white", "L": "grayscale", "LA": "grayscale", "P": "palette", "PA": "palette"}
-_NOT_THE_IMAGE = (errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTCONN)
+_NOT_THE_IMAGE = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
+    errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH,
+)  # fmt: skip
+
+
+class ListedPath(str):
+    """A path that knows the folder it was listed from, by which a lost file is told from a lost disk.
+
+    Attributes:
+        root: The folder.
+    """
+
+    root: str
+
+    def __new__(cls, path: str, root: str) -> Self:
+        """Joins nothing: the path holds the root already."""
+        made = super().__new__(cls, path)
+        made.root = root
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # for pickling
+        return str(self), self.root
 
 
 class ReadImage(NamedTuple):
@@ -61,8 +84,8 @@ def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
             more than :data:`MAX_PIXELS` pixels or an aspect ratio above :data:`MAX_ASPECT_RATIO`; or has more
             than 8 bits per pixel in one channel (converting clips these). Whatever a decoder raises becomes
             an ImageError.
-        DataError: If the system, not the image, is at fault: no file can be opened any more, or the network
-            file system is gone.
+        DataError: If the system, not the image, is at fault: a disk or network fails, memory or open files
+            run out, or the folder that the image was listed from is gone.
     """
     label = _label(source, name)
     try:
@@ -74,11 +97,12 @@ def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
     except ImageError as error:
         raise ImageError(f"image {label} cannot be decoded: it {error}") from None
     except FileNotFoundError as error:
+        _require_folder(source, label, error)
         raise ImageError(f"image {label} does not exist") from error
     except UnidentifiedImageError as error:  # its own message holds an address in memory
         raise ImageError(f"image {label} cannot be decoded: it is in no format that Pillow reads") from error
-    except Exception as error:  # decoders raise struct.error, EOFError, OverflowError, MemoryError, ...
-        _blame_the_system(error)
+    except Exception as error:  # decoders raise struct.error, EOFError, OverflowError, ...
+        blame_the_system(error, f"image {label}")
         raise ImageError(f"image {label} cannot be decoded: {_one_line(error)}") from error
     notes += caught
     return ReadImage(image, "; ".join(dict.fromkeys(notes)) or None)
@@ -176,11 +200,48 @@ def _dropped_frames(opened: Image.Image) -> list[str]:
     return [f"first of {frames} frames"] if frames > 1 else []
 
 
-def _blame_the_system(error: Exception) -> None:
+def blame_the_system(error: Exception, what: str) -> None:
+    """Tells a failing system from a bad image, which would go on record and never be tried again.
+
+    Args:
+        error: What reading or preprocessing raised.
+        what: What was being read, such as ``"image a.png"``.
+
+    Raises:
+        DataError: If it is no fault of the image's.
+    """
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(
+        error
+    ):  # numpy's, Pillow's, and torch's
+        raise DataError(
+            f"{what} cannot be read for want of memory; free some, or use fewer workers or smaller batches, "
+            "and run the same command again"
+        ) from error
     if isinstance(error, OSError) and error.errno in _NOT_THE_IMAGE:
         raise DataError(
-            f"images cannot be read any more ({error.strerror}); mend that and run again"
+            f"{what} cannot be read: {error.strerror}, which is no fault of the image; mend that, or take "
+            "the image away if it is the only one, and run the same command again"
         ) from error
+
+
+def _require_folder(source: ImageSource, label: str, error: FileNotFoundError) -> None:
+    if isinstance(source, Image.Image | bytes):
+        return
+    listed = isinstance(source, ListedPath)
+    folder = source.root if isinstance(source, ListedPath) else os.path.dirname(source) or "."  # noqa: PTH120
+    try:
+        with os.scandir(folder) as found:
+            # There was something in it when it was listed: a lost mount leaves an empty folder behind.
+            if not listed or next(found, None) is not None:
+                return
+    except PermissionError:
+        return
+    except OSError:
+        pass
+    raise DataError(
+        f"image {label} cannot be read: the folder {os.fspath(folder)} is gone or empty; put it back and "
+        "run the same command again"
+    ) from error
 
 
 def _one_line(error: object) -> str:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 from jobs import config, on_record
 from pictures import write_hostile_files
 
+from xbt import images
 from xbt.embedding import embed
+from xbt.errors import DataError
+from xbt.store import StoreBuilder
 
 
 @pytest.mark.timeout(60)  # a FIFO that is opened waits for ever
@@ -49,3 +55,53 @@ def test_a_hundred_hostile_files_among_good_ones(spec, encoder, folder, tmp_path
     assert "UPPER.JPG" not in told
     assert "Warning" not in capfd.readouterr().err
     store.verify()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_folder_that_goes_away_costs_nothing(spec, folder, tmp_path, monkeypatch, num_workers):
+    """Once it is back, the same command embeds what the outage would have rejected for good."""
+    write, out = StoreBuilder.write, tmp_path / "out"
+
+    def lose(self, *arguments, **options):
+        write(self, *arguments, **options)
+        if folder.exists():
+            folder.rename(tmp_path / "away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreBuilder, "write", lose)
+        with pytest.raises(DataError, match=f"the folder {folder} is gone or empty; put it back"):
+            embed(config(spec, out, folder, num_workers=num_workers, batch_size=1))
+    (tmp_path / "away").rename(folder)
+    assert len(embed(config(spec, out, folder, num_workers=num_workers, batch_size=1))) == 47
+    assert on_record(out, "rejected.jsonl") == []
+
+
+def test_a_failing_disk_costs_nothing(spec, folder, tmp_path, monkeypatch):
+    failing = {str(path) for path in sorted(folder.rglob("*.png"))[20:40]}
+    status = os.stat
+
+    def fail(path, *arguments, **options):
+        if str(path) in failing:
+            raise OSError(errno.EIO, "Input/output error")
+        return status(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images.os, "stat", fail)
+        with pytest.raises(DataError, match=r"020\.png cannot be read: Input/output error"):
+            embed(config(spec, tmp_path / "out", folder))
+    assert len(embed(config(spec, tmp_path / "out", folder))) == 47
+    assert on_record(tmp_path / "out", "rejected.jsonl") == []
+
+
+def test_one_file_that_vanished_is_on_record(spec, folder, tmp_path, monkeypatch):
+    real = images._open
+
+    def vanish(source):
+        (folder / "3/033.png").unlink(missing_ok=True)
+        return real(source)
+
+    monkeypatch.setattr(images, "_open", vanish)
+    assert len(embed(config(spec, tmp_path / "out", folder))) == 46
+    (rejected,) = on_record(tmp_path / "out", "rejected.jsonl")
+    assert rejected["id"] == "3/033.png"
+    assert "does not exist" in rejected["reason"]

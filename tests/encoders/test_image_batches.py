@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
@@ -114,13 +115,24 @@ def test_an_error_of_the_stream_comes_after_what_was_before_it(encoder, num_work
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_fault_of_the_system_is_one_sentence(encoder, monkeypatch, num_workers):
-    def exhausted(source, name=None):
-        raise DataError("images cannot be read any more: too many open files")
+@pytest.mark.parametrize("place", ["PIL.Image.open", "preprocess", "torch.stack"])
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("can't allocate memory: x")],
+)
+def test_a_fault_of_the_system_is_one_sentence(tmp_path, monkeypatch, num_workers, place, error):
+    draw_probe_images()[0].save(tmp_path / "a.png")
 
-    monkeypatch.setattr("xbt.encoders.image_batches.read_image", exhausted)
-    with pytest.raises(DataError, match=r"^images cannot be read any more: too many open files$"):
-        list(encoder.encode_image_batches([["a.png"]], num_workers=num_workers))
+    def fail(*arguments, **options):
+        raise error
+
+    if place != "preprocess":
+        monkeypatch.setattr(place, fail)
+    transform = fail if place == "preprocess" else Threads()
+    words = "Input/output error" if isinstance(error, OSError) else "for want of memory"
+    with pytest.raises(DataError, match=f"^[^\n]*{words}[^\n]*$") as caught:
+        list(decode_batches([[(str(tmp_path / "a.png"), None)]], transform, num_workers))
+    assert not isinstance(caught.value, ImageError)
 
 
 def test_what_cannot_be_preprocessed_is_rejected(encoder):

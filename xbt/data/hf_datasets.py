@@ -12,7 +12,7 @@ import datasets
 
 from xbt.data.splits import ALL_SPLITS, choose_splits
 from xbt.errors import DataError
-from xbt.images import ImageSource
+from xbt.images import ImageSource, ListedPath
 
 HUB_PREFIX = "hf:"
 SPLIT_COLUMN = "split"
@@ -256,6 +256,7 @@ def as_image(cell: Any, root: Path) -> ImageSource:
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if isinstance(cell, str):
-        return str(root / cell)
+        # Beside an absolute path the root has nothing to tell.
+        return str(root / cell) if Path(cell).is_absolute() else ListedPath(str(root / cell), str(root))
     # A row without an image becomes no bytes, which no decoder accepts: it is named like any other.
     return bytes(cell) if cell is not None else b""

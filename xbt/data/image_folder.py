@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import overload
 
 from xbt.errors import DataError
+from xbt.images import ListedPath
 
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jp2", ".avif", ".ppm"]
@@ -33,7 +34,8 @@ class JoinedPaths(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        return os.path.join(self._root, self._names[index])  # noqa: PTH118 - no object per image
+        path = os.path.join(self._root, self._names[index])  # noqa: PTH118 - no Path per image
+        return ListedPath(path, self._root)
 
 
 def list_images(folder: Path) -> list[str]:

@@ -105,7 +105,7 @@ class ListedImages(Part):
         """Reads images ``start`` to ``stop`` undecoded."""
         for row in range(*slice(start, stop).indices(len(self._ids))):
             image = self._images[row]
-            path = readable(image) if isinstance(image, str) else ""
+            path = readable(str(image)) if isinstance(image, str) else ""
             metadata = {"image_path": path} if self.columns else {}
             yield Item(readable(self._ids[row]), image, metadata)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xbt.encoders.workers import run_ahead
 from xbt.errors import ImageError
-from xbt.images import ImageSource, ReadImage, read_image
+from xbt.images import ImageSource, ReadImage, blame_the_system, read_image
 
 Transform = Callable[[Image.Image], Tensor]
 """From an RGB image to (3, height, width) float32 pixels."""
@@ -103,12 +103,19 @@ class _Decoder:
             decoded.kept.append(position)
             if read.note is not None:
                 decoded.notes[position] = read.note
-        return decoded._replace(pixels=torch.stack(pixels)) if pixels else decoded
+        if not pixels:
+            return decoded
+        try:
+            return decoded._replace(pixels=torch.stack(pixels))
+        except Exception as error:
+            blame_the_system(error, f"a batch of {len(pixels)} images")
+            raise
 
     def _preprocess(self, image: Image.Image, item: _Ready) -> Tensor:
         try:
             return self._transform(image)
         except Exception as error:  # one freak image must not end a job of millions
+            blame_the_system(error, f"image {_label(item, image)}")
             reason = f"cannot be preprocessed: {type(error).__name__}: {error}"
             raise ImageError(f"image {_label(item, image)} {reason}") from error
 
