@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -28,12 +30,7 @@ def as_vectors(vectors: Vectors, name: str, dim: int | None = None) -> Tensor:
             message names the first such row.
         SpaceMismatchError: If the dimension is not ``dim``.
     """
-    if isinstance(vectors, np.ndarray):
-        # torch refuses foreign byte order and negative strides, and warns of read-only memory maps.
-        vectors = np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"])
-    tensor = torch.as_tensor(vectors).detach().cpu()
-    if not tensor.is_floating_point():
-        raise DataError(f"{name} must be floating point, got {tensor.dtype}; embed the data first")
+    tensor = as_floating(vectors, name).detach().cpu()
     if tensor.dtype != torch.float64:
         tensor = tensor.float()
     if tensor.ndim != 2 or tensor.shape[1] == 0:
@@ -52,3 +49,49 @@ def as_vectors(vectors: Vectors, name: str, dim: int | None = None) -> Tensor:
             f"{int(bad[0])}; find out which input made it and leave that out"
         )
     return tensor
+
+
+def as_floating(vectors: Vectors, name: str) -> Tensor:
+    """Returns vectors as a floating-point tensor; a tensor is returned itself, with its device and its graph.
+
+    Args:
+        vectors: Torch tensor or numpy array of any float dtype and shape.
+        name: What these vectors are, for the error message.
+
+    Raises:
+        DataError: If they are not floating point.
+    """
+    if isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f":
+        # torch refuses foreign byte order and negative strides, and warns of read-only memory maps.
+        vectors = np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"])
+    elif isinstance(vectors, np.ndarray):  # of whatever else; torch does not know every kind
+        raise DataError(f"{name} must be floating point, got {vectors.dtype}; embed the data first")
+    tensor = torch.as_tensor(vectors)
+    if not tensor.is_floating_point():
+        raise DataError(f"{name} must be floating point, got {tensor.dtype}; embed the data first")
+    return tensor
+
+
+def require_finite(
+    vectors: Tensor, name: str, numbers: Sequence[int] | NDArray[np.int64] | None = None
+) -> None:
+    """Refuses vectors that hold NaN or infinity; quick where they do not.
+
+    Args:
+        vectors: (n, dim) rows.
+        name: What these vectors are, for the error message.
+        numbers: What the rows are called there; ``None`` counts them from 0.
+
+    Raises:
+        DataError: If a value is NaN or infinite; the message names the first such row.
+    """
+    # A sum costs a tenth of looking at every value, and is not finite if one value is not.
+    if bool(torch.isfinite(vectors.sum())):
+        return
+    bad = torch.nonzero(~torch.isfinite(vectors).all(dim=1)).flatten()
+    if len(bad):
+        first = int(bad[0]) if numbers is None else int(numbers[int(bad[0])])
+        raise DataError(
+            f"{name} has NaN or infinite values, first in row {first}; find out which input made it and "
+            "leave that out"
+        )

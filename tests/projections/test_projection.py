@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from xbt.errors import SpaceMismatchError
+from xbt.errors import DataError, SpaceMismatchError
 from xbt.hub import SavedPartError
 from xbt.projections import LinearProjection, Projection, ResidualProjection
 from xbt.space import EmbeddingSpace
@@ -128,3 +129,81 @@ def test_a_kind_can_be_asked_for(residual, tmp_path):
 def test_spaces_must_fit_the_dimensions():
     with pytest.raises(SpaceMismatchError, match=r"12 → 8.*new space is 'x' \(9-d\)"):
         ResidualProjection(12, 8, new_space=EmbeddingSpace("x", 9))
+
+
+STORED = {
+    "fp16": lambda z: z.half(),
+    "bf16": lambda z: z.bfloat16(),
+    "float64": lambda z: z.double(),
+    "numpy fp16": lambda z: z.numpy().astype(np.float16),
+    "numpy float64": lambda z: z.double().numpy(),
+    "memory map": lambda z: np.frombuffer(z.numpy().tobytes(), np.float32).reshape(z.shape),  # read-only
+    "big endian": lambda z: z.numpy().astype(">f4"),
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_takes_vectors_as_stores_and_files_give_them(residual, kind):
+    z = torch.randn(6, 12).half().float()
+    found = residual(STORED[kind](z))
+    assert found.dtype == torch.float32
+    tolerance = 2e-2 if kind == "bf16" else 1e-6
+    torch.testing.assert_close(found, residual(z), atol=tolerance, rtol=0)
+
+
+def test_answers_in_the_dtype_of_its_weights(residual):
+    z = torch.randn(6, 12)
+    assert residual.double()(z).dtype == torch.float64
+    assert residual.bfloat16()(z.numpy()).dtype == torch.bfloat16
+
+
+def test_gradients_flow_through_a_change_of_dtype(residual):
+    z = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
+    residual(z).square()[:, 0].sum().backward()
+    assert z.grad.dtype == torch.float64
+    assert z.grad.abs().sum() > 0
+    assert residual.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named_by_row(residual, value):
+    z = torch.randn(6, 12)
+    z[4, 2] = value
+    for given in (z, z.half(), z.numpy()):
+        with pytest.raises(DataError, match="vectors to project has NaN or infinite values, first in row 4"):
+            residual(given)
+    with pytest.raises(DataError, match="first in row 0"):
+        residual(z[4])
+    # A training step is not held up for it; the loss tells.
+    assert residual.train()(z).isnan().any(dim=1).tolist() == [False] * 4 + [True, False]
+
+
+def test_zero_rows_have_no_direction():
+    weight = torch.randn(8, 12)
+    z = torch.randn(3, 12)
+    z[1] = 0
+    out = LinearProjection.from_weight(weight)(z)
+    assert out[1].tolist() == [0] * 8
+    torch.testing.assert_close(out.norm(dim=1), torch.tensor([1.0, 0.0, 1.0]))
+    bias = torch.randn(8)
+    out = LinearProjection.from_weight(weight, bias)(z)
+    torch.testing.assert_close(out[1], bias / bias.norm())
+
+
+def test_refuses_what_is_no_vectors(residual):
+    with pytest.raises(DataError, match=r"vectors to project must be floating point, got torch.int64"):
+        residual(torch.ones(2, 12, dtype=torch.int64))
+    with pytest.raises(DataError, match="must be floating point, got int64"):
+        residual(np.ones((2, 12), np.int64))
+
+
+def test_can_be_exported_and_compiled(residual):
+    z = torch.randn(6, 12)
+    rows = torch.export.Dim("n", min=1, max=1024)
+    exported = torch.export.export(residual, (z,), dynamic_shapes=({0: rows},))
+    compiled = torch.compile(residual, backend="eager", fullgraph=True)
+    for given in (z, torch.randn(9, 12)):
+        torch.testing.assert_close(exported.module()(given), residual(given))
+        torch.testing.assert_close(compiled(given), residual(given))
+    half = torch.compile(residual, backend="eager", fullgraph=True)(z.half())
+    torch.testing.assert_close(half, residual(z.half()))

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +14,11 @@ from xbt.errors import SpaceMismatchError
 from xbt.hub import CONFIG_NAME, WEIGHTS_NAME, CardData, CardFacts, Naming, SharedPart
 from xbt.projections import saving
 from xbt.space import EmbeddingSpace
+from xbt.vectors import Vectors, as_floating, require_finite
 
 Modality = Literal["text", "image"]
+
+_GIVEN = "vectors to project"
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "LinearProjection", "Modality", "Projection"]
 
@@ -22,8 +26,9 @@ __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "LinearProjection", "Modality", "Proje
 class Projection(nn.Module, SharedPart):
     """A map from the new space into the old one, the same for texts and images.
 
-    ``projection(new_vectors)`` takes (n, new_dim) vectors and returns (n, old_dim) float unit rows. Some maps
-    add another offset to images than to texts; ``projection(new_vectors, "image")`` asks for it.
+    ``projection(new_vectors)`` takes (n, new_dim) vectors, as models, stores and files give them, and returns
+    (n, old_dim) unit rows. Some maps add another offset to images than to texts;
+    ``projection(new_vectors, "image")`` asks for it.
 
     Attributes:
         new_space: The space the projection maps from, if known.
@@ -74,23 +79,50 @@ class Projection(nn.Module, SharedPart):
     def options(self) -> dict[str, Any]:
         """Keyword arguments beyond the dimensions and spaces that rebuild this projection."""
 
-    def forward(self, vectors: Tensor, modality: Modality | None = None) -> Tensor:
+    def forward(self, vectors: Vectors, modality: Modality | None = None) -> Tensor:
         """Maps (n, new_dim) vectors of the new space to (n, old_dim) unit rows of the old space.
 
+        A row that is mapped to zero has no direction and comes out as zeros, not as a unit row: under a map
+        without offset every zero row does so, under one with an offset a zero row comes out as the offset's
+        direction, which says nothing of the item. Values are looked at in evaluation mode on the CPU only;
+        elsewhere, where it would make a training step or a GPU wait, a row with NaN comes out as NaN.
+
         Args:
-            vectors: (n, new_dim) vectors of the new model.
+            vectors: (n, new_dim) tensor or numpy array of any float dtype; gradients flow into a tensor.
             modality: ``"text"`` or ``"image"``, for maps that tell them apart; ``None`` is taken as text.
+
+        Returns:
+            (n, old_dim) tensor of the dtype of the projection's weights, float32 unless it was converted.
+
+        Raises:
+            DataError: If the vectors are not floating point, or where it is looked for, a value is NaN or
+                infinite; the message names the first such row.
+            SpaceMismatchError: If the dimension is not ``new_dim``.
+        """
+        return nn.functional.normalize(self.project(self._taken(vectors), modality), dim=-1)
+
+    def _taken(self, vectors: Vectors) -> Tensor:
+        """Vectors in the dtype of the weights, after the checks of :meth:`forward`.
 
         Raises:
             SpaceMismatchError: If the dimension is not ``new_dim``.
         """
-        if vectors.shape[-1] != self.new_dim:
+        rows = as_floating(vectors, _GIVEN)
+        if rows.shape[-1] != self.new_dim:
             raise SpaceMismatchError(
                 f"the projection takes vectors of dimension {self.new_dim}"
                 + (f" from {self.new_space}" if self.new_space else "")
-                + f", got {vectors.shape[-1]}"
+                + f", got {rows.shape[-1]}"
             )
-        return nn.functional.normalize(self.project(vectors, modality), dim=-1)
+        weights = next(self.parameters())
+        if isinstance(vectors, np.ndarray):
+            rows = rows.to(weights.device)
+        rows = rows.to(weights.dtype)
+        # A branch on values would break a graph that is being exported or compiled.
+        watched = self.training or rows.requires_grad or torch.compiler.is_compiling()
+        if not watched and rows.device.type == "cpu":
+            require_finite(rows.reshape(-1, self.new_dim), _GIVEN)
+        return rows
 
     def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
         saving.save(self, directory, naming)
@@ -118,6 +150,8 @@ class LinearProjection(Projection):
         weight: (old_dim, new_dim) matrix W.
         bias: (old_dim,) offset b, or ``None``.
         image_bias: (old_dim,) offset of images, or ``None`` where b serves both.
+        filled: How many directions of a rotation the vectors it was fitted to do not determine; they were
+            filled up. Not saved: 0 once it is loaded.
     """
 
     kind = "linear"
@@ -132,6 +166,7 @@ class LinearProjection(Projection):
         old_space: EmbeddingSpace | None = None,
     ) -> None:
         super().__init__(new_dim, old_dim, new_space, old_space)
+        self.filled = 0
         self.weight = nn.Parameter(torch.eye(old_dim, new_dim))
         self.bias = nn.Parameter(torch.zeros(old_dim)) if bias else None
         self.image_bias = nn.Parameter(torch.zeros(old_dim)) if image_bias else None
@@ -151,6 +186,10 @@ class LinearProjection(Projection):
             if projection.image_bias is not None and image_bias is not None:
                 projection.image_bias.copy_(image_bias)
         return projection.eval()
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows of the map."""
+        return f"{self.new_dim} → {self.old_dim}" + (f", filled={self.filled}" if self.filled else "")
 
     @property
     def foldable(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from xbt.errors import ConfigError, SpaceMismatchError
 from xbt.projections.base import Modality, Projection
 from xbt.space import EmbeddingSpace
+from xbt.vectors import Vectors
 
 
 class ForwardMap(Projection):
@@ -87,7 +88,7 @@ class ForwardMap(Projection):
         return made
 
     def forward(
-        self, vectors: Tensor, modality: Modality | None = None, side: Tensor | None = None
+        self, vectors: Vectors, modality: Modality | None = None, side: Tensor | None = None
     ) -> Tensor:
         """Maps (n, new_dim) old vectors to (n, old_dim) unit rows of the new model's space.
 
@@ -107,6 +108,7 @@ class ForwardMap(Projection):
             )
         if side is None:
             return super().forward(vectors, modality)
+        vectors = self._taken(vectors)
         if vectors.shape != (*side.shape[:-1], self.new_dim):
             raise SpaceMismatchError(
                 f"the map takes vectors of dimension {self.new_dim} and as many rows of side information, "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.store import EmbeddingStore
-from xbt.vectors import Vectors
+from xbt.vectors import Vectors, as_floating, require_finite
 
 Source = Tensor | NDArray[np.floating] | EmbeddingStore | Iterable[Vectors]
 """Vectors of one model: (n, dim) rows, a store, or an iterable of (k, dim) chunks of any sizes."""
@@ -138,7 +138,9 @@ def _take(
     source: Tensor | NDArray[np.floating] | EmbeddingStore, positions: NDArray[np.int64], name: str
 ) -> Tensor:
     if isinstance(source, EmbeddingStore):
-        return _finite(torch.from_numpy(source.rows(positions)), _called(source, name), positions)
+        rows = torch.from_numpy(source.rows(positions))
+        require_finite(rows, _called(source, name), positions)
+        return rows
     picked = source[torch.from_numpy(positions).to(source.device)] if isinstance(source, Tensor) else None
     return _rows(source[positions] if picked is None else picked, name).float()
 
@@ -161,7 +163,8 @@ def _blocks(source: Source, name: str, rows: int) -> Iterator[Tensor]:
         )
     start = 0
     for block in read:
-        yield _finite(block, _called(source, name), range(start, start + len(block)))
+        require_finite(block, _called(source, name), range(start, start + len(block)))
+        yield block
         start += len(block)
 
 
@@ -188,28 +191,10 @@ def _regrouped(chunks: Iterable[Vectors], name: str, rows: int) -> Iterator[Tens
 
 def _rows(vectors: Vectors, name: str) -> Tensor:
     """Float32 (or float64) CPU rows of any float dtype."""
-    if isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f":
-        # torch refuses foreign byte order and negative strides, and warns of read-only memory maps.
-        vectors = np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"])
-    dtype = vectors.dtype
-    if not (dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype.kind == "f"):
-        raise DataError(f"{name} must be floating point, got {dtype}; embed the data first")
-    tensor = torch.as_tensor(vectors).detach().cpu()
+    tensor = as_floating(vectors, name).detach().cpu()
     if tensor.ndim != 2 or tensor.shape[1] == 0:
         raise DataError(f"{name} must have the shape (n, dim), got {tuple(tensor.shape)}")
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _finite(block: Tensor, name: str, numbers: range | NDArray[np.int64]) -> Tensor:
-    # A sum costs a tenth of looking at every value, and is not finite if one value is not.
-    if not bool(torch.isfinite(block.sum())):
-        bad = torch.nonzero(~torch.isfinite(block).all(dim=1)).flatten()
-        if len(bad):
-            raise DataError(
-                f"{name} has NaN or infinite values, first in row {int(numbers[int(bad[0])])}; find out "
-                "which input made it and leave that out"
-            )
-    return block
 
 
 def _called(source: object, name: str) -> str:
