@@ -10,11 +10,13 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from pictures import png
 from PIL import Image
 
+from xbt import image_plugins
 from xbt.data.image_folder import JoinedPaths
 from xbt.errors import DataError, ImageError
 from xbt.images import MAX_ASPECT_RATIO, MAX_PIXELS, load_image, read_image
@@ -332,6 +334,42 @@ def test_other_content_behind_an_image_suffix(content, tmp_path):
         with pytest.raises(ImageError, match="cannot be decoded") as caught:
             read_image(source)
         assert " at 0x" not in str(caught.value)  # the same sentence in every run
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (b"\0\0\0\x18ftypheic", r"is HEIC, and there is no decoder for \.heic; install pillow-heif"),
+        (b"\0\0\0\x18ftypmif1", r"install pillow-heif"),
+        (b"\xff\n", r"is JPEG XL, .* install pillow-jxl-plugin"),
+        (b"\0\0\0\x0cJXL \r\n", r"install pillow-jxl-plugin"),
+    ],
+)
+def test_formats_that_need_a_plugin(head, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "pillow_jxl", None)
+    image_plugins._load.cache_clear()
+    path = tmp_path / "photo"
+    path.write_bytes(head + bytes(60))
+    for source in (str(path), path.read_bytes()):
+        with pytest.raises(ImageError, match=f"cannot be decoded: it .*{words}"):
+            read_image(source)
+    image_plugins._load.cache_clear()
+
+
+def test_a_plugin_that_is_installed_is_used(picture, tmp_path, monkeypatch):
+    data = b"\0\0\0\x18ftypheic" + bytes(60)
+    known = dict(Image.registered_extensions())
+
+    def register():
+        known[".heic"] = "HEIF"
+        monkeypatch.setattr(Image, "open", lambda source: picture)
+
+    monkeypatch.setattr(Image, "registered_extensions", lambda: known)
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    image_plugins._load.cache_clear()
+    assert read_image(data).image.tobytes() == picture.tobytes()
+    image_plugins._load.cache_clear()
 
 
 def test_what_is_no_source_at_all():

@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 from PIL import Image, UnidentifiedImageError
 
 from xbt.errors import DataError, ImageError
+from xbt.image_plugins import HEAD, plugin_for
 
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
@@ -148,7 +149,7 @@ def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
     if isinstance(source, bytes):
         if not source:
             raise ImageError("is empty: it has zero bytes")
-        return Image.open(io.BytesIO(source))
+        return _identify(io.BytesIO(source))
     status = os.stat(source)  # noqa: PTH116 - a Path would be made for every one of millions of strings
     # Opening a FIFO waits for a writer that may never come; a device may never end.
     if not stat.S_ISREG(status.st_mode):
@@ -156,7 +157,27 @@ def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
         raise ImageError(f"is a {kind}, not a file")
     if not status.st_size:
         raise ImageError("is empty: it has zero bytes")
-    return Image.open(Path(source))
+    return _identify(Path(source))
+
+
+def _identify(source: Path | io.BytesIO) -> Image.Image:
+    try:
+        return Image.open(source)
+    except UnidentifiedImageError:
+        head = source.getvalue()[:HEAD] if isinstance(source, io.BytesIO) else _first_bytes(source)
+        plugin = plugin_for(head)
+        if plugin is None:
+            raise
+        if not plugin.load():
+            raise ImageError(
+                f"is {plugin.format}, and there is no decoder for {plugin.suffix}; install {plugin.package}"
+            ) from None
+        return Image.open(source)
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
 
 
 def _check_size(opened: Image.Image) -> None:

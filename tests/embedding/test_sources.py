@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
 import pytest
 from entries import entries, ids, picture, samples, value, write_tar
 
@@ -39,6 +40,16 @@ def test_what_only_looks_like_an_image_is_listed_too(tmp_path):
     (tmp_path / "dangling.png").symlink_to("nowhere")
     found = entries(open_images(ImageCollection(str(tmp_path))))
     assert ids(found) == ["dangling.png", "folder.jpg", "folder.jpg/in.png", "pipe.png"]
+
+
+@pytest.mark.parametrize("suffix", ["jpe", "jfif", "JPE", "heic", "heif", "hif", "avif", "jxl"])
+def test_suffixes_that_are_less_usual(tmp_path, suffix):
+    """What cannot be decoded without a plugin is listed, so that it will be on record."""
+    (tmp_path / f"a.{suffix}").write_bytes(picture(1))
+    write_tar(tmp_path / "t.tar", [(f"a.{suffix}", picture(1))])
+    assert ids(entries(open_images(ImageCollection(str(tmp_path))))) == [f"a.{suffix}"]
+    (item,) = entries(open_images(ImageCollection(str(tmp_path / "t.tar"))))
+    assert item.value == picture(1)
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
@@ -208,6 +219,28 @@ def test_a_data_set_in_any_order_and_as_a_stream(parquet):
     parts = [item for part in range(3) for item in entries(streamed, part)]
     assert parts == whole
     assert entries(streamed, 1, start=2) == entries(streamed, 1)[2:]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_in_a_table_that_does_not_call_them_so(tmp_path, streaming):
+    """As pandas and polars write what they read from a data set: the structure, without its name."""
+    cells = [{"bytes": picture(0), "path": None}, {"bytes": None, "path": "x/1.png"}, None]
+    plain = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    (tmp_path / "d").mkdir()
+    pyarrow.parquet.write_table(
+        pyarrow.table({"image": pyarrow.array(cells, plain)}), tmp_path / "d/train.parquet"
+    )
+    source = ImageCollection(f"hf:{tmp_path / 'd'}", image_root="/photos", streaming=streaming)
+    assert [item.value for item in entries(open_images(source))] == [picture(0), "/photos/x/1.png", b""]
+
+
+def test_a_stream_whose_files_were_replaced_is_another_source(parquet, tmp_path):
+    streamed = ImageCollection(parquet, streaming=True)
+    begun = open_images(streamed).digest()
+    assert open_images(streamed).digest() == begun
+    path = tmp_path / "data/train-1.parquet"
+    os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
+    assert open_images(streamed).digest() != begun
 
 
 def test_ids_without_a_column(parquet):

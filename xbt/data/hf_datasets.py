@@ -243,6 +243,9 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
     dataset = dataset.select_columns([column, *others]).with_format(None)
     if isinstance(feature, datasets.Image):
         return dataset.cast_column(column, datasets.Image(decode=False))
+    # Where the table does not say that they are images, their structure does.
+    if isinstance(feature, dict) and {"bytes"} <= set(feature) <= {"bytes", "path"}:
+        feature = feature["bytes"]
     if getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
         raise DataError(
             f"{source}: the column {column!r} holds {feature}, not images, encoded images or paths; name "

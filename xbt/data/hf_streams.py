@@ -10,14 +10,16 @@ import datasets
 
 from xbt.data.hf_datasets import HUB_PREFIX, as_image, undecoded
 from xbt.data.image_text_pairs import Rejected
-from xbt.data.items import Entry, Item, Part, readable
+from xbt.data.items import Entry, Item, Part, digest_of, readable
 from xbt.errors import DataError
 
 
 class StreamedImages(Part):
     """The images of one file (one shard) of a streamed data set."""
 
-    def __init__(self, shard: Any, name: str, column: str, id_column: str | None, root: Path) -> None:
+    def __init__(
+        self, shard: Any, name: str, column: str, id_column: str | None, root: Path, state: str = ""
+    ) -> None:
         """Keeps what it is told.
 
         Args:
@@ -26,8 +28,9 @@ class StreamedImages(Part):
             column: The image column.
             id_column: The column of ids, if there is one.
             root: Folder that paths in the image column are relative to.
+            state: What tells the data set's files from others in their place.
         """
-        self.name = name
+        self.name, self._state = name, state
         self._shard, self._column, self._id_column, self._root = shard, column, id_column, root
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
@@ -51,6 +54,10 @@ class StreamedImages(Part):
                 ) from error
             yield self._entry(cells, row)
             row += 1
+
+    def digest(self) -> str:
+        """SHA-256 of the name and the state: after files were replaced, their rows would be mixed."""
+        return digest_of([self.name, self._state])
 
     def _entry(self, cells: dict[str, Any], row: int) -> Entry:
         name = f"{self.name}/row-{row}"
@@ -80,7 +87,7 @@ def stream_images(
     Raises:
         DataError: If it cannot be opened as a stream, or lacks the split or a column.
     """
-    dataset = _open(source, subset, split)
+    dataset, state = _open(source, subset, split)
     if dataset.column_names is None:
         raise DataError(f"{source} does not say which columns it has; leave out streaming")
     dataset = undecoded(dataset, column, source, *([id_column] if id_column is not None else []))
@@ -93,12 +100,14 @@ def stream_images(
             column,
             id_column,
             root,
+            state,
         )
         for number in range(count)
     ]
 
 
-def _open(source: str, subset: str | None, split: str | None) -> Any:
+def _open(source: str, subset: str | None, split: str | None) -> tuple[Any, str]:
+    """The stream, and the state of its files."""
     name = source.removeprefix(HUB_PREFIX)
     directory = Path(name).expanduser()
     if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
@@ -106,7 +115,8 @@ def _open(source: str, subset: str | None, split: str | None) -> Any:
     if name.startswith(("/", ".", "~")) and not directory.is_dir():
         raise DataError(f"{source}: the directory {directory} does not exist; check the path")
     try:
-        opened = datasets.load_dataset(str(directory) if directory.is_dir() else name, subset, streaming=True)
+        builder = datasets.load_dataset_builder(str(directory) if directory.is_dir() else name, subset)
+        opened = builder.as_streaming_dataset()
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise DataError(
@@ -118,4 +128,12 @@ def _open(source: str, subset: str | None, split: str | None) -> Any:
     split = split or next(iter(opened))
     if split not in opened:
         raise DataError(f"{source} has no split {split!r}; it has {names}")
-    return opened[split]
+    return opened[split], _state((builder.config.data_files or {}).get(split))
+
+
+def _state(files: Any) -> str:
+    """Sizes and times of local files; names, revisions and ETags of others."""
+    local = [Path(file) for file in files or ()]
+    if all(path.is_file() for path in local):
+        return " ".join(f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in local)
+    return f"{list(files)} {files.origin_metadata}"

@@ -12,9 +12,13 @@ from xbt.errors import DataError
 from xbt.images import ListedPath
 
 IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".jp2", ".avif", ".ppm"]
-)
-"""Suffixes, in lower case, by which images are recognised in folders and in tar files."""
+    [
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm",
+        ".avif", ".heic", ".heif", ".hif", ".jxl",
+    ]
+)  # fmt: skip
+"""Suffixes, in lower case, by which images are recognised in folders and in tar files. What Pillow needs a
+plugin for is among them: without the plugin it shall be on record rather than be passed over."""
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)\d{4})_\d+\.")
 
 
