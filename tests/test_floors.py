@@ -17,6 +17,7 @@ FLOORS = [
         "config",
         "run_dir",
         "images",
+        "image_plugins",
         "vectors",
         "hub",
         "probe",
