@@ -199,6 +199,48 @@ def test_rank_deficient_problems_have_one_orthonormal_answer(name, swapped, bloc
     assert (weight.double().T * cross).sum() == pytest.approx(float(best), rel=1e-6)
 
 
+def decaying(n, dim, least, seed=0):
+    """Rows whose standard deviations along the coordinates fall from 1 to the least."""
+    drawn = torch.randn(n, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn * torch.logspace(0, float(np.log10(least)), dim, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_equals_scipy_on_full_rank_vectors_of_a_decaying_spectrum(dtype):
+    # As of 1,203 class names: hardly more rows than dimensions, a common mean, and variances that fall fast.
+    new = decaying(300, 128, 1e-3) + 1
+    old = new @ orthonormal_columns(128, 128) + 0.3 * decaying(300, 128, 1e-3, 1)
+    new, old = (normalize(side, dim=1).numpy().astype(dtype) for side in (new, old))
+    projection = fit_procrustes(new, old)
+    np.testing.assert_allclose(projection.weight.detach().numpy(), scipy_rotation(new, old), atol=1e-6)
+    assert projection.filled == 0
+
+
+@pytest.mark.parametrize(("offset", "centring"), [(0, "none"), (0, "joint"), (300, "joint")])
+def test_recovers_a_rotation_of_which_some_directions_are_small(offset, centring):
+    hidden = orthonormal_columns(64, 64)
+    new = decaying(1000, 64, 1e-3 if offset == 0 else 1) + offset
+    projection = fit_procrustes(new, new @ hidden, centring=centring)
+    assert (projection.weight - hidden.T).abs().max() < 1e-6
+    assert projection.filled == 0
+    assert "filled" not in repr(projection)
+
+
+def test_tells_how_many_directions_were_filled_up():
+    projection = fit_procrustes(unit_rows(5, 24), unit_rows(5, 16, 1))
+    assert projection.filled == 11
+    assert "24 → 16, filled=11" in repr(projection)
+    assert fit_procrustes(unit_rows(5, 24), unit_rows(5, 16, 1), centring="joint").filled == 12
+
+
+def test_scales_of_small_coordinates_are_known():
+    spread = torch.logspace(0, -4, 16, dtype=torch.float64)
+    new = orthonormal_columns(500, 16) * spread  # so that the rotation is none
+    factors = torch.linspace(0.5, 2, 16, dtype=torch.float64)
+    scaled = fit_procrustes(new, new * factors, scale=True)
+    torch.testing.assert_close(scaled.weight, torch.diag(factors).float(), atol=1e-5, rtol=1e-4)
+
+
 def test_unknown_directions_are_cut_or_filled_up():
     new, old = torch.zeros(5, 6), torch.zeros(5, 4)
     new[:, 1], old[:, 0] = 1.0, -1.0

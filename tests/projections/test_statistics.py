@@ -46,17 +46,37 @@ def test_equals_numpy(dims, dtype):
     assert_equal(stats, expected(new, old))
 
 
-def test_float32_blocks_stay_within_the_stated_error(monkeypatch):
+@pytest.mark.parametrize("distinct", [1, 6, 20_000])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_float32_blocks_stay_within_the_stated_error(monkeypatch, distinct, offset):
     monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 0)
-    new = torch.nn.functional.normalize(torch.randn(20_000, 48) + 1, dim=1).half()
-    old = torch.nn.functional.normalize(torch.randn(20_000, 32) + 1, dim=1).half()
+    drawn = torch.arange(20_000) % distinct
+    new = torch.nn.functional.normalize(torch.randn(20_000, 48) + offset, dim=1).half()[drawn]
+    old = torch.nn.functional.normalize(torch.randn(20_000, 32) + offset, dim=1).half()[drawn]
     wanted = expected(new, old)
     found = PairStatistics.of(new, old, TERMS)
     exact = PairStatistics.of(new.double(), old.double(), TERMS)
+    assert found.rounding == 1e-6
     for name in ("cross", "new_gram", "old_gram"):
         error = np.linalg.norm(found.term(name).numpy() - wanted[name], 2)
-        assert 0 < error < 1e-7 * np.linalg.norm(wanted[name], 2)
+        assert 0 < error < found.rounding * np.linalg.norm(wanted[name])
     assert_equal(exact, wanted)
+
+
+def test_rounding_is_that_of_the_rows_in_single_precision(monkeypatch):
+    new, old = rows(300, 6, 0, np.float32), rows(300, 4, 1, np.float32)
+    exact = PairStatistics.of(new, old)
+    assert exact.fp32_rows == 0
+    assert exact.rounding < 1e-13
+    monkeypatch.setattr("xbt.projections.statistics.BLOCK_ROWS", 100)
+    monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 200)
+    partly = PairStatistics.of(new, old, ("cross", "sums"))
+    assert partly.rounding == pytest.approx(1e-6 / 3)
+    assert (partly + exact).rounding == pytest.approx(1e-6 / 6)
+    assert partly.centred().rounding == partly.rounding
+    assert partly.mixed(exact, 0.5).rounding == pytest.approx(1e-6 / 6)
+    assert PairStatistics.from_tensors(partly.to_tensors(), (6, 4)).rounding == partly.rounding
+    assert PairStatistics.of(new.astype(np.float64), old).fp32_rows == 0
 
 
 def test_only_what_was_asked_for_is_there():
@@ -119,7 +139,7 @@ def test_a_mixture_is_the_weighted_mean_of_both():
 def test_through_tensors():
     stats = PairStatistics.of(rows(8, 5, 0), rows(8, 3, 1), ("cross", "sums"))
     tensors = stats.to_tensors()
-    assert set(tensors) == {"count", "cross", "new_sum", "old_sum"}
+    assert set(tensors) == {"count", "fp32_rows", "cross", "new_sum", "old_sum"}
     again = PairStatistics.from_tensors(tensors, stats.dims)
     assert (again.count, again.dims) == (8, (5, 3))
     assert torch.equal(again.term("cross"), stats.term("cross"))

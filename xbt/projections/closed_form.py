@@ -23,10 +23,8 @@ Centring = Literal["none", "joint", "modality"]
 PAIRS_WEIGHT = 0.33
 """ω where pairs are given and no weight is."""
 
-ROUNDING = 1e-6
-"""What is smaller than this, beside the greatest of its kind, is rounding of fp16 and fp32 vectors."""
-
 _GENERIC = 1e-4
+_ONE_DIRECTION = 10.0
 
 
 class Gathered(NamedTuple):
@@ -48,7 +46,7 @@ class Problem(NamedTuple):
 
     Attributes:
         stats: Of texts and images together, less their means if they are centred.
-        raw: The same before centring, beside which rounding is judged.
+        raw: The same before centring, beside which rounding is judged (:attr:`PairStatistics.rounding`).
         text_means: New and old mean, or ``None`` for a map without offset.
         image_means: Those of images where they have an offset of their own.
     """
@@ -136,33 +134,54 @@ def prepare(
     return Problem(centred, mixed, texts.means, images.means)
 
 
-def linear_map(weight: Tensor, problem: Problem) -> LinearProjection:
+def linear_map(weight: Tensor, problem: Problem, filled: int = 0) -> LinearProjection:
     """The projection of an (old_dim, new_dim) matrix, with the offsets that take new means to old means."""
 
     def offset(means: tuple[Tensor, Tensor] | None) -> Tensor | None:
         return None if means is None else means[1] - weight @ means[0]
 
-    return LinearProjection.from_weight(weight, offset(problem.text_means), offset(problem.image_means))
+    projection = LinearProjection.from_weight(weight, offset(problem.text_means), offset(problem.image_means))
+    projection.filled = filled
+    return projection
 
 
-def orthogonal_factor(cross: Tensor, magnitude: float = 0.0) -> Tensor:
+def cross_rounding(problem: Problem) -> float:
+    """How large a singular value of NᵀO can be by rounding alone; centring takes nothing off it."""
+    return problem.raw.rounding * float(torch.linalg.matrix_norm(problem.raw.term("cross")))
+
+
+def square_rounding(raw: PairStatistics, gram: Literal["new_gram", "old_gram"]) -> float:
+    """How large a sum of squares along one direction can be by rounding alone."""
+    return _ONE_DIRECTION * raw.rounding * float(raw.term(gram).diagonal().mean())
+
+
+class Factor(NamedTuple):
+    """The orthonormal factor of a matrix.
+
+    Attributes:
+        weight: (old_dim, new_dim) float64 with orthonormal rows (or columns, if old_dim > new_dim).
+        filled: How many of its min(old_dim, new_dim) directions the matrix does not determine.
+    """
+
+    weight: Tensor
+    filled: int
+
+
+def orthogonal_factor(cross: Tensor, rounding: float) -> Factor:
     """The orthonormal factor of a matrix: from C = P Σ Qᵀ the map (P Qᵀ)ᵀ, the same on every call.
 
-    Where the singular values are rounding (see :data:`ROUNDING`), the data do not say where a direction
-    belongs, and singular vectors are whatever the solver leaves. There the factor is completed by the
-    rotation nearest to truncation or zero-padding between what is left of both sides (with a fixed, small
-    generic part, where that is not unique): rows or columns are always orthonormal, and do not depend on the
-    order of the vectors.
+    Where the singular values are rounding, the data do not say where a direction belongs, and singular
+    vectors are whatever the solver leaves. There the factor is completed by the rotation nearest to
+    truncation or zero-padding between what is left of both sides (with a fixed, small generic part, where
+    that is not unique): rows or columns are always orthonormal, and do not depend on the order of the
+    vectors.
 
     Args:
         cross: (new_dim, old_dim) float64.
-        magnitude: Singular values are judged beside this if it is greater than all of them.
-
-    Returns:
-        (old_dim, new_dim) float64 with orthonormal rows (or columns, if old_dim > new_dim).
+        rounding: Singular values up to here are rounding.
     """
     left, values, right = torch.linalg.svd(cross, full_matrices=False)
-    known = int((values > ROUNDING * max(float(values[0]), magnitude)).sum())
+    known = int((values > rounding).sum())
     factor: Tensor = left[:, :known] @ right[:known]
     if known < len(values):
         new_rest, old_rest = (_complement(side) for side in (left[:, :known], right[:known].T))
@@ -171,7 +190,7 @@ def orthogonal_factor(cross: Tensor, magnitude: float = 0.0) -> Tensor:
         nearest = torch.eye(*cross.shape, dtype=torch.float64) + _GENERIC * generic
         left, _, right = torch.linalg.svd(new_rest.T @ nearest @ old_rest, full_matrices=False)
         factor = factor + new_rest @ left @ right @ old_rest.T
-    return factor.T.contiguous()
+    return Factor(factor.T.contiguous(), len(values) - known)
 
 
 def _complement(basis: Tensor) -> Tensor:

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from xbt.projections.base import LinearProjection
-from xbt.projections.closed_form import ROUNDING, Centring, gather, linear_map, orthogonal_factor, prepare
+from xbt.projections.closed_form import (
+    Centring,
+    Problem,
+    cross_rounding,
+    gather,
+    linear_map,
+    orthogonal_factor,
+    prepare,
+    square_rounding,
+)
 from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source
 from xbt.projections.statistics import PairStatistics, Term
@@ -50,7 +59,9 @@ def fit_procrustes(
             scaling of Drift-Adapter (Vejendla 2025, arXiv 2509.23471); W is then no longer orthonormal.
 
     Returns:
-        A projection, with offsets if it is centred.
+        A projection, with offsets if it is centred. Its ``filled`` tells how many directions the vectors do
+        not determine, as where there are fewer rows than dimensions; they are cut or filled up as by
+        :func:`~xbt.projections.identity.fit_identity`, and carry next to nothing of the vectors.
 
     Raises:
         ConfigError: If an option cannot be used.
@@ -76,11 +87,10 @@ def procrustes_from(
         ConfigError: If an option cannot be used, or the statistics lack what it needs.
     """
     problem = prepare(texts, images, pairs_weight, centring)
-    cross = problem.stats.term("cross")
-    weight = orthogonal_factor(cross, float(torch.linalg.matrix_norm(problem.raw.term("cross"))))
+    weight, filled = orthogonal_factor(problem.stats.term("cross"), cross_rounding(problem))
     if scale:
-        weight = _scales(weight, problem.stats)[:, None] * weight
-    return linear_map(weight, problem)
+        weight = _scales(weight, problem)[:, None] * weight
+    return linear_map(weight, problem, filled)
 
 
 def procrustes_rotation(new: Source, old: Source) -> Tensor:
@@ -109,11 +119,11 @@ def procrustes_rotation_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> Te
 
 
 def _rotation(stats: PairStatistics) -> Tensor:
-    return orthogonal_factor(stats.term("cross")).float()
+    return orthogonal_factor(stats.term("cross"), cross_rounding(Problem(stats, stats))).weight.float()
 
 
-def _scales(weight: Tensor, stats: PairStatistics) -> Tensor:
-    products = (weight * stats.term("cross").T).sum(dim=1)
-    squares = ((weight @ stats.term("new_gram")) * weight).sum(dim=1)
+def _scales(weight: Tensor, problem: Problem) -> Tensor:
+    products = (weight * problem.stats.term("cross").T).sum(dim=1)
+    squares = ((weight @ problem.stats.term("new_gram")) * weight).sum(dim=1)
     # Nothing is known of the length of a coordinate that is always 0.
-    return torch.where(squares > ROUNDING * squares.max(), products / squares, 1.0)
+    return torch.where(squares > square_rounding(problem.raw, "new_gram"), products / squares, 1.0)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from xbt.errors import ConfigError, DataError
 from xbt.projections.base import LinearProjection
-from xbt.projections.closed_form import ROUNDING, Centring, gather, linear_map, orthogonal_factor, prepare
+from xbt.projections.closed_form import (
+    Centring,
+    cross_rounding,
+    gather,
+    linear_map,
+    orthogonal_factor,
+    prepare,
+    square_rounding,
+)
 from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source
 from xbt.projections.statistics import PairStatistics, Term
@@ -79,26 +89,27 @@ def whitened_procrustes_from(
     _check_shrinkage(shrinkage)
     problem = prepare(texts, images, pairs_weight, centring)
     stats = problem.stats
-    new_root, old_root = (
-        _root(stats.term(name), shrinkage, float(problem.raw.term(name).diagonal().mean()))
-        for name in ("new_gram", "old_gram")
-    )
+    new_root, new_least = _root(stats.term("new_gram"), shrinkage, square_rounding(problem.raw, "new_gram"))
+    old_root, old_least = _root(stats.term("old_gram"), shrinkage, square_rounding(problem.raw, "old_gram"))
     white = torch.linalg.solve_triangular(new_root, stats.term("cross"), upper=False)
     white = torch.linalg.solve_triangular(old_root.T, white, upper=True, left=False)
-    turned = orthogonal_factor(white, magnitude=1.0).T @ old_root.T
-    solution = torch.linalg.solve_triangular(new_root.T, turned, upper=True)
-    return linear_map(solution.T, problem)
+    # Whitening makes rounding as much larger as the vectors.
+    weight, filled = orthogonal_factor(white, cross_rounding(problem) / math.sqrt(new_least * old_least))
+    solution = torch.linalg.solve_triangular(new_root.T, weight.T @ old_root.T, upper=True)
+    return linear_map(solution.T, problem, filled)
 
 
-def _root(gram: Tensor, shrinkage: float, raw_spread: float) -> Tensor:
-    """L of Σ = L Lᵀ, lower triangular; of a side without any spread it is the identity.
+def _root(gram: Tensor, shrinkage: float, rounding: float) -> tuple[Tensor, float]:
+    """L of Σ = L Lᵀ, lower triangular, and a lower bound of Σ's eigenvalues.
+
+    Of a side without any spread beyond rounding both are those of the identity.
 
     Raises:
         DataError: If Σ is singular.
     """
     spread = float(gram.diagonal().mean())
-    if spread <= ROUNDING * raw_spread:
-        return torch.eye(len(gram), dtype=torch.float64)
+    if spread <= rounding:
+        return torch.eye(len(gram), dtype=torch.float64), 1.0
     shrunk = (1 - shrinkage) * gram
     shrunk.diagonal().add_(shrinkage * spread)
     factor, failed = torch.linalg.cholesky_ex(shrunk)
@@ -108,8 +119,7 @@ def _root(gram: Tensor, shrinkage: float, raw_spread: float) -> Tensor:
             f"with shrinkage={shrinkage:g} the covariance is singular: some directions are hardly there; "
             "give a greater shrinkage"
         )
-    root: Tensor = factor
-    return root
+    return factor, shrinkage * spread
 
 
 def _check_shrinkage(shrinkage: float) -> None:
