@@ -10,6 +10,7 @@ from pictures import SCENES, encoded
 
 from xbt.data.image_collection import ImageCollection
 from xbt.embedding import EmbedConfig
+from xbt.store import StoreBuilder
 
 
 def config(spec, out, images=None, captions=None, **options):
@@ -41,3 +42,21 @@ def files(out):
         for path in names
         if path.name not in ("config.yaml", "versions.json", ".lock")
     }
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, shards):
+    """Ends the job when it has written so many shards."""
+    write, count = StoreBuilder.write, 0
+
+    def limited(self, *arguments, **options):
+        nonlocal count
+        if count == shards:
+            raise Interrupted
+        count += 1
+        return write(self, *arguments, **options)
+
+    monkeypatch.setattr(StoreBuilder, "write", limited)

@@ -7,32 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from jobs import config, files
+from jobs import Interrupted, config, files, interrupt_after
 from pictures import SCENES, write_tar
 
 from xbt.data import CaptionSource, scene_captions
 from xbt.embedding import embed, work
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, XbtError
-from xbt.store import EmbeddingStore, StoreBuilder
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_after(monkeypatch, shards):
-    """Ends the job when it has written so many shards."""
-    write, count = StoreBuilder.write, 0
-
-    def limited(self, *arguments, **options):
-        nonlocal count
-        if count == shards:
-            raise Interrupted
-        count += 1
-        return write(self, *arguments, **options)
-
-    monkeypatch.setattr(StoreBuilder, "write", limited)
+from xbt.store import EmbeddingStore
 
 
 def sources(folder, tmp_path):

@@ -216,6 +216,43 @@ def test_killed_while_it_finishes(launcher, data, tmp_path):
         assert_same(out, tmp_path / "whole")
 
 
+def test_shards_are_cut_so_that_all_processes_have_work(launcher, data, tmp_path):
+    """Begun by two processes, one of which fails at once, and continued by three with the same shards."""
+    flags = arguments(data, tmp_path / "out", "captions", shard_size=10_000, batch_size=64)
+    flags[flags.index("--captions.limit") + 1] = "520"
+    job = launcher.start(flags, tmp_path / "log", world=2, fail_rank=1, fail_after=0)
+    assert None not in job.wait(30)
+    assert not (tmp_path / "out/manifest.json").exists()
+    again = launcher.start(flags, tmp_path / "log2", world=3)
+    assert again.wait() == [0, 0, 0], again.said
+    store = EmbeddingStore.open(tmp_path / "out")
+    assert [(shard.name, shard.count) for shard in store.shards] == [("0", 260), ("1", 260)]
+    encoder = load_encoder(f"open_clip:local-dir:{data / 'model'}")
+    told = read_captions(CaptionSource("scenes", limit=520))
+    assert np.abs(store.read() - encoder.encode_texts(told).numpy()).max() <= 1e-6
+    assert not list((tmp_path / "out").glob(".done*"))
+
+
+def test_processes_try_again_together(launcher, data, whole, tmp_path):
+    for path in (data / "photos").iterdir():
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / path.name).write_bytes(b"" if path.name < "030.png" else path.read_bytes())
+    flags = arguments(data, tmp_path / "out")
+    flags[flags.index("--images.source") + 1] = str(tmp_path / "photos")
+    assert launcher.start(flags, tmp_path / "log").wait() == [0]
+    assert len(EmbeddingStore.open(tmp_path / "out")) == IMAGES - 30 - 2
+    for number in range(30):
+        (tmp_path / f"photos/{number:03d}.png").write_bytes((data / f"photos/{number:03d}.png").read_bytes())
+    job = launcher.start([*flags, "--retry_rejected", "true"], tmp_path / "log2", world=2)
+    assert job.wait() == [0, 0], job.said
+    assert "tried 32 rejected items again: 29 embedded, rejected 3" in job.said
+    store, reference = EmbeddingStore.open(tmp_path / "out"), EmbeddingStore.open(whole("photos"))
+    store.verify()
+    assert sorted(store.ids) == reference.ids
+    order = np.argsort(store.ids)
+    assert np.abs(store.rows(order) - reference.read()).max() <= 1e-6
+
+
 @pytest.mark.parametrize("late", [2, 3, 4])
 def test_killed_while_repeated_ids_are_left_out(launcher, data, whole, tmp_path, late):
     """Before the record of the first such shard is replaced, and before either of its files is."""

@@ -303,7 +303,7 @@ def test_damaged_records_are_named(tmp_path, space, unit_rows, name):
     whole.pop("dim" if name == "header.json" else "files")
     path.write_text(json.dumps(whole))
     with pytest.raises(StoreError, match=rf"{name} is incomplete or damaged"):
-        builder.prepare() if name == "header.json" else builder.committed()
+        builder.prepare() if name == "header.json" else list(builder.committed().values())
 
 
 def test_columns_that_could_never_be_read_together_are_refused_at_the_end(tmp_path, space, unit_rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -11,28 +12,34 @@ import numpy as np
 
 from xbt.data.items import ItemSource
 from xbt.embedding.records import NOTES, REJECTED
+from xbt.embedding.retry import RETRIED
+from xbt.embedding.shards import even_shard_size
 from xbt.errors import ConfigError, DataError
 from xbt.store import StoreBuilder
-from xbt.store.files import write_record
-from xbt.store.layout import read_record
+from xbt.store.files import remove_leftovers, remove_strays, write_record
+from xbt.store.layout import EXTRA, FOLDERS, IN_PROGRESS, MANIFEST, METADATA, read_record
 
 _JOB = "job.json"
-_STORE = ("manifest.json", "extra.jsonl", "in_progress", "img_emb", "text_emb", "metadata")
 
 
-def describe(source: ItemSource, shard_size: int) -> dict[str, Any]:
-    """What makes a job this one and no other: recorded beside its store."""
+def describe(source: ItemSource, shard_size: int, processes: int = 1) -> dict[str, Any]:
+    """What makes a job this one and no other, and how it is cut; recorded beside its store."""
     return {
         "source": source.name,
         "parts": len(source.parts),
         "items": source.length,
         "digest": source.digest(),
         "shard_size": shard_size,
+        "items_per_shard": even_shard_size(shard_size, source.length, processes),
     }
 
 
-def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> None:
+def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> dict[str, Any]:
     """Records the job in a new directory, and recognises it in an old one.
+
+    Returns:
+        The job as it was begun: its shards have the size they had then, by however many processes it is
+        continued.
 
     Raises:
         ConfigError: If it was begun with another shard size.
@@ -45,7 +52,7 @@ def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> 
                 f"{path} holds vectors that no embedding job has left there; choose another directory"
             )
         write_record(recorded, job)
-        return
+        return job
     there = read_record(recorded)
     if there.get("shard_size") != job["shard_size"]:
         raise ConfigError(
@@ -57,6 +64,8 @@ def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> 
             f"{job['source']} has changed since {path} was begun ({_count(there)} then, {_count(job)} now, "
             "or others in their place); choose another directory, or pass --overwrite true to start afresh"
         )
+    # Jobs of earlier versions were cut as they were told.
+    return {**job, "items_per_shard": there.get("items_per_shard", there["shard_size"])}
 
 
 def _count(job: dict[str, Any]) -> str:
@@ -114,13 +123,24 @@ def require_room(path: Path, entries: int | None, dim: int, dtype: str) -> None:
 
 def clear(path: Path) -> None:
     """Removes what an earlier job left in its directory; vectors that no job has left there stay."""
-    begun = (path / "in_progress").is_dir() and not (path / "manifest.json").exists()
+    begun = (path / IN_PROGRESS).is_dir() and not (path / MANIFEST).exists()
     if not begun and not (path / _JOB).is_file():
         return
     # The manifest first, since without it nothing passes for a store, and last what says that it is ours.
-    for name in (*_STORE, REJECTED, NOTES, _JOB):
-        found = path / name
-        if found.is_dir():
-            shutil.rmtree(found)
-        else:
-            found.unlink(missing_ok=True)
+    for name in (MANIFEST, EXTRA, IN_PROGRESS, RETRIED):
+        _remove(path / name)
+    for modality in FOLDERS:
+        remove_strays(path, modality, ())
+    for folder in (*FOLDERS.values(), METADATA):
+        remove_leftovers(path / folder)
+        with suppress(OSError):  # the user's own files stay, and so does their folder
+            (path / folder).rmdir()
+    for name in (REJECTED, NOTES, _JOB):
+        _remove(path / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -8,10 +8,12 @@ from typing import Literal
 from xbt.data.captions import CaptionSource
 from xbt.data.image_collection import ImageCollection, open_captions, open_images
 from xbt.data.items import ItemSource
+from xbt.embedding.retry import refuse_streams
 from xbt.errors import ConfigError
 
-MAY_CHANGE = ("batch_size", "num_workers", "compile")
-"""Settings that may be others when a job is continued: they change at most the last digits of a vector."""
+MAY_CHANGE = ("batch_size", "num_workers", "compile", "retry_rejected", "max_rejected")
+"""Settings that may be others when a job is continued: they change at most the last digits of a vector, or
+what is done about rejected items."""
 
 
 @dataclass
@@ -32,7 +34,8 @@ class EmbedConfig:
     captions: CaptionSource | None = None
     """... the captions; WebDataset tars will do here as well."""
     shard_size: int = 10_000
-    """Items per shard of the store: what a killed job loses at most per process."""
+    """Items per shard of the store, at most: what a killed job loses per process. Of a list that several
+    processes share, so many fewer that all of them have equal shares, but not below 256."""
     batch_size: int = 256
     """Items per forward pass. It may change when a job is continued."""
     num_workers: int | None = None
@@ -44,6 +47,11 @@ class EmbedConfig:
     """Of the forward pass."""
     compile: bool = False
     """Compile the towers with torch.compile: slower to start, faster for millions of items on a GPU."""
+    retry_rejected: bool = False
+    """Try again what was rejected, also of a finished job: images may have been unreadable for a while. What
+    can be embedded now is appended to the store. Not with streams."""
+    max_rejected: float | None = None
+    """Stop when more than this share of at least 100 items was rejected; what is done is kept."""
     overwrite: bool = False
     """Start afresh in an output directory that holds another job."""
 
@@ -64,10 +72,21 @@ class EmbedConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"--{name} must be at least {least}, got {value}")
+        if self.max_rejected is not None and not 0 <= self.max_rejected < 1:
+            raise ConfigError(f"--max_rejected is a share from 0 to below 1, got {self.max_rejected}")
 
     def open_source(self) -> ItemSource:
-        """Opens the images or captions; nothing is decoded yet."""
+        """Opens the images or captions; nothing is decoded yet.
+
+        Raises:
+            DataError: If they cannot be used.
+            ConfigError: If what was rejected of streams is to be tried again.
+        """
         if self.images is not None:
-            return open_images(self.images)
-        assert self.captions is not None
-        return open_captions(self.captions)
+            source = open_images(self.images)
+        else:
+            assert self.captions is not None
+            source = open_captions(self.captions)
+        if self.retry_rejected:
+            refuse_streams(source)
+        return source

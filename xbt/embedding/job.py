@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from xbt.embedding.checks import (
 from xbt.embedding.config import MAY_CHANGE, EmbedConfig
 from xbt.embedding.processes import Team, cores_per_process, start_processes
 from xbt.embedding.records import REJECTED, note_repeated, write_records
+from xbt.embedding.rejection_limit import RejectionLimit
+from xbt.embedding.retry import RETRIED, chosen, still_rejected, take_over
 from xbt.embedding.shards import ShardPlan, Task
 from xbt.embedding.work import embed_tasks
 from xbt.encoders import DualEncoder, load_encoder
@@ -39,12 +41,16 @@ class JobSettings:
         batch_size: Items per forward pass.
         dtype: ``"float16"`` or ``"float32"``, on disk.
         num_workers: Decoding processes; ``None`` chooses.
+        retry_rejected: Whether to try again, at the end, what was rejected.
+        max_rejected: The share of items that may be rejected; ``None`` is no limit.
     """
 
     shard_size: int = 10_000
     batch_size: int = 256
     dtype: str = "float16"
     num_workers: int | None = None
+    retry_rejected: bool = False
+    max_rejected: float | None = None
 
 
 def embed(config: EmbedConfig) -> EmbeddingStore:
@@ -77,7 +83,14 @@ def embed(config: EmbedConfig) -> EmbeddingStore:
         run.prepare()
 
     team.main_alone(prepare)
-    settings = JobSettings(config.shard_size, config.batch_size, config.dtype, config.num_workers)
+    settings = JobSettings(
+        config.shard_size,
+        config.batch_size,
+        config.dtype,
+        config.num_workers,
+        config.retry_rejected,
+        config.max_rejected,
+    )
     return embed_source(team, source, encoder, path, settings)
 
 
@@ -145,21 +158,37 @@ def embed_source(
     Raises:
         XbtError: See :func:`embed`.
     """
-    plan = ShardPlan(source, settings.shard_size)
+    _embed(team, source, encoder, path, settings)
+    if settings.retry_rejected:
+        places = team.main_alone(lambda: still_rejected(path, source))
+        if places:
+            again = replace(settings, max_rejected=None)
+            _embed(team, chosen(source, places), encoder, path / RETRIED, again)
+        limit = RejectionLimit(settings.max_rejected, streams=False)
+        team.main_alone(lambda: _take_over(path, len(places), limit))
+    return team.together(lambda: EmbeddingStore.open(path))
+
+
+def _embed(team: Team, source: ItemSource, encoder: DualEncoder, path: Path, settings: JobSettings) -> None:
+    """Makes a store of a source, or of what is left of it; every process calls this."""
     builder = StoreBuilder(path, modality=source.modality, space=encoder.space, dtype=settings.dtype)
-    job = describe(source, settings.shard_size)
+    job = describe(source, settings.shard_size, team.count)
 
     def prepare() -> tuple[list[Task], dict[str, Any], int]:
         builder.prepare()
-        require_same_job(path, job, builder)
+        agreed = require_same_job(path, job, builder)
         team.clear()
-        committed = builder.committed()
-        tasks = [] if builder.finished else plan.remaining(committed)
+        if builder.finished:
+            return [], agreed, 0
+        committed, plan = builder.committed(), ShardPlan(source, agreed["items_per_shard"])
+        tasks = plan.remaining(committed)
         require_room(path, plan.entries(tasks), encoder.dim, settings.dtype)
-        return tasks, job, sum(record.count for record in committed.values())
+        return tasks, agreed, sum(record.count for record in committed.values())
 
     tasks, agreed, before = team.main_alone(prepare)
     team.together(lambda: require_same_source(team.rank, job, agreed))
+    plan = ShardPlan(source, agreed["items_per_shard"])
+    limit = RejectionLimit(settings.max_rejected, source.length is None)
     workers = settings.num_workers
     if workers is None:
         workers = choose_workers(encoder, cores_per_process(team.state))
@@ -168,12 +197,14 @@ def embed_source(
 
     def work() -> None:
         with team.alarming():
-            embed_tasks(team, plan, share, encoder, builder, settings.batch_size, workers)
-        team.wait(lambda: not plan.remaining(builder.committed()))
+            embed_tasks(team, plan, share, encoder, builder, settings.batch_size, workers, limit)
+            team.wait()
 
     team.together(work)
-    team.main_alone(lambda: _finish(builder, plan, time.monotonic() - began, before))
-    return team.together(lambda: EmbeddingStore.open(path))
+    team.main_alone(team.clear)
+    if settings.retry_rejected:
+        limit.share = None  # what is tried again is only counted then
+    team.main_alone(lambda: _finish(builder, plan, time.monotonic() - began, before, limit))
 
 
 def _load(config: EmbedConfig, team: Team) -> DualEncoder:
@@ -190,7 +221,9 @@ def choose_workers(encoder: DualEncoder, cores: int) -> int:
     return max(1, cores // 4) if cores > 1 else 0
 
 
-def _finish(builder: StoreBuilder, plan: ShardPlan, seconds: float, before: int) -> None:
+def _finish(
+    builder: StoreBuilder, plan: ShardPlan, seconds: float, before: int, limit: RejectionLimit
+) -> None:
     if builder.finished:
         print(f"{builder.path} is finished already: {len(EmbeddingStore.open(builder.path))} vectors")
         return
@@ -198,6 +231,8 @@ def _finish(builder: StoreBuilder, plan: ShardPlan, seconds: float, before: int)
     committed = builder.committed()
     # Before the store is declared whole: a kill in between must not lose them.
     rejected, notes = write_records(builder.path, committed)
+    total = sum(record.count for record in committed.values())
+    replace(limit, entries=total + rejected, rejected=rejected).require(f"{REJECTED} says why")
     store = builder.finish(plan.names(committed))
     made = len(store) - before
     what = f"{plan.source.modality}s"
@@ -208,3 +243,13 @@ def _finish(builder: StoreBuilder, plan: ShardPlan, seconds: float, before: int)
     )
     if not len(store):
         warnings.warn(f"none of {rejected} {what} could be embedded; {REJECTED} says why", stacklevel=2)
+
+
+def _take_over(path: Path, tried: int, limit: RejectionLimit) -> None:
+    if not tried:
+        print(f"nothing is left to try again: {path} has every item that was rejected")
+        return
+    left = take_over(path)
+    print(f"tried {tried} rejected items again: {tried - left} embedded, rejected {left} → {path}")
+    total = len(EmbeddingStore.open(path)) + left
+    replace(limit, entries=total, rejected=left).require(f"{REJECTED} says why")

@@ -13,10 +13,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 
 from xbt.errors import DataError, XbtError
+from xbt.store.files import writing_to
 
 Result = TypeVar("Result")
 _POLL_SECONDS = 0.2
 _LONGEST_POLL = 5.0
+_MARK = ".done_"
 
 
 def start_processes() -> PartialState:
@@ -39,6 +41,7 @@ class Team:
         self.state = state
         self.count, self.rank, self.is_main = state.num_processes, state.process_index, state.is_main_process
         self._alarm = directory / ".stopped"
+        self._marks = [directory / f"{_MARK}{rank}" for rank in range(state.num_processes)]
 
     def together(self, step: Callable[[], Result]) -> Result:
         """Runs a short step in every process; if it fails in one, it fails in all.
@@ -68,8 +71,9 @@ class Team:
         return shared[0]
 
     def clear(self) -> None:
-        """Forgets that an earlier run was stopped; the main process calls this before the others work."""
-        self._alarm.unlink(missing_ok=True)
+        """Removes what an earlier run or this one left for its processes to see; the main one calls it."""
+        for path in (self._alarm, *self._alarm.parent.glob(f"{_MARK}*")):
+            path.unlink(missing_ok=True)
 
     @property
     def stopped(self) -> bool:
@@ -87,19 +91,23 @@ class Team:
                     self._alarm.touch()
             raise
 
-    def wait(self, done: Callable[[], bool]) -> None:
-        """Waits until the work of all is done or one has given up.
+    def wait(self) -> None:
+        """Says that this process's work is done, and waits until that of all is or one has given up.
 
-        The directory is asked, not the process group: its time limits are meant for short steps, and shares
-        of the work may differ by hours.
+        The directory is asked for one file a process, not the process group: its time limits are meant for
+        short steps, and shares of the work may differ by hours.
+
+        Raises:
+            StoreError: If the directory cannot be written.
         """
+        if self.count == 1:
+            return
+        with writing_to(self._marks[self.rank], 0):
+            self._marks[self.rank].touch()
         pause = _POLL_SECONDS
-        while self.count > 1 and not self.stopped:
-            asked = time.monotonic()
-            if done():
-                return
-            pause = min(max(1.2 * pause, 10 * (time.monotonic() - asked)), _LONGEST_POLL)
+        while not self.stopped and not all(mark.exists() for mark in self._marks):
             time.sleep(pause)
+            pause = min(1.2 * pause, _LONGEST_POLL)
 
 
 def _described(problem: Exception | None) -> str | None:

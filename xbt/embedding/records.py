@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xbt.store import ShardRecord
-from xbt.store.files import write_bytes
+from xbt.store.files import write_lines
 
 REJECTED, NOTES = "rejected.jsonl", "notes.jsonl"
 _FIELDS = {REJECTED: ("rejected", "reason"), NOTES: ("notes", "note")}
@@ -33,7 +33,7 @@ def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int
 
     Args:
         path: The job's directory.
-        committed: The records in the order of the shards.
+        committed: The records in the order of the shards; each is looked at once for either file.
 
     Returns:
         How many items were rejected and how many have a note.
@@ -43,11 +43,15 @@ def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int
     """
     counts = []
     for name, (key, word) in _FIELDS.items():
-        lines = [
-            json.dumps({"id": item, word: told}, ensure_ascii=False) + "\n"
-            for record in committed.values()
-            for item, told in record.extra.get(key, ())
-        ]
-        write_bytes(path / name, "".join(lines).encode("utf-8"))
-        counts.append(len(lines))
+        count = 0
+
+        def lines(key: str = key, word: str = word) -> Iterator[str]:
+            nonlocal count
+            for record in committed.values():
+                for item, told in record.extra.get(key, ()):
+                    count += 1
+                    yield json.dumps({"id": item, word: told}, ensure_ascii=False) + "\n"
+
+        write_lines(path / name, lines())
+        counts.append(count)
     return counts[0], counts[1]

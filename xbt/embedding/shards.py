@@ -12,6 +12,7 @@ from xbt.data.items import Entry, Item, ItemSource, Part
 LAST = "last"
 """Key in the record of a stream's last shard."""
 _CHUNK_DIGITS = 5
+_LEAST = 256  # a smaller shard is not worth its files
 
 
 class Record(Protocol):
@@ -56,6 +57,23 @@ class Batch:
     ends_part: bool = False
 
 
+def even_shard_size(shard_size: int, entries: int | None, processes: int) -> int:
+    """The size at which the shards of a list can be dealt out to all processes alike.
+
+    Args:
+        shard_size: What was asked for, and the most it will be.
+        entries: Entries of the list; ``None`` for streams, whose parts are dealt out instead.
+        processes: How many there are.
+
+    Returns:
+        Entries per shard; not below 256 unless that was asked for.
+    """
+    if entries is None or processes == 1:
+        return shard_size
+    rounds = -(-entries // (shard_size * processes))
+    return min(shard_size, max(_LEAST, -(-entries // max(1, rounds * processes))))
+
+
 class ShardPlan:
     """The shards of a source.
 
@@ -76,7 +94,10 @@ class ShardPlan:
         return f"{part:0{len(str(len(self.source.parts) - 1))}d}_{chunk:0{_CHUNK_DIGITS}d}"
 
     def remaining(self, committed: Mapping[str, Record]) -> list[Task]:
-        """What is left to do once these shards are written; an empty list means that the source is done."""
+        """What is left to do once these shards are written; an empty list means that the source is done.
+
+        Of lists only the names are looked at, and of each stream the record of its last shard.
+        """
         size = self.shard_size
         if not self._streams:
             return [
@@ -87,11 +108,9 @@ class ShardPlan:
         tasks = []
         for part in range(len(self.source.parts)):
             chunk = 0
-            while (record := committed.get(self.name(part, chunk))) is not None and not record.extra.get(
-                LAST
-            ):
+            while self.name(part, chunk) in committed:
                 chunk += 1
-            if record is None:
+            if not chunk or not committed[self.name(part, chunk - 1)].extra.get(LAST):
                 tasks.append(Task(part, chunk * size, None))
         return tasks
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from xbt.embedding.processes import Team
 from xbt.embedding.records import as_extra
+from xbt.embedding.rejection_limit import RejectionLimit
 from xbt.embedding.shards import LAST, Batch, ShardPlan, Task
 from xbt.encoders import DualEncoder
 from xbt.errors import TruncationWarning
@@ -29,6 +30,7 @@ def embed_tasks(
     builder: StoreBuilder,
     batch_size: int,
     workers: int,
+    limit: RejectionLimit,
 ) -> None:
     """Embeds and writes some shards, until they are done or another process has given up.
 
@@ -40,13 +42,14 @@ def embed_tasks(
         builder: Where the shards go.
         batch_size: Items per forward pass.
         workers: Processes that decode images or tokenise texts.
+        limit: How much may be rejected.
 
     Raises:
-        XbtError: If the encoder gives NaN, or a shard cannot be written.
+        XbtError: If the encoder gives NaN, a shard cannot be written, or too much was rejected.
     """
     if not tasks:
         return
-    with _Writer(team, plan, tasks, builder) as writer:
+    with _Writer(team, plan, tasks, builder, limit) as writer:
         if plan.source.modality == "image":
             _embed_images(team, plan.batches(tasks, batch_size), encoder, writer, workers)
         else:
@@ -99,8 +102,15 @@ def _embed_texts(
 class _Writer:
     """Gathers the batches of a shard and writes it when it is complete."""
 
-    def __init__(self, team: Team, plan: ShardPlan, tasks: list[Task], builder: StoreBuilder) -> None:
-        self._builder = builder
+    def __init__(
+        self,
+        team: Team,
+        plan: ShardPlan,
+        tasks: list[Task],
+        builder: StoreBuilder,
+        limit: RejectionLimit,
+    ) -> None:
+        self._builder, self._limit = builder, limit
         self._columns = plan.source.parts[0].columns
         self._streams = plan.source.length is None
         share = f" (process 1 of {team.count})" if team.count > 1 else ""
@@ -143,8 +153,10 @@ class _Writer:
             self._ids.append(item.id)
             for name in self._columns:
                 self._metadata[name].append(item.metadata[name])
-        self._rejected += [(each.id, each.reason) for each in batch.rejected]
-        self._rejected += [(batch.items[at].id, reason) for at, reason in sorted((rejected or {}).items())]
+        new = [(each.id, each.reason) for each in batch.rejected]
+        new += [(batch.items[at].id, reason) for at, reason in sorted((rejected or {}).items())]
+        self._limit.add(len(batch.items) + len(batch.rejected), new)
+        self._rejected += new
         self._notes += [(batch.items[at].id, note) for at, note in sorted((notes or {}).items())]
         if batch.ends_shard:
             self._write(batch)

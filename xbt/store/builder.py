@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from xbt.errors import StoreError
 from xbt.space import EmbeddingSpace
 from xbt.store.column_types import ColumnTypes
+from xbt.store.committed import CommittedShards
 from xbt.store.files import (
     remove_leftovers,
     remove_strays,
     sync_directory,
-    write_bytes,
+    write_lines,
     write_record,
     writing_to,
 )
@@ -34,7 +37,6 @@ from xbt.store.layout import (
     metadata_file,
     read_header,
     read_manifest,
-    read_shard_record,
     shard_files,
     shard_key,
     shard_name,
@@ -122,18 +124,17 @@ class StoreBuilder:
         if not header.is_file():
             write_record(header, self.header.to_dict())
 
-    def committed(self) -> dict[str, ShardRecord]:
-        """The shards that are written, by name and in order; any process may ask at any time."""
+    def committed(self) -> Mapping[str, ShardRecord]:
+        """The shards that are written, by name and in order; any process may ask at any time.
+
+        Until the store is finished, a record is read when it is asked for.
+        """
         if self.finished:
             store = EmbeddingStore.open(self.path)
             notes = dict(store.extra())
-            records = [
-                ShardRecord(shard.name, shard.count, shard.files, notes.get(shard.name, {}))
-                for shard in store.shards
-            ]
-        else:
-            records = [read_shard_record(path) for path in self._record_files()]
-        return {record.name: record for record in sorted(records, key=lambda record: shard_key(record.name))}
+            records = (replace(shard, extra=notes.get(shard.name, {})) for shard in store.shards)
+            return {record.name: record for record in records}
+        return CommittedShards(self.path / IN_PROGRESS)
 
     def write(
         self,
@@ -197,12 +198,14 @@ class StoreBuilder:
         Raises:
             StoreError: If a shard is damaged, or the disk is full.
         """
-        records = [] if self.finished else list(self.committed().values())
+        committed = {} if self.finished else self.committed()
+        records = [_without_note(record) for record in committed.values()]
         found: dict[int, list[Repetition]] = {}
         for repetition in repeated_ids(self.path, records):
             found.setdefault(repetition.part, []).append(repetition)
         for part, repeated in sorted(found.items()):
-            extra = note(records[part].extra, [(each.name, records[each.first].name) for each in repeated])
+            old = committed[records[part].name].extra
+            extra = note(old, [(each.name, records[each.first].name) for each in repeated])
             drop_rows(self.path, self.header, records[part], [each.row for each in repeated], extra)
         return sum(map(len, found.values()))
 
@@ -229,7 +232,7 @@ class StoreBuilder:
             if faults:
                 raise StoreError(faults[0])
             remove_strays(self.path, self.header.modality, records)
-            manifest = Manifest(self.header, tuple(records), self._write_extra(records))
+            manifest = Manifest(self.header, tuple(records), self._write_extra())
             write_record(self.path / MANIFEST, manifest.to_dict())
         shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
         self._lock.release()
@@ -254,18 +257,13 @@ class StoreBuilder:
         for first, second, key, next_key in zip(wanted, wanted[1:], keys, keys[1:], strict=False):
             if key == next_key:
                 raise StoreError(f"the shards {first!r} and {second!r} of {self.path} have the same number")
-        return [there[name] for name in wanted]
+        return [_without_note(there[name]) for name in wanted]
 
-    def _write_extra(self, records: list[ShardRecord]) -> FileRecord | None:
-        notes = [json.dumps({"name": r.name, "extra": r.extra}) + "\n" for r in records if r.extra]
-        content = "".join(notes).encode("ascii")
-        return write_bytes(self.path / EXTRA, content) if notes else None
-
-    def _record_files(self) -> Iterator[Path]:
-        folder = self.path / IN_PROGRESS
-        return (
-            path for path in folder.glob("*.json") if path.name != HEADER and not path.name.startswith(".")
-        )
+    def _write_extra(self) -> FileRecord | None:
+        records = self.committed().values()
+        notes = (json.dumps({"name": r.name, "extra": r.extra}) + "\n" for r in records if r.extra)
+        first = next(notes, None)
+        return None if first is None else write_lines(self.path / EXTRA, chain([first], notes))
 
     def _refuse_foreign_files(self) -> None:
         for folder in (*FOLDERS.values(), METADATA):
@@ -275,3 +273,8 @@ class StoreBuilder:
                     f"{self.path} already holds {folder}/{found.name}, which no such job has left there; "
                     "choose another directory"
                 )
+
+
+def _without_note(record: ShardRecord) -> ShardRecord:
+    """A record without what may be long."""
+    return replace(record, extra={})

@@ -45,12 +45,12 @@ class _HashingSink:
         return FileRecord(self._bytes, self._digest.hexdigest())
 
 
-def write_whole(path: Path, needed: int, produce: Callable[[Sink], object]) -> FileRecord:
+def write_whole(path: Path, needed: int | None, produce: Callable[[Sink], object]) -> FileRecord:
     """Writes a file durably: under a temporary name, synchronised to disk, then renamed.
 
     Args:
         path: The file; its directory is made.
-        needed: Bytes it will take, for the error.
+        needed: Bytes it will take, for the error; ``None`` if that is not known.
         produce: Writes the content into what it is given.
 
     Returns:
@@ -83,22 +83,33 @@ def write_bytes(path: Path, content: bytes) -> FileRecord:
     return write_whole(path, len(content), lambda sink: sink.write(content))
 
 
+def write_lines(path: Path, lines: Iterable[str]) -> FileRecord:
+    """Writes lines, which end in a line feed, as :func:`write_whole` does; they are never all in memory."""
+
+    def produce(sink: Sink) -> None:
+        for line in lines:
+            sink.write(line.encode("utf-8"))
+
+    return write_whole(path, None, produce)
+
+
 def write_record(path: Path, data: Any) -> FileRecord:
     """Writes a JSON file as :func:`write_whole` does."""
     return write_bytes(path, (json.dumps(data, indent=1) + "\n").encode("ascii"))
 
 
 @contextmanager
-def writing_to(path: Path, needed: int) -> Iterator[None]:
+def writing_to(path: Path, needed: int | None) -> Iterator[None]:
     """Turns what the operating system says against writing into one sentence."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
+            size = "more bytes" if needed is None else f"{needed} bytes"
             raise StoreError(
-                f"{needed} bytes are needed for {path}, but there is no room ({reason}); free some space or "
-                "raise the limit and run again: the shards already written are kept"
+                f"{size} are needed for {path}, but there is no room ({reason}); free some space or raise "
+                "the limit and run again: the shards already written are kept"
             ) from error
         raise StoreError(
             f"{path} cannot be written ({reason}); choose a directory you may write to"

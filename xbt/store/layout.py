@@ -152,9 +152,14 @@ class Manifest:
 
 def shard_name(name: Any) -> str:
     """Checks a shard's name: digits, or digits joined by underscores (``"007"``, ``"03_0012"``)."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not is_shard_name(name):
         raise StoreError(f"a shard's name is made of digits and underscores, such as '007', got {name!r}")
-    return name
+    return str(name)
+
+
+def is_shard_name(name: Any) -> bool:
+    """Whether something could be a shard's name."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def shard_key(name: str) -> tuple[int, ...]:
