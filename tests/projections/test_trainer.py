@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 from xbt.errors import ConfigError, DataError
 from xbt.projections import LinearProjection
 from xbt.projections.pairs import PairVectors
-from xbt.projections.trainer import Schedule, TextBatches, pairs_score, split, text_score, train
+from xbt.projections.trainer import Schedule, TextBatches, pairs_score, split, text_hits, text_score, train
 
 
 class Rows:
@@ -84,6 +84,22 @@ def test_step_zero_is_kept_unless_beaten():
     assert line.w.item() == 0
 
 
+def hits(count, found):
+    return torch.cat([torch.ones(found), torch.zeros(count - found)])
+
+
+def test_step_zero_is_left_only_for_a_gain_above_its_error():
+    saturated = [hits(192, found) for found in (190, 191, 192, 190, 191, 192)]
+    assert run(Line(), saturated).best_step == 0
+    outcome = run(Line(), [hits(192, found) for found in (150, 152, 156, 157, 156, 157)])
+    assert outcome.best_step == 6  # once step 0 is left, the best step counts, by however little
+    assert outcome.history[0] == 150 / 192
+    # As many broken as fixed, but for one.
+    shuffled = torch.cat([torch.zeros(20), torch.ones(171), torch.zeros(1)])
+    assert run(Line(), [hits(192, 171), *[shuffled] * 5]).best_step == 0
+    assert run(Line(), [hits(1, 0), *[hits(1, 1)] * 5]).best_step == 0
+
+
 def test_the_last_step_is_judged_and_training_converges():
     line = Line()
     outcome = run(line, range(30), steps=101, eval_every=50)
@@ -134,6 +150,7 @@ def test_scores_by_hand():
     assert text_score(identity, vectors, vectors) == 1
     # Equal vectors tie, which counts against us; the other way round one row is nearest to all.
     assert text_score(identity, vectors, torch.ones(20, 6)) == pytest.approx((0 + 1 / 20) / 2)
+    assert text_hits(identity, vectors, torch.ones(20, 6)).tolist().count(0.5) == 1
     pairs = PairVectors(vectors, vectors, vectors[:10], torch.arange(20) % 10, vectors[:10])
     assert (
         pairs_score(identity, pairs) > 0.5

@@ -10,7 +10,7 @@ from xbt.projections.base import LinearProjection
 from xbt.projections.objective import TextLoss, TextProjectionObjective
 from xbt.projections.sources import Source, random_access
 from xbt.projections.start import procrustes_start
-from xbt.projections.trainer import Schedule, TextBatches, split, text_score, train
+from xbt.projections.trainer import Schedule, TextBatches, split, text_hits, train
 
 
 class LambdaOrthogonalObjective(nn.Module):
@@ -76,7 +76,8 @@ def fit_lambda_orthogonal(
     learning", NeurIPS 2025, arXiv 2509.16664. Its exact regulariser was not verified: the hinge of
     :class:`LambdaOrthogonalObjective` is ours. λ = 0 keeps W orthogonal but for what the penalty's weight
     cannot hold, λ = ∞ lets it go. W starts at the Procrustes rotation and b at 0; a later step is kept only
-    if it is better on held-out rows, and else the Procrustes rotation of all rows is returned.
+    if it is certainly better on held-out rows (:func:`~xbt.projections.trainer.train`), and else the
+    Procrustes rotation of all rows is returned.
 
     Args:
         new: Vectors of the new model: (n, new_dim) tensor, array or store. Rows are used as they are.
@@ -121,7 +122,7 @@ def fit_lambda_orthogonal(
         objective = LambdaOrthogonalObjective(projection, settings, lam, orthogonality_weight)
         new_rows, old_rows = rows.take(kept_out)
         batches = TextBatches(rows, chosen, schedule)
-        outcome = train(objective, batches, schedule, lambda: text_score(projection, new_rows, old_rows))
+        outcome = train(objective, batches, schedule, lambda: text_hits(projection, new_rows, old_rows))
         if outcome.best_step:
             return projection.cpu().eval()
     return LinearProjection.from_weight(procrustes_start(rows).rotation)

@@ -8,7 +8,7 @@ from xbt.projections.objective import TextLoss, TextProjectionObjective
 from xbt.projections.residual import ResidualProjection
 from xbt.projections.sources import Source, random_access
 from xbt.projections.start import ProcrustesStart, procrustes_start
-from xbt.projections.trainer import Schedule, TextBatches, split, text_score, train
+from xbt.projections.trainer import Schedule, TextBatches, split, text_hits, train
 
 
 def fit_mlp(
@@ -32,8 +32,9 @@ def fit_mlp(
     The residual MLP of Drift-Adapter (Vejendla, EMNLP 2025, arXiv 2509.23471), which trains it on the squared
     error; between unit rows that is twice the cosine loss. Everything is trained, W too. W starts at the
     Procrustes rotation and W₂, b₂ at 0, so that step 0 is that rotation; it is kept unless a later step is
-    better on held-out rows, and is then fitted to all rows. Neither noise nor pairs: it is a baseline that
-    knows one modality. :func:`~xbt.projections.xbt_projection.fit_xbt` is what knows of two.
+    certainly better on held-out rows (:func:`~xbt.projections.trainer.train`), and is then fitted to all
+    rows. Neither noise nor pairs: it is a baseline that knows one modality.
+    :func:`~xbt.projections.xbt_projection.fit_xbt` is what knows of two.
 
     Args:
         new: Vectors of the new model: (n, new_dim) tensor, array or store. Rows are used as they are.
@@ -68,7 +69,7 @@ def fit_mlp(
         new_rows, old_rows = rows.take(kept_out)
         batches = TextBatches(rows, chosen, schedule)
         objective = TextProjectionObjective(projection, settings)
-        outcome = train(objective, batches, schedule, lambda: text_score(projection, new_rows, old_rows))
+        outcome = train(objective, batches, schedule, lambda: text_hits(projection, new_rows, old_rows))
         if outcome.best_step:
             return projection.cpu().eval()
     return _start(procrustes_start(rows), hidden_dim, seed).eval()

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from xbt.errors import ConfigError, SpaceMismatchError
 from xbt.projections.closed_form import PAIRS_WEIGHT
@@ -23,7 +24,7 @@ from xbt.projections.trainer import (
     TextBatches,
     pairs_score,
     split,
-    text_score,
+    text_hits,
     train,
 )
 
@@ -63,8 +64,9 @@ def fit_xbt(
     whose second part is in :class:`~xbt.projections.pair_objective.JointObjective`: retrieval itself, of old
     vectors by projected new ones. Step 0 (s = 0) is the Procrustes rotation, over the pairs' images too where
     there are some, with ω (:func:`~xbt.projections.start.procrustes_start`). A later step is kept if it is
-    better on what was held out: captions, found by their own vector, or with pairs their images, found across
-    modalities. If none is, the closed form of all vectors is returned, and ``scale`` is 0.
+    better on what was held out: captions, found by their own vector, by more than the error of that gain
+    (:func:`~xbt.projections.trainer.train`), or with pairs their images, found across modalities. If
+    none is, the closed form of all vectors is returned, and ``scale`` is 0.
 
     The defaults for noise and relational loss are not those of the recipe (0.3 and none); they were chosen on
     one pair of dual encoders. Whether the result beats the closed form depends on the two models: see
@@ -166,14 +168,14 @@ class _Split:
 
     texts: Positions
     pairs: PairVectors | None
-    score: Callable[[ResidualProjection], float]
+    score: Callable[[ResidualProjection], float | Tensor]
 
 
 def _split(rows: PairedVectors, pairs: PairVectors | None, schedule: Schedule) -> _Split:
     if pairs is None:
         texts, held_out = split(len(rows), schedule.held_out, schedule.seed)
         new, old = rows.take(held_out)
-        return _Split(texts, None, lambda projection: text_score(projection, new, old))
+        return _Split(texts, None, lambda projection: text_hits(projection, new, old))
     images, others = split(len(pairs), schedule.held_out, schedule.seed, "images in the pairs")
     kept_out = pairs.subset(torch.from_numpy(np.sort(others)))
     chosen = pairs.subset(torch.from_numpy(np.sort(images)))
