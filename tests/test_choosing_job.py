@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import tiny
 import torch
 
-from xbt.choosing_job import ChooseProjectionConfig, run_choice
+from xbt.choosing_job import ChooseProjectionConfig, embed_pairs, run_choice
 from xbt.compatible import CompatibleEncoder
 from xbt.data import CaptionSource, PairSource, make_scenes
 from xbt.encoders import load_encoder
@@ -50,6 +51,23 @@ def test_what_is_saved_makes_the_decision_s_queries(specs, tmp_path):
     # Random models have nothing to gain, so that the old query is what remains.
     assert not decision.deployed("T2I")
     torch.testing.assert_close(expected, old.encode_texts(texts), rtol=0, atol=1e-5)
+
+
+def test_images_of_the_pairs_are_not_all_decoded_at_once(specs, monkeypatch):
+    pairs, alive, most = make_scenes(200), weakref.WeakValueDictionary(), []
+    decode = pairs.image
+
+    def image(row):
+        alive[len(most)] = decoded = decode(row).copy()
+        most.append(len(alive))
+        return decoded
+
+    monkeypatch.setattr(pairs, "image", image)
+    new, old = (load_encoder(spec) for spec in specs)
+    vectors = embed_pairs(pairs, new, old)
+    torch.testing.assert_close(vectors.new_images, new.encode_images(pairs.images), atol=1e-6, rtol=0)
+    assert len(most) == 400  # once for each model
+    assert max(most) < 150
 
 
 def test_the_evaluation_takes_it(specs, tmp_path):

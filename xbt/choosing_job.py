@@ -11,6 +11,7 @@ from xbt.compatible import CompatibleEncoder
 from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_readable_pairs, read_captions
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError
+from xbt.evaluation.cells import LazyImages
 from xbt.projections import Decision, PairVectors, choose_projection
 from xbt.run_dir import RunDirectory
 
@@ -98,8 +99,8 @@ def run_choice(config: ChooseProjectionConfig) -> Decision:
 
 
 def embed_pairs(pairs: ImageTextPairs, new: DualEncoder, old: DualEncoder) -> PairVectors:
-    """Embeds pairs with both models."""
-    images = [pairs.image(row) for row in range(len(pairs))]
+    """Embeds pairs with both models; images are decoded batch by batch, for each of them."""
+    images = LazyImages(pairs)
     (new_texts, new_images), (old_texts, old_images) = (
         (encoder.encode_texts(list(pairs.texts), progress=True), encoder.encode_images(images, progress=True))
         for encoder in (new, old)

@@ -296,7 +296,7 @@ def evaluate_retrieval(
         DataError: If ``ks`` or the pairs cannot be used; both are checked before anything is embedded.
     """
     ks = check_ks(ks)
-    texts, images = list(pairs.texts), _LazyImages(pairs)
+    texts, images = list(pairs.texts), LazyImages(pairs)
     t2i, i2t = pairs.positives_t2i, pairs.positives_i2t
     check_positives(t2i, len(texts), len(images), "positives_t2i")
     check_positives(i2t, len(images), len(texts), "positives_i2t")
@@ -321,7 +321,7 @@ def evaluate_retrieval(
     return RetrievalReport(cells, {"T2I": first_image, "I2T": torch.arange(len(i2t))})
 
 
-class _LazyImages(Sequence[Image.Image]):
+class LazyImages(Sequence[Image.Image]):
     """The images of some pairs, decoded one at a time when they are asked for."""
 
     def __init__(self, pairs: ImageTextPairs) -> None:
