@@ -89,9 +89,10 @@ def test_a_finished_store_is_found_finished(tmp_path, space, other_space, unit_r
     again = builder_at(tmp_path, space)
     again.prepare()
     assert again.finished
+    EmbeddingStore.open(tmp_path).append(unit_rows(1, 3), ["z"])  # while the builder is still there
     with pytest.raises(StoreError, match="is a finished store; open it and append"):
         again.write("1", unit_rows(1), ["c"])
-    assert again.finish(["0"]).ids == ["a", "b"]
+    assert again.finish(["0", "000001"]).ids == ["a", "b", "z"]
     for other, error, words in (
         (builder_at(tmp_path, other_space), SpaceMismatchError, r"'model-b'.*'model-a'"),
         (

@@ -94,7 +94,7 @@ class StoreBuilder:
 
         The main process alone calls this, before the others start. It keeps the right to write until
         :meth:`finish` or its end, and removes what killed writers left half-written. On a finished store of
-        the same kind it does nothing but that: see :attr:`finished`.
+        the same kind it only removes that, and gives the right back: see :attr:`finished`.
 
         Raises:
             StoreError: If the directory cannot be written, is being written by another job, or holds
@@ -116,6 +116,7 @@ class StoreBuilder:
         remove_leftovers(self.path, *folders)
         if self.finished:
             shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
+            self._lock.release()  # there is nothing left to build: others may append
             return
         with writing_to(self.path, 0):
             for folder in folders:
