@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from xbt.compatible import CompatibleEncoder
 from xbt.config import parse_config
 from xbt.data import PairSource, load_pairs, make_scenes
 from xbt.encoders import load_encoder
-from xbt.errors import ConfigError, DataError
+from xbt.errors import ConfigError, DataError, EncoderError
 from xbt.evaluation import Expectation, Protocol, evaluate_retrieval
 from xbt.evaluation_job import EvaluationConfig, run_evaluation
 from xbt.projections import fit_projection
@@ -116,12 +117,12 @@ def test_folds_are_evaluated_apart_and_averaged(models, tmp_path):
     assert "mean over 3 folds of so many" in (tmp_path / "out/retrieval.md").read_text()
 
 
-def test_wrong_data_is_refused_before_any_encoder_is_loaded(tmp_path):
+def test_wrong_data_is_refused_before_any_encoder_is_loaded(models, tmp_path):
     path = write_karpathy(tmp_path, photos())
 
-    def refuse(kind, message, source=None, name="whole"):
+    def refuse(kind, message, source=None, name="whole", encoders=("no", "no")):
         pairs = source or PairSource(str(path))
-        config = EvaluationConfig("no", "no", pairs, str(tmp_path / "out"), protocol=name)
+        config = EvaluationConfig(*encoders, pairs, str(tmp_path / "out"), protocol=name)
         with pytest.raises(kind, match=message):
             run_evaluation(config, protocols=SMALL)
 
@@ -130,7 +131,20 @@ def test_wrong_data_is_refused_before_any_encoder_is_loaded(tmp_path):
     refuse(ConfigError, "limit 2 was given with the protocol 'whole'", PairSource(str(path), limit=2))
     refuse(ConfigError, "no protocol 'coco_5k'; there are whole, folded", name="coco_5k")
     (tmp_path / "val2014" / photos()[4].name).write_bytes(b"not a picture")
-    refuse(DataError, "takes every image, but 1 of 6 cannot be read, first: image val2014/COCO_val2014_0")
+    unread = "takes every image, but 1 of 6 cannot be read, first: image val2014/COCO_val2014_0"
+    refuse(DataError, unread, encoders=models[:2])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("protocol", [None, "whole"])
+def test_a_misspelt_encoder_is_refused_before_any_image_is_decoded(models, tmp_path, protocol):
+    path = write_karpathy(tmp_path, photos())
+    for photo in photos():
+        (tmp_path / "val2014" / photo.name).write_bytes(b"not a picture")
+    for encoders in (("open_clip:local-dir:nowhere", models[1]), (models[0], "transformer:x")):
+        config = EvaluationConfig(*encoders, PairSource(str(path)), str(tmp_path / "out"), protocol=protocol)
+        with pytest.raises(EncoderError):
+            run_evaluation(config, protocols=SMALL)
     assert not (tmp_path / "out").exists()
 
 
@@ -156,6 +170,10 @@ def test_published_values_are_compared_and_may_end_the_job(models, tmp_path):
     assert [each["agrees"] for each in saved["expected"]] == [True, False, False]
     assert "| old/old | T2I R@1 |" in (out / "retrieval.md").read_text()
     config.fail_on_mismatch = True
+    with pytest.raises(ConfigError, match=r"expected of new/old T2I R@100, which"):
+        # Before anything is opened.
+        run_evaluation(replace(config, new="no", pairs=PairSource("no.json"), output_dir=str(tmp_path / "b")))
+    del config.expected[1].T2I["R@100"]
     with pytest.raises(DataError, match=r"2 of 3 published values .*: new/old T2I R@1 expected 99"):
         run_evaluation(config, show=shown.append)
     assert [each.comparisons for each in shown] == [report.comparisons]

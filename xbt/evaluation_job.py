@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import torch
 
 from xbt.compatible import load_upgraded
-from xbt.data import ImageTextPairs, PairSource, Rejected, load_pairs, load_readable_pairs
+from xbt.data import ImageTextPairs, PairSource, Rejected, load_pairs
+from xbt.data.pairs import keep_readable
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation.cells import evaluate_retrieval
-from xbt.evaluation.expected import CheckedReport, Expectation, check_report
+from xbt.evaluation.expected import CheckedReport, Expectation, check_report, require_comparable
 from xbt.evaluation.protocols import PROTOCOLS, Protocol, average_folds, find_protocol
 from xbt.evaluation.table import format_markdown
 from xbt.run_dir import RunDirectory
@@ -47,7 +48,8 @@ class EvaluationConfig:
     expected: list[Expectation] = field(default_factory=list)
     """Published values to compare with; those of other models are passed over."""
     fail_on_mismatch: bool = False
-    """End with an error, after the results are written, if a published value is not reproduced."""
+    """End with an error if a published value is not reproduced, after the results are written, or will not be
+    measured, before anything is encoded."""
     device: str | None = None
     """Where the encoders run; the GPU if there is one."""
     overwrite: bool = False
@@ -73,6 +75,8 @@ def run_evaluation(
         XbtError: If an encoder, a saved part or the pairs cannot be used.
         DataError: If the pairs are not what the protocol says, or with ``fail_on_mismatch`` a published value
             is not reproduced; everything is written by then.
+        ConfigError: If with ``fail_on_mismatch`` nothing was published for these models, or something that
+            will not be measured.
 
     Warns:
         UserWarning: If images were left out because they cannot be decoded.
@@ -83,18 +87,26 @@ def run_evaluation(
         config.output_dir, config, config.overwrite, may_change=["expected", "fail_on_mismatch"]
     )
     protocol = None if config.protocol is None else find_protocol(config.protocol, protocols)
+    # The cell of a single upgrade bears no label.
+    names = (
+        {f"new/old ({label})": "new/old" for label in config.upgraded} if len(config.upgraded) == 1 else {}
+    )
+    if config.fail_on_mismatch:
+        cells = ["old/old", "new/new", *(f"new/new ({label})" for label in config.own)]
+        cells += names.values() or [f"new/old ({label})" for label in config.upgraded]
+        require_comparable(config.expected, config.old, config.new, cells, config.ks, names)
+    pairs, folds = _open(config.pairs, protocol)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folds, rejected = _load(config.pairs, protocol)
+    # A misspelt name is found before the images are decoded, which takes minutes.
     old, new = load_encoder(config.old, device), load_encoder(config.new, device)
     upgraded, own = (
         {label: load_upgraded(path, config.new, config.old, device) for label, path in given.items()}
         for given in (config.upgraded, config.own)
     )
+    folds, rejected = _readable(pairs, folds, protocol)
     measured = average_folds(
         [evaluate_retrieval(fold, old, new, upgraded, tuple(config.ks), True, own) for fold in folds]
     )
-    # The cell of a single upgrade bears no label.
-    names = {f"new/old ({label})": "new/old" for label in upgraded} if len(upgraded) == 1 else {}
     report = check_report(measured, protocol, config.expected, config.old, config.new, names)
     _write(run, report, rejected)
     if show is not None:
@@ -104,18 +116,27 @@ def run_evaluation(
     return report
 
 
-def _load(source: PairSource, protocol: Protocol | None) -> tuple[list[ImageTextPairs], list[Rejected]]:
-    """The pairs, in folds; under a protocol not one image may be missing."""
+def _open(source: PairSource, protocol: Protocol | None) -> tuple[ImageTextPairs, list[ImageTextPairs]]:
+    """The pairs, whole and in folds, with no image decoded; a protocol counts them."""
     if protocol is None:
-        pairs, rejected = load_readable_pairs(source, progress=True)
-        return [pairs], rejected
+        pairs = load_pairs(source)
+        return pairs, [pairs]
     if source.limit is not None and source.kind != "scenes":
         raise ConfigError(
             f"limit {source.limit} was given with the protocol {protocol.name!r}, which takes every image; "
             "leave one of them out"
         )
     pairs = load_pairs(source)
-    folds = protocol.prepare(pairs, source.source)  # counting first: decoding takes minutes
+    return pairs, protocol.prepare(pairs, source.source)
+
+
+def _readable(
+    pairs: ImageTextPairs, folds: list[ImageTextPairs], protocol: Protocol | None
+) -> tuple[list[ImageTextPairs], list[Rejected]]:
+    """The folds without what cannot be decoded; under a protocol not one image may be missing."""
+    if protocol is None:
+        readable, rejected = keep_readable(pairs, progress=True)
+        return [readable], rejected
     _, rejected = pairs.drop_unreadable(progress=True)
     if rejected:
         raise DataError(

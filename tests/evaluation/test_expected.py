@@ -12,6 +12,7 @@ from xbt.evaluation import (
     format_markdown,
     format_table,
 )
+from xbt.evaluation.expected import require_comparable
 
 
 def report(upgrade="new/old"):
@@ -48,7 +49,7 @@ def test_tolerance(tolerance, agrees):
     assert checked.comparisons[0].agrees is agrees
 
 
-def test_values_of_other_models_and_other_ks_are_passed_over():
+def test_values_of_other_models_are_passed_over_and_other_ks_are_unmeasured():
     values = [
         expected(old=["a", "alias of a"]),
         expected(old=["x"]),
@@ -57,7 +58,35 @@ def test_values_of_other_models_and_other_ks_are_passed_over():
     ]
     checked = check_report(report(), None, values, "a", "b")
     assert [each.expected for each in checked.comparisons] == [30.64, 30.0]
-    assert checked.unmeasured == []
+    assert checked.unmeasured == ["old/old T2I R@100"]
+    assert "not measured here: old/old T2I R@100" in format_table(checked)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "no published value was compared, because --expected has none for these models"),
+        ([expected(old=["x"])], "no published value was compared"),
+        ([expected(T2I={"R@7": 99.0})], r"expected of old/old T2I R@7, which .* add the k to --ks"),
+        ([expected(), expected(I2T={"R@7": 9.0})], r"expected of old/old I2T R@7, which"),
+        (
+            [expected(), expected("new/new"), expected("new/new")],
+            r"expected of new/new, which .* --upgraded\.LABEL",
+        ),
+    ],
+)
+def test_what_was_not_compared_does_not_agree(values, message):
+    checked = check_report(report(), None, values, "a", "b")
+    with pytest.raises(ConfigError, match=message):
+        checked.require_agreement()
+    with pytest.raises(ConfigError, match=message):
+        require_comparable(values, "a", "b", {"old/old", "new/old"}, (1, 5))
+
+
+def test_what_can_be_compared_is_known_beforehand():
+    names = {"new/old (Procrustes)": "new/old"}
+    require_comparable([expected("new/old (Procrustes)")], "a", "b", {"new/old"}, (1,), names)
+    require_comparable([expected(), expected("new/new", new=["x"])], "a", "b", {"old/old"}, (1,))
 
 
 def test_a_single_upgrade_is_found_by_its_label():

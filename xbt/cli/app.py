@@ -70,8 +70,10 @@ def run_command(command: Command, flags: list[str]) -> int:
             raise ConfigError(f"{command.prog} runs in one process; launch it with --num_processes 1")
         with prints_on_stderr():
             outcome = command.run(config)
-        if is_main_process():
+        if is_main_process() and not (outcome.error and as_document):  # then the error is the document
             show(outcome.to_json() if as_document else outcome.text)
+        if outcome.error is not None:
+            raise outcome.error
         return outcome.status
 
     def tell(error: BaseException, status: int) -> None:

@@ -41,12 +41,20 @@ def fit(config: FitConfig) -> Outcome:
 
 
 def evaluate(config: EvaluationConfig) -> Outcome:
-    """Measures."""
-    from xbt.evaluation import format_table
+    """Measures; a published value that is not reproduced ends it when the table has been shown."""
+    from xbt.errors import DataError
+    from xbt.evaluation import CheckedReport, format_table
     from xbt.evaluation_job import run_evaluation
 
-    report = run_evaluation(config)
-    return Outcome(report.to_dict(), format_table(report))
+    measured: list[CheckedReport] = []
+    mismatch = None
+    try:
+        run_evaluation(config, measured.append)
+    except DataError as error:
+        if not measured:
+            raise
+        mismatch = error
+    return Outcome(measured[0].to_dict(), format_table(measured[0]), error=mismatch)
 
 
 def report(config: UpgradeReportConfig) -> Outcome:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xbt.errors import XbtError
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -18,11 +20,13 @@ class Outcome:
         document: JSON-able, for ``--json``.
         text: For people, without a newline at the end.
         status: Exit status: 0, or 1 for an answer that is no.
+        error: What ends the command after all, once people have been shown the text.
     """
 
     document: Mapping[str, Any]
     text: str
     status: int = 0
+    error: XbtError | None = None
 
     def to_json(self) -> str:
         """The document as JSON of ASCII characters, which every terminal and pipe can carry."""

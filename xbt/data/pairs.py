@@ -73,12 +73,17 @@ def load_readable_pairs(
     Warns:
         UserWarning: If images were left out.
     """
-    pairs, rejected = load_pairs(source).drop_unreadable(progress=progress)
+    return keep_readable(load_pairs(source), progress)
+
+
+def keep_readable(pairs: ImageTextPairs, progress: bool = False) -> tuple[ImageTextPairs, list[Rejected]]:
+    """Leaves out of loaded pairs what cannot be decoded; see :func:`load_readable_pairs`."""
+    pairs, rejected = pairs.drop_unreadable(progress=progress)
     if rejected:
         listed = "; ".join(each.reason for each in rejected[:5])
         more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
         count = len(pairs) + len(rejected)
-        warnings.warn(f"skipped {len(rejected)} of {count} images: {listed}{more}", stacklevel=2)
+        warnings.warn(f"skipped {len(rejected)} of {count} images: {listed}{more}", stacklevel=3)
     return pairs, rejected
 
 

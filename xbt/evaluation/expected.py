@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,7 +131,8 @@ class CheckedReport(RetrievalReport):
     Attributes:
         protocol: The protocol, if one was asked for.
         comparisons: The published values that were measured.
-        unmeasured: Cells with published values that were not measured.
+        unmeasured: What was published for these models and not measured: a cell, ``"new/old"``, or one value
+            of a cell, ``"old/old T2I R@7"``.
     """
 
     protocol: Protocol | None = None
@@ -148,10 +149,11 @@ class CheckedReport(RetrievalReport):
         }
 
     def require_agreement(self) -> None:
-        """Checks that every published value was reproduced.
+        """Checks that every value published for these models was measured and reproduced.
 
         Raises:
-            DataError: If one was not; the message counts them and gives the first three.
+            DataError: If one was not reproduced; the message counts them and gives the first three.
+            ConfigError: If one was not measured, or there is none for these models.
         """
         wrong = [each for each in self.comparisons if not each.agrees]
         if wrong:
@@ -162,6 +164,7 @@ class CheckedReport(RetrievalReport):
                 f"{listed}{more}; check the models' names, the preprocessing and the data, or raise the "
                 "tolerance"
             )
+        _require_all_measured(len(self.comparisons), self.unmeasured)
 
 
 def check_report(
@@ -177,29 +180,82 @@ def check_report(
     Args:
         report: What was measured.
         protocol: The protocol it followed, if any.
-        expected: The published values; those of other models are passed over, and so are other ks.
+        expected: The published values; those of other models are passed over.
         old: Specification of the old model.
         new: Specification of the new model.
         names: Cells that have another name in ``expected``: ``{"new/old (Procrustes)": "new/old"}`` where
             there is only one upgrade, whose cell bears no label.
     """
-    comparisons, unmeasured = [], []
     cells = {cell.name: cell for cell in report.cells}
+    applying = [each for each in expected if each.applies(old, new)]
+    found, unmeasured = _sorted(applying, cells, report.ks, names or {})
+    comparisons = [
+        Comparison(name, direction, k, value, 100 * cells[name].recall(direction)[k], each.tolerance,
+                   each.source)
+        for each, name, direction, k, value in found
+    ]  # fmt: skip
+    return CheckedReport(report.cells, report.groups, protocol, comparisons, unmeasured)
+
+
+def require_comparable(
+    expected: Sequence[Expectation],
+    old: str,
+    new: str,
+    cells: Collection[str],
+    ks: Sequence[int],
+    names: Mapping[str, str] | None = None,
+) -> None:
+    """Checks that all that was published for these models will be measured, before anything is.
+
+    Args:
+        expected: The published values.
+        old: Specification of the old model.
+        new: Specification of the new model.
+        cells: Names of the cells that will be measured.
+        ks: The cut-offs.
+        names: As for :func:`check_report`.
+
+    Raises:
+        ConfigError: If something will not be measured, or nothing was published for these models.
+    """
+    found, unmeasured = _sorted([each for each in expected if each.applies(old, new)], cells, ks, names or {})
+    _require_all_measured(len(found), unmeasured)
+
+
+_Value = tuple[Expectation, str, str, int, float]
+"""One published value: by whom, the cell's name, the direction, k and the percentage."""
+
+
+def _sorted(
+    expected: Sequence[Expectation], cells: Collection[str], ks: Sequence[int], names: Mapping[str, str]
+) -> tuple[list[_Value], list[str]]:
+    """The published values that can be compared, and what cannot, each once."""
+    found: list[_Value] = []
+    unmeasured: list[str] = []
     for each in expected:
-        if not each.applies(old, new):
-            continue
-        cell = cells.get((names or {}).get(each.cell, each.cell))
-        if cell is None:
+        name = names.get(each.cell, each.cell)
+        if name not in cells:
             unmeasured.append(each.cell)
             continue
         for direction in DIRECTIONS:
-            measured = cell.recall(direction)
             for key, value in each.values(direction).items():
                 k = int(key.removeprefix("R@"))
-                if k in measured:
-                    comparisons.append(
-                        Comparison(
-                            cell.name, direction, k, value, 100 * measured[k], each.tolerance, each.source
-                        )
-                    )
-    return CheckedReport(report.cells, report.groups, protocol, comparisons, unmeasured)
+                if k in ks:
+                    found.append((each, name, direction, k, value))
+                else:
+                    unmeasured.append(f"{name} {direction} {key}")
+    return found, list(dict.fromkeys(unmeasured))
+
+
+def _require_all_measured(compared: int, unmeasured: Sequence[str]) -> None:
+    if unmeasured:
+        raise ConfigError(
+            f"published values are expected of {', '.join(unmeasured)}, which no cell or k of this "
+            "evaluation measures; name the upgrade with --upgraded.LABEL, add the k to --ks, or take them "
+            "out of --expected"
+        )
+    if not compared:
+        raise ConfigError(
+            "no published value was compared, because --expected has none for these models; give some, with "
+            "the models' names under old and new, or leave --fail_on_mismatch out"
+        )

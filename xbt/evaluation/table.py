@@ -153,7 +153,7 @@ def _summary(report: CheckedReport) -> str:
 def _unmeasured(report: CheckedReport) -> list[str]:
     if not report.unmeasured:
         return []
-    return [f"published, but not measured here: {', '.join(dict.fromkeys(report.unmeasured))}"]
+    return [f"published, but not measured here: {', '.join(report.unmeasured)}"]
 
 
 def _in_cell(text: str) -> str:

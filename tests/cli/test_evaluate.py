@@ -1,0 +1,46 @@
+"""``xbt evaluate``: published values that are not reproduced or not measured."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
+
+
+@pytest.fixture
+def flags(specs, tmp_path):
+    return ["--old", specs[0], "--new", specs[1], "--pairs.source", "scenes", "--pairs.limit", "8",
+            "--output_dir", tmp_path / "out", "--fail_on_mismatch", "true"]  # fmt: skip
+
+
+def expecting(cell, **recall):
+    return json.dumps([{"cell": cell, "source": "a paper", "T2I": recall}])
+
+
+def test_a_mismatch_comes_after_the_table(run, flags, tmp_path):
+    wrong = expecting("old/old", **{"R@1": 99.5})
+    said = run("evaluate", *flags, "--expected", wrong)
+    assert said.status == 2
+    assert said.out.startswith("query/gallery  |")
+    assert "old/old T2I: R@1 expected 99.50, got" in said.out
+    assert said.err.splitlines()[-1].startswith("xbt evaluate: error: 1 of 1 published values are not repro")
+    assert (tmp_path / "out" / "retrieval.json").is_file()
+    told = run("evaluate", *flags, "--expected", wrong, "--json")
+    assert (told.status, told.document["error"]["kind"]) == (2, "DataError")
+
+
+@pytest.mark.parametrize(
+    ("expected", "told"),
+    [
+        (expecting("old/old", **{"R@7": 99}), "old/old T2I R@7"),
+        (expecting("new/old", **{"R@1": 99}), "expected of new/old, which no cell"),
+        ("[]", "no published value was compared"),
+    ],
+)
+def test_what_will_not_be_compared_ends_the_job_before_it_begins(run, flags, tmp_path, expected, told):
+    said = run("evaluate", *flags, "--expected", expected)
+    assert (said.status, said.out) == (2, "")
+    assert told in said.err
+    assert not (tmp_path / "out").exists()
