@@ -84,6 +84,12 @@ def test_the_evaluation_takes_it(specs, tmp_path):
     assert report.differences["new/old"]["T2I"][1].fixed == 0
 
 
+def test_which_ks_count_is_a_setting(specs, tmp_path):
+    decision = run_choice(config(specs, tmp_path, ks=[1, 3], every_k=True))
+    assert set(decision.judgements["T2I"].differences) == {1, 3}
+    assert "k = 1, 3" in decision.judgements["T2I"].why
+
+
 def test_captions_of_the_pairs_do_not_count_as_corpus(specs, tmp_path):
     pairs = PairSource("scenes", limit=24)
     same = tmp_path / "captions.txt"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,8 +38,12 @@ class ChooseProjectionConfig:
     """Also try the trained projections, which takes minutes."""
     use_old: bool = True
     """Whether the old query tower may run at search time, beside the new one."""
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10])
+    """Cut-offs that count, on average; [1] is for who cares for R@1 alone."""
     confidence: float = 0.95
     """One-sided confidence with which a direction must gain to be deployed."""
+    every_k: bool = False
+    """Whether every k must gain with that confidence, not their mean alone."""
     folds: int = 5
     """Folds of fitting and of judging."""
     seed: int = 0
@@ -82,7 +86,9 @@ def run_choice(config: ChooseProjectionConfig) -> Decision:
         pairs=embed_pairs(pairs, new, old),
         thorough=config.thorough,
         use_old=config.use_old,
+        ks=config.ks,
         confidence=config.confidence,
+        every_k=config.every_k,
         folds=config.folds,
         seed=config.seed,
         new_space=new.space,

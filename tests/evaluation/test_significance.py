@@ -20,6 +20,7 @@ from xbt.evaluation import (
     evaluate_cell,
     format_table,
 )
+from xbt.evaluation.significance import cautious_interval, means_and_errors, student_quantile
 
 
 def test_gain_is_fixed_minus_broken():
@@ -74,6 +75,43 @@ def test_coverage():
         interval = bootstrap_interval(values, confidence=0.9, samples=500, seed=trial)
         covered += interval.low <= 0.3 <= interval.high
     assert 0.85 <= covered / 200 <= 0.95
+
+
+@pytest.mark.parametrize("probability", [0.8, 0.95, 0.975, 0.99])
+def test_student_quantile_agrees_with_scipy(probability):
+    for degrees in (5, 9, 19, 49, 299, 5000):
+        expected = stats.t.ppf(probability, degrees)
+        assert student_quantile(probability, degrees) == pytest.approx(expected, rel=1e-3)
+
+
+def test_standard_error_agrees_with_scipy():
+    values = torch.rand(80, 3, dtype=torch.float64)
+    mean, error = means_and_errors(values, torch.arange(80))
+    np.testing.assert_allclose(mean, values.mean(dim=0))
+    np.testing.assert_allclose(error, stats.sem(values.numpy()))
+    together, wider = means_and_errors(
+        values.repeat_interleave(5, dim=0), torch.arange(80).repeat_interleave(5)
+    )
+    np.testing.assert_allclose(together, mean)
+    np.testing.assert_allclose(wider, error)
+
+
+def test_the_cautious_interval_is_wider_where_there_are_few_groups():
+    values = torch.from_numpy(np.random.default_rng(5).choice([-1.0, 0, 1], 4000, p=[0.1, 0.7, 0.2]))
+    for count, least, most in ((20, 1.05, 1.4), (300, 1.0, 1.1), (4000, 1.0, 1.05)):
+        rows = values[:count]
+        plain, found = bootstrap_interval(rows, confidence=0.9), cautious_interval(rows, confidence=0.9)
+        assert found.estimate == plain.estimate
+        assert found.low <= plain.low
+        assert found.high >= plain.high
+        assert least <= (found.high - found.low) / (plain.high - plain.low) <= most
+        theirs = stats.ttest_1samp(rows, 0).confidence_interval(0.9)
+        assert found.low <= theirs.low + 1e-4
+        assert found.high >= theirs.high - 1e-4
+
+
+def test_of_one_group_nothing_is_known():
+    assert cautious_interval(torch.tensor([1.0, 0, 1, 1]), torch.zeros(4)) == (0.75, -1, 1)
 
 
 def test_seed_fixes_the_interval():

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation.retrieval import best_positive_ranks
 from xbt.projections import LinearProjection
+from xbt.projections.combinations import confidence
 from xbt.projections.ensemble import Adaptive, Linear, Nlerp, QueryEnsemble, Slerp
 from xbt.projections.ensemble_fit import (
     candidate_grid,
+    confidence_by_folds,
     fit_ensemble,
     mean_recall,
     projected_queries,
@@ -89,17 +92,47 @@ def test_finds_that_one_side_is_useless():
 
 
 def test_adaptive_sees_which_query_is_sure():
-    """Half of the queries are good under the old model alone, half under the new one alone."""
-    pairs, projection = world(300, 2, 0.6, 0.6, dims=(24, 24))
-    old, new = pairs.old_texts.clone(), projection(pairs.new_texts).detach()
-    odd = torch.arange(len(old)) % 2 == 1
-    old[odd], new[~odd] = unit(torch.randn(int(odd.sum()), 24)), unit(torch.randn(int((~odd).sum()), 24))
-    mixed = PairVectors(pairs.new_texts, old, pairs.old_images, pairs.image_of_text)
+    """Half of the queries are good under the old model alone, half under the new one alone.
+
+    Images come in subjects, so that a good query stands out without its own image, too.
+    """
+    torch.manual_seed(1)
+    pairs, _ = world(300, 2, 0.6, 0.6, dims=(24, 24))
+    subjects = unit(torch.randn(60, 24))[torch.arange(300) % 60]
+    gallery = unit(subjects + 0.5 * torch.randn(300, 24) / 24**0.5)
+    near = gallery[pairs.image_of_text]
+    old, new = (unit(near + 0.3 * torch.randn(600, 24) / 24**0.5) for _ in range(2))
+    odd = torch.arange(600) % 2 == 1
+    old[odd], new[~odd] = unit(torch.randn(300, 24)), unit(torch.randn(300, 24))
+    mixed = PairVectors(pairs.new_texts, old, gallery, pairs.image_of_text)
     fit = fit_ensemble(mixed, {"T2I": new}, ("nlerp", "adaptive_confidence"))
     best = fit.best("T2I")
     assert best.combination.confidence > 0
     assert best.score > 0.02 + max(s for c, s in fit.candidates["T2I"] if isinstance(c, Nlerp))
-    assert fit.ensemble.tensors("T2I")["reference"].shape == (300, 24)
+    assert fit.ensemble.tensors("T2I")["reference"].shape == (300, 24), "the whole gallery is deployed"
+
+
+def test_confidence_is_told_without_the_answers():
+    """As in use: with its answer among the reference, a query that finds it would look sure of itself."""
+    pairs, projection = world(60, 3)
+    fold_of = np.arange(60) % 4
+    for direction in pairs.directions:
+        new = unit(projected_queries(projection, pairs, direction))
+        told = confidence_by_folds(pairs, direction, new, fold_of)
+        some = torch.arange(len(new)) % 3 == 0
+        part = confidence_by_folds(pairs, direction, new, fold_of, rows=some)
+        assert torch.equal(part, torch.where(some[:, None], told, 0.0))
+        for query in range(0, len(new), 7):
+            answers = pairs.positives(direction)[query]
+            image = answers[0] if direction == "T2I" else query
+            of_item = torch.arange(60) if direction == "T2I" else pairs.image_of_text
+            others = pairs.gallery(direction)[torch.from_numpy(fold_of)[of_item] != fold_of[image]]
+            torch.testing.assert_close(told[[query]], confidence(new[[query]], others))
+    # What the deployed ensemble would do to the pairs' own gallery is not what the candidates are told.
+    only = [Adaptive(0, 0, 1.0)]
+    honest = fit_ensemble(pairs, projection, candidates=only).best("T2I").score
+    own = {direction: pairs.gallery(direction) for direction in pairs.directions}
+    assert fit_ensemble(pairs, projection, candidates=only, references=own).best("T2I").score > honest
 
 
 def test_ties_are_won_by_the_simplest():

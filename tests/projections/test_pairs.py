@@ -9,6 +9,8 @@ import torch
 
 from xbt.errors import DataError, SpaceMismatchError
 from xbt.projections import PairVectors
+from xbt.space import EmbeddingSpace
+from xbt.store import EmbeddingStore
 
 
 @pytest.fixture
@@ -89,6 +91,23 @@ def test_other_dimensions_are_refused(pairs):
         replace(pairs, old_images=torch.ones(4, 4))
     with pytest.raises(SpaceMismatchError, match="new image vectors"):
         replace(pairs, new_images=torch.ones(4, 3))
+
+
+def test_vectors_may_come_from_stores(pairs, tmp_path):
+    def store(name, rows, space):
+        made = EmbeddingStore.create(tmp_path / name, modality="text", space=space, dtype="float32")
+        made.append(rows.numpy(), [str(row) for row in range(len(rows))])
+        return made
+
+    probe = torch.nn.functional.normalize(torch.randn(20, 3), dim=1)
+    old = EmbeddingSpace("old", 3, probe=probe)
+    texts, images = store("texts", pairs.old_texts, old), store("images", pairs.old_images, old)
+    found = replace(pairs, old_texts=texts, old_images=images)
+    assert torch.equal(found.old_texts, pairs.old_texts)
+    assert torch.equal(found.old_images, pairs.old_images)
+    other = store("other", pairs.old_images, EmbeddingSpace("other", 3, probe=probe.flip(0)))
+    with pytest.raises(SpaceMismatchError, match="old image vectors of the pairs"):
+        replace(pairs, old_texts=texts, old_images=other)
 
 
 @pytest.mark.parametrize("count", [1, 5])

@@ -131,7 +131,9 @@ def run_fit(config: FitConfig) -> FitResult:
 def _chosen_as_the_recipe_does(config: FitConfig) -> FitResult:
     """The choice of ``recipes/choose_projection.py``, with the same files."""
     names = ChooseProjectionConfig.__dataclass_fields__
-    decision = run_choice(ChooseProjectionConfig(**{name: getattr(config, name) for name in names}))
+    # What the command line has no flag for is one of the method's options, and then this is no plain choice.
+    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    decision = run_choice(ChooseProjectionConfig(**given))
     compatible = Path(config.output_dir) / "compatible"
     projection = decision.projection
     dims = projection.new_dim, projection.old_dim

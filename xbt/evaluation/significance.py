@@ -8,7 +8,9 @@ together (a cluster bootstrap; Efron & Tibshirani, "An Introduction to the Boots
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +71,7 @@ def compare_ranks(
     confidence: float = 0.95,
     samples: int = 2000,
     seed: int = 0,
+    interval: Callable[..., Interval] | None = None,
 ) -> Difference:
     """Compares two query models at one k on the same queries.
 
@@ -80,6 +83,7 @@ def compare_ranks(
         confidence: Of the two-sided interval.
         samples: Bootstrap samples.
         seed: Fixes them.
+        interval: How the gain's interval is made; by default by :func:`bootstrap_interval`.
 
     Raises:
         DataError, ConfigError: As :func:`bootstrap_means`, or if the lengths differ.
@@ -91,7 +95,7 @@ def compare_ranks(
     new_hits, old_hits = new_ranks < k, old_ranks < k
     change = new_hits.double() - old_hits.double()
     return Difference(
-        bootstrap_interval(change, groups, confidence, samples, seed),
+        (interval or bootstrap_interval)(change, groups, confidence, samples, seed),
         fixed=float((new_hits & ~old_hits).double().mean()),
         broken=float((old_hits & ~new_hits).double().mean()),
     )
@@ -122,6 +126,76 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(float(values.double().mean()), float(low), float(high))
+
+
+def cautious_interval(
+    values: Tensor,
+    groups: Tensor | None = None,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean change of hits with an interval that can be relied on when there are few groups.
+
+    The percentile bootstrap takes the spread of n groups for that of all there are, and its tails for normal
+    ones: of 20 groups its interval is too narrow by a tenth. Each end is therefore the farther one of two:
+    the bootstrap's, moved away from the mean by √(n/(n−1)) and by the ratio of Student's quantile to the
+    normal one, and that of Student's t, mean ± quantile · standard error. From a few hundred groups on they
+    are those of :func:`bootstrap_interval`, but for some hundredths of their width.
+
+    Args:
+        values: (n,) one value per query, between -1 and 1.
+        groups: (n,) integers; queries with the same one are drawn together.
+        confidence: Of the two-sided interval, between 0 and 1.
+        samples: Bootstrap samples.
+        seed: Fixes them.
+
+    Returns:
+        The mean and its interval, cut off at -1 and 1; of one group both ends are there.
+
+    Raises:
+        DataError, ConfigError: As :func:`bootstrap_interval`.
+    """
+    plain = bootstrap_interval(values, groups, confidence, samples, seed)
+    owner = torch.arange(len(values)) if groups is None else groups
+    count = len(torch.unique(owner))
+    if count == 1:
+        return Interval(plain.estimate, -1.0, 1.0)
+    _, error = means_and_errors(values.double()[:, None], owner)
+    quantile = student_quantile((1 + confidence) / 2, count - 1)
+    factor = quantile / NormalDist().inv_cdf((1 + confidence) / 2) * (count / (count - 1)) ** 0.5
+    margin = quantile * float(error[0])
+    below, above = factor * (plain.estimate - plain.low), factor * (plain.high - plain.estimate)
+    return Interval(
+        plain.estimate,
+        max(-1.0, plain.estimate - max(below, margin)),
+        min(1.0, plain.estimate + max(above, margin)),
+    )
+
+
+def means_and_errors(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """(m,) means of (n, m) values and their standard errors, the queries of a group taken together."""
+    place = torch.unique(groups, return_inverse=True)[1]
+    count = int(place.max()) + 1
+    mean = values.mean(dim=0)
+    by_group = torch.zeros(count, values.shape[1], dtype=torch.float64).index_add_(0, place, values - mean)
+    error = (by_group.square().sum(dim=0) * count / max(1, count - 1)).sqrt() / len(values)
+    return mean, error
+
+
+def student_quantile(probability: float, degrees: int) -> float:
+    """The quantile of Student's t by the expansion in 1/degrees (Abramowitz & Stegun 1964, 26.7.5).
+
+    Right to a thousandth from 5 degrees of freedom on at the usual probabilities; ours are 19 and more.
+    """
+    z, v = NormalDist().inv_cdf(probability), float(degrees)
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
+    )
 
 
 def bootstrap_means(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from xbt.errors import DataError
 from xbt.projections.base import Projection
 from xbt.projections.combinations import Adaptive, Combination, Linear, Nlerp
+from xbt.projections.duplicates import TextFinder
 from xbt.projections.fitting import CLOSED_FORMS, check_options, fit_projection
 from xbt.projections.pairs import PairVectors
-from xbt.projections.sources import Source, random_access
+from xbt.projections.sources import Source, paired_chunks, random_access
 from xbt.projections.statistics import TERMS, PairStatistics
 
 _BETAS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 1.0)
@@ -107,10 +111,23 @@ class Fitter:
             ``None`` where the texts of the pairs are all there is.
         old: Vectors of the old model for the same texts.
         pair_texts: Whether the texts of the pairs that a fit may look at join the corpus.
+        judged: What the fits are judged on. Rows of the corpus that are its texts are left out of every fit;
+            they are found on the one way through the corpus.
+
+    Attributes:
+        left_out: (m,) int64, the rows that were left out; known once something was fitted.
     """
 
-    def __init__(self, new: Source | None, old: Source | None, pair_texts: bool = False) -> None:
+    def __init__(
+        self,
+        new: Source | None,
+        old: Source | None,
+        pair_texts: bool = False,
+        judged: PairVectors | None = None,
+    ) -> None:
         self._new, self._old, self.pair_texts = new, old, pair_texts
+        self._texts_judged = None if judged is None else TextFinder(judged.new_texts, judged.old_texts)
+        self.left_out: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._corpus: PairStatistics | None = None
         self._of_pairs: tuple[PairVectors, dict[str, PairStatistics]] | None = None
         self._fitted: dict[str, Projection] = {}
@@ -149,24 +166,49 @@ class Fitter:
     def _texts(self, pairs: PairVectors | None) -> PairStatistics:
         """Statistics of the texts to fit to."""
         if self._corpus is None and self._new is not None and self._old is not None:
-            self._corpus = PairStatistics.of(self._new, self._old, TERMS)
+            self._corpus = PairStatistics.from_chunks(self._unjudged(self._new, self._old), TERMS)
         if not self.pair_texts or pairs is None:
             assert self._corpus is not None
             return self._corpus
         own = self._statistics_of(pairs, "texts")
         return own if self._corpus is None else self._corpus + own
 
+    def _unjudged(self, new: Source, old: Source) -> Iterator[tuple[Tensor, Tensor]]:
+        """The corpus block by block without the texts that fits are judged on, whose rows are noted."""
+        count = 0
+        found: list[NDArray[np.int64]] = []
+        for left, right in paired_chunks(new, old):
+            if self._texts_judged is not None and bool(
+                (known := self._texts_judged.known(left, right)).any()
+            ):
+                found.append(count + torch.nonzero(known).flatten().numpy())
+                yield left[~known], right[~known]
+            else:
+                yield left, right
+            count += len(left)
+        self.left_out = np.concatenate([np.empty(0, dtype=np.int64), *found])
+        if len(self.left_out) == count:
+            raise DataError(
+                f"all {count} texts of the corpus are texts that the fits are judged on, so that nothing is "
+                "left to fit to; give other texts, or None for new and old, which fits to those of the pairs "
+                "fold by fold"
+            )
+
     def _sources(self, pairs: PairVectors | None) -> tuple[Source, Source]:
         """The texts to fit to, for methods that take rows in an order of their own."""
-        if not self.pair_texts or pairs is None:
-            assert self._new is not None
-            assert self._old is not None
-            return self._new, self._old
+        joined = self.pair_texts and pairs is not None
         if self._new is None or self._old is None:
+            assert pairs is not None
             return pairs.new_texts, pairs.old_texts
         rows = random_access(self._new, self._old)
-        new, old = rows.take(np.arange(len(rows)))
-        return torch.cat([new, pairs.new_texts]), torch.cat([old, pairs.old_texts])
+        self._texts(None)  # finds what is to be left out
+        if not joined and len(self.left_out) == 0:
+            return self._new, self._old
+        new, old = rows.take(np.setdiff1d(np.arange(len(rows)), self.left_out))
+        if joined:
+            assert pairs is not None
+            new, old = torch.cat([new, pairs.new_texts]), torch.cat([old, pairs.old_texts])
+        return new, old
 
     def _statistics_of(self, pairs: PairVectors, kind: str) -> PairStatistics:
         if self._of_pairs is None or self._of_pairs[0] is not pairs:

@@ -24,7 +24,7 @@ Evidence = Literal["pairs", "text groups", "own captions"]
 
 _MEANING = {
     "pairs": "image–text pairs",
-    "text groups": "texts that say the same, in place of images: images themselves were not seen",
+    "text groups": "texts that say the same; images were not seen, so nothing is known of the gain with them",
     "own captions": "texts found by their own old vector, which says nothing about the old query",
 }
 
@@ -34,7 +34,8 @@ class CandidateScore:
     """What one candidate reached with its best setting, on queries its fit had not seen.
 
     The setting was chosen on the same queries, so the best candidate's figures flatter it;
-    :attr:`Decision.judgements` do not.
+    :attr:`Decision.judgements` do not. Without pairs all candidates are shown with one setting, and the
+    figures are of finding texts by texts.
 
     Attributes:
         name: The candidate.
@@ -61,12 +62,15 @@ class Decision:
             shown to be better.
         name: The chosen candidate.
         evidence: What it was judged on.
-        judgements: Per direction whether the choice is deployed, and why, on queries that had no say in it.
+        judgements: Per direction whether the choice is deployed, and why, by queries whose own ranks had no
+            say in it.
         scores: What every candidate reached.
         n_images: Images (or groups of texts) it was judged on.
         n_texts: Texts it was judged on.
         confidence: One-sided confidence that was asked for.
         folds: Folds of fitting and of judging.
+        n_joined: Images that were kept together with others, as near-duplicates or by equal texts.
+        n_left_out: Rows of the corpus that no fit was given, because they are texts it is judged on.
     """
 
     projection: Projection
@@ -79,6 +83,8 @@ class Decision:
     n_texts: int
     confidence: float
     folds: int
+    n_joined: int = 0
+    n_left_out: int = 0
 
     def deployed(self, direction: str) -> bool:
         """Whether queries of a direction use the new model at all; if not, the old query is used alone.
@@ -104,7 +110,7 @@ class Decision:
             DataError, SpaceMismatchError: As :meth:`QueryEnsemble.forward`.
         """
         modality: Modality = "text" if direction == "T2I" else "image"
-        projected = None if new is None else self.projection.project(new, modality)
+        projected = None if new is None else self.projection(new, modality)
         queries: Tensor = self.ensemble(old, projected, direction)
         return queries
 
@@ -116,6 +122,8 @@ class Decision:
             "evidence": self.evidence,
             "n_images": self.n_images,
             "n_texts": self.n_texts,
+            "n_images_joined": self.n_joined,
+            "n_corpus_texts_left_out": self.n_left_out,
             "confidence": self.confidence,
             "folds": self.folds,
             "directions": {
@@ -159,6 +167,15 @@ class Decision:
             if self.evidence == "pairs"
             else f"judged on {self.n_texts:,} texts ({_MEANING[self.evidence]})",
         ]
+        if self.n_joined:
+            lines.append(
+                f"{self.n_joined:,} of these images are near-duplicates of others or share a text, and were "
+                "kept together"
+            )
+        if self.n_left_out:
+            lines.append(
+                f"{self.n_left_out:,} texts of the corpus are among these, and were left out of the fits"
+            )
         for direction in DIRECTIONS:
             judgement = self.judgements[direction]
             what = (

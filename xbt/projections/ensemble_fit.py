@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -26,8 +27,10 @@ from xbt.projections.combinations import (
     Slerp,
     confidence,
 )
+from xbt.projections.duplicates import clusters_of
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.projections.pairs import PairVectors
+from xbt.projections.selection import fold_of_clusters
 
 Objective = Callable[[Tensor], float]
 """(n_queries,) ranks, from 0 for the best, → what is to be as large as possible."""
@@ -37,6 +40,7 @@ _TENTHS = tuple(tenth / 10 for tenth in range(11))
 _BIASES = (-3.0, -1.5, 0.0, 1.5, 3.0)
 _SIMILARITIES = (-3.0, 0.0, 3.0, 6.0)
 _CONFIDENCES = (0.0, -1.0, -0.5, 0.5, 1.0)
+_FOLDS = 5
 
 
 class Candidate(NamedTuple):
@@ -86,9 +90,11 @@ def fit_ensemble(
             likewise), ``"adaptive"`` (b and s) and ``"adaptive_confidence"`` (b, s and c).
         candidates: Combinations to try in place of the grids, those that win a tie first.
         objective: By default the mean of R@1, R@5 and R@10 (:func:`mean_recall`).
-        references: Per direction, gallery rows by which confidence is told; by default the pairs' own
-            gallery. Of more than 4,096 rows a sample is taken.
-        seed: Of that sample.
+        references: Per direction, gallery rows by which confidence is told, none of them an answer to the
+            pairs' queries. By default the ensemble gets the pairs' own gallery, and while the candidates are
+            compared every query's confidence is told by those fifths of it that do not hold its answer: in
+            use, too, answers are not in the reference. Of more than 4,096 rows a sample is taken.
+        seed: Of that sample, and of the fifths.
 
     Returns:
         The ensemble, in the projection's old space if it is known, and what every candidate reached.
@@ -108,12 +114,24 @@ def fit_ensemble(
     scored: dict[str, list[Candidate]] = {}
     chosen: dict[str, Combination] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
+    fold_of: NDArray[np.int64] | None = None
     for direction in pairs.directions:
         new = projected_queries(projected, pairs, direction)
+        given = (references or {}).get(direction)
         reference = gallery_reference(
-            (references or {}).get(direction, pairs.gallery(direction)), seed, pairs.dims[1]
+            pairs.gallery(direction) if given is None else given, seed, pairs.dims[1]
         )
-        ranks = rank_combinations(pairs, direction, new, tried, reference)
+        surer = None
+        if any(isinstance(each, Adaptive) and each.confidence for each in tried):
+            fold_of = _folds_of(pairs, seed) if fold_of is None else fold_of
+            of_new, of_old = (
+                confidence_by_folds(pairs, direction, queries, fold_of, seed)
+                if given is None
+                else confidence(queries, reference)
+                for queries in (normalize(new, dim=-1), pairs.queries(direction)[1])
+            )
+            surer = of_new - of_old
+        ranks = rank_combinations(pairs, direction, new, tried, surer)
         measure = objective or mean_recall
         scored[direction] = [Candidate(c, float(measure(r))) for c, r in zip(tried, ranks, strict=True)]
         chosen[direction] = _best(scored[direction]).combination
@@ -217,12 +235,46 @@ def gallery_reference(gallery: Tensor, seed: int = 0, dim: int | None = None) ->
     return rows
 
 
+def confidence_by_folds(
+    pairs: PairVectors,
+    direction: str,
+    queries: Tensor,
+    fold_of: NDArray[np.int64],
+    seed: int = 0,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """How sure every query is, told by the gallery items of the other folds, among which no answer is.
+
+    Args:
+        pairs: The pairs.
+        direction: ``"T2I"`` or ``"I2T"``.
+        queries: (n_queries, old_dim) unit rows.
+        fold_of: (n_images,) the fold of every image. Where there is one alone, it is told by itself.
+        seed: Fixes the sample of a large gallery.
+        rows: (n_queries,) booleans, whose confidence is asked for; by default that of all.
+
+    Returns:
+        (n_queries, 1), 0 where it was not asked for; see :func:`~xbt.projections.combinations.confidence`.
+    """
+    fold_of_image = torch.from_numpy(fold_of)
+    of_text = fold_of_image[pairs.image_of_text]
+    of_query, of_item = (of_text, fold_of_image) if direction == "T2I" else (fold_of_image, of_text)
+    found = queries.new_zeros(len(queries), 1)
+    for fold in torch.unique(fold_of_image):
+        own = of_query == fold if rows is None else rows & (of_query == fold)
+        others = of_item != fold
+        if bool(own.any()):
+            gallery = pairs.gallery(direction)[others] if bool(others.any()) else pairs.gallery(direction)
+            found[own] = confidence(queries[own], gallery_reference(gallery, seed))
+    return found
+
+
 def rank_combinations(
     pairs: PairVectors,
     direction: str,
     new: Tensor,
     candidates: Sequence[Combination],
-    reference: Tensor | None = None,
+    surer: Tensor | None = None,
     matrices: Mapping[str, Tensor] | None = None,
     rows: Tensor | None = None,
 ) -> list[Tensor]:
@@ -233,7 +285,8 @@ def rank_combinations(
         direction: ``"T2I"`` or ``"I2T"``.
         new: (n_queries, old_dim) projected new queries.
         candidates: Combinations to try.
-        reference: Gallery rows for those with a confidence term.
+        surer: (n_queries, 1) by how much the new query is surer than the old one, for those with a
+            confidence term.
         matrices: What :class:`Linear` ones add: ``"new_matrix"``, and ``"old_matrix"`` if they have it.
         rows: (n_queries,) booleans, the queries to rank; by default all.
 
@@ -243,6 +296,7 @@ def rank_combinations(
     old, answers = pairs.queries(direction)[1], _padded(pairs.positives(direction))
     if rows is not None:
         old, answers, new = old[rows], answers[rows], new[rows]
+        surer = None if surer is None else surer[rows]
     # BLAS may round one inner product differently in different columns; scored once, equal rows tie.
     gallery, column_of_row = torch.unique(pairs.gallery(direction), dim=0, return_inverse=True)
     copies = torch.bincount(column_of_row)
@@ -253,15 +307,13 @@ def rank_combinations(
         u, a = old[part], new[part]
         v = normalize(a, dim=-1)
         of_old, of_new = u @ gallery.T, v @ gallery.T
-        cosines, surer, added = (u * v).sum(dim=1, keepdim=True), None, None
-        if reference is not None and any(isinstance(c, Adaptive) and c.confidence for c in candidates):
-            surer = confidence(v, reference) - confidence(u, reference)
+        cosines, added = (u * v).sum(dim=1, keepdim=True), None
         if matrices:
             extra = v @ matrices["new_matrix"].T
             added = (extra + u @ matrices["old_matrix"].T if "old_matrix" in matrices else extra) @ gallery.T
         own = column_of_row[answers[part].clamp_min(0)]
         for found, candidate in zip(ranks, candidates, strict=True):
-            first, second = _score_weights(candidate, u, a, cosines, surer)
+            first, second = _score_weights(candidate, u, a, cosines, None if surer is None else surer[part])
             scores = torch.addcmul(first * of_old, second.expand(len(u), 1), of_new)
             if isinstance(candidate, Linear) and added is not None:
                 scores += added
@@ -279,6 +331,11 @@ def _score_weights(
     visible = candidate.visible(new)
     first, second = candidate.shares(old, visible, {})
     return first, second * visible.norm(dim=1, keepdim=True)
+
+
+def _folds_of(pairs: PairVectors, seed: int) -> NDArray[np.int64]:
+    clusters = clusters_of(pairs, min(_FOLDS, len(pairs)))
+    return fold_of_clusters(clusters, min(_FOLDS, len(np.unique(clusters))), seed)
 
 
 def _padded(positives: Sequence[Sequence[int]]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xbt.errors import DataError
 from xbt.evaluation.cells import DIRECTIONS
+from xbt.store import EmbeddingStore
 from xbt.vectors import Vectors, as_vectors
 
 _ROUNDING = 1e-6
@@ -21,9 +22,10 @@ _ROUNDING = 1e-6
 class PairVectors:
     """Images, texts, and which image each text describes, as unit vectors of the old and the new model.
 
-    The old vectors of the images are rows of the gallery, so they exist already. Rows are normalised when the
-    object is made. ``new_images`` may be missing where only text queries are of interest: then there is only
-    the direction T2I.
+    Vectors may be given as tensors, arrays or stores; stores are read whole. The old vectors of the images
+    are rows of the gallery, so they exist already. Rows are normalised when the object is made.
+    ``new_images`` may be missing where only text queries are of interest: then there is only the direction
+    T2I.
 
     Attributes:
         new_texts: (n_texts, new_dim) float32.
@@ -35,7 +37,7 @@ class PairVectors:
     Raises:
         DataError: If vectors are empty, hold NaN or zero rows, are not of the same items, or an image has no
             text.
-        SpaceMismatchError: If texts and images of a model differ in dimension.
+        SpaceMismatchError: If texts and images of a model differ in dimension, or are stores of other spaces.
     """
 
     new_texts: Tensor
@@ -45,6 +47,12 @@ class PairVectors:
     new_images: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for texts, images, side in (
+            (self.new_texts, self.new_images, "new"),
+            (self.old_texts, self.old_images, "old"),
+        ):
+            if isinstance(texts, EmbeddingStore) and isinstance(images, EmbeddingStore):
+                texts.space.require(images.space, f"the {side} image vectors of the pairs")
         old_texts = _unit_rows(self.old_texts, "old text vectors of the pairs")
         new_texts = _unit_rows(self.new_texts, "new text vectors of the pairs")
         old_images = _unit_rows(self.old_images, "old image vectors of the pairs", old_texts.shape[1])
@@ -175,7 +183,9 @@ def _check_direction(direction: str) -> None:
         raise DataError(f"there is no direction {direction!r}; use 'T2I' or 'I2T'")
 
 
-def _unit_rows(vectors: Vectors, name: str, dim: int | None = None) -> Tensor:
+def _unit_rows(vectors: Vectors | EmbeddingStore, name: str, dim: int | None = None) -> Tensor:
+    if isinstance(vectors, EmbeddingStore):
+        vectors = vectors.rows(np.arange(len(vectors)))
     rows = as_vectors(vectors, name, dim).float()
     norms = rows.norm(dim=1, keepdim=True)
     if bool((norms == 0).any()):

@@ -1,4 +1,8 @@
-"""Texts in place of image–text pairs, for choosing a projection where there are no pairs."""
+"""Texts in place of image–text pairs, for choosing a projection where there are no pairs.
+
+They tell one projection from another. Of the gain over the old query, with images on one side, they say
+nothing.
+"""
 
 from __future__ import annotations
 

@@ -6,16 +6,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from xbt.evaluation import Interval, best_positive_ranks, bootstrap_interval
 from xbt.evaluation.cells import DIRECTIONS
 from xbt.projections.base import LinearProjection, Projection
 from xbt.projections.candidates import NEW_ALONE, OLD_ALONE, Candidate, Fitter, settings_of
-from xbt.projections.combinations import Combination, Linear, Nlerp
+from xbt.projections.combinations import Adaptive, Combination, Linear, Nlerp
 from xbt.projections.decision import CandidateScore
 from xbt.projections.ensemble import QueryEnsemble
-from xbt.projections.ensemble_fit import gallery_reference, projected_queries, rank_combinations
+from xbt.projections.ensemble_fit import (
+    confidence_by_folds,
+    gallery_reference,
+    projected_queries,
+    rank_combinations,
+)
 from xbt.projections.pair_tuning import folded, tune_matrices
 from xbt.projections.pairs import PairVectors
 from xbt.projections.selection import (
@@ -23,19 +30,31 @@ from xbt.projections.selection import (
     Contender,
     Judgement,
     choose,
-    fold_of_groups,
+    fold_of_clusters,
     honest_ranks,
     judge,
 )
 
 
 class Trial:
-    """One choice under way: fits every candidate and ranks its queries."""
+    """One choice under way: fits every candidate and ranks its queries.
+
+    Args:
+        fitter: Fits the candidates.
+        pairs: What they are judged on.
+        clusters: (n_images,) the first image of every image's cluster.
+        learns: Whether candidates may learn from the pairs.
+        use_old: Whether the old query takes part.
+        ks: Cut-offs.
+        folds: Folds of fitting and of judging.
+        seed: Fixes folds and bootstrap.
+    """
 
     def __init__(
         self,
         fitter: Fitter,
         pairs: PairVectors,
+        clusters: NDArray[np.int64],
         learns: bool,
         use_old: bool,
         ks: tuple[int, ...],
@@ -44,26 +63,27 @@ class Trial:
     ) -> None:
         self.fitter, self.pairs, self.learns, self.use_old = fitter, pairs, learns, use_old
         self.ks, self.folds, self.seed = ks, folds, seed
-        self.groups = {direction: pairs.groups(direction) for direction in pairs.directions}
+        cluster_of = torch.from_numpy(clusters)
+        self.groups = {direction: cluster_of[pairs.groups(direction)] for direction in pairs.directions}
         self.old_ranks = {
             direction: best_positive_ranks(
                 pairs.queries(direction)[1], pairs.gallery(direction), pairs.positives(direction)
             )
             for direction in pairs.directions
         }
-        self.references = {
-            direction: gallery_reference(pairs.gallery(direction), seed) for direction in pairs.directions
-        }
         self.settings: dict[str, dict[str, Combination]] = {}
-        fold_of = fold_of_groups(len(pairs), folds, seed)
+        self.fold_of = fold_of_clusters(clusters, folds, seed)
+        self._old_confidence: dict[str, Tensor] = {}
         # Made once: the fitter knows a fold's statistics by its pairs.
-        self.seen = [pairs.subset(torch.from_numpy(np.flatnonzero(fold_of != fold))) for fold in range(folds)]
+        self.seen = [
+            pairs.subset(torch.from_numpy(np.flatnonzero(self.fold_of != fold))) for fold in range(folds)
+        ]
 
     def contender(self, candidate: Candidate) -> Contender:
         """Ranks of every query with every setting, by fits that had not seen the query."""
         settings = settings_of(candidate, self.use_old)
         self.settings[str(candidate)] = {str(each): each for each in settings}
-        fold_of = torch.from_numpy(fold_of_groups(len(self.pairs), self.folds, self.seed))
+        fold_of = torch.from_numpy(self.fold_of)
         ranks = {
             direction: {str(each): torch.zeros(len(owner), dtype=torch.int64) for each in settings}
             for direction, owner in self.groups.items()
@@ -75,19 +95,28 @@ class Trial:
             projection = self.fitter.fit(candidate, seen)
             matrices = self.matrices(candidate, projection, seen)
             for direction, owner in self.groups.items():
+                # A cluster is named after one of its images, and lies in one fold.
                 rows = held[owner]
-                found = rank_combinations(
-                    self.pairs,
-                    direction,
-                    projected_queries(projection, self.pairs, direction),
-                    settings,
-                    self.references[direction],
-                    matrices,
-                    rows,
-                )
+                new = projected_queries(projection, self.pairs, direction)
+                surer = self._surer(direction, new, settings, rows)
+                found = rank_combinations(self.pairs, direction, new, settings, surer, matrices, rows)
                 for setting, one in zip(settings, found, strict=True):
                     ranks[direction][str(setting)][rows] = one
         return Contender(str(candidate), ranks)
+
+    def _surer(
+        self, direction: str, new: Tensor, settings: Sequence[Combination], rows: Tensor
+    ) -> Tensor | None:
+        """How much surer each of some new queries is than the old one, where a setting asks for it."""
+        if not any(isinstance(each, Adaptive) and each.confidence for each in settings):
+            return None
+
+        def told(queries: Tensor, rows: Tensor | None) -> Tensor:
+            return confidence_by_folds(self.pairs, direction, queries, self.fold_of, self.seed, rows)
+
+        if direction not in self._old_confidence:
+            self._old_confidence[direction] = told(self.pairs.queries(direction)[1], None)
+        return told(normalize(new, dim=-1), rows) - self._old_confidence[direction]
 
     def matrices(
         self, candidate: Candidate, projection: Projection, pairs: PairVectors | None
@@ -97,9 +126,11 @@ class Trial:
             return {}
         return tune_matrices(projection, pairs, use_old=self.use_old, penalty=candidate.tune_penalty)
 
-    def judgements(self, contenders: Sequence[Contender], confidence: float) -> dict[str, Judgement]:
+    def judgements(
+        self, contenders: Sequence[Contender], confidence: float, every_k: bool
+    ) -> dict[str, Judgement]:
         """Per direction whether the procedure beats the old query; a direction without queries does not."""
-        honest = honest_ranks(contenders, self.old_ranks, self.ks, self.groups, self.folds, self.seed)
+        honest = honest_ranks(contenders, self.old_ranks, self.ks, self.groups, self.fold_of)
         found = {
             direction: judge(
                 direction,
@@ -109,6 +140,7 @@ class Trial:
                 self.groups[direction],
                 confidence,
                 self.seed,
+                every_k,
             )
             for direction in self.pairs.directions
         }
@@ -142,27 +174,31 @@ class Trial:
             }
         tensors = {
             direction: {
-                name: matrices[name] if name in matrices else self.references[direction]
+                name: matrices[name]
+                if name in matrices
+                else gallery_reference(self.pairs.gallery(direction), self.seed)
                 for name in combination.tensors(projection.old_dim)
             }
             for direction, combination in combinations.items()
         }
         return projection, QueryEnsemble(projection.old_dim, combinations, tensors)
 
-    def scores(self, contenders: Sequence[Contender], choice: Choice) -> list[CandidateScore]:
-        """The old query and every candidate at its best, with intervals."""
+    def scores(
+        self, contenders: Sequence[Contender], choice: Choice, setting: str | None = None
+    ) -> list[CandidateScore]:
+        """The old query and every candidate with intervals: at its best, or with one setting for all."""
         found = []
         for direction, owner in self.groups.items():
             old = self._recall(self.old_ranks[direction], owner)
             found.append(CandidateScore("old query", direction, None, old))
             for each in contenders:
-                best = choose([each], self.old_ranks, self.ks, self.groups).settings[direction]
+                shown = setting or choose([each], self.old_ranks, self.ks, self.groups).settings[direction]
                 found.append(
                     CandidateScore(
                         each.name,
                         direction,
-                        self.settings[each.name][best],
-                        self._recall(each.ranks[direction][best], owner),
+                        self.settings[each.name][shown],
+                        self._recall(each.ranks[direction][shown], owner),
                         each.name == choice.contender,
                     )
                 )
