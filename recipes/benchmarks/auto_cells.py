@@ -1,11 +1,13 @@
 """In how many cells a rule makes queries worse than doing nothing: ``auto`` and its peers, over many worlds.
 
-    python recipes/benchmarks/auto_cells.py --flickr8k flickr8k_clip_pair.npz
+    python recipes/benchmarks/auto_cells.py --flickr8k flickr8k_clip_pair.npz --lvis clip_lvis.npz
 
 A cell is one world, corpus size, seed, direction and k. It is violated where the queries that a rule deploys
 have a lower R@k than the old queries on test pairs that nobody has seen. The worlds are vectors of two models
 of known quality (:mod:`xbt.data.vector_worlds`: a much better, a little better, an equal and a worse one, and
-one better for texts alone), and the vectors of a pair of dual encoders on Flickr8k, if they are given.
+one better for texts alone), and, if they are given, the vectors of a pair of dual encoders on Flickr8k and
+those of LVIS class names. With the old query beside it a new one has something to add in every world; without
+it (``auto, no old query``) there are worlds in which nothing is to be gained, and the old query has to stay.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from projection_splits import Asked, Split, asked_of, halves, without_folders
+from projection_splits import Asked, Split, asked_of, class_folds, halves, without_folders
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -34,6 +36,7 @@ RULES = (
     "procrustes + slerp",
     "procrustes + adaptive",
     "auto",
+    "auto, no old query",
 )
 
 
@@ -43,6 +46,9 @@ class AutoCellsBenchmark:
 
     flickr8k: str | None = None
     """An .npz file with val_{old,new}_{image,text} and corpus_{old,new}_text."""
+    lvis: str | None = None
+    """An .npz file with old_text, new_text and old_image, a row per class; the classes chosen by are the
+    corpus, whatever the corpus sizes."""
     corpus_sizes: list[int] = field(default_factory=lambda: [100, 1000, 10_000, 30_000])
     """Texts that projections are fitted to."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
@@ -106,8 +112,9 @@ def main(config: AutoCellsBenchmark) -> None:
         ],
         f"Cells: corpus sizes {', '.join(map(str, config.corpus_sizes))} x seeds (or halves) x T2I and I2T x "
         f"k = 1, 5, 10. All rules but the first two choose on the same {config.support} images with five "
-        "texts each (500 of Flickr8k). auto deploys a direction only if its mean gain over the ks is above 0 "
-        f"with {100 * config.confidence:g} % one-sided confidence, and the old query otherwise.",
+        f"texts each ({_chosen_by(config)}). auto deploys a direction only if its mean gain over the ks is "
+        f"above 0 with {100 * config.confidence:g} % one-sided confidence, and the old query otherwise; "
+        "'no old query' may not mix the old query with the new one.",
         counts={
             data: {rule: vars(count) for rule, count in of_data.items()} for data, of_data in counts.items()
         },
@@ -124,7 +131,15 @@ def deployed(split: Split, config: AutoCellsBenchmark) -> dict[str, dict[str, Te
         mode: fit_ensemble(split.support, projection, mode).ensemble
         for mode in ("nlerp", "slerp", "adaptive")
     }
-    decision = choose_projection(*split.texts, pairs=split.support, confidence=config.confidence)
+    decisions = {
+        name: choose_projection(
+            *(split.corpus or (None, None)),
+            pairs=split.support,
+            use_old=use_old,
+            confidence=config.confidence,
+        )
+        for name, use_old in (("auto", True), ("auto, no old query", False))
+    }
     with torch.no_grad():
         for direction, asked in split.asked.items():
             new = projection(asked.new)
@@ -132,7 +147,8 @@ def deployed(split: Split, config: AutoCellsBenchmark) -> dict[str, dict[str, Te
             found["procrustes + midpoint"][direction] = normalize(asked.old + new, dim=1)
             for mode, ensemble in ensembles.items():
                 found[f"procrustes + {mode}"][direction] = ensemble(asked.old, new, direction)
-            found["auto"][direction] = decision.queries(asked.new, asked.old, direction)
+            for name, decision in decisions.items():
+                found[name][direction] = decision.queries(asked.new, asked.old, direction)
     return found
 
 
@@ -155,6 +171,14 @@ def splits(config: AutoCellsBenchmark) -> Iterator[Split]:
             for size in config.corpus_sizes:
                 corpus = split.corpus[0][:size], split.corpus[1][:size]
                 yield Split(split.data, split.number, corpus, split.support, split.asked)
+    if config.lvis:
+        yield from class_folds(config.lvis)
+
+
+def _chosen_by(config: AutoCellsBenchmark) -> str:
+    """What the data that are given choose by."""
+    lvis = "; of LVIS four fifths of the class names, and text queries alone" if config.lvis else ""
+    return f"500 of Flickr8k{lvis}"
 
 
 def shown(count: Count) -> str:
