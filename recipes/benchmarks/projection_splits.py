@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from projection_stores import read_stores
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -83,27 +84,31 @@ class Split:
 
 
 def halves(path: str, name: str) -> Iterator[Split]:
-    """Selected on one half of the images, measured on the other, both ways."""
+    """Selected on one half of the images, measured on the other, both ways.
+
+    Args:
+        path: An .npz file with the keys of the Flickr8k file, or a folder of stores (:func:`read_stores`).
+        name: What to call the data.
+    """
+    pairs, corpus = read_stores(path) if Path(path).is_dir() else _of_arrays(path)
+    count = len(pairs)
+    parts = [range(count // 2), range(count // 2, count)]
+    for number, (support, test) in enumerate((parts, parts[::-1])):
+        yield Split(name, number, corpus, pairs.subset(support), asked_of(pairs.subset(test)))
+
+
+def _of_arrays(path: str) -> tuple[PairVectors, tuple[Tensor, Tensor]]:
+    """The pairs of a file, of which every image has as many texts, and the corpus."""
     data = arrays(path)
     per_image = len(data["val_old_text"]) // len(data["val_old_image"])
-    count = len(data["val_old_image"])
     pairs = PairVectors(
         data["val_new_text"],
         data["val_old_text"],
         data["val_old_image"],
-        torch.arange(count).repeat_interleave(per_image),
+        torch.arange(len(data["val_old_image"])).repeat_interleave(per_image),
         data["val_new_image"],
     )
-    parts = [range(count // 2), range(count // 2, count)]
-    for number, (support, test) in enumerate((parts, parts[::-1])):
-        measured = pairs.subset(test)
-        yield Split(
-            name,
-            number,
-            (data["corpus_new_text"], data["corpus_old_text"]),
-            pairs.subset(support),
-            asked_of(measured),
-        )
+    return pairs, (data["corpus_new_text"], data["corpus_old_text"])
 
 
 def class_folds(path: str, folds: int = 5) -> Iterator[Split]:
