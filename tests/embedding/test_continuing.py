@@ -135,3 +135,15 @@ def test_overwriting_spares_vectors_of_others(spec, folder, tmp_path):
     with pytest.raises(XbtError, match=r"already holds img_emb/img_emb_0\.npy"):
         embed(config(spec, tmp_path / "out", folder, overwrite=True))
     assert np.array_equal(np.load(foreign), np.eye(16))
+
+
+def test_overwriting_spares_files_of_the_user_s_own(spec, folder, tmp_path):
+    embed(config(spec, tmp_path / "out", folder))
+    own = tmp_path / "out/metadata/my_labels.parquet"
+    own.write_bytes(b"mine")
+    store = embed(config(spec, tmp_path / "out", folder, overwrite=True, shard_size=20))
+    assert [shard.count for shard in store.shards] == [20, 20, 7]
+    assert sorted(path.name for path in own.parent.iterdir()) == [
+        "metadata_0.parquet", "metadata_1.parquet", "metadata_2.parquet", "my_labels.parquet",
+    ]  # fmt: skip
+    store.verify()
