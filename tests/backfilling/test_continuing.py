@@ -102,15 +102,42 @@ def test_items_that_are_removed_while_they_are_embedded(config, gallery, monkeyp
 
     real = desk.backfill_present
 
-    def removing(opened, vectors, ids, space):
+    def removing(opened, vectors, ids, *rest):
         monkeypatch.undo()
         Gallery.open(gallery).remove(ids[:3])
-        return real(opened, vectors, ids, space)
+        return real(opened, vectors, ids, *rest)
 
     monkeypatch.setattr(desk, "backfill_present", removing)
     result = run_backfill(config())
     assert (result.items, result.fraction) == (COUNT - 3, 1.0)
     assert Gallery.open(gallery).ids_of("new") == order_of(tmp_path / "out")[3:]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_items_that_are_replaced_meanwhile(config, gallery, old, monkeypatch, tmp_path, compacted):
+    """The vectors are of images that their items no longer have: the next run takes them up."""
+    from xbt.backfilling import desk
+
+    real = desk.backfill_present
+
+    def replacing(opened, vectors, ids, *rest):
+        monkeypatch.undo()
+        made = Gallery.open(gallery)
+        made.remove(ids[:3])
+        made.add(old.encode_images([SCENES.image(0)]).numpy()[[0, 0]] * [[1], [-1]], ids[:2], old.space)
+        if compacted:
+            made.compact()
+        return real(opened, vectors, ids, *rest)
+
+    monkeypatch.setattr(desk, "backfill_present", replacing)
+    result = run_backfill(config())
+    order = order_of(tmp_path / "out")
+    assert (result.items, result.fraction) == (COUNT - 3, (COUNT - 3) / (COUNT - 1))
+    made = Gallery.open(gallery)
+    assert (made.ids_of("old"), made.ids_of("new")) == (order[:2], order[3:])
+    assert run_backfill(config()).items == 2
+    made.reload()
+    assert made.ids_of("new") == [*order[3:], *order[:2]]
 
 
 def test_nothing_left_to_do(config, gallery, old, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 from backfills import COUNT, SCENES, lines, others, scenes
@@ -9,6 +10,7 @@ from backfills import COUNT, SCENES, lines, others, scenes
 from xbt.backfilling import load_merge, run_backfill, save_merge
 from xbt.data import CaptionSource
 from xbt.data.image_collection import ImageCollection
+from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
 from xbt.gallery import AffineMerge, Gallery
 
@@ -131,3 +133,44 @@ def test_the_merge_of_an_earlier_job_is_kept(config, gallery):
     save_merge(gallery, AffineMerge(2.0, -0.5))
     run_backfill(config(evaluation=scenes(), max_items=20))
     assert load_merge(gallery) == AffineMerge(2.0, -0.5)
+
+
+def test_a_merge_is_of_two_spaces(gallery, old, new, tmp_path):
+    merge, third = AffineMerge(2.0, -0.5), load_encoder(tiny.tiny_open_clip(tmp_path / "third", seed=4)).space
+    save_merge(gallery, merge)  # nobody says of which spaces it is: those of the gallery, as far as known
+    assert load_merge(gallery) == merge
+    with pytest.raises(SpaceMismatchError, match=r"merge\.json was fitted to .*, but the gallery goes from"):
+        load_merge(gallery, third, new.space)
+    save_merge(gallery, merge, old.space, new.space)
+    assert load_merge(gallery) == load_merge(gallery, old.space, new.space) == merge
+    with pytest.raises(SpaceMismatchError, match="run the backfill with --support, or save one"):
+        load_merge(gallery, old.space, third)
+    made = Gallery.open(gallery)
+    made.begin_part(third)
+    with pytest.raises(SpaceMismatchError, match="but the gallery goes to"):
+        load_merge(gallery)
+    save_merge(gallery, merge)
+    assert load_merge(gallery, old.space, third) == merge
+    made.backfill(np.eye(COUNT, third.dim, dtype=np.float32) + 0.1, SCENES.ids)
+    made.compact()  # who serves goes on as before
+    assert load_merge(gallery) == merge
+
+
+def test_a_second_upgrade(config, gallery, models, new, tmp_path):
+    """The recipe again, from the first new model to a third one, without a flag for it."""
+    run_backfill(config(support=others()))
+    first = load_merge(gallery)
+    Gallery.open(gallery).compact()
+    newest = tiny.tiny_open_clip(tmp_path / "newest", seed=3, dim=24, context_length=77)
+    again = {"old": models[1], "encoder": newest}
+    with pytest.raises(SpaceMismatchError, match=r"was fitted to .*run the backfill with --support"):
+        run_backfill(config(**again, output_dir=str(tmp_path / "again")))
+    assert len(Gallery.open(gallery).parts) == 1
+    options = {**again, "support": others(), "evaluation": scenes()}
+    result = run_backfill(config(**options, output_dir=str(tmp_path / "again"), max_items=30))
+    made = Gallery.open(gallery)
+    assert [(part.name, part.count) for part in made.parts] == [("new", 30), ("new2", 30)]
+    assert load_merge(gallery, new.space, load_encoder(newest).space) != first
+    assert result.fraction == 0.5
+    result = run_backfill(config(**options, output_dir=str(tmp_path / "again")))
+    assert (result.items, result.fraction) == (30, 1.0)

@@ -9,6 +9,8 @@ from galleries import as_items, assert_finds, brute_force, make_space, names, un
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
 from xbt.gallery import AffineMerge, Gallery, RankMerge, RawMerge
 from xbt.gallery.backfill_ranks import mixed_ranks
+from xbt.space import EmbeddingSpace
+from xbt.store import EmbeddingStore
 
 OLD, NEW = make_space("old"), make_space("new", dim=24, seed=1)
 
@@ -137,6 +139,44 @@ def test_at_both_ends_the_result_is_that_of_one_part_alone(gallery, merge):
     assert len(gallery.parts) == 2
 
 
+def test_once_the_old_part_is_dropped_the_new_queries_are_asked(gallery):
+    """Whoever serves with search_mixed goes on as before, after a reload and in another process."""
+    third = make_space("third", dim=16, seed=5)  # of the old dimension, so that nothing else would tell
+    gallery.backfill(new_vectors(), names(100))
+    gallery.compact()
+    gallery.begin_part(third)
+    gallery.backfill(unit(100, 16, seed=8), names(100))
+    queries = unit(5, 24, seed=3), unit(5, 16, seed=2)
+    reader = gallery if gallery.path is None else Gallery.open(gallery.path, read_only=True)
+    before = reader.search_mixed(*queries, 7, RawMerge(), NEW, third)
+    gallery.compact()
+    reader.reload()
+    for each in (gallery, reader, *([] if gallery.path is None else [Gallery.open(gallery.path)])):
+        for spaces in ((NEW, third), (None, None)):
+            found = each.search_mixed(*queries, 7, RawMerge(), *spaces)
+            assert found.ids == before.ids
+            assert np.array_equal(found.scores, before.scores)
+        assert each.fraction_backfilled == 1
+        with pytest.raises(SpaceMismatchError, match="the new query vectors"):
+            each.search_mixed(*queries, 7, RawMerge(), NEW, OLD)
+        with pytest.raises(DataError, match="5 old queries and 4 new"):
+            each.search_mixed(queries[0], queries[1][:4], 7, RawMerge())
+
+
+def test_a_part_gets_a_name_that_is_free(gallery):
+    for expected, dim in (("new", 24), ("new2", 16), ("new3", 24)):
+        if expected != "new":
+            gallery.begin_part(make_space(expected, dim=dim, seed=len(expected) + dim))
+        assert [part.name for part in gallery.parts][1:] == [expected]
+        gallery.backfill(unit(100, dim, seed=7), names(100))
+        gallery.compact()
+        assert [part.name for part in gallery.parts] == [expected]
+    with pytest.raises(DataError, match="a part 'new3' already; give another name="):
+        gallery.begin_part(OLD, "new3")
+    with pytest.raises(DataError, match="'old' is what a gallery's first part is called; give another name="):
+        gallery.begin_part(OLD, "old")
+
+
 def test_before_a_second_part_there_is_only_the_old_one():
     gallery = Gallery.build(unit(100, 16), names(100), OLD)
     queries = unit(5, 16, seed=2), unit(5, 24, seed=3)
@@ -244,6 +284,54 @@ def test_metadata_moves_with_the_items(tmp_path):
     assert gallery.metadata(["a", "d", "c"]).to_pydict() == {"caption": ["A", "other", "C"]}
     gallery.compact()
     assert gallery.metadata(["a", "d", "c"]).to_pydict() == {"caption": ["A", "other", "C"]}
+
+
+def test_a_column_has_one_type_over_all_segments_of_a_part(gallery):
+    gallery.compact()
+    gallery.remove(["image-0000"])
+    gallery.add(unit(2, 16), ["a", "b"], OLD, {"year": [1, 2]})
+    gallery.remove(["a"])  # so that it comes into another segment
+    before = gallery.ids
+    with pytest.raises(StoreError, match="column 'year' is string, which does not go together with int64"):
+        gallery.add(unit(1, 16), ["a"], OLD, {"year": ["x"]})
+    gallery.add(unit(1, 16), ["a"], OLD, {"year": [2.5]})
+    gallery.add(unit(1, 16), ["c"], OLD, {"colour": ["red"]})
+    assert gallery.ids == [*before, "a", "c"]
+    assert gallery.metadata(["c", "a", "b"])["year"].to_pylist() == [None, 2.5, 2.0]
+    gallery.backfill(unit(2, 24), ["a", "b"])
+    with pytest.raises(StoreError, match="column 'colour' is int64, which does not go together with string"):
+        gallery.add(unit(1, 16), ["d"], OLD, {"colour": [7]})
+    with pytest.raises(StoreError, match="column 'year' is string, which does not go together with double"):
+        gallery.backfill(unit(1, 24), ["c"], metadata={"year": ["x"]})
+    gallery.compact()
+    assert gallery.metadata(["b", "a"])["year"].to_pylist() == [2.0, 2.5]
+    assert len(gallery) == 102
+
+
+def test_a_column_goes_together_with_that_of_a_store_elsewhere(tmp_path):
+    store = EmbeddingStore.create(tmp_path / "s", modality="image", space=OLD)
+    store.append(unit(2, 16), ["a", "b"], {"year": [1, 2]})
+    gallery = Gallery.create(tmp_path / "g", store=store)
+    with pytest.raises(StoreError, match="column 'year' is string, which does not go together with int64"):
+        gallery.add(unit(1, 16), ["c"], metadata={"year": ["x"]})
+    assert (gallery.ids, len(list((tmp_path / "g").glob("segments/*")))) == (["a", "b"], 0)
+    gallery.add(unit(1, 16), ["c"], metadata={"year": [3]})
+    assert gallery.metadata(["c", "a"]).to_pydict() == {"year": [3, 1]}
+
+
+def test_vectors_go_to_the_part_that_is_known_to_be_of_their_space():
+    """The old part's space is not known, and the dimensions are the same."""
+    other = make_space("other", seed=5)
+    gallery = Gallery.build(unit(3, 16), ["a", "b", "c"])
+    gallery.begin_part(other)
+    gallery.add(unit(1, 16), ["d"], space=other)
+    assert gallery.ids_of("new") == ["d"]
+    gallery.add(unit(1, 16), ["e"], space=OLD)  # whatever the old part is, it is not the new space
+    assert gallery.ids_of("old") == ["a", "b", "c", "e"]
+    nameless = EmbeddingSpace("renamed", 16)
+    with pytest.raises(SpaceMismatchError, match=r"'renamed'.* could be .*'old' as well as of 'new'"):
+        gallery.add(unit(1, 16), ["f"], space=nameless)
+    assert len(gallery) == 5
 
 
 def test_a_backfill_job_holds_the_right_to_write(gallery):

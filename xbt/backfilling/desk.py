@@ -7,8 +7,8 @@ import time
 from xbt.backfilling.config import BackfillConfig
 from xbt.backfilling.curve_book import CurveBook
 from xbt.backfilling.items import ItemsById
-from xbt.backfilling.merging import MERGE, load_merge, save_merge
-from xbt.backfilling.opening import backfill_present, begin_part, is_through, open_gallery
+from xbt.backfilling.merging import MERGE, is_merge_of, load_merge, save_merge
+from xbt.backfilling.opening import backfill_present, begin_part, is_through, marks_of, open_gallery
 from xbt.backfilling.order_book import cut, drawn_order, kept_order
 from xbt.backfilling.ordering import fit_support_merge
 from xbt.backfilling.queries import Models, as_questions, embed_support, load_models, load_questions
@@ -41,6 +41,7 @@ class Desk:
         self._gallery: Gallery
         self._merge: Merge = RankMerge()
         self._order: list[str] = []
+        self._marks: dict[str, int] = {}
         self._position = self._moved = 0
         self._began = self._earlier = 0.0
         self._why: str | None = None
@@ -94,7 +95,8 @@ class Desk:
             [{"id": chunk.ids[place], "reason": reason} for place, reason in done.rejected.items()]
         )
         ids = [chunk.ids[place] for place in done.places]
-        self._moved += backfill_present(self._gallery, done.vectors, ids, self._encoder.space)
+        space = self._encoder.space
+        self._moved += backfill_present(self._gallery, done.vectors, ids, space, self._marks)
         self._position = chunk.end
         if self._position % self._config.evaluate_every == 0:
             self._measure()
@@ -165,13 +167,13 @@ class Desk:
         if asking is not None:
             self._curve.questions = as_questions(asking, models)
         order = kept_order(path / ORDER, waiting)
-        support = None
-        if config.support is not None and (order is None or not (gallery.path / MERGE).is_file()):
+        support, spaces = None, (gallery.parts[0].space, self._encoder.space)
+        if config.support is not None and (order is None or not is_merge_of(gallery.path, *spaces)):
             support = embed_support(config.support, models, gallery, config.batch_size)
             self._merge = fit_support_merge(support, config.seed)
-            save_merge(gallery.path, self._merge)
+            save_merge(gallery.path, self._merge, *spaces)
         elif (gallery.path / MERGE).is_file():
-            self._merge = load_merge(gallery.path)
+            self._merge = load_merge(gallery.path, *spaces)
         self._run.prepare()
         if order is None:
             order = drawn_order(path / ORDER, config, gallery, models, support, self._merge)
@@ -179,7 +181,9 @@ class Desk:
         begin_part(gallery, self._encoder.space)
 
     def _prepare_chunks(self) -> list[Chunk]:
-        waiting = set(self._gallery.ids_of(self._gallery.parts[0].name))
+        listed = self._gallery.ids_of(self._gallery.parts[0].name)
+        self._marks = marks_of(self._gallery, listed)
+        waiting = set(listed)
         waiting -= {entry["id"] for entry in self._rejected.entries}
         self._position, chunks = cut(self._order, waiting, self._config)
         self._earlier, self._began = self._curve.seconds, time.monotonic()

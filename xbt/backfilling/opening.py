@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from xbt.space import EmbeddingSpace
 
 PATIENCE = 60.0
 """Seconds for which another writer is waited for."""
+ROWS_AT_ONCE = 65_536
+"""Rows that are read at once."""
 
 
 def open_gallery(path: str | Path, store: str | None) -> Gallery:
@@ -55,10 +57,42 @@ def begin_part(gallery: Gallery, space: EmbeddingSpace) -> None:
             gallery.begin_part(space)
 
 
+def marks_of(gallery: Gallery, ids: Sequence[str]) -> dict[str, int]:
+    """A number for each item that changes when its old vector does, as when it is replaced.
+
+    Row numbers would change with every :meth:`~xbt.gallery.Gallery.compact` as well.
+
+    Args:
+        gallery: The gallery.
+        ids: Items that are searched in the old part.
+
+    Raises:
+        DataError: If one is not there, or some are in the new part.
+        StoreError: If vectors cannot be read.
+    """
+    found: dict[str, int] = {}
+    for start in range(0, len(ids), ROWS_AT_ONCE):
+        some = ids[start : start + ROWS_AT_ONCE]
+        found.update(zip(some, (hash(row.tobytes()) for row in gallery.vectors(some)), strict=True))
+    return found
+
+
 def backfill_present(
-    gallery: Gallery, vectors: NDArray[np.float32], ids: list[str], space: EmbeddingSpace
+    gallery: Gallery,
+    vectors: NDArray[np.float32],
+    ids: list[str],
+    space: EmbeddingSpace,
+    marks: Mapping[str, int],
 ) -> int:
     """Backfills items, and leaves out those that somebody has removed or replaced meanwhile.
+
+    Args:
+        gallery: The gallery.
+        vectors: (n, new_dim) the items' new vectors.
+        ids: Which.
+        space: The new space.
+        marks: What :func:`marks_of` gave before the first of their images was read. An item that has
+            another one by now was replaced: its vector may be of an image that it no longer has.
 
     Returns:
         How many were backfilled.
@@ -70,16 +104,14 @@ def backfill_present(
         return 0
     with _writing_beside_others(gallery):
         try:
-            gallery.backfill(vectors, ids, space)
-            return len(ids)
-        except DataError:
+            now = marks_of(gallery, ids)
+        except DataError:  # some are gone, or in the new part already
             waiting = set(gallery.ids_of(gallery.parts[0].name))
-            rows = [row for row, name in enumerate(ids) if name in waiting]
-            if len(rows) == len(ids):
-                raise
-            if rows:
-                gallery.backfill(vectors[rows], [ids[row] for row in rows], space)
-            return len(rows)
+            now = marks_of(gallery, [name for name in ids if name in waiting])
+        rows = [row for row, name in enumerate(ids) if name in now and now[name] == marks.get(name)]
+        if rows:
+            gallery.backfill(vectors[rows], [ids[row] for row in rows], space)
+        return len(rows)
 
 
 @contextmanager

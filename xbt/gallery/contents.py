@@ -12,6 +12,9 @@ from xbt.gallery.part import Part
 from xbt.gallery.part_view import PartView
 from xbt.space import EmbeddingSpace
 
+OLD, NEW = "old", "new"
+"""What the first part is called, always, and the second one, unless the user names it."""
+
 
 class Place(NamedTuple):
     """Where an item is searched."""
@@ -44,6 +47,13 @@ class Contents:
         return self.parts[1] if len(self.parts) > 1 else None
 
     @property
+    def fraction_backfilled(self) -> float:
+        """Share of the items that are in a part which was begun beside another one."""
+        only = self.old if self.old.name != OLD else None  # what was before it is dropped
+        begun = self.new if self.new is not None else only
+        return 0.0 if begun is None or not begun.count else begun.count / self.count
+
+    @property
     def count(self) -> int:
         """Items that are searched."""
         return sum(part.count for part in self.parts)
@@ -65,7 +75,7 @@ class Contents:
 
         Raises:
             DataError: If there are two parts and no space is given.
-            SpaceMismatchError: If it is the space of no part.
+            SpaceMismatchError: If it is the space of no part, or could be that of either.
         """
         if len(self.parts) == 1:
             require_space(self.old, space, what)
@@ -75,9 +85,19 @@ class Contents:
                 f"the gallery has two parts, {self.old.name!r} and {self.parts[1].name!r}; say with space= "
                 f"which space {what} are of"
             )
-        for part in self.parts:
-            if part.dim == space.dim and (part.space is None or part.space.same_as(space)):
-                return part
+        same = [part for part in self.parts if part.space is not None and part.space.same_as(space)]
+        if same:
+            return same[0]
+        # A space that nobody knows may be this one, unless it is not sure that it is not another part's.
+        unknown = next((part for part in self.parts if part.space is None and part.dim == space.dim), None)
+        unsure = [p for p in self.parts if p.space is not None and not p.space.compare(space).verified]
+        if unknown is not None and not unsure:
+            return unknown
+        if unknown is not None:
+            raise SpaceMismatchError(
+                f"the space of {what} is {space}, which could be that of {unknown.name!r} as well as of "
+                f"{unsure[0].name!r}: it has no probe; use a space with one, as encoder.space has"
+            )
         known = " and ".join(str(part.space) for part in self.parts)
         raise SpaceMismatchError(
             f"the space of {what} is {space}, but the gallery's parts are of {known}; use the model of one "

@@ -74,10 +74,9 @@ class KnownGallery:
 
     @property
     def fraction_backfilled(self) -> float:
-        """Share of the items that are in the new part; 0 as long as there is none."""
+        """Share of the items that are in the new part: 0 until it is begun, 1 once it is left alone."""
         with self._state:
-            new = self._known.new
-            return 0.0 if new is None or not new.count else new.count / self._known.count
+            return self._known.fraction_backfilled
 
     def __len__(self) -> int:
         with self._state:

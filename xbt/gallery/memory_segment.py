@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xbt.errors import StoreError
 from xbt.vectors import Vectors
 
 
@@ -46,29 +44,24 @@ class MemorySegment:
         """See :class:`Segment`."""
         return None if self._metadata is None else self._metadata.take(pa.array(rows))
 
-    def append(self, vectors: Vectors, ids: Sequence[str], metadata: Any) -> None:
+    @property
+    def table(self) -> pa.Table | None:
+        """All metadata, row by row; ``None`` if there are no columns."""
+        return self._metadata
+
+    def append(self, vectors: Vectors, ids: Sequence[str], metadata: pa.Table | None) -> None:
         """See :class:`Segment`; capacity doubles, so that a row is copied a logarithmic number of times."""
         rows, count = np.asarray(vectors, np.float32), len(self)
-        columns = _table(metadata, len(rows))
         if count + len(rows) > len(self._rows):
             room = np.empty((max(count + len(rows), 2 * count), rows.shape[1]), np.float32)
             room[:count] = self._rows[:count]
             self._rows = room
         self._rows[count : count + len(rows)] = rows
-        self._metadata = _stacked(self._metadata, count, columns, len(rows))
+        self._metadata = _stacked(self._metadata, count, metadata, len(rows))
         self._ids += ids
 
     def reload(self) -> None:
         """See :class:`Segment`; nobody else writes to it."""
-
-
-def _table(metadata: Any, count: int) -> pa.Table | None:
-    if metadata is None:
-        return None
-    table = metadata if isinstance(metadata, pa.Table) else pa.table(dict(metadata))
-    if table.num_rows != count:
-        raise StoreError(f"the metadata has {table.num_rows} rows for {count} items; give one value each")
-    return table
 
 
 def _stacked(above: pa.Table | None, n_above: int, below: pa.Table | None, n_below: int) -> pa.Table | None:

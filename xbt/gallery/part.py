@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from xbt.gallery.columns import PartColumns, stacked
 from xbt.gallery.index_cache import IndexCache
 from xbt.gallery.index_plan import IndexPlan
 from xbt.gallery.journal import Removed
@@ -55,6 +56,7 @@ class Part:
         self._rows: dict[str, int] = {}
         self._to_remove: dict[str, list[int]] = {}
         self.plan = plan
+        self._columns = PartColumns()
         self._upkeep = Upkeep(dim, plan, cache)
         self._view: PartView | None = None
 
@@ -131,8 +133,20 @@ class Part:
         """(n, dim) vectors by row number, masked or not."""
         return vectors_of(tuple(self.segments), self.dim, np.asarray(rows, np.int64))
 
+    def checked_columns(self, ids: Sequence[str], metadata: Any) -> pa.Table | None:
+        """Columns for items to be added, as a table.
+
+        Raises:
+            StoreError: If they do not fit the items, or one does not go together with what the part has.
+        """
+        return self._columns.checked(self.segments, ids, metadata, f"the part {self.name!r}")
+
     def metadata(self, rows: Sequence[int] | NDArray[np.int64]) -> pa.Table | None:
-        """Columns by row number, in the order asked for; ``None`` if no row has any."""
+        """Columns by row number, in the order asked for; ``None`` if no row has any.
+
+        Raises:
+            StoreError: If the rows are of segments whose columns do not go together.
+        """
         wanted = np.asarray(rows, np.int64)
         order = np.argsort(wanted, kind="stable")
         tables, start = [], 0
@@ -145,7 +159,7 @@ class Part:
             start += len(segment)
         if all(table.column_names == [_ABSENT] for table in tables):
             return None
-        table = pa.concat_tables(tables, promote_options="permissive")
+        table = stacked(tables, f"the part {self.name!r}")
         named = table.select([name for name in table.column_names if name != _ABSENT])
         return named.take(pa.array(np.argsort(order)))
 

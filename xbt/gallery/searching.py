@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from xbt.errors import DataError
 from xbt.gallery.checks import as_ids, as_k, as_queries
-from xbt.gallery.contents import Place, require_space
+from xbt.gallery.contents import OLD, Place, require_space
 from xbt.gallery.known import KnownGallery
 from xbt.gallery.merge import Merge
 from xbt.gallery.mixing import merged
@@ -19,9 +19,6 @@ from xbt.gallery.part_view import PartView
 from xbt.gallery.result import SearchResult
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors
-
-OLD, NEW = "old", "new"
-"""What the two parts are called, unless the user names the second one."""
 
 
 class SearchableGallery(KnownGallery):
@@ -110,7 +107,8 @@ class SearchableGallery(KnownGallery):
 
         Returns:
             The result, with the merge's scores. As long as one part is empty, it is exactly what the other
-            one alone gives.
+            one alone gives. Of a gallery of one part, that is what the old queries find, unless the part was
+            begun by :meth:`begin_part`: once :meth:`compact` has dropped the old one, the new queries count.
 
         Raises:
             DataError: If k is out of range, a value is NaN, or there are not as many old queries as new ones.
@@ -124,10 +122,11 @@ class SearchableGallery(KnownGallery):
                 "in both spaces"
             )
         k = as_k(k, sum(view.count for view in views))
+        asked = [(old_queries, old_space, "old"), (new_queries, new_space, "new")]
+        if len(views) == 1 and views[0].name != OLD:
+            asked = asked[1:]
         found = []
-        for view, queries, space, name in zip(
-            views, (old_queries, new_queries), (old_space, new_space), (OLD, NEW), strict=False
-        ):
+        for view, (queries, space, name) in zip(views, asked, strict=False):
             require_space(view, space, f"the {name} query vectors")
             rows = as_queries(queries, f"{name} query vectors", view.dim)
             found.append(view.search(rows, min(k, view.count)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 from xbt.errors import DataError, StoreError
 from xbt.gallery.checks import as_ids, as_rows
 from xbt.gallery.compaction import compact, compact_memory
-from xbt.gallery.contents import Contents, require_space
+from xbt.gallery.contents import NEW, OLD, Contents, require_space
 from xbt.gallery.home import Home
 from xbt.gallery.layout import PartRecord, part_name, segment_name
 from xbt.gallery.memory_segment import MemorySegment
 from xbt.gallery.part import Part
-from xbt.gallery.searching import NEW, SearchableGallery
+from xbt.gallery.searching import SearchableGallery
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors
 
@@ -72,13 +73,17 @@ class WritableGallery(SearchableGallery):
                 self._views = self._ids = None
 
     def begin_part(
-        self, space: EmbeddingSpace, name: str = NEW, dtype: str | None = None, modality: str | None = None
+        self,
+        space: EmbeddingSpace,
+        name: str | None = None,
+        dtype: str | None = None,
+        modality: str | None = None,
     ) -> None:
         """Opens a second part, for the vectors of the new model: the backfill may begin.
 
         Args:
             space: The new space.
-            name: What the part is called.
+            name: What the part is called; left out, ``"new"``, and after that ``"new2"``, ``"new3"`` …
             dtype: ``"float16"`` or ``"float32"``, on disk; that of the old part unless given.
             modality: ``"image"`` or ``"text"``; that of the old part unless given.
 
@@ -87,9 +92,11 @@ class WritableGallery(SearchableGallery):
             ConfigError: If the gallery's index cannot be made for the new dimension.
             StoreError: If another process is writing, or the disk is full.
         """
-        part_name(name)
+        if name is not None:
+            part_name(name)
         with self.writing():
             known, old = self._known, self._known.old
+            name = _name_after(old.name) if name is None else name
             if known.new is not None:
                 raise DataError(
                     f"the gallery has two parts already, {old.name!r} and {known.new.name!r}; backfill all "
@@ -97,6 +104,10 @@ class WritableGallery(SearchableGallery):
                 )
             if name == old.name:
                 raise DataError(f"the gallery has a part {name!r} already; give another name=")
+            if name == OLD:  # by which a reader tells what was never backfilled
+                raise DataError(
+                    f"{OLD!r} is what a gallery's first part is called; give another name= for a later one"
+                )
             if old.space is not None and old.dim == space.dim and old.space.same_as(space):
                 raise DataError(f"the gallery is of the space {space} already; add the vectors with add()")
             old.plan.check(space.dim)
@@ -137,7 +148,8 @@ class WritableGallery(SearchableGallery):
     def compact(self) -> None:
         """Writes the gallery anew without removed and superseded rows, in few large files.
 
-        An old part of which every item is backfilled is dropped. Readers that are open go on with the files
+        An old part of which every item is backfilled is dropped; :meth:`search_mixed` asks the new queries
+        alone from then on, and another part may begin. Readers that are open go on with the files
         they have, which are removed when the last of them has called :meth:`reload` or ended and a writer
         compacts again. A kill leaves the gallery as it was, or compacted.
 
@@ -186,13 +198,20 @@ class WritableGallery(SearchableGallery):
 
     def _append(self, part: Part, rows: Vectors, ids: list[str], metadata: Any) -> None:
         """Commits rows to a part's last segment, or to a new one if that has had one of the ids before."""
+        columns = part.checked_columns(ids, metadata)
         if not part.takes(ids):
             with self._state:
                 if self._home is None:
                     part.segments.append(MemorySegment(segment_name(part.name, len(part.segments)), part.dim))
                 else:
                     self._home.add_segment(part)
-        part.segments[-1].append(rows, ids, metadata)
+        part.segments[-1].append(rows, ids, columns)
         with self._state:
             self._known.refresh()
             self._views = self._ids = None
+
+
+def _name_after(name: str) -> str:
+    """What the part after one is called: ``new``, ``new2``, ``new3`` …, which never comes back."""
+    found = re.fullmatch(rf"{NEW}(\d*)", name)
+    return NEW if found is None else f"{NEW}{int(found[1] or 1) + 1}"
