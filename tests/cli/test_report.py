@@ -59,6 +59,16 @@ def test_a_threshold_that_is_missed_is_status_1(run, vectors, tmp_path):
     assert said.document["verdict"]["answer"] in ("yes", "ensemble")
 
 
+@pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
+def test_a_small_sample_without_captions_is_a_report_too(run, specs, tmp_path):
+    words = ["--old", specs[0], "--new", specs[1], "--pairs.source", "scenes", "--sample", "30"]
+    said = run("report", *words, "--output_dir", tmp_path / "out")
+    assert said.status == 1, said.err
+    assert said.out.startswith("Upgrade: cannot be told from so few queries")
+    assert "warning: the sample is too small for intervals" in said.err
+    assert {"report.html", "report.json"} <= {each.name for each in (tmp_path / "out").iterdir()}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [([], "give --old, --new and --pairs"), (["--fail_undr.T2I", "1"], "fail_undr")],

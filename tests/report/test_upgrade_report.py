@@ -112,6 +112,30 @@ def test_a_sample_too_small_is_said_to_be(tmp_path, better):
     assert "too small for intervals" in (tmp_path / "out/report.html").read_text()
 
 
+@pytest.mark.parametrize(("sample", "use_old"), [(30, True), (12, True), (6, True), (4, True), (12, False)])
+@pytest.mark.parametrize("with_corpus", [False, True])
+def test_a_sample_too_small_to_choose_by_is_measured_with_what_needs_no_choice(
+    tmp_path, better, sample, use_old, with_corpus
+):
+    keys = {} if with_corpus else {"old_corpus": None, "new_corpus": None}
+    config = config_of(better, tmp_path / "out", sample=sample, use_old=use_old, keys=keys)
+    with pytest.warns(UserWarning, match="too small for intervals"):
+        report = write_upgrade_report(config)
+    assert report.verdict.answer == "unknown"
+    assert any("The method was not chosen by comparison" in limit for limit in report.limits)
+    decision, pairs = report.measured.decision, report.measured.pairs
+    chosen = report.measured.n_chosen
+    assert f"{chosen} images are too small a sample to choose by" in report.method[0]
+    assert f"fitted to {600 if with_corpus else 5 * chosen} texts" in report.method
+    saved = json.loads((tmp_path / "out/report.json").read_text())["measured"]["decision"]
+    assert (saved["evidence"], saved["chosen"], saved["candidates"]) == ("none", "procrustes", [])
+    new, old = pairs.queries("T2I")
+    projected = decision.projection(new, "text")
+    expected = torch.nn.functional.normalize(projected + old, dim=1) if use_old else projected
+    assert torch.allclose(report.measured.queries["new/old"]["T2I"], expected, atol=1e-5)
+    assert "too small a sample to choose by" in (tmp_path / "out/report.html").read_text()
+
+
 def test_without_new_images_there_are_text_queries_alone(tmp_path, better):
     report = write_upgrade_report(config_of(better, tmp_path / "out", keys={"new_images": None}))
     assert report.measured.directions == ("T2I",)

@@ -17,8 +17,9 @@ from xbt.evaluation import (
     differences,
     recovered_gain,
 )
-from xbt.projections import Decision, PairVectors, choose_projection
+from xbt.projections import Decision, PairVectors
 from xbt.projections.auto import MIN_IMAGES
+from xbt.report.upgrade.choosing import choose_method
 from xbt.report.upgrade.config import UpgradeReportConfig
 from xbt.report.upgrade.sample import Sample
 
@@ -128,13 +129,13 @@ def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Me
         config: Cut-offs, confidence and what may be used.
 
     Raises:
-        DataError: If the vectors cannot be used, or there are too few even to fit a map.
+        DataError: If the vectors cannot be used.
     """
-    decision = _choose(chosen, config, config.use_old)
+    decision = choose_method(chosen, config, config.use_old)
     alone = None
     if len(chosen) >= MIN_IMAGES and any(decision.ensemble.needs_old(d) and decision.deployed(d)
                                          for d in measured.pairs.directions):  # fmt: skip
-        alone = _choose(chosen, config, use_old=False)
+        alone = choose_method(chosen, config, use_old=False)
     pairs = measured.pairs
     queries: dict[str, Queries] = {
         OLD: {direction: pairs.queries(direction)[1] for direction in pairs.directions}
@@ -151,26 +152,6 @@ def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Me
     for name in queries:
         found.cells[name] = _cell(found, name, config.ks)
     return found
-
-
-def _choose(chosen: Sample, config: UpgradeReportConfig, use_old: bool) -> Decision:
-    enough = len(chosen) >= MIN_IMAGES
-    new, old = chosen.corpus or (None, None)
-    if not enough and new is None:
-        new, old = chosen.pairs.new_texts, chosen.pairs.old_texts
-    return choose_projection(
-        new,
-        old,
-        pairs=chosen.pairs if enough else None,
-        thorough=config.thorough,
-        use_old=use_old,
-        accept_unverified=not enough and use_old,
-        ks=config.ks,
-        confidence=config.confidence,
-        seed=config.seed,
-        new_space=chosen.new.space,
-        old_space=chosen.old.space,
-    )
 
 
 def _cell(found: Measured, name: str, ks: list[int]) -> Cell:
