@@ -1,5 +1,8 @@
 """What a query costs on top of the new text tower: a map, folded or not, and an ensemble with the old query.
 
+The forms that ``auto`` deploys are among them: a combination tuned on pairs, and one whose weight depends on
+how sure each query is of its best score in a sample of the gallery.
+
     python recipes/benchmarks/query_cost.py
 
 Nothing is downloaded: both towers have the architecture's size and random weights, which take exactly as long
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from xbt.bench import Spread, Timings, side_by_side, write_report
 from xbt.compatible import CompatibleEncoder
@@ -23,10 +27,12 @@ from xbt.config import config_to_dict, run_recipe
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
 from xbt.errors import ConfigError
 from xbt.projections import LinearProjection, Projection, ResidualProjection
+from xbt.projections.combinations import MAX_REFERENCE, Adaptive, Linear
 from xbt.projections.ensemble import QueryEnsemble
 
 WORDS = ("dog", "beach", "red", "car", "two", "children", "street", "cat", "old", "bicycle", "snow", "table")
 TOWER = "tower"
+BY_CONSTRUCTION = "0, by construction"
 
 
 @dataclass
@@ -99,29 +105,40 @@ def ways(config: QueryCostBenchmark, new: OpenClipEncoder, old: OpenClipEncoder,
     for projection in (linear, mlp):
         projection.set_spaces(new.space, old.space)
         projection.eval().requires_grad_(False)
-    ensemble = QueryEnsemble.midpoint(dim, old.space)
     vectors = old.encode_texts(texts)
-    mixed = CompatibleEncoder(new, linear, ensemble, old)
-
-    def combined(part: Tensor) -> Tensor:
-        combination: Tensor = ensemble(vectors, linear.project(part), "T2I")
-        return combination
 
     def alone(projection: Projection) -> Callable[[Tensor], object]:
         return lambda part: projection(part, "text")
 
-    return {
+    found: Ways = {
         "linear, folded": (CompatibleEncoder(new, linear).fold().encode_texts, None),
         "linear": (CompatibleEncoder(new, linear).encode_texts, alone(linear)),
         f"MLP (hidden {config.hidden_dim})": (CompatibleEncoder(new, mlp).encode_texts, alone(mlp)),
-        "linear + ensemble, old vectors given": (
-            lambda part: mixed.encode_texts(part, old_vectors=vectors),
-            combined,
-        ),
-        "linear + ensemble, old tower": (
-            mixed.encode_texts,
-            lambda part: ensemble(old.encode_texts(texts), linear.project(part), "T2I"),
-        ),
+    }
+    for name, ensemble in ensembles(old).items():
+        mixed = CompatibleEncoder(new, linear, ensemble, old)
+        found[f"linear + {name}, old vectors given"] = (
+            lambda part, mixed=mixed: mixed.encode_texts(part, old_vectors=vectors),
+            lambda part, ensemble=ensemble: ensemble(vectors, linear.project(part), "T2I"),
+        )
+    midpoint = ensembles(old)["midpoint"]
+    found["linear + midpoint, old tower"] = (
+        CompatibleEncoder(new, linear, midpoint, old).encode_texts,
+        lambda part: midpoint(old.encode_texts(texts), linear.project(part), "T2I"),
+    )
+    return found
+
+
+def ensembles(old: OpenClipEncoder) -> dict[str, QueryEnsemble]:
+    """The ways to combine the old query with the new one, from the simplest to those that learn most."""
+    dim = old.dim
+    matrices = {name: torch.randn(dim, dim) / dim for name in Linear().tensors(dim)}
+    reference = normalize(torch.randn(MAX_REFERENCE, dim), dim=1)
+    sure = Adaptive(similarity=1.0, confidence=0.3)
+    return {
+        "midpoint": QueryEnsemble.midpoint(dim, old.space),
+        "tuned on pairs": QueryEnsemble(dim, {"T2I": Linear()}, {"T2I": matrices}, old.space),
+        "confidence": QueryEnsemble(dim, {"T2I": sure}, {"T2I": {"reference": reference}}, old.space),
     }
 
 
@@ -157,11 +174,10 @@ def repeated(run: Callable[[Tensor], object], vectors: Tensor, times: int) -> Ca
 def row(name: str, batch_size: int, timings: Timings) -> dict[str, Any]:
     """One row of the table; folded, nothing is added: the last layer has another matrix of its size."""
     own = timings.get(f"{name}, alone")
-    nothing = Spread((0.0,) * len(timings[TOWER].values))
     return {
         "query": name,
         "batch": batch_size,
-        "own time, % of the tower's": percent(own.over(timings[TOWER]) if own else nothing),
+        "own time, % of the tower's": percent(own.over(timings[TOWER])) if own else BY_CONSTRUCTION,
         "difference, % of the tower's": percent(timings[name].minus(timings[TOWER]).over(timings[TOWER])),
         "tower, ms": scaled(timings[TOWER], 1000),
     }
@@ -193,8 +209,9 @@ def describe(config: QueryCostBenchmark, new: OpenClipEncoder) -> str:
         f"with {config.threads} threads, fp32; towers of {config.model} with random weights, {new.dim} → "
         f"{new.dim} dimensions. Own time: the map or combination alone, over the tower in the same round; "
         "for the old tower, that tower and the combination. A folded matrix takes the place of one of its "
-        "size and adds no time of its own. Difference: whole `encode_texts` calls, tokenising included, "
-        "with and without."
+        "size, so that there is nothing of its own to time. Tuned on pairs: a matrix for each query; "
+        f"confidence: scores of both queries against {MAX_REFERENCE:,} rows of the gallery. Difference: "
+        "whole `encode_texts` calls, tokenising included, with and without."
     )
 
 

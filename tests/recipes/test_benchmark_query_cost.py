@@ -17,8 +17,10 @@ WAYS = [
     "linear, folded",
     "linear",
     "MLP (hidden 24)",
-    "linear + ensemble, old vectors given",
-    "linear + ensemble, old tower",
+    "linear + midpoint, old vectors given",
+    "linear + tuned on pairs, old vectors given",
+    "linear + confidence, old vectors given",
+    "linear + midpoint, old tower",
 ]
 
 
@@ -47,11 +49,12 @@ def test_every_way_and_batch_size(run, tmp_path):
         tower, whole = seconds["tower"]["rounds"], seconds[row["query"]]["rounds"]
         expected = [100 * (a - b) / b for a, b in zip(whole, tower, strict=True)]
         assert row["difference, % of the tower's"]["rounds"] == pytest.approx(expected)
-        own = row["own time, % of the tower's"]["rounds"]
+        own = row["own time, % of the tower's"]
         if row["query"] == WAYS[0]:
-            assert own == [0, 0]
+            assert own == "0, by construction"
+            assert f"{row['query']}, alone" not in seconds
         else:
-            alone = seconds[f"{row['query']}, alone"]["rounds"]
+            alone, own = seconds[f"{row['query']}, alone"]["rounds"], own["rounds"]
             assert own == pytest.approx([100 * a / b for a, b in zip(alone, tower, strict=True)])
 
 
@@ -71,7 +74,10 @@ def test_the_ways_agree_on_what_they_compute():
     for name, (whole, added) in found.items():
         if added is not None:
             torch.testing.assert_close(whole, added, atol=1e-5, rtol=0, msg=name)
-    torch.testing.assert_close(found[WAYS[3]][0], found[WAYS[4]][0], atol=1e-5, rtol=0)
+    midpoint, tuned, confidence, with_tower = (found[name][0] for name in WAYS[3:])
+    torch.testing.assert_close(midpoint, with_tower, atol=1e-5, rtol=0)
+    for other in (tuned, confidence):
+        assert (midpoint - other).abs().max() > 1e-3
 
 
 def test_wrong_options(run):
