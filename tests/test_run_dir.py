@@ -58,8 +58,39 @@ def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file; give a directory"):
         RunDirectory(tmp_path / "file", Settings())
-    with pytest.raises(ConfigError, match="cannot be written"):
-        RunDirectory(tmp_path / "file" / "below", Settings()).prepare()
+    with pytest.raises(ConfigError, match=r"file/below cannot be written: Not a directory"):
+        RunDirectory(tmp_path / "file" / "below", Settings())
+    with pytest.raises(ConfigError, match=r"--output_dir /proc/nope cannot be written"):
+        RunDirectory("/proc/nope", Settings())
+    with pytest.raises(ConfigError, match=r"x cannot be written: File name too long"):
+        RunDirectory(tmp_path / ("x" * 5000), Settings())
+
+
+def test_a_directory_that_may_not_be_written(tmp_path, monkeypatch):
+    prepared(tmp_path / "run")
+
+    def refuse(*arguments, dir, **options):
+        asked.append(Path(dir))
+        raise PermissionError(13, "Permission denied")
+
+    asked = []
+    monkeypatch.setattr("xbt.run_dir.TemporaryFile", refuse)  # whoever runs the tests may write anywhere
+    for path in ("run", "other", "deep/down"):
+        with pytest.raises(ConfigError, match=rf"{path} cannot be written: Permission denied"):
+            RunDirectory(tmp_path / path, Settings())
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        RunDirectory(tmp_path / "run", Settings(noise=0.7))
+    assert asked == [tmp_path / "run", tmp_path, tmp_path]
+    monkeypatch.setenv("RANK", "1")  # the main process alone writes
+    RunDirectory(tmp_path / "run", Settings())
+
+
+def test_asking_whether_a_directory_can_be_written_leaves_nothing(tmp_path):
+    RunDirectory(tmp_path / "deep" / "down", Settings())
+    assert list(tmp_path.iterdir()) == []
+    prepared(tmp_path / "run")
+    RunDirectory(tmp_path / "run", Settings())
+    assert {each.name for each in (tmp_path / "run").iterdir()} == {"config.yaml", "versions.json"}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

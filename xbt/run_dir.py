@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 import yaml
 
-from xbt.config import config_to_dict, config_to_yaml, flatten
+from xbt.config import config_to_dict, config_to_yaml, flatten, is_main_process
 from xbt.errors import ConfigError
 
 _CONFIG = "config.yaml"
@@ -64,7 +65,7 @@ class RunDirectory:
 
     Raises:
         ConfigError: If the directory holds a run with other settings and ``overwrite`` is not given; the
-            message lists what differs.
+            message lists what differs. In the main process also if it cannot be written.
     """
 
     def __init__(
@@ -74,10 +75,16 @@ class RunDirectory:
         self._free = _NOT_IDENTITY.union(may_change)
         self._config = config
         self._overwrite = overwrite
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            nearest = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+        except OSError as error:
+            raise self._unwritable(error) from error
+        if nearest == self.path and not self.path.is_dir():
             raise ConfigError(f"--output_dir {self.path} is a file; give a directory")
         if not overwrite:
             self._refuse_other_run()
+        if is_main_process():
+            self._require_writable(nearest)
 
     def prepare(self) -> None:
         """Makes the directory and records config and versions; the main process alone calls this.
@@ -90,7 +97,7 @@ class RunDirectory:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
             _write_whole(self.path / _CONFIG, config_to_yaml(self._config))
         except OSError as error:
-            raise ConfigError(f"--output_dir {self.path} cannot be written: {error.strerror}") from error
+            raise self._unwritable(error) from error
         self.write_json("versions.json", versions())
 
     @property
@@ -101,6 +108,20 @@ class RunDirectory:
     def write_json(self, name: str, data: Any) -> Path:
         """Writes one JSON file into the directory; see :func:`write_json`."""
         return write_json(self.path / name, data)
+
+    def _require_writable(self, nearest: Path) -> None:
+        """Tries to write into the directory, or where it will be made, and leaves nothing there."""
+        # Asked now: hours later, when there is something to write, the answer comes too late.
+        try:
+            with TemporaryFile(dir=nearest):
+                pass
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> ConfigError:
+        return ConfigError(
+            f"--output_dir {self.path} cannot be written: {error.strerror}; give a directory that can"
+        )
 
     def _refuse_other_run(self) -> None:
         recorded = self.path / _CONFIG

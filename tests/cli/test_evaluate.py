@@ -44,3 +44,10 @@ def test_what_will_not_be_compared_ends_the_job_before_it_begins(run, flags, tmp
     assert (said.status, said.out) == (2, "")
     assert told in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_named_before_anything_is_opened(run):
+    words = ["--old", "no", "--new", "no", "--pairs.source", "nowhere.json", "--output_dir", "/proc/nope"]
+    said = run("evaluate", *words)
+    assert (said.status, said.out) == (2, "")
+    assert said.err.startswith("xbt evaluate: error: --output_dir /proc/nope cannot be written: ")
