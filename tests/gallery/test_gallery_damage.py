@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +46,7 @@ def edit(path, **changes):
         (lambda g: edit(g / "gallery.json", generation=7), "was edited or damaged: its own checksum"),
         (
             lambda g: edit(g / "gallery.json", version=99),
-            "of format version 99, and this xbt reads version 2",
+            "of format version 99, and this xbt reads version 3",
         ),
         (lambda g: (g / "gallery.json").write_text('{"format": 1, "dim": 16}'), "of format version 1"),
         (lambda g: (g / "removals-000000.log").unlink(), r"removals-000000\.log cannot be read"),
@@ -96,10 +99,10 @@ def test_a_flipped_bit_is_found(gallery):
     ]
 
 
-def test_half_a_line_at_the_end_of_the_journal_is_a_kill_and_elsewhere_damage(gallery):
+def test_half_a_line_at_the_end_of_the_journal_is_a_kill(gallery):
     path = journal(gallery)
     content = path.read_bytes()
-    for torn in (content[:-1], content[:-9], content[:-4] + b"xx}\n", content + b"0000", content + bytes(7)):
+    for torn in (content[:-1], content[:-9], content + b"0000", content + bytes(7)):
         path.write_bytes(torn)
         opened = Gallery.open(gallery.path)
         assert len(opened) == (44 if len(torn) > len(content) else 47)
@@ -107,10 +110,69 @@ def test_half_a_line_at_the_end_of_the_journal_is_a_kill_and_elsewhere_damage(ga
     opened.remove(["image-0040"])  # cuts off what is torn
     assert path.read_bytes()[: len(content)] == content
     assert len(Gallery.open(gallery.path)) == 43
-    path.write_bytes(b"x" + path.read_bytes()[1:])
-    with pytest.raises(StoreError, match=r"removals-000000\.log is damaged at byte 0"):
+
+
+@pytest.mark.parametrize("line", [0, 1, 2])
+def test_a_whole_line_of_the_journal_that_is_damaged_is_never_taken_for_a_kill(gallery, line):
+    path = journal(gallery)
+    lines = path.read_bytes().splitlines(keepends=True)
+    start = sum(map(len, lines[:line]))
+    damaged = bytearray(path.read_bytes())
+    damaged[start + 12] ^= 1
+    path.write_bytes(damaged)
+    words = (
+        rf"removals-000000\.log is damaged at byte {start}: which items were removed there is not known; copy"
+    )
+    for read_only in (True, False):
+        with pytest.raises(StoreError, match=words):
+            Gallery.open(gallery.path, read_only=read_only)
+    assert f"is damaged at byte {start}" in gallery.verify()[0]
+    assert path.read_bytes() == damaged  # nobody has written over it
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_journal_that_has_lost_its_removals(gallery, kept):
+    reader = Gallery.open(gallery.path, read_only=True)
+    gallery.begin_part(make_space("new", seed=1))  # the record says how long the journal is by now
+    path = journal(gallery)
+    lines, size = path.read_bytes().splitlines(keepends=True), path.stat().st_size
+    left = sum(map(len, lines[:kept]))
+    with path.open("r+b") as file:
+        file.truncate(left)
+    words = rf"removals-000000\.log has {left} bytes, but {size} were written: removals are lost"
+    with pytest.raises(StoreError, match=words):
         Gallery.open(gallery.path)
-    assert "is damaged at byte 0" in gallery.verify()[0]
+    for each in (gallery, reader):
+        assert f"has {left} bytes, but {size} were written" in each.verify()[0]
+        with pytest.raises(StoreError, match=words):
+            each.reload()
+    with pytest.raises(StoreError, match=words):
+        gallery.remove(["image-0040"])
+
+
+def test_an_emptied_journal_is_noticed_whatever_the_record_knows(gallery):
+    journal(gallery).write_bytes(b"")
+    with pytest.raises(StoreError, match=r"has 0 bytes, but .* were written: removals are lost"):
+        Gallery.open(gallery.path)
+
+
+def test_a_journal_of_another_gallery(gallery, tmp_path):
+    other = Gallery.create(tmp_path / "h", space=make_space())
+    shutil.copy(journal(other), journal(gallery))
+    with pytest.raises(
+        StoreError, match=r"removals-000000\.log is of another gallery; copy the gallery's files"
+    ):
+        Gallery.open(gallery.path)
+
+
+def test_a_script_that_closes_nothing_ends_without_a_word(tmp_path):
+    code = (
+        "import sys, numpy as np, xbt; g = xbt.Gallery.create(sys.argv[1], space=xbt.EmbeddingSpace('A', 8));"
+        "g.add(np.eye(5, 8, dtype='float32'), list('abcde')); g.remove(['a'])"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "h")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_gallery_that_vanishes_while_it_is_open(gallery):

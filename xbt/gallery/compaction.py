@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from xbt.gallery.contents import Contents
 from xbt.gallery.home import Home
-from xbt.gallery.layout import GalleryRecord, PartRecord, SegmentRecord, segment_name
+from xbt.gallery.layout import PartRecord, SegmentRecord, segment_name
 from xbt.gallery.memory_segment import MemorySegment
 from xbt.gallery.part import Part
 from xbt.gallery.segments import StoredSegment
@@ -56,7 +56,8 @@ def compact(home: Home, contents: Contents) -> bool:
             _write(home, about, name, part, rows)
             kept += (SegmentRecord(name),)
         parts.append(replace(about, segments=kept))
-    record = GalleryRecord(home.record.plan, tuple(parts), home.record.generation + 1, made)
+    generation = home.record.generation + 1
+    record = replace(home.record, parts=tuple(parts), generation=generation, segments_made=made)
     home.commit_generation(record, removed)
     return True
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from xbt.errors import DataError
 from xbt.gallery.checks import as_ids, as_rows
-from xbt.gallery.contents import Contents
+from xbt.gallery.contents import OLD, Contents
+from xbt.gallery.elsewhere import record_of
 from xbt.gallery.home import Home
 from xbt.gallery.index_plan import EXACT, IndexPlan
 from xbt.gallery.layout import PartRecord, SegmentRecord, segment_name
 from xbt.gallery.memory_segment import MemorySegment
 from xbt.gallery.part import Part
-from xbt.gallery.searching import OLD
 from xbt.gallery.writing import WritableGallery
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
@@ -127,7 +127,7 @@ class Gallery(WritableGallery):
             elif space is not None and store.space is not None:
                 space.require(store.space, f"the vectors of {store.path}")
             space, modality, dim = store.space, store.modality, store.dim
-            segments = (SegmentRecord(segment_name(OLD, 0), str(store.path.resolve()), len(store)),)
+            segments = (record_of(store, len(store), segment_name(OLD, 0), Path(path).expanduser()),)
         elif space is None:
             raise DataError(
                 f"the gallery {path} needs a space; give space=encoder.space, or a store that has one"
@@ -140,19 +140,28 @@ class Gallery(WritableGallery):
         return cls(None, Home.create(path, plan, part))
 
     @classmethod
-    def open(cls, path: str | Path, read_only: bool = False, mmap: bool = False) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        read_only: bool = False,
+        mmap: bool = False,
+        stores: Mapping[str, str | Path] | None = None,
+    ) -> Self:
         """Opens a gallery on disk.
 
         Args:
             path: Its directory.
             read_only: Whether to refuse every write through this object.
             mmap: Whether an inverted file (``"IVF…"``) is mapped from disk instead of read into memory.
+            stores: Where stores are now that the gallery was made of and that have been moved, by the paths
+                they had. Not needed for a store that lies beside the gallery and is moved together with it.
 
         Raises:
-            StoreError: If there is no gallery, or it is damaged.
+            StoreError: If there is no gallery, it is damaged, or a store that it was made of is gone or has
+                other rows.
             ConfigError: If ``mmap`` is asked for and the index is no inverted file.
         """
-        home = Home(Path(path).expanduser(), read_only, mmap)
+        home = Home(Path(path).expanduser(), read_only, mmap, stores)
         if mmap:
             home.record.plan.require_inverted_file(home.record.parts[0].dim)
         return cls(None, home)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -10,10 +12,11 @@ from typing import Self
 from xbt.errors import StoreError
 from xbt.gallery import journal
 from xbt.gallery.contents import Contents
+from xbt.gallery.elsewhere import find_store, located, moved_stores
 from xbt.gallery.index_cache import FOLDER, IndexCache
 from xbt.gallery.index_plan import IndexPlan
 from xbt.gallery.journal import Journal, Removed
-from xbt.gallery.layout import RECORD, SEGMENTS, GalleryRecord, PartRecord
+from xbt.gallery.layout import RECORD, SEGMENTS, GalleryRecord, PartRecord, SegmentRecord
 from xbt.gallery.part import Part
 from xbt.gallery.segments import StoredSegment
 from xbt.store import EmbeddingStore
@@ -34,19 +37,28 @@ class Home:
         path: The directory.
         read_only: Whether nothing may be written.
         mmap: Whether indexes are mapped.
+        stores: Where stores elsewhere are now, by the paths that are on record.
 
     Attributes:
         record: What the gallery is, as it was read or written last.
         journal: Its removals; open, so that nobody removes the files of this generation.
 
     Raises:
-        StoreError: If there is no gallery, or it is damaged.
+        StoreError: If there is no gallery, it is damaged, or ``stores`` names one that it was not made of.
     """
 
-    def __init__(self, path: Path, read_only: bool = False, mmap: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        read_only: bool = False,
+        mmap: bool = False,
+        stores: Mapping[str, str | Path] | None = None,
+    ) -> None:
         self.path, self.read_only, self.mmap = path, read_only, mmap
         self.lock = WriterLock(path)
+        self._refused = False
         self.record, self.journal = self._read()
+        self._moved = moved_stores(self.record, path, stores)
 
     @classmethod
     def create(cls, path: str | Path, plan: IndexPlan, part: PartRecord) -> Self:
@@ -56,18 +68,16 @@ class Home:
             StoreError: If the directory holds anything, or cannot be written.
         """
         directory = store_path(path)
-        record = GalleryRecord(plan, (part,), segments_made=len(part.segments))
-        ours = (".lock", record.journal)  # what a killed attempt leaves
-        found = next((file for file in directory.glob("[!.]*") if file.name not in ours), None)
-        if found is not None:
-            raise StoreError(
-                f"{directory} already holds {found.name}; open that gallery, or choose another directory"
-            )
+        identity = _new_identity()
+        record = GalleryRecord(plan, (part,), segments_made=len(part.segments), identity=identity)
+        _refuse_what_is_there(directory, record)
         with writing_to(directory, 0):
             directory.mkdir(parents=True, exist_ok=True)
         with WriterLock(directory):
-            Journal.create(directory / record.journal, {}).close()
-            record.write(directory)
+            _refuse_what_is_there(directory, record)  # another process may have made one meanwhile
+            opened = Journal.create(directory / record.journal, {}, identity, record.generation)
+            replace(record, removals=opened.least).write(directory)
+            opened.close()
         return cls(directory)
 
     def contents(self) -> Contents:
@@ -79,7 +89,7 @@ class Home:
         parts = []
         for about in self.record.parts:
             part = self._part(about)
-            part.segments += [StoredSegment(self.path / SEGMENTS, about, each) for each in about.segments]
+            part.segments += [self._segment(about, each) for each in about.segments]
             parts.append(part)
         contents = Contents(parts)
         self.journal.rewind()
@@ -96,20 +106,38 @@ class Home:
             The contents: the same, grown, or others if the gallery was compacted meanwhile.
 
         Raises:
-            StoreError: If the gallery is gone or damaged.
+            StoreError: If the gallery is gone or damaged, or another one while this one is being written.
         """
-        generation = self.record.generation
-        record, opened = self._read(self.journal)
+        for last in (False, False, True):
+            try:
+                contents = self._refreshed(contents)
+            except StoreError:
+                if last or self._refused or not self._is_displaced():
+                    raise
+            else:
+                if self.journal.in_place():
+                    break
+            contents = None  # half of it may be another gallery's, which was put here meanwhile
+        else:
+            raise self._unsteady()
+        if self.lock.held and not self.record.identity:
+            self.commit(self.record)  # the first write since version 2
+        return contents
+
+    def _refreshed(self, contents: Contents | None) -> Contents:
+        known = self.journal
+        record, opened = self._read(known)
+        if self._refused or (self.lock.held and not self._is_same(record)):
+            self._refused = True  # until it is opened again: what the user knows of it is another gallery's
+            raise journal.replaced(self.path)
         self.record, self.journal = record, opened
-        if contents is None or record.generation != generation or len(contents.parts) > len(record.parts):
+        if contents is None or opened is not known or len(contents.parts) > len(record.parts):
             return self.contents()
         for number, about in enumerate(record.parts):
             if number == len(contents.parts):
                 contents.parts.append(self._part(about))
-            known = contents.parts[number].segments
-            known += [
-                StoredSegment(self.path / SEGMENTS, about, each) for each in about.segments[len(known) :]
-            ]
+            segments = contents.parts[number].segments
+            segments += [self._segment(about, each) for each in about.segments[len(segments) :]]
         contents.refresh(self.journal.news)
         return contents
 
@@ -123,10 +151,11 @@ class Home:
         about = next(each for each in record.parts if each.name == part.name)
         self.make_store(about, segment.name)
         self.commit(record)
-        part.segments.append(StoredSegment(self.path / SEGMENTS, about, segment))
+        part.segments.append(self._segment(about, segment))
 
     def make_store(self, part: PartRecord, name: str) -> EmbeddingStore:
         """An empty store for a segment; what a killed writer left under that name is replaced."""
+        self.require_same()
         path = self.path / SEGMENTS / name
         shutil.rmtree(path, ignore_errors=True)
         if part.space is None:
@@ -144,18 +173,53 @@ class Home:
         contents.parts.append(self._part(part))
 
     def commit(self, record: GalleryRecord) -> None:
-        """Makes a record the gallery's."""
-        record.write(self.path)
-        self.record = record
+        """Makes a record the gallery's; raises as :meth:`add_segment`."""
+        self.require_same()
+        self.journal.sync()
+        self._write(replace(record, removals=self.journal.read), self.journal)
 
     def commit_generation(self, record: GalleryRecord, removed: Removed) -> None:
         """Makes a record with other segments the gallery's, and what was removed of them."""
-        opened = Journal.create(self.path / record.journal, removed)
-        self.commit(record)
+        self.require_same()
+        record = replace(record, identity=record.identity or _new_identity())
+        opened = Journal.create(self.path / record.journal, removed, record.identity, record.generation)
+        self._write(replace(record, removals=opened.least), opened)
         self.journal = opened
 
+    def _write(self, record: GalleryRecord, journal: Journal) -> None:
+        parts = tuple(located(part, self.path, self._moved) for part in record.parts)
+        record = replace(record, parts=parts, identity=record.identity or _new_identity())
+        record.write(self.path)
+        self.record = record
+        journal.identity, journal.least = record.identity, record.removals
+
+    def require_same(self) -> None:
+        """Refuses to write if another gallery stands here.
+
+        Raises:
+            StoreError: If it does, or there is none.
+        """
+        same = self._is_same(GalleryRecord.read(self.path)) and self.journal.in_place()
+        if self._refused or not same:
+            self._refused = True
+            raise journal.replaced(self.path)
+
+    def faults(self) -> list[str]:
+        """Damage to the record and to the journal, a sentence each."""
+        try:
+            if not self._is_same(GalleryRecord.read(self.path)):
+                return [str(journal.replaced(self.path))]
+        except StoreError as error:
+            return [str(error)]
+        return self.journal.faults()
+
     def sweep(self) -> None:
-        """Removes what killed writers left, and the files of generations that nobody reads any more."""
+        """Removes what killed writers left, and the files of generations that nobody reads any more.
+
+        Raises:
+            StoreError: If another gallery stands here.
+        """
+        self.require_same()
         remove_leftovers(self.path, self.path / FOLDER)
         current = self.record.journal
         others = [path for path in self.path.glob("removals-*.log") if path.name != current]
@@ -177,6 +241,11 @@ class Home:
         """Where a part's index is kept."""
         return IndexCache(self.path / FOLDER, part, self.record.plan, self.mmap, self.read_only)
 
+    def _segment(self, about: PartRecord, record: SegmentRecord) -> StoredSegment:
+        outside = record.elsewhere is not None
+        path = find_store(record, self.path, self._moved) if outside else self.path / SEGMENTS / record.name
+        return StoredSegment(path, about, record, self.path, self.require_same)
+
     def _part(self, about: PartRecord) -> Part:
         return Part(about.name, about.space, about.dim, self.record.plan, self.cache(about.name))
 
@@ -185,14 +254,48 @@ class Home:
         for _ in range(_ATTEMPTS):
             record = GalleryRecord.read(self.path)
             path = self.path / record.journal
-            if known is not None and known.path == path and not known.closed:
+            there = known is not None and known.path == path and not known.closed and known.in_place()
+            if known is not None and there and self._is_same(record):
+                known.identity, known.least = record.identity, record.removals
                 return record, known
             try:
-                opened = Journal(path)
+                opened = Journal(path, record.identity, record.removals)
             except StoreError:
-                if GalleryRecord.read(self.path).journal == record.journal:
+                if _are_one(record, GalleryRecord.read(self.path)):
                     raise
                 continue  # it was compacted, and the generation removed, in between
-            if GalleryRecord.read(self.path).journal == record.journal:
+            if _are_one(record, GalleryRecord.read(self.path)):
                 return record, opened
-        raise StoreError(f"{self.path / RECORD} changes faster than it can be read; wait for its writer")
+        raise self._unsteady()
+
+    def _unsteady(self) -> StoreError:
+        return StoreError(f"{self.path / RECORD} changes faster than it can be read; wait for its writer")
+
+    def _is_same(self, record: GalleryRecord) -> bool:
+        """Whether a record is that of the gallery that is open, and not of one that was put in its place."""
+        if self.record.identity and record.identity:
+            return self.record.identity == record.identity
+        # One of version 2 has none, but as long as its journal is open no other file can pass for it.
+        return self.journal.closed or self.journal.in_place()
+
+    def _is_displaced(self) -> bool:
+        """Whether there is a gallery, but with another journal than the one that is open."""
+        return (self.path / RECORD).is_file() and not self.journal.closed and not self.journal.in_place()
+
+
+def _new_identity() -> str:
+    return secrets.token_hex(16)
+
+
+def _are_one(first: GalleryRecord, second: GalleryRecord) -> bool:
+    """Whether two records are of one generation of one gallery."""
+    return (first.identity, first.journal) == (second.identity, second.journal)
+
+
+def _refuse_what_is_there(directory: Path, record: GalleryRecord) -> None:
+    ours = (".lock", record.journal)  # what a killed attempt leaves
+    found = next((file for file in directory.glob("[!.]*") if file.name not in ours), None)
+    if found is not None:
+        raise StoreError(
+            f"{directory} already holds {found.name}; open that gallery, or choose another directory"
+        )

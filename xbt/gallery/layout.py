@@ -26,7 +26,9 @@ from xbt.store.files import write_record
 from xbt.store.layout import Header, read_record
 
 RECORD, SEGMENTS = "gallery.json", "segments"
-FORMAT, VERSION = "xbt-gallery", 2
+FORMAT, VERSION = "xbt-gallery", 3
+READABLE = (2, VERSION)
+"""Versions that are read; version 2 had no identity, and did not say what a store elsewhere was."""
 _MEND = "copy it again or build the gallery anew"
 
 
@@ -38,11 +40,15 @@ class SegmentRecord:
         name: Its name, never used twice within a gallery.
         elsewhere: Path of a store that is not the gallery's own, and is only read.
         rows: How many of its rows count, where it is elsewhere; ``None`` for all.
+        nearby: Its path from the gallery's directory, where it lies beside the gallery: both may be moved.
+        digest: What those rows were; see :mod:`xbt.gallery.elsewhere`. ``None`` if that was never noted.
     """
 
     name: str
     elsewhere: str | None = None
     rows: int | None = None
+    nearby: str | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,17 @@ class GalleryRecord:
         parts: One, or two while it is backfilled: the old one first.
         generation: How often it has been compacted.
         segments_made: How many segments there have ever been; the next one is named after it.
+        identity: Drawn when it was made: another gallery under the same path has another one. It is empty
+            until the first change of the record, if the gallery is of version 2.
+        removals: Bytes that the generation's journal had, at least, when the record was written.
     """
 
     plan: IndexPlan
     parts: tuple[PartRecord, ...]
     generation: int = 0
     segments_made: int = 0
+    identity: str = ""
+    removals: int = 0
 
     @property
     def journal(self) -> str:
@@ -129,6 +140,8 @@ class GalleryRecord:
             "tuning": self.plan.tuning,
             "generation": self.generation,
             "segments_made": self.segments_made,
+            "identity": self.identity,
+            "removals": self.removals,
             "parts": [part.to_dict() for part in self.parts],
         }
         write_record(directory / RECORD, {**plain, "checksum": _checksum(plain)})
@@ -147,7 +160,7 @@ class GalleryRecord:
                 "Gallery.create"
             )
         data = read_record(path)
-        if data.get("format") != FORMAT or data.get("version") != VERSION:
+        if data.get("format") != FORMAT or data.get("version") not in READABLE:
             found = data.get("version", data.get("format"))
             raise StoreError(
                 f"{path} is of format version {found!r}, and this xbt reads version {VERSION}; build the "
@@ -161,6 +174,8 @@ class GalleryRecord:
                 tuple(PartRecord.from_dict(part) for part in data["parts"]),
                 int(data["generation"]),
                 int(data["segments_made"]),
+                str(data.get("identity", "")),
+                int(data.get("removals", 0)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{path} is incomplete ({error!r}); {_MEND}") from error

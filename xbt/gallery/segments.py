@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,9 +12,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import StoreError
+from xbt.gallery.elsewhere import begins_with, digest
 from xbt.gallery.layout import PartRecord, SegmentRecord
-from xbt.store import EmbeddingStore
-from xbt.store.layout import MANIFEST, metadata_file
+from xbt.store import EmbeddingStore, find_faults
+from xbt.store.layout import MANIFEST, metadata_file, read_manifest
 from xbt.store.metadata import read_columns
 from xbt.store.shards import ID
 from xbt.vectors import Vectors
@@ -62,27 +64,40 @@ class Segment(Protocol):
 class StoredSegment:
     """A store on disk; rows that a store elsewhere gets later on are not seen."""
 
-    def __init__(self, directory: Path, part: PartRecord, record: SegmentRecord) -> None:
+    def __init__(
+        self,
+        path: Path,
+        part: PartRecord,
+        record: SegmentRecord,
+        gallery: Path,
+        may_write: Callable[[], None],
+    ) -> None:
         """Opens a segment.
 
         Args:
-            directory: The folder of the gallery's own segments.
+            path: The store.
             part: The part it belongs to.
             record: Which.
+            gallery: The gallery's directory.
+            may_write: Raises if the gallery is another one by now.
 
         Raises:
-            StoreError: If it is missing or damaged.
+            StoreError: If it is missing or damaged, or is elsewhere and another one than it was.
             SpaceMismatchError: If it holds vectors of another space than the part.
         """
-        path = directory / record.name if record.elsewhere is None else Path(record.elsewhere)
-        self._seen = _stamp(path)  # before it is read: what changes meanwhile is read again
+        self._seen = self._compared = _stamp(path)  # before it is read: what changes meanwhile is read again
         self.store = EmbeddingStore.open(path, part.modality, part.space)
-        self.name, self._limit = record.name, record.rows
+        self.name, self._limit, self._may_write = record.name, record.rows, may_write
         self.writable = record.elsewhere is None
         if self._limit is not None and len(self.store) < self._limit:
             raise StoreError(
                 f"{path} has {len(self.store)} rows, but the gallery was made of {self._limit}; copy the "
                 "store again"
+            )
+        if record.digest is not None and digest(self.store, len(self)) != record.digest:
+            raise StoreError(
+                f"the store at {path} is not the one that the gallery at {gallery} was made of: its first "
+                f"{len(self)} rows are others; put the old store back, or build the gallery anew"
             )
 
     def __len__(self) -> int:
@@ -90,31 +105,36 @@ class StoredSegment:
 
     def vectors(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`Segment`."""
-        return self.store.rows(rows)
+        with self._same_store():
+            return self.store.rows(rows)
 
     def slice(self, start: int, stop: int) -> NDArray[np.float32]:
         """See :class:`Segment`."""
-        return self.store.read(start, stop)
+        with self._same_store():
+            return self.store.read(start, stop)
 
     def ids(self, start: int, stop: int) -> list[str]:
         """See :class:`Segment`."""
-        return self.store.read_ids(start, stop)
+        with self._same_store():
+            return self.store.read_ids(start, stop)
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
         """See :class:`Segment`; every shard that has one of the rows is read."""
         tables, first = [], 0
-        for shard in self.store.shards if self.store.columns else ():
-            own = rows[(rows >= first) & (rows < first + shard.count)]
-            if len(own):
-                table = read_columns(self.store.path / metadata_file(shard.name), None)
-                tables.append(table.take(pa.array(own - first)))
-            first += shard.count
+        with self._same_store():
+            for shard in self.store.shards if self.store.columns else ():
+                own = rows[(rows >= first) & (rows < first + shard.count)]
+                if len(own):
+                    table = read_columns(self.store.path / metadata_file(shard.name), None)
+                    tables.append(table.take(pa.array(own - first)))
+                first += shard.count
         table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
         columns = [name for name in table.column_names if name != ID]
         return table.select(columns) if columns else None
 
     def append(self, vectors: Vectors, ids: Sequence[str], metadata: Any) -> None:
         """See :class:`Segment`."""
+        self._may_write()
         self.store.append(vectors, ids, metadata)
 
     def reload(self) -> None:
@@ -122,12 +142,52 @@ class StoredSegment:
         now = _stamp(self.store.path) if self._limit is None else self._seen
         if now != self._seen:
             if not now:
-                raise StoreError(
-                    f"{self.store.path} has lost its {MANIFEST} while the gallery was open; put the store "
-                    "back, or open the gallery anew"
-                )
+                raise self._lost()
+            known = self.store.shards
             self.store.reload()
-            self._seen = now
+            if not begins_with(self.store.shards, known):
+                raise self._replaced()
+            self._seen = self._compared = now
+
+    def faults(self) -> list[str]:
+        """Damage, a sentence each; every byte is read."""
+        try:
+            self._compared = ()
+            self._require_same()
+        except StoreError as error:
+            return [str(error)]
+        return find_faults(self.store.path, self.store.modality)
+
+    @contextmanager
+    def _same_store(self) -> Iterator[None]:
+        """Around reading: files are opened when they are needed, and may be another store's by then."""
+        try:
+            yield
+        finally:
+            self._require_same()
+
+    def _require_same(self) -> None:
+        """Refuses another store that was put in the place of the one that was opened."""
+        now = _stamp(self.store.path)
+        if now == self._compared or not self._seen:  # a folder that clip-retrieval wrote has no manifest
+            return
+        if now:
+            if not begins_with(read_manifest(self.store.path / MANIFEST).shards, self.store.shards):
+                raise self._replaced()
+            self._compared = now
+        elif self.store.path.is_dir():  # if it is gone as a whole, what was read is from files still open
+            raise self._lost()
+
+    def _lost(self) -> StoreError:
+        return StoreError(
+            f"{self.store.path} has lost its {MANIFEST} while the gallery was open; put the store back, or "
+            "open the gallery anew"
+        )
+
+    def _replaced(self) -> StoreError:
+        return StoreError(
+            f"{self.store.path} was replaced by another store while it was open; open the gallery again"
+        )
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

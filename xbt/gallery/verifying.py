@@ -7,7 +7,6 @@ import numpy as np
 from xbt.gallery.contents import Contents
 from xbt.gallery.home import Home
 from xbt.gallery.segments import StoredSegment
-from xbt.store import find_faults
 
 
 def faults_of(home: Home | None, contents: Contents) -> list[str]:
@@ -18,12 +17,13 @@ def faults_of(home: Home | None, contents: Contents) -> list[str]:
         contents: What is in it.
     """
     faults = items_searched_twice(contents)
+    if home is not None:
+        faults += home.faults()
     for part in contents.parts:
         for segment in part.segments:
             if isinstance(segment, StoredSegment):
-                faults += find_faults(segment.store.path, segment.store.modality)
+                faults += segment.faults()
     if home is not None:
-        faults += home.journal.faults()
         for about in home.record.parts:
             faults += home.cache(about.name).faults()
     return faults

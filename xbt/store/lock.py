@@ -49,6 +49,11 @@ class WriterLock:
         self._path, self._reentrant = path, reentrant
         self._handle: int | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether this object holds it."""
+        return self._handle is not None
+
     def acquire(self) -> None:
         """Takes the lock; does nothing if this object holds it already."""
         if self._handle is not None:
