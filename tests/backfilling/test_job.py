@@ -79,6 +79,26 @@ def test_orders(config, gallery, old, old_vectors, tmp_path, order):
     assert Gallery.open(gallery).ids_of("new") == found[:10]
 
 
+def test_who_maps_the_index_finds_one(config, gallery, old, old_vectors, monkeypatch, tmp_path):
+    """On the way and in the end, also of a job that measures nothing and so searches nothing."""
+    from xbt.backfilling import desk
+
+    real, indexed = desk.backfill_present, []
+
+    def looking(*arguments):
+        reader = Gallery.open(tmp_path / "mapped", read_only=True, mmap=True)
+        indexed.append([view.index is not None for view in reader._all_views()])
+        return real(*arguments)
+
+    monkeypatch.setattr(desk, "backfill_present", looking)
+    made = Gallery.create(tmp_path / "mapped", space=old.space, index="IVF1,Flat")
+    made.add(old_vectors, SCENES.ids)
+    run_backfill(config(gallery=str(made.path)))
+    # A part is worth an index as long as it has 39 items, and every twenty items the job looks.
+    none, old_only, new_only = [False, False], [True, False], [False, True]
+    assert indexed == [none, none, old_only, none, new_only, new_only]
+
+
 def test_a_budget_of_items_and_then_more(config, gallery, tmp_path):
     result = run_backfill(config(max_items=25))
     order = order_of(tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import warnings
 
 import faiss
@@ -11,8 +12,8 @@ import numpy as np
 import pytest
 from galleries import as_items, assert_finds, brute_force, make_space, names, unit
 
-from xbt.errors import ConfigError, DataError, StoreError
-from xbt.gallery import Gallery, index_plan, upkeep
+from xbt.errors import ConfigError, DataError
+from xbt.gallery import Gallery, RawMerge, index_cache, index_plan, part_view, upkeep
 
 N, DIM = 3000, 16
 
@@ -101,6 +102,26 @@ def test_a_query_for_which_the_index_finds_too_few_is_searched_exactly(tmp_path)
     assert_finds(gallery, items, unit(3, DIM, seed=1), 1500)
 
 
+@pytest.mark.parametrize("index", ["IVF16,Flat", "HNSW16"])
+def test_a_part_that_becomes_small_is_searched_exactly(tmp_path, index):
+    """As the old one does in a backfill, until nothing of it is left."""
+    gallery = make(tmp_path, index)
+    gallery.prepare()
+    gallery.begin_part(make_space("new", seed=1))
+    left = as_items(unit(N, DIM), names(N))
+    for start, stop in ((0, 2900), (2900, N)):
+        gallery.backfill(unit(N, DIM, seed=9)[start:stop], names(stop - start, start))
+        left = dict(list(left.items())[stop - start :])
+        if left and index.startswith("IVF"):
+            assert_finds(gallery, left, unit(3, DIM, seed=1), 10, part="old")
+        for mmap in {False, index.startswith("IVF")}:
+            each = Gallery.open(gallery.path, read_only=True, mmap=mmap)
+            found = each.search_mixed(unit(3, DIM, seed=1), unit(3, DIM, seed=2), 10, RawMerge())
+            assert found.scores.shape == (3, 10)
+    gallery.compact()
+    assert len(gallery) == N
+
+
 def test_a_small_part_is_searched_exactly(tmp_path):
     gallery = make(tmp_path, "IVF16,Flat", "nprobe=1", n=600)
     assert_finds(gallery, as_items(unit(600, DIM), names(600)), unit(9, DIM, seed=1), 10)
@@ -176,6 +197,8 @@ def test_a_damaged_or_missing_index_is_made_anew(tmp_path, trained, mmap):
         lambda: spoil(file(".npy")),
         lambda: file(".faiss").unlink(),
         lambda: file(".json").write_text("{"),
+        lambda: file(".json").write_text("{}"),
+        lambda: file(".json").write_text('{"index": "IVF16,Flat", "upto": 7, "segments": 3}'),
         lambda: shutil.rmtree(gallery.path / "index"),
     ]
     for number, damage in enumerate(damages):
@@ -199,10 +222,121 @@ def test_an_index_of_other_files_is_not_used(tmp_path, trained):
 
 def test_a_reader_writes_nothing(tmp_path):
     gallery = make(tmp_path, "IVF16,Flat")
-    Gallery.open(gallery.path, read_only=True).search(unit(1, DIM), 3)
-    assert not (gallery.path / "index").exists()
-    with pytest.raises(StoreError, match=r"'old' has no index under .*index to be mapped"):
-        Gallery.open(gallery.path, read_only=True, mmap=True).search(unit(1, DIM), 3)
+    for mmap in (False, True):
+        Gallery.open(gallery.path, read_only=True, mmap=mmap).search(unit(1, DIM), 3)
+        assert not (gallery.path / "index").exists()
+
+
+def test_a_reader_that_maps_searches_exactly_until_there_is_an_index(tmp_path, monkeypatch):
+    """Block by block, with nothing kept in memory: throughout a backfill, and after compacting."""
+    monkeypatch.setattr(part_view, "ROWS_AT_ONCE", 256)
+    gallery, (old, new) = make(tmp_path, "IVF16,Flat", "nprobe=1"), (make_space(), make_space("new", seed=1))
+    gallery.begin_part(new)
+    reader = Gallery.open(gallery.path, read_only=True, mmap=True)
+    olds, news = as_items(unit(N, DIM), names(N)), {}
+    for start, stop in ((0, 500), (500, 800), (800, 2000)):  # from 640 rows on an index is wanted
+        some = as_items(unit(stop - start, DIM, seed=stop), names(stop - start, start))
+        gallery.backfill(np.stack(list(some.values())), list(some), new)
+        news |= some
+        olds = {name: vector for name, vector in olds.items() if name not in some}
+        reader.reload()
+        assert_finds(reader, olds, unit(9, DIM, seed=1), 10, part="old", space=old)
+        assert_finds(reader, news, unit(9, DIM, seed=1), 10, part="new", space=new)
+    views = reader._all_views()
+    assert [view.exact for view in views] == [None, None]
+    gallery.prepare_index()
+    reader.reload()  # no row has come, but the index has
+    assert [len(view.index.rows) for view in reader._all_views()] == [1000, 2000]
+    gallery.compact()
+    reader.reload()
+    assert_finds(reader, olds, unit(9, DIM, seed=1), 10, part="old", space=old)
+    again = Gallery.open(gallery.path, read_only=True, mmap=True)
+    assert_finds(again, news, unit(9, DIM, seed=1), 10, part="new", space=new)
+
+
+def test_there_is_no_index_of_a_gallery_that_compares_every_row(tmp_path):
+    gallery = make(tmp_path, "Flat", n=30)
+    gallery.prepare_index()
+    assert gallery._views is None  # nothing was read
+
+
+def test_nobody_waits_while_an_index_is_made(tmp_path, monkeypatch):
+    """Other threads search the index that was there, and what has come since."""
+    gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
+    items, real, seen = as_items(unit(N, DIM), names(N)), upkeep.train, []
+
+    def meanwhile():
+        assert_finds(gallery, items, unit(3, DIM, seed=1), 10)
+        seen.append(len(gallery))
+
+    def training(*arguments):
+        if not seen or seen[-1] != len(items):
+            other = threading.Thread(target=meanwhile)
+            other.start()
+            other.join(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(upkeep, "train", training)
+    gallery.prepare()
+    assert seen == [N]
+    items |= as_items(unit(1200, DIM, seed=3), names(1200, start=N))
+    gallery.add(unit(1200, DIM, seed=3), names(1200, start=N))
+    gallery.prepare()
+    assert seen == [N, N + 1200]
+    assert len(gallery._all_views()[0].index.rows) == N + 1200
+    assert_finds(gallery, items, unit(3, DIM, seed=1), 10)
+
+
+def test_an_index_that_was_made_while_the_gallery_was_compacted_is_dropped(tmp_path, monkeypatch):
+    gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
+    real, writer = upkeep.train, Gallery.open(gallery.path)
+
+    def training(*arguments):
+        monkeypatch.setattr(upkeep, "train", real)
+        made = real(*arguments)
+        writer.remove(names(1000))
+        writer.compact()
+        writer.prepare()
+        gallery.reload()
+        return made
+
+    monkeypatch.setattr(upkeep, "train", training)
+    gallery.prepare()
+    items = dict(list(as_items(unit(N, DIM), names(N)).items())[1000:])
+    monkeypatch.delattr(upkeep, "train")  # the writer's is read, and has not been replaced
+    for each in (gallery, Gallery.open(gallery.path, read_only=True, mmap=True)):
+        assert_finds(each, items, unit(5, DIM, seed=1), 10)
+        assert len(each._all_views()[0].index.rows) == 2000
+    assert gallery.verify() == []
+
+
+def test_two_that_make_an_index_at_once_do_not_mix_their_files(tmp_path, monkeypatch):
+    gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
+    other, real = Gallery.open(gallery.path), index_cache.write_record
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(index_cache, "write_record", real)
+        other.prepare()
+        return real(*arguments)
+
+    monkeypatch.setattr(index_cache, "write_record", interrupted)
+    gallery.prepare()
+    assert len(other._all_views()[0].index.rows) == N
+    assert len(list((gallery.path / "index").iterdir())) == 3
+    assert gallery.verify() == []
+
+
+def test_the_rows_of_an_index_must_be_its_own(tmp_path, trained):
+    gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
+    gallery.prepare()
+    items = as_items(unit(N, DIM), names(N))
+    path = next((gallery.path / "index").glob("*.npy"))
+    rows = np.load(path)
+    for row in (10**9, -1, 4):
+        rows[5] = row
+        np.save(path, rows)
+        assert_finds(Gallery.open(gallery.path, read_only=True), items, unit(5, DIM, seed=1), 10)
+    assert len(trained) == 4
 
 
 def test_an_index_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch):
@@ -237,6 +371,12 @@ def test_an_unknown_index_is_refused_before_anything_is_written(tmp_path, index)
     assert not (tmp_path / "g").exists()
     with pytest.raises(ConfigError, match="give a string of FAISS's index_factory"):
         Gallery.build(unit(3, 16), names(3), index=index)
+
+
+@pytest.mark.parametrize("index", ["IDMap,Flat", "IDMap2,HNSW8", "PCA8,IDMap,Flat"])
+def test_an_index_that_numbers_its_rows_itself_is_refused(tmp_path, index):
+    with pytest.raises(ConfigError, match=f"the index '{index}' .* leave IDMap out"):
+        Gallery.create(tmp_path / "g", space=make_space(), index=index)
 
 
 @pytest.mark.parametrize(

@@ -275,6 +275,22 @@ def test_an_item_that_was_backfilled_and_removed_can_come_again_as_an_old_one(tm
         assert (each.ids_of("old"), each.ids_of("new")) == (["a", "c"], ["b"])
 
 
+def test_vectors_that_float16_cannot_hold_are_refused(tmp_path):
+    gallery, exact = Gallery.create(tmp_path / "g", space=OLD), unit(3, 16)
+    tiny = exact.numpy() * np.array([[1.0], [1.0], [1e-8]], np.float32)
+    with pytest.raises(DataError, match=r"the vector of 'c' has length 1e-08, too short for float16"):
+        gallery.add(tiny, list("abc"))
+    gallery.add(exact * 1e-3, list("abc"))
+    gallery.begin_part(NEW, dtype="float32")
+    gallery.backfill(unit(1, 24) * 1e-8, ["a"])
+    gallery.remove(["b"])
+    with pytest.raises(DataError, match="make the gallery with dtype='float32'"):
+        gallery.add(tiny[2:], ["b"], OLD)
+    np.testing.assert_array_equal(gallery.vectors(["a"]), unit(1, 24) * 1e-8)
+    with pytest.raises(DataError, match="do not fit into float16"):
+        gallery.add(exact[:1] * 1e7, ["x"], OLD)
+
+
 def test_metadata_moves_with_the_items(tmp_path):
     gallery = Gallery.create(tmp_path / "g", space=OLD)
     gallery.add(unit(4, 16), list("abcd"), metadata={"caption": list("ABCD")})

@@ -239,8 +239,10 @@ def test_the_kind_is_chosen_on_held_out_queries(sample):
 def test_what_fitting_refuses(sample):
     with pytest.raises(ConfigError, match="kinds of merge are raw, rank"):
         fit_merge(*sample, kinds=["best"])
-    with pytest.raises(ConfigError, match="folds is 61, but must be from 2 to the 60 groups"):
+    with pytest.raises(DataError, match=r"about 60 items, and .* takes at least 61; give more pairs"):
         fit_merge(*sample, folds=61)
+    with pytest.raises(ConfigError, match="folds is 1, but must be at least 2"):
+        fit_merge(*sample, folds=1)
     with pytest.raises(ConfigError, match="fractions are"):
         fit_merge(*sample, fractions=[0.0])
     with pytest.raises(DataError, match="7 groups for 300 queries"):

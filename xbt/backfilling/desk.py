@@ -78,7 +78,7 @@ class Desk:
         return self._prepare_chunks()
 
     def commit(self, chunk: Chunk, done: Embedded) -> str | None:
-        """Writes a chunk to the gallery, and measures if it is time to.
+        """Writes a chunk to the gallery, and if it is time to, updates its index and measures.
 
         Args:
             chunk: Which.
@@ -99,6 +99,7 @@ class Desk:
         self._moved += backfill_present(self._gallery, done.vectors, ids, space, self._marks)
         self._position = chunk.end
         if self._position % self._config.evaluate_every == 0:
+            self._gallery.prepare_index()
             self._measure()
         self._why = self._reason_to_stop()
         return self._why
@@ -109,6 +110,7 @@ class Desk:
         Raises:
             StoreError: If the gallery cannot be read any more.
         """
+        self._gallery.prepare_index()
         self._measure()
         if self._why is None and self._position < len(self._order):
             self._why = f"max_items {self._config.max_items} are taken up"

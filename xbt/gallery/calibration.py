@@ -210,8 +210,13 @@ def _folds(
     if len(owner) != len(scores):
         raise DataError(f"there are {len(owner)} groups for {len(scores)} queries; give one per query")
     names, place = np.unique(owner, return_inverse=True)
-    if not 2 <= folds <= len(names):
-        raise ConfigError(f"folds is {folds}, but must be from 2 to the {len(names)} groups of queries")
+    if folds < 2:
+        raise ConfigError(f"folds is {folds}, but must be at least 2")
+    if folds > len(names):
+        raise DataError(
+            f"the queries are about {len(names)} items, and telling the merges apart takes at least {folds}; "
+            "give more pairs"
+        )
     fold_of = np.random.default_rng(seed).permutation(len(names)) % folds
     for fold in range(folds):
         held = fold_of[place] == fold

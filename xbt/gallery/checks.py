@@ -14,6 +14,10 @@ LONGEST = 1e15
 """Vectors beyond this length are refused: their float32 scores could overflow."""
 
 
+MOST_ROUNDED = 0.01
+"""Share of its length by which rounding may change a vector; for unit rows it is below a thousandth."""
+
+
 def as_rows(vectors: Vectors, name: str, dim: int | None = None) -> NDArray[np.float32]:
     """Checks vectors and returns them as contiguous float32 rows.
 
@@ -35,6 +39,30 @@ def as_rows(vectors: Vectors, name: str, dim: int | None = None) -> NDArray[np.f
         raise DataError(f"{name} has a vector of length {longest:.3g}; scores would overflow: normalise them")
     rows: NDArray[np.float32] = np.ascontiguousarray(checked.float().numpy())
     return rows
+
+
+def require_storable(rows: NDArray[np.float32], ids: Sequence[str], dtype: str) -> None:
+    """Refuses vectors so short that rounding to float16 would change them, or leave nothing of them.
+
+    Args:
+        rows: (n, dim).
+        ids: Of their items.
+        dtype: That they are to be stored with; values too large for it are the store's business.
+
+    Raises:
+        DataError: If rounding changes a vector by more than :data:`MOST_ROUNDED` of its length.
+    """
+    if dtype != "float16":
+        return
+    with np.errstate(over="ignore", invalid="ignore"):
+        lost = np.linalg.norm(rows.astype(np.float16).astype(np.float32) - rows, axis=1)
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
+    short = np.flatnonzero(np.isfinite(lost) & (lost > MOST_ROUNDED * lengths))
+    if len(short):
+        raise DataError(
+            f"the vector of {ids[short[0]]!r} has length {lengths[short[0]]:.3g}, too short for float16, in "
+            "which the gallery is stored; normalise it, or make the gallery with dtype='float32'"
+        )
 
 
 def as_queries(vectors: Vectors, name: str, dim: int) -> NDArray[np.float32]:

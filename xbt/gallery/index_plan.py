@@ -56,6 +56,11 @@ class IndexPlan:
         """
         if not self.exact:
             self.make(dim)
+            if re.search(r"\bIDMap2?\b", self.factory):
+                raise ConfigError(
+                    f"the index {self.factory!r} numbers its rows itself, but that is what the gallery does; "
+                    "leave IDMap out"
+                )
         elif self.tuning:
             raise ConfigError(
                 f"the tuning {self.tuning!r} is for an approximate index, but the index is {EXACT!r}; leave "

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from xbt.gallery.approximate import ApproximateIndex
 from xbt.gallery.columns import PartColumns, stacked
 from xbt.gallery.index_cache import IndexCache
 from xbt.gallery.index_plan import IndexPlan
@@ -164,7 +165,7 @@ class Part:
         return named.take(pa.array(np.argsort(order)))
 
     def view(self, keep: Any = None) -> PartView:
-        """What a search of the part as it is now needs; whatever has to be read or made is.
+        """What a search of the part as it is now needs; whatever has to be read is, but no index is made.
 
         Args:
             keep: Anything that must live as long as the view.
@@ -172,15 +173,28 @@ class Part:
         Raises:
             StoreError: If a segment cannot be read.
         """
-        if self._view is None or self._view.keep is not keep:
-            exact, index = self._upkeep.refreshed(
-                self.vectors, self.masked, [each.name for each in self.segments]
-            )
-            self._view = PartView(
-                self.name, self.space, self.dim, self.ids, self.masked, self.count, exact, index,
-                tuple(self.segments), keep,
+        known = self._view
+        # An index that was missing may be there by now, although no row has changed.
+        if known is None or known.keep is not keep or known.due or known.exact is None:
+            kept = self._upkeep.refreshed(self.vectors, self.masked, [each.name for each in self.segments])
+            self._view = known = PartView(
+                self.name, self.space, self.dim, self.ids, self.masked, self.count, kept.exact, kept.index,
+                tuple(self.segments), kept.due, keep,
             )  # fmt: skip
-        return self._view
+        return known
+
+    def made_index(self, view: PartView) -> ApproximateIndex:
+        """An index of the part as it was; takes long, and may run while others search and write.
+
+        Raises:
+            StoreError: If a segment cannot be read.
+        """
+        return self._upkeep.made(view.gather, view.masked, [each.name for each in view.segments])
+
+    def adopt(self, index: ApproximateIndex) -> None:
+        """Searches with an index that was made of this part."""
+        self._upkeep.adopt(index)
+        self._view = None
 
 
 _ABSENT = "__absent__"

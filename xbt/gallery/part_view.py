@@ -29,9 +29,11 @@ class PartView:
         ids: By row number; it may have got longer since.
         masked: (n,) bool: rows that are not to be found.
         count: Items that are searched.
-        exact: The rows that are compared one by one: all, or those that the index does not have.
+        exact: The rows that are compared one by one: all, or those that the index does not have. ``None``
+            if all are read where they stand, a block at a time, since an index is wanted and there is none.
         index: What proposes others, if there is one.
         segments: Where vectors stand.
+        due: Whether an index is to be made.
         keep: Kept alive for as long as this is: the right to the files of a generation.
     """
 
@@ -41,9 +43,10 @@ class PartView:
     ids: list[str]
     masked: NDArray[np.bool_]
     count: int
-    exact: ExactRows
+    exact: ExactRows | None
     index: ApproximateIndex | None
     segments: tuple[Segment, ...]
+    due: bool = False
     keep: Any = None
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], list[list[str]]]:
@@ -65,15 +68,21 @@ class PartView:
         """
         if k == 0:
             return np.zeros((len(queries), 0), np.float32), [[] for _ in queries]
-        scores, rows = self.exact.search(queries, k) if self.index is None else self._search(queries, k)
+        if self.exact is None:
+            scores, rows = self._scan(queries, k)
+        elif self.index is None:
+            scores, rows = self.exact.search(queries, k)
+        else:
+            scores, rows = self._search(self.exact, self.index, queries, k)
         names = self.ids
         return scores, [[names[row] for row in found] for found in rows.tolist()]
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        assert self.index is not None
-        wanted = self.index.proposals * k + SPARE
-        proposed = self.index.propose(queries, wanted, self.masked)
-        _, recent = self.exact.candidates(queries, min(k + SPARE, self.exact.count))
+    def _search(
+        self, exact: ExactRows, index: ApproximateIndex, queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        wanted = index.proposals * k + SPARE
+        proposed = index.propose(queries, wanted, self.masked)
+        _, recent = exact.candidates(queries, min(k + SPARE, exact.count))
         candidates = np.concatenate([proposed, recent], axis=1)
         short = (candidates != NOBODY).sum(axis=1) < k
         missing = max(0, k - candidates.shape[1])

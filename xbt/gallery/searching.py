@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,8 @@ from numpy.typing import NDArray
 
 from xbt.errors import DataError
 from xbt.gallery.checks import as_ids, as_k, as_queries
-from xbt.gallery.contents import OLD, Place, require_space
+from xbt.gallery.contents import OLD, Contents, Place, require_space
+from xbt.gallery.home import Home
 from xbt.gallery.known import KnownGallery
 from xbt.gallery.merge import Merge
 from xbt.gallery.mixing import merged
@@ -22,7 +24,15 @@ from xbt.vectors import Vectors
 
 
 class SearchableGallery(KnownGallery):
-    """See :class:`~xbt.gallery.Gallery`. A search takes views, which never change, and holds no lock."""
+    """See :class:`~xbt.gallery.Gallery`. A search takes views, which never change, and holds no lock.
+
+    An index is made by the thread that finds that one is due, under a lock of its own: others search with
+    what there is meanwhile.
+    """
+
+    def __init__(self, contents: Contents | None, home: Home | None = None) -> None:
+        self._indexing = threading.Lock()
+        super().__init__(contents, home)
 
     def vectors(self, ids: Sequence[str], part: str | None = None) -> NDArray[np.float32]:
         """Stored vectors of items.
@@ -142,9 +152,49 @@ class SearchableGallery(KnownGallery):
         Raises:
             StoreError: If a file that has to be read is damaged or gone.
         """
-        self._all_views()
+        self._all_views(wait=True)
 
-    def _all_views(self) -> tuple[PartView, ...]:
+    def prepare_index(self) -> None:
+        """Makes or updates the index, if the gallery has one; of the index ``"Flat"`` nothing is read.
+
+        What a writer calls now and then for the sake of readers that map the index: until there is one, they
+        read all rows for every search.
+
+        Raises:
+            StoreError: If a file that has to be read is damaged or gone.
+        """
+        with self._state:
+            exact = self._known.old.plan.exact
+        if not exact:
+            self.prepare()
+
+    def _all_views(self, wait: bool = False) -> tuple[PartView, ...]:
+        """Views of all parts, with an index where one is due, unless another thread is making it."""
+        views = self._current_views()
+        if any(view.due for view in views) and self._indexing.acquire(blocking=wait):
+            try:
+                self._make_indexes()
+            finally:
+                self._indexing.release()
+            views = self._current_views()
+        return views
+
+    def _make_indexes(self) -> None:
+        with self._state:
+            known = self._known
+            due = [
+                (part, view)
+                for part, view in zip(known.parts, self._current_views(), strict=True)
+                if view.due
+            ]
+        for part, view in due:
+            index = part.made_index(view)
+            with self._state:
+                if self._contents is known:  # and was not compacted in between
+                    part.adopt(index)
+                    self._views = None
+
+    def _current_views(self) -> tuple[PartView, ...]:
         views = self._views
         if views is None:
             with self._state:

@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from xbt.errors import DataError, StoreError
-from xbt.gallery.checks import as_ids, as_rows
+from xbt.gallery.checks import as_ids, as_rows, require_storable
 from xbt.gallery.compaction import compact, compact_memory
 from xbt.gallery.contents import NEW, OLD, Contents, require_space
 from xbt.gallery.home import Home
@@ -39,7 +42,8 @@ class WritableGallery(SearchableGallery):
             metadata: Columns of n values each beside the ids; a mapping or a ``pyarrow.Table``.
 
         Raises:
-            DataError: If there are no vectors, a value is NaN, or ids are repeated or there already.
+            DataError: If there are no vectors, a value is NaN, a vector is too short for float16, or ids are
+                repeated or there already.
             SpaceMismatchError: If the space or the dimension is not the gallery's.
             StoreError: If another process is writing, the disk is full, or metadata cannot be stored.
         """
@@ -196,8 +200,11 @@ class WritableGallery(SearchableGallery):
                 if home is not None and self._depth == 0:
                     home.lock.release()
 
-    def _append(self, part: Part, rows: Vectors, ids: list[str], metadata: Any) -> None:
+    def _append(self, part: Part, rows: NDArray[np.float32], ids: list[str], metadata: Any) -> None:
         """Commits rows to a part's last segment, or to a new one if that has had one of the ids before."""
+        if self._home is not None:
+            about = next(each for each in self._home.record.parts if each.name == part.name)
+            require_storable(rows, ids, about.dtype)
         columns = part.checked_columns(ids, metadata)
         if not part.takes(ids):
             with self._state:
