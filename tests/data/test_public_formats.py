@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 import pickle
 import tarfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -273,6 +275,11 @@ def test_blank_captions_are_left_out_and_counted(tmp_path):
         ),
         (lambda root: (root / "test/3.tar").write_bytes(b"x"), "says 3 tars, but 4 are there"),
         (lambda root: (root / "test/nshards.txt").write_text("many"), "says 'many' where the number of tars"),
+        (lambda root: shards(root, 30_000_000), r"says 30000000 tars, but 29999997 .* missing, first 3\.tar"),
+        (lambda root: shards(root, 10**12), r"says 1000000000000 tars, but 999999999997 of them are missing"),
+        (lambda root: shards(root, "9" * 5000), "says '9{40}' where the number of tars should be"),
+        (lambda root: shards(root, "²"), "says '²' where the number of tars should be"),
+        (lambda root: (root / "test/01.tar").write_bytes(b"x"), "says 3 tars, but 4 are there"),
         (lambda root: (root / "test/nshards.txt").unlink(), "is a directory without a split"),
         (lambda root: (root / "dataset_type.txt").write_text("classification"), "type 'classification'"),
         (lambda root: cut(root / "test/1.tar"), "cannot be read to its end"),
@@ -287,6 +294,10 @@ def test_damaged_wds_folders(made, tmp_path, damage, message):
     damage(root)
     with pytest.raises(DataError, match=message):
         load_pairs(str(root))
+
+
+def shards(root, count):
+    (root / "test/nshards.txt").write_text(f"{count}\n")
 
 
 def cut(path):
@@ -319,7 +330,25 @@ def test_a_picture_without_captions_is_left_out(made, tmp_path):
         (lambda c: c["images"][1].pop("file_name"), "record 1 of 'images' lacks the key 'file_name'"),
         (lambda c: c.pop("images"), "holds no list of 'images'"),
         (lambda c: c["annotations"].clear(), "holds no list of 'annotations'"),
-        (lambda c: c["annotations"][0].update(caption=7), "a int .* where a caption should be"),
+        (
+            lambda c: c["annotations"][0].update(caption=7),
+            "a int .* where a caption should be; mend the record$",
+        ),
+        (lambda c: c["images"][2].update(id=[7]), r"record 2 of 'images' has the image id \[7\], a list"),
+        (lambda c: c["images"][2].update(id={"a": 7}), "record 2 of 'images' has the image id .*, a dict"),
+        (lambda c: c["images"][2].update(id=None), "record 2 of 'images' has the image id None"),
+        (
+            lambda c: c["annotations"][4].update(image_id=[7]),
+            r"record 4 of 'annotations' has the image id \[7",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name=["a"]),
+            "record 2 of 'images' has a list under 'file_name'",
+        ),
+        (
+            lambda c: c["images"][2].update(file_name="x" * 5000),
+            r"1 of 6 image files are missing, first x{100}… \(5,000 characters\), under",
+        ),
     ],
 )
 def test_malformed_coco_captions(made, tmp_path, change, message):
@@ -328,6 +357,51 @@ def test_malformed_coco_captions(made, tmp_path, change, message):
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=message):
+        load_pairs(str(path))
+
+
+def two_names(tmp_path, *names):
+    """A Karpathy file with an image of each name."""
+    records = []
+    for name in names:
+        folder, _, base = name.rpartition("/")
+        sentences = [{"raw": f"a picture called {name}", "tokens": []}]
+        records.append({"filepath": folder, "filename": base, "split": "test", "sentences": sentences})
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"images": records, "dataset": "toy"}))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("val2014/a.jpg", "train2014/a.jpg"), ("a.jpg", "train2014/a.jpg"), ("val2014/a.jpg", "./a.jpg"),
+     ("b/../a.jpg", "a.jpg")],
+)  # fmt: skip
+def test_two_names_of_one_picture_are_refused(tmp_path, names):
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match=rf"'{names[0]}' and '{names[1]}' are both found as "):
+        load_pairs(two_names(tmp_path, *names))
+
+
+def test_equal_names_in_two_folders_are_two_pictures(tmp_path):
+    for folder in ("val2014", "train2014"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / "a.jpg")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+    assert len(load_pairs(two_names(tmp_path, "val2014/a.jpg", "train2014/a.jpg", "a.jpg"))) == 3
+
+
+def test_a_folder_that_cannot_be_looked_into(made, tmp_path, monkeypatch):
+    path = write_karpathy(tmp_path, made)
+
+    def fail(self):
+        if self.suffix == ".jpg":
+            raise OSError(errno.EIO, "Input/output error")
+        return True
+
+    monkeypatch.setattr(Path, "is_file", fail)
+    with pytest.raises(DataError, match=r"COCO_val2014_.*\.jpg cannot be looked up \(Input/output error\)"):
         load_pairs(str(path))
 
 
@@ -343,6 +417,16 @@ def test_options_that_do_not_apply(made, tmp_path):
     lines.write_text(lines.read_text() + "a line of words\n")
     with pytest.raises(DataError, match=r"line 33: 'a line of words' does not begin with an image's name"):
         load_pairs(str(lines))
+
+
+def test_the_mend_is_of_the_source_s_kind(made, tmp_path):
+    silent = [replace(photo, captions=[" "]) for photo in made]
+    for source in (write_karpathy(tmp_path / "a", silent), write_wds(tmp_path / "b", silent)):
+        with pytest.raises(DataError, match=r"none of the 6 images .* has a caption; give a source that has"):
+            load_pairs(str(source))
+    root = write_parquet(tmp_path / "c", test=table(silent, caption=[[" "]] * len(silent)))
+    with pytest.raises(DataError, match=r"has a caption; name the caption column"):
+        load_pairs(f"hf:{root}")
 
 
 def test_no_warning_for_sound_data(made, tmp_path):

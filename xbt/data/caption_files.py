@@ -17,6 +17,7 @@ from xbt.errors import ConfigError, DataError
 
 Row = tuple[str, str | None]
 """An id, and the caption if there is one."""
+_COLUMN = "name the column that holds text"
 
 
 def read_rows(path: Path, column: str, split: str | None) -> Iterator[Row]:
@@ -90,7 +91,8 @@ def _read_json(path: Path, split: str | None) -> Iterator[Row]:
         where = f"{path}: record {position} of 'annotations'"
         if not isinstance(annotation, dict) or "caption" not in annotation:
             raise DataError(f"{where} lacks the key 'caption'; give the captions_*.json file")
-        yield from named_rows(annotation["caption"], str(annotation.get("id", f"row-{position}")), where)
+        name = str(annotation.get("id", f"row-{position}"))
+        yield from named_rows(annotation["caption"], name, where, "mend the record")
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Row]:
@@ -105,9 +107,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[Row]:
         yield from named_rows(value, f"row-{row}", f"{path}, row {row}")
 
 
-def named_rows(value: Any, name: str, where: str) -> Iterator[Row]:
+def named_rows(value: Any, name: str, where: str, mend: str = _COLUMN) -> Iterator[Row]:
     """The captions of one cell and their ids: the row's own, with ``#<position>`` if it holds a list."""
-    told = as_captions(value, where)
+    told = as_captions(value, where, mend)
     if len(told) == 1 and not isinstance(value, list):
         yield name, told[0]
         return
@@ -115,7 +117,7 @@ def named_rows(value: Any, name: str, where: str) -> Iterator[Row]:
         yield f"{name}#{position}", caption
 
 
-def as_captions(value: Any, where: str) -> list[str | None]:
+def as_captions(value: Any, where: str, mend: str = _COLUMN) -> list[str | None]:
     """Returns a cell as a list of captions.
 
     It may hold a string, a list of strings, or nothing; in place of a string or of the list, also Karpathy's
@@ -124,6 +126,7 @@ def as_captions(value: Any, where: str) -> list[str | None]:
     Args:
         value: The cell.
         where: Its place, for the error.
+        mend: What to do about it, likewise.
 
     Returns:
         Its captions; None where the data has none.
@@ -136,8 +139,7 @@ def as_captions(value: Any, where: str) -> list[str | None]:
     for item in told:
         if item is not None and not isinstance(item, str):
             raise DataError(
-                f"{where}: a {type(item).__name__} ({str(item)[:40]!r}) where a caption should be; name the "
-                "column that holds text"
+                f"{where}: a {type(item).__name__} ({str(item)[:40]!r}) where a caption should be; {mend}"
             )
     return told
 

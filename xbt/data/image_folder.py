@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ IMAGE_SUFFIXES = frozenset(
 )  # fmt: skip
 """Suffixes, in lower case, by which images are recognised in folders and in tar files. What Pillow needs a
 plugin for is among them: without the plugin it shall be on record rather than be passed over."""
+_LONGEST_SHOWN = 100
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)\d{4})_\d+\.")
 
 
@@ -81,16 +83,38 @@ def find_images(names: Sequence[str], root: Path) -> list[str]:
         The path of each image.
 
     Raises:
-        DataError: If files are missing; the message counts them and names the first.
+        DataError: If files are missing (the message counts them and names the first) or cannot be looked up,
+            or one file is found by two names: its captions would be those of two images.
     """
-    found = [next((path for path in _places(name, root) if path.is_file()), None) for name in names]
+    found = [next((path for path in _places(name, root) if _is_file(path)), None) for name in names]
     missing = [name for name, path in zip(names, found, strict=True) if path is None]
     if missing:
+        first = missing[0]
+        if len(first) > _LONGEST_SHOWN:
+            first = f"{first[:_LONGEST_SHOWN]}… ({len(first):,} characters)"
         raise DataError(
-            f"{len(missing)} of {len(names)} image files are missing, first {missing[0]}, "
+            f"{len(missing)} of {len(names)} image files are missing, first {first}, "
             f"under {root}; set image_root to the folder that holds the images"
         )
-    return [str(path) for path in found]
+    paths = [str(path) for path in found]
+    first_name: dict[str, str] = {}
+    for name, path in zip(names, paths, strict=True):
+        other = first_name.setdefault(os.path.normpath(path), name)
+        if other != name:  # of one name twice, whoever reads the file knows the place
+            raise DataError(
+                f"the images {other!r} and {name!r} are both found as {path}, but two images are two files; "
+                "set image_root to the folder that holds the folders of their names, or mend the names"
+            )
+    return paths
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # then there is no such file
+            return False
+        raise DataError(f"{path} cannot be looked up ({error.strerror}); mend that") from error
 
 
 def _places(name: str, root: Path) -> Iterator[Path]:

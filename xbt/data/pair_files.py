@@ -109,16 +109,20 @@ def read_coco_captions(content: Any, path: Path) -> NamedImages:
         The images in the file's order.
 
     Raises:
-        DataError: If a record lacks a key or an id occurs twice, or a caption belongs to no image of the
-            file; the message gives the position.
+        DataError: If a record lacks a key, an id is no number or string or occurs twice, or a caption belongs
+            to no image of the file; the message gives the position.
     """
     names: dict[Any, str] = {}
     for position, image in enumerate(_records(content, "images", path)):
         where = f"{path}: record {position} of 'images'"
         identity, name = _values(image, ("id", "file_name"), where, "image")
+        if not isinstance(name, str):
+            raise DataError(
+                f"{where} has a {type(name).__name__} under 'file_name' instead of a name; mend the record"
+            )
         if identity in names:
             raise DataError(f"{where}: the image id {identity!r} occurs more than once; ids must be unique")
-        names[identity] = str(name)
+        names[identity] = name
     captions: dict[Any, list[str]] = {identity: [] for identity in names}
     for position, annotation in enumerate(_records(content, "annotations", path)):
         where = f"{path}: record {position} of 'annotations'"
@@ -128,7 +132,7 @@ def read_coco_captions(content: Any, path: Path) -> NamedImages:
                 f"{where} is a caption of the image {identity!r}, which is not among the file's 'images'; "
                 "give a complete file"
             )
-        captions[identity] += [told or "" for told in as_captions(caption, where)]
+        captions[identity] += [told or "" for told in as_captions(caption, where, "mend the record")]
     return NamedImages(list(names.values()), list(captions.values()))
 
 
@@ -146,4 +150,10 @@ def _values(record: Any, keys: tuple[str, str], where: str, kind: str) -> tuple[
     for key in keys:
         if not isinstance(record, dict) or key not in record:
             raise DataError(f"{where} lacks the key {key!r}; give a file with COCO's {kind} records")
-    return record[keys[0]], record[keys[1]]
+    identity = record[keys[0]]
+    if not isinstance(identity, int | float | str):
+        raise DataError(
+            f"{where} has the image id {str(identity)[:40]}, a {type(identity).__name__}, where a number "
+            "should be; mend the record"
+        )
+    return identity, record[keys[1]]

@@ -51,7 +51,8 @@ def load_pairs(source: PairSource | str) -> ImageTextPairs:
     if source.kind == "scenes":
         count = source.limit or DEFAULT_COUNT
         return make_scenes(count, source.seed, source.split or "train", source.image_size)
-    pairs = _with_captions(*_read(source), source.source)
+    mend = "name the caption column" if source.kind == "hf" else "give a source that has captions"
+    pairs = _with_captions(*_read(source), source.source, mend)
     return pairs.select(choose_subset(len(pairs), source.limit, source.seed)) if source.limit else pairs
 
 
@@ -100,7 +101,7 @@ def _read(source: PairSource) -> tuple[list[str], Sequence[ImageSource], list[li
 
 
 def _with_captions(
-    ids: list[str], images: Sequence[ImageSource], captions: list[list[str]], source: str
+    ids: list[str], images: Sequence[ImageSource], captions: list[list[str]], source: str, mend: str
 ) -> ImageTextPairs:
     """Makes pairs of the images that have a caption and warns about what is left out."""
     if not ids:
@@ -108,7 +109,7 @@ def _with_captions(
     told = [[words for caption in each if (words := caption.strip())] for each in captions]
     silent = [name for name, each in zip(ids, told, strict=True) if not each]
     if len(silent) == len(ids):
-        raise DataError(f"none of the {len(ids)} images of {source} has a caption; name the caption column")
+        raise DataError(f"none of the {len(ids)} images of {source} has a caption; {mend}")
     blank = sum(map(len, captions)) - sum(map(len, told))
     left_out = []
     if silent:

@@ -25,6 +25,8 @@ from xbt.errors import DataError
 from xbt.images import ImageSource
 
 _HUB_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(/.*)?")
+_MOST_DIGITS = 18
+_NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 _PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
@@ -158,15 +160,18 @@ def _read_text(files: Any, path: str) -> str | None:
 def _shards(files: Any, base: str, where: str) -> int:
     """How many shards a split has: what nshards.txt says, if they are all there."""
     told = (_read_text(files, f"{base}/nshards.txt") or "").strip()
-    if not told.isdecimal() or int(told) < 1:
-        raise DataError(f"{where}/nshards.txt says {told!r} where the number of tars should be; mend it")
+    if not told.isdecimal() or len(told) > _MOST_DIGITS or int(told) < 1:
+        raise DataError(f"{where}/nshards.txt says {told[:40]!r} where the number of tars should be; mend it")
     count = int(told)
     present = {str(path).rsplit("/", 1)[-1] for path in files.glob(f"{base}/*.tar")}
-    absent = [f"{number}.tar" for number in range(count) if f"{number}.tar" not in present]
+    # Counted by the tars that are there: the number may be any.
+    there = {stem for name in present if _NUMBER.fullmatch(stem := name.removesuffix(".tar"))}
+    absent = count - sum(int(stem) < count for stem in there)
     if absent:
+        first = next(number for number in range(count) if str(number) not in there)
         raise DataError(
-            f"{where}/nshards.txt says {count} tars, but {len(absent)} of them are missing, first "
-            f"{absent[0]}; copy or download them"
+            f"{where}/nshards.txt says {count} tars, but {absent} of them are missing, first {first}.tar; "
+            "copy or download them"
         )
     if len(present) > count:
         raise DataError(
