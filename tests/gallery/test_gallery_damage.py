@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,16 +160,6 @@ def test_a_journal_of_another_gallery(gallery, tmp_path):
         StoreError, match=r"removals-000000\.log is of another gallery; copy the gallery's files"
     ):
         Gallery.open(gallery.path)
-
-
-def test_a_script_that_closes_nothing_ends_without_a_word(tmp_path):
-    code = (
-        "import sys, numpy as np, xbt; g = xbt.Gallery.create(sys.argv[1], space=xbt.EmbeddingSpace('A', 8));"
-        "g.add(np.eye(5, 8, dtype='float32'), list('abcde')); g.remove(['a'])"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "h")]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_gallery_that_vanishes_while_it_is_open(gallery):

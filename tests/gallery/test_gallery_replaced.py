@@ -96,6 +96,28 @@ def test_a_reader_that_has_read_nothing_yet_does_not_take_the_vectors_of_another
     assert_finds(reader, as_items(unit(10, 16, seed=99), names(10)), unit(1, 16))
 
 
+def test_a_reader_makes_no_index_of_another_gallery(gallery):
+    gallery.close()
+    for path, seed in (("a", 0), ("b", 99)):
+        made = Gallery.create(
+            gallery.path.with_name(path), space=make_space(), index="HNSW4", dtype="float32"
+        )
+        made.add(unit(50, 16, seed), names(50))
+        made.close()
+    path = gallery.path.with_name("a")
+    reader = Gallery.open(path)
+    shutil.rmtree(path)
+    path.with_name("b").rename(path)
+    with pytest.raises(StoreError, match="was replaced by another store"):
+        reader.prepare()
+    assert not (path / "index").exists()
+    Gallery.open(path).prepare()
+    with pytest.raises(StoreError, match="was replaced by another store"):
+        reader.search(unit(1, 16), 3)
+    reader.reload()
+    assert_finds(reader, as_items(unit(50, 16, seed=99), names(50)), unit(2, 16, seed=1), 5)
+
+
 def test_a_reload_into_which_the_replacement_falls(gallery, monkeypatch):
     reader, reload = Gallery.open(gallery.path, read_only=True), StoredSegment.reload
     gallery.close()

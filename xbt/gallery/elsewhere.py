@@ -7,13 +7,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
 
 from xbt.errors import StoreError
 from xbt.gallery.layout import GalleryRecord, PartRecord, SegmentRecord
-from xbt.store import EmbeddingStore, ShardRecord
+from xbt.store import EmbeddingStore, FileRecord, ShardRecord
 
 _IDS_AT_ONCE = 65_536
 
@@ -34,7 +33,8 @@ def digest(store: EmbeddingStore, rows: int) -> str:
     ends = accumulate(shard.count for shard in store.shards)
     covered = [shard for shard, end in zip(store.shards, ends, strict=True) if end <= rows]
     counted = sum(shard.count for shard in covered)
-    what = hashlib.sha256(json.dumps([rows - counted, *map(plain, covered)], sort_keys=True).encode("ascii"))
+    plain = [shard.to_dict(with_extra=False) for shard in covered]
+    what = hashlib.sha256(json.dumps([rows - counted, *plain], sort_keys=True).encode("ascii"))
     if any(not file.sha256 for shard in covered for file in shard.files.values()):
         for start in range(0, counted, _IDS_AT_ONCE):
             ids = store.read_ids(start, min(start + _IDS_AT_ONCE, counted))
@@ -42,16 +42,14 @@ def digest(store: EmbeddingStore, rows: int) -> str:
     return what.hexdigest()
 
 
-def plain(shard: ShardRecord) -> dict[str, Any]:
-    """What tells a shard from others."""
-    return shard.to_dict(with_extra=False)
-
-
 def begins_with(shards: Iterable[ShardRecord], known: Iterable[ShardRecord]) -> bool:
     """Whether a store has the shards that were known, and perhaps more after them."""
-    there = list(map(plain, shards))
-    before = list(map(plain, known))
-    return there[: len(before)] == before
+    before = [_files_of(shard) for shard in known]
+    return [_files_of(shard) for shard in islice(shards, len(before))] == before
+
+
+def _files_of(shard: ShardRecord) -> tuple[str, int, dict[str, FileRecord]]:
+    return shard.name, shard.count, dict(shard.files)
 
 
 def record_of(store: EmbeddingStore, rows: int, name: str, gallery: Path) -> SegmentRecord:
