@@ -57,6 +57,7 @@ class RestServer:
             (f"POST {name}/points/count", lambda c, b: local.count(c, filter_of(b))),
             (f"POST {name}/points/delete", lambda c, b: local.delete(c, models.PointIdsList(**b)) and done),
             (f"POST {name}/points/query/batch", self._query),
+            (f"POST {name}/points/scroll", self._scroll),
         ]
 
     def _create(self, name, body):
@@ -79,6 +80,10 @@ class RestServer:
     def _vectors(self, name, body):
         self.local.update_vectors(name, list_of(models.PointVectors, body))
         return {"operation_id": 0, "status": "completed"}
+
+    def _scroll(self, name, body):
+        points, following = self.local.scroll(name, filter_of(body), body["limit"], with_payload=False)
+        return {"points": plain(points), "next_page_offset": following}
 
     def _query(self, name, body):
         searches = [models.QueryRequest(**each) for each in body["searches"]]

@@ -103,6 +103,27 @@ def test_a_gallery_of_two_parts_is_uploaded_and_found_alike(rows, old_space, new
     assert np.abs(found.scores - wanted.scores).max() <= 1e-6
 
 
+@pytest.mark.parametrize("rest", [False, True])
+def test_an_upload_goes_on_where_a_backfill_has_come_to(rows, old_space, new_space, rest):
+    ours = Gallery.build(rows(600, seed=1), names(600), old_space)
+    ours.begin_part(new_space)
+    where = RestServer().client() if rest else ":memory:"
+    made = QdrantGallery.create(where, "photos", space=old_space, new_space=new_space)
+    ours.backfill(rows(600, 24, 2)[:150], names(600)[:150], new_space)
+    assert made.upload(ours) == 600
+    ours.backfill(rows(600, 24, 2)[150:450], names(600)[150:450], new_space)
+    assert made.upload(ours) == 300
+    assert made.upload(ours) == 0
+    assert (len(made), made.fraction_backfilled) == (600, 0.75)
+    queries = rows(5, seed=3), rows(5, 24, 4)
+    assert made.search_mixed(*queries, 20, RawMerge()).ids == ours.search_mixed(*queries, 20, RawMerge()).ids
+    ours.backfill(rows(600, 24, 2)[450:], names(600)[450:], new_space)
+    ours.compact()  # one part is left, and it is the new one
+    assert made.upload(ours) == 150
+    assert made.fraction_backfilled == 1
+    assert made.search(queries[1], 20, new_space, using="new").ids == ours.search(queries[1], 20).ids
+
+
 def test_an_upload_after_a_backfill_keeps_the_new_vectors(store, old_space, new_space, rows):
     made = QdrantGallery.create(":memory:", "photos", space=old_space, new_space=new_space)
     made.upload(store)

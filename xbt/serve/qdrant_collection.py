@@ -10,7 +10,7 @@ from xbt.serve.qdrant_connection import asking
 from xbt.space import EmbeddingSpace
 
 Part = Literal["old", "new"]
-PARTS: tuple[Part, Part] = ("old", "new")
+PARTS: tuple[Part, ...] = ("old", "new")
 
 FORMAT = 1
 _FORMAT_KEY = "xbt_format"

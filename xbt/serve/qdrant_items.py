@@ -8,7 +8,7 @@ from xbt.errors import DataError
 from xbt.serve import qdrant_collection as collections
 from xbt.serve import qdrant_points as points
 from xbt.serve.checks import checked_rows, payloads
-from xbt.serve.items import Source, portions
+from xbt.serve.items import Items, Source, portions
 from xbt.serve.qdrant_place import QdrantPlace
 from xbt.space import EmbeddingSpace
 from xbt.store.shards import Metadata
@@ -51,31 +51,53 @@ class QdrantItems(QdrantPlace):
     def upload(self, source: Source) -> int:
         """Adds the items of a store or gallery that are not there yet, so that it can be run again.
 
+        Of a gallery that is being backfilled, the items of the second part get a vector ``new``: alone if
+        they are not there yet, otherwise beside their old one, so that a later upload brings the collection
+        to where the backfill has come to. Items that are gone from the source stay, and so do the vectors of
+        those that were replaced there: :meth:`remove` them first.
+
         Args:
-            source: An ``EmbeddingStore`` or a ``Gallery``. Of a gallery that is being backfilled, the items
-                of the second part get a vector ``new`` alone.
+            source: An ``EmbeddingStore`` or a ``Gallery``. One whose old part is dropped gives vectors
+                ``new`` if that is their space here.
 
         Returns:
-            How many items were added.
+            How many items were added, or given their vector ``new``.
 
         Raises:
             ConfigError: If the source is something else.
             SpaceMismatchError: If the source's space is another, or there is no part ``new`` for its second.
             StoreError: If the source is empty or cannot be read, or Qdrant refuses.
         """
+        there = portions(source)
+        names = collections.PARTS
+        if len(there) == 1 and self._is_new(there[0].space):
+            names = names[1:]
         added = 0
-        for name, portion in zip(collections.PARTS, portions(source), strict=False):
+        for name, portion in zip(names, there, strict=False):
             for items in portion.batches():
-                needed = self._space_of(name)
-                rows = checked_rows(items.vectors, "the vectors to upload", needed, portion.space)
-                known = points.present(self.client, self.collection, items.ids)
-                fresh = [row for row, item in enumerate(items.ids) if item not in known]
-                if fresh:
-                    listed = payloads(items.ids, items.metadata, len(rows), "the items to upload")
-                    chosen = [listed[row] for row in fresh]
-                    points.insert(self.client, self.collection, rows[fresh], chosen, name)
-                added += len(fresh)
+                added += self._upload(items, name, portion.space)
         return added
+
+    def _upload(self, items: Items, name: collections.Part, space: EmbeddingSpace | None) -> int:
+        rows = checked_rows(items.vectors, "the vectors to upload", self._space_of(name), space)
+        where = self.client, self.collection
+        known = points.present(*where, items.ids)
+        fresh = [row for row, item in enumerate(items.ids) if item not in known]
+        if fresh:
+            listed = payloads(items.ids, items.metadata, len(rows), "the items to upload")
+            points.insert(*where, rows[fresh], [listed[row] for row in fresh], name)
+        moved: list[int] = []
+        if name == "new" and known:
+            done = points.having(*where, sorted(known), name)
+            moved = [row for row, item in enumerate(items.ids) if item in known and item not in done]
+            points.set_vectors(*where, [items.ids[row] for row in moved], rows[moved], name)
+        return len(fresh) + len(moved)
+
+    def _is_new(self, space: EmbeddingSpace | None) -> bool:
+        """Whether vectors of a space are those of the second model, and not of the first."""
+        if space is None or self.new_space is None:
+            return False
+        return self.new_space.same_as(space) and not self.space.same_as(space)
 
     def remove(self, ids: Sequence[str]) -> None:
         """Removes items with all their vectors; those that are not there are no error."""

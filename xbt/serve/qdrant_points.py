@@ -39,6 +39,22 @@ def present(client: Any, collection: str, ids: Sequence[str]) -> set[str]:
     return found
 
 
+def having(client: Any, collection: str, ids: Sequence[str], name: Part) -> set[str]:
+    """Which of the items are in a collection and have a named vector."""
+    models = optional("qdrant_client.models", "serve")
+    found: set[str] = set()
+    for part in slices(len(ids), BATCH * 4):
+        names = {point_id(item): item for item in ids[part]}
+        among = _filter(name)
+        among.must.append(models.HasIdCondition(has_id=list(names)))
+        with asking(f"look for vectors {name!r} in {collection!r}"):
+            records, _ = client.scroll(
+                collection, scroll_filter=among, limit=len(names), with_payload=False, with_vectors=False
+            )
+        found |= {names[str(record.id)] for record in records}
+    return found
+
+
 def insert(
     client: Any,
     collection: str,
