@@ -52,6 +52,12 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):
     file.write_text("source: a\ninner:\n  rank: 4\n")
     assert parse_config(Settings, ["--config", str(file)]) == Settings("a", Inner(4))
     assert parse_config(Settings, ["--config", str(file), "--inner.rank", "2"]) == Settings("a", Inner(2))
+    assert parse_config(Settings, ["--inner.rank", "2", "--config", str(file)]) == Settings("a", Inner(2))
+    assert parse_config(Settings, ["--inner.rank=2", f"--config={file}"]) == Settings("a", Inner(2))
+    later = tmp_path / "later.yaml"
+    later.write_text("source: b\n")
+    given = ["--inner.rank", "2", "--config", str(file), "--config", str(later)]
+    assert parse_config(Settings, given) == Settings("b", Inner(2))
 
 
 def test_dicts_and_unions(tmp_path):

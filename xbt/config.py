@@ -52,7 +52,11 @@ def make_parser(
         description=_first_paragraph(config_class),
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument("--config", action="config", help="YAML file; flags after it override its values")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file; flags override its values, and so do files that come after it",
+    )
     settings = parser.add_argument_group("settings")
     settings.add_class_arguments(config_class, nested_key=None, as_group=False, fail_untyped=True)
     return parser
@@ -96,7 +100,7 @@ def parse_flags(
         ConfigError: As :func:`parse_config`.
     """
     try:
-        parsed = parser.instantiate(parser.parse_args(flags))
+        parsed = parser.instantiate(parser.parse_args(_files_first(flags)))
     except XbtError:
         raise
     except Exception as error:  # jsonargparse wraps what a dataclass's own check raised
@@ -104,6 +108,16 @@ def parse_flags(
     values, known = dict(vars(parsed)), {each.name for each in fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**{key: values.pop(key) for key in list(values) if key in known})
     return config, values
+
+
+def _files_first(flags: Sequence[str]) -> list[str]:
+    """The flags with ``--config FILE`` before all others: what is typed wins, wherever the file is named."""
+    end = flags.index("--") if "--" in flags else len(flags)
+    files, others = [], []
+    for place, flag in enumerate(flags[:end]):
+        named = flag == "--config" or (place > 0 and flags[place - 1] == "--config")
+        (files if named or flag.startswith("--config=") else others).append(flag)
+    return [*files, *others, *flags[end:]]
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -69,6 +69,9 @@ def test_the_overview_lists_every_command_in_a_line(run):
 
 def test_version(run):
     assert run("--version") == (0, f"xbt {__version__}\n", "")
+    for words in (["--version", "--json"], ["--json", "--version"]):
+        said = run(*words)
+        assert (said.status, said.document, said.err) == (0, {"version": __version__}, "")
 
 
 def test_without_a_word_the_overview_is_an_error(run):
@@ -198,7 +201,15 @@ def test_an_interrupt(command, run, resumable):
     said = run("try")
     assert (said.status, said.out) == (130, "")
     assert ("continues" in said.err) == resumable
-    assert run("try", "--json").document["error"]["status"] == 130
+    error = run("try", "--json").document["error"]
+    assert error["status"] == 130
+    assert said.err == f"xbt try: {error['message']}\n"
+    assert error["message"].startswith("interrupted")
+
+
+def test_a_bug_without_a_message_is_called_by_its_kind(command, run):
+    command(raising(AssertionError()))
+    assert run("try", "--json").document["error"]["message"] == "AssertionError"
 
 
 def test_one_of_several_processes_speaks(command, run, monkeypatch):
@@ -224,6 +235,61 @@ def test_a_reader_that_has_gone_away_is_no_error(tmp_path):
     )
     os.close(writing)
     assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def unicode_answer(settings):
+    return Outcome({}, "ein Hündchen")
+
+
+def lost(settings):
+    raise DataError("captions.txt is empty")
+
+
+MADE = """import sys
+sys.path.insert(0, {folder!r})
+from xbt.cli import app, commands
+from xbt.cli.commands import Command
+commands.COMMANDS = (Command("try", "", "test_app:Settings", "test_app:{job}", "xbt try"),)
+sys.exit(app.main({words!r}))
+"""
+
+
+def ran(job, *words, **options):
+    code = MADE.format(folder=str(Path(__file__).parent), job=job, words=["try", *words])
+    return subprocess.run(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, check=False, text=True, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "told"),
+    [
+        ("unicode_answer", [], "xbt try: error: standard output cannot be written (No space left on device)"),
+        ("unicode_answer", ["--json"], "xbt try: error: standard output cannot be written"),
+        ("lost", ["--json"], "xbt try: error: captions.txt is empty"),
+    ],
+)
+def test_a_full_disk_behind_standard_output_is_a_sentence(job, words, told):
+    with Path("/dev/full").open("w") as full:
+        said = ran(job, *words, stdout=full)
+    assert said.returncode == 2
+    assert said.stderr.startswith(told)
+    assert said.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["gallery", "--help"]])
+def test_a_full_disk_behind_a_help_text(words):
+    with Path("/dev/full").open("w") as full:
+        said = subprocess.run([sys.executable, "-m", "xbt", *words], stdout=full, stderr=subprocess.PIPE,
+                              check=False, text=True)  # fmt: skip
+    assert said.returncode == 2
+    assert said.stderr.startswith("xbt: error: standard output cannot be written (No space left on device)")
+    assert said.stderr.count("\n") == 1
+
+
+def test_a_terminal_of_ascii_is_given_what_it_can_show():
+    said = ran("unicode_answer", stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (said.returncode, said.stdout, said.stderr) == (0, "ein H\\xfcndchen\n", "")
 
 
 def test_the_entry_point_and_the_module():

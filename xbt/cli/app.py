@@ -7,13 +7,14 @@ import sys
 import traceback
 from argparse import SUPPRESS
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from textwrap import wrap
 from typing import Any, get_args, get_type_hints
 
 from xbt.cli.commands import Command, find_command, overview
 from xbt.cli.outcome import as_json
-from xbt.cli.streams import prints_on_stderr, show
+from xbt.cli.streams import escape_on_stdout, prints_on_stderr, show
 from xbt.errors import ConfigError, XbtError
 from xbt.version import __version__
 
@@ -31,9 +32,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status; see :mod:`xbt.cli`.
     """
+    escape_on_stdout()
     words = list(sys.argv[1:] if argv is None else argv)
-    if words == ["--version"]:
-        show(f"xbt {__version__}")
+    try:
+        return _overview_or_command(words)
+    except XbtError as error:
+        print(f"xbt: error: {error}", file=sys.stderr)
+        if JSON in words:
+            with suppress(XbtError):  # what cannot be shown is the lesser error
+                show(_error("xbt", error, 2))
+        return 2
+
+
+def _overview_or_command(words: list[str]) -> int:
+    if sorted(words) in (["--version"], [JSON, "--version"]):
+        show(as_json({"version": __version__}) if JSON in words else f"xbt {__version__}")
         return 0
     if words[:1] in (["-h"], ["--help"]):
         show(overview())
@@ -44,14 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words:
         print(overview(), file=sys.stderr)
         return 2
-    try:
-        command, flags = find_command(words)
-    except XbtError as error:
-        print(f"xbt: error: {error}", file=sys.stderr)
-        if JSON in words:
-            show(_error("xbt", error, 2))
-        return 2
-    return run_command(command, flags)
+    return run_command(*find_command(words))
 
 
 def run_command(command: Command, flags: list[str]) -> int:
@@ -76,13 +82,16 @@ def run_command(command: Command, flags: list[str]) -> int:
             raise outcome.error
         return outcome.status
 
-    def tell(error: BaseException, status: int) -> None:
-        if as_document:
-            show(_error(command.prog, error, status))
+    interrupted = "interrupted" + ("; the same command continues where it was" if command.resumable else "")
 
-    again = "; the same command continues where it was" if command.resumable else ""
+    def tell(error: BaseException, status: int) -> None:
+        message = interrupted if isinstance(error, KeyboardInterrupt) else None
+        if as_document:
+            with suppress(XbtError):  # what cannot be shown is the lesser error
+                show(_error(command.prog, error, status, message))
+
     try:
-        return run_guarded(work, command.prog, tell, f"interrupted{again}")
+        return run_guarded(work, command.prog, tell, interrupted)
     except Exception as error:
         traceback.print_exc()
         if is_main_process():
@@ -136,6 +145,7 @@ def _add_words(config: Any, key: str, words: list[str]) -> None:
     setattr(config, name, [*([there] if isinstance(there, str) else there), *words])
 
 
-def _error(prog: str, error: BaseException, status: int) -> str:
-    told = {"command": prog, "kind": type(error).__name__, "message": str(error), "status": status}
+def _error(prog: str, error: BaseException, status: int, message: str | None = None) -> str:
+    kind = type(error).__name__
+    told = {"command": prog, "kind": kind, "message": message or str(error) or kind, "status": status}
     return as_json({"error": told})

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from io import TextIOWrapper
 
 from xbt.errors import DataError
 
@@ -25,13 +26,27 @@ def prints_on_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def escape_on_stdout() -> None:
+    """Lets standard output show as an escape what its encoding lacks, as standard error does."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def show(text: str) -> None:
-    """Prints what was found; a reader that has gone away (``| head``) is no error."""
+    """Prints what was found; a reader that has gone away (``| head``) is no error.
+
+    Raises:
+        DataError: If standard output cannot be written, such as a file on a full disk.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
         # Python flushes once more at its end, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise DataError(
+                f"standard output cannot be written ({error.strerror}); make room, or send it elsewhere"
+            ) from error
 
 
 def read_lines(file: str, what: str) -> list[str]:
