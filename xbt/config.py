@@ -113,7 +113,8 @@ def parse_flags(
 def _files_first(flags: Sequence[str]) -> list[str]:
     """The flags with ``--config FILE`` before all others: what is typed wins, wherever the file is named."""
     end = flags.index("--") if "--" in flags else len(flags)
-    files, others = [], []
+    files: list[str] = []
+    others: list[str] = []
     for place, flag in enumerate(flags[:end]):
         named = flag == "--config" or (place > 0 and flags[place - 1] == "--config")
         (files if named or flag.startswith("--config=") else others).append(flag)

@@ -233,3 +233,12 @@ def test_stores_of_other_items_are_refused(run, stores, new, tmp_path):
     said = run("fit", *flags, "--output_dir", tmp_path / "out")
     assert said.status == 2
     assert "'other-0'" in said.err
+
+
+def test_a_directory_that_cannot_be_written_is_named_before_anything_is_opened(run):
+    stores = ["--old_store", "nowhere", "--new_store", "nowhere"]
+    texts = ["--old", "no", "--new", "no", "--captions.source", "no.txt", "--pairs.source", "no.json"]
+    for words in (stores, texts):
+        said = run("fit", *words, "--output_dir", "/proc/nope")
+        assert (said.status, said.out) == (2, "")
+        assert said.err.startswith("xbt fit: error: --output_dir /proc/nope cannot be written: ")

@@ -173,6 +173,22 @@ def test_the_owner_of_texts_may_be_given_and_an_image_without_text_is_left_out(t
     assert any("1 images have no text" in limit for limit in report.limits)
 
 
+def test_a_file_in_half_precision_with_a_corpus_and_photos(tmp_path, better, pictures, made):
+    """A file as people share them: fp16, more keys than are asked for, five captions of every photo."""
+    with np.load(better) as file:
+        arrays = {key: rows if key == "owner" else rows.astype(np.float16) for key, rows in file.items()}
+    arrays["train_old_image"] = arrays["train_new_image"] = np.zeros((3, 7), np.float16)
+    np.savez(tmp_path / "half.npz", **arrays)
+    config = config_of(
+        str(tmp_path / "half.npz"), tmp_path / "out", pairs=PairSource(pictures, split="val"), examples=3
+    )
+    report = write_upgrade_report(config)
+    assert report.verdict.answer == made[0].verdict.answer
+    for name, cell in made[0].measured.cells.items():
+        assert report.measured.cells[name].t2i == pytest.approx(cell.t2i, abs=0.01)
+    assert (tmp_path / "out/report.html").read_text().count("data:image/") >= 3
+
+
 def stores(folder, file, space_of=lambda role: EmbeddingSpace(role.split("_")[0], 0)):
     """The same world as stores; returns their paths by role."""
     paths = {}
