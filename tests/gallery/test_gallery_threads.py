@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from galleries import make_space, names, unit
 
-from xbt.gallery import Gallery
+from xbt.gallery import Gallery, index_plan, upkeep
 
 
-@pytest.fixture
-def gallery(tmp_path):
-    made = Gallery.create(tmp_path / "g", space=make_space(), dtype="float32")
+@pytest.fixture(params=["Flat", "IVF2,Flat"])
+def gallery(tmp_path, request, monkeypatch):
+    """An exact one, and one with an index that is made anew all the time, and finds everything."""
+    monkeypatch.setattr(index_plan, "ROWS_PER_CENTROID", 10)
+    monkeypatch.setattr(upkeep, "LEAST_TAIL", 5)
+    tuning = "" if request.param == "Flat" else "nprobe=2"
+    made = Gallery.create(
+        tmp_path / "g", space=make_space(), dtype="float32", index=request.param, tuning=tuning
+    )
     made.add(unit(50, 16), names(50))
     return made
 
@@ -25,7 +31,11 @@ def test_threads_search_while_one_writes(gallery):
 
     def search():
         while not stop.is_set():
-            found = gallery.search(probe, 10).ids[0]
+            try:
+                found = gallery.search(probe, 10).ids[0]
+            except Exception as error:
+                problems.append(error)
+                return
             if (
                 len({name.split("/")[0] for name in found if "/" in name}) > 1
                 or 0 < sum("/" in name for name in found) < 10

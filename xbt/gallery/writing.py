@@ -160,7 +160,8 @@ class WritableGallery(SearchableGallery):
         Raises:
             StoreError: If another process is writing, or the disk is full; the gallery is as it was then.
         """
-        with self.writing():
+        # What is half written is swept away, and an index that another thread writes is not to be.
+        with self.writing(), self._indexing:
             if self._home is None:
                 with self._state:
                     self._contents = compact_memory(self._known)
