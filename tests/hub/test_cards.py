@@ -292,3 +292,24 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
     assert card.data.license is None
     assert card.text.count("```") == 2
     assert "boom()" not in snippet(card.text)
+
+
+def test_labels_of_several_lines_and_with_bars_stay_in_their_place(projection):
+    strange = "May |\n# Free\n\n| a | b |\n```\n<!-- end"
+    cells = [cell("old/old", 30), cell(strange, 40), cell("a\\|b", 50)]
+    card = projection.generate_model_card(CardData(report=RetrievalReport(cells), evaluated_on=strange))
+    assert len(re.findall("^# ", card.text, re.M)) == 1  # the title
+    assert card.text.count("\n```") == 2  # the snippet's
+    results = card.text.partition("## Results")[2].partition("## Method")[0].strip().splitlines()
+    assert len(results) == 2 + 5  # a paragraph, and a table of three cells
+    for row in results[2:]:
+        assert len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 8
+    assert not re.search(r"[^\\]<!-- end", "\n".join(results))
+    assert card.data.eval_results[0].dataset_name == "May | # Free | a | b | ``` <!-- end"
+
+
+def test_a_space_with_a_bar_in_its_name_stays_in_its_row():
+    made = LinearProjection(12, 8)
+    made.set_spaces(EmbeddingSpace("a|b\n| c", 12, probe=torch.randn(20, 12)), None)
+    spaces = made.generate_model_card().text.partition("## Spaces")[2].partition("## Limits")[0]
+    assert r"| new | `a\|b \| c` | not known | 12 |" in spaces

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from xbt.errors import ConfigError
 from xbt.hub.names import public_name
-from xbt.hub.results import Report, ResultCell, cells_table, eval_results, read_cells
+from xbt.hub.results import Report, ResultCell, cells_table, eval_results, one_line, read_cells
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
@@ -132,7 +132,7 @@ def _results(cells: list[ResultCell], evaluated_on: str | None) -> str:
             "old/old, new/old and new/new on your own image–text pairs."
         )
     first = cells[0]
-    on = f" of {evaluated_on}" if evaluated_on else ""
+    on = f" of {one_line(evaluated_on)}" if evaluated_on else ""
     return (
         f"R@k in percent over {first.n_images:,} images and {first.n_texts:,} texts{on}: the share of "
         "queries that find something right among their first k. T2I is a text query in the image gallery, "
@@ -146,7 +146,10 @@ def _spaces(spaces: Mapping[str, EmbeddingSpace | None]) -> str:
     for name, space in spaces.items():
         if space is not None:
             revision = quoted(space.revision) if space.revision else "not known"
-            lines.append(f"| {name} | {quoted(public_name(space.model))} | {revision} | {space.dim} |")
+            cells = (name, quoted(public_name(space.model)), revision)
+            # Within code a table still ends a cell at a bar.
+            row = " | ".join(cell.replace("|", r"\|") for cell in cells)
+            lines.append(f"| {row} | {space.dim} |")
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def read_cells(report: Report | Mapping[str, Any] | str | Path) -> list[ResultCe
 def eval_results(cells: list[ResultCell], evaluated_on: str | None) -> list[EvalResult]:
     """The cells as entries of a card's ``model-index``, as fractions."""
     first = cells[0]
-    name = evaluated_on or f"{first.n_images:,} images and {first.n_texts:,} texts"
+    name = " ".join((evaluated_on or "").split()) or f"{first.n_images:,} images and {first.n_texts:,} texts"
     kind = name if is_repository(name) else "image-text-pairs"
     return [
         EvalResult(
@@ -85,7 +86,7 @@ def eval_results(cells: list[ResultCell], evaluated_on: str | None) -> list[Eval
             dataset_type=kind,
             dataset_name=name,
             metric_type=f"recall_at_{k.rpartition('@')[2]}",
-            metric_name=f"{cell.name} {way} {k}",
+            metric_name=" ".join(f"{cell.name} {way} {k}".split()),
             metric_value=value,
         )
         for way, task in DIRECTIONS.items()
@@ -98,14 +99,18 @@ def cells_table(cells: list[ResultCell]) -> str:
     """The cells as a Markdown table in percent, with a line of what they were measured on."""
     columns = [(way, k) for way in DIRECTIONS for k in cells[0].recall[way]]
     lines = [
-        f"| query/gallery | {' | '.join(f'{way} {k}' for way, k in columns)} |",
+        f"| query/gallery | {' | '.join(one_line(f'{way} {k}') for way, k in columns)} |",
         f"|---|{'---:|' * len(columns)}",
     ]
     for cell in cells:
         values = [f"{100 * cell.recall[way][k]:.1f}" if k in cell.recall[way] else "" for way, k in columns]
-        # A label with a bar in it would open another column.
-        lines.append(f"| {cell.name.replace('|', chr(92) + '|')} | {' | '.join(values)} |")
+        lines.append(f"| {one_line(cell.name)} | {' | '.join(values)} |")
     return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """A label as text of a page: on one line, and without opening a column, code, a link or a tag."""
+    return re.sub(r"([\\|`\[\]<*])", r"\\\1", " ".join(text.split()))
 
 
 def _fraction(value: object) -> float:
