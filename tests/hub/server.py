@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITER, READER = "hf_writer", "hf_reader"
 """Tokens: one that may read and write everything, one that may read."""
-_REPO = r"([\w.-]+/[\w.-]+)"
+_REPO = r"((?:[\w.-]+/)?[\w.-]+)"
 
 
 @dataclass

@@ -20,7 +20,7 @@ from xbt.encoders.image_batches import NamedImage
 from xbt.encoders.short_context import ShortContext
 from xbt.encoders.text_batches import TextTransform
 from xbt.errors import ConfigError, EncoderError
-from xbt.hub import CardData, CardFacts, Naming, SharedPart, fetch, gathered_warning, is_snapshot
+from xbt.hub import CardData, CardFacts, HubAccess, Naming, SharedPart, fetch, gathered_warning, is_snapshot
 from xbt.images import ImageSource
 from xbt.projections import LinearProjection, Projection
 from xbt.projections.base import Modality
@@ -335,12 +335,14 @@ class CompatibleEncoder(DualEncoder, SharedPart):
         base: DualEncoder | str | None = None,
         old: DualEncoder | str | None = None,
         load_old: bool = True,
+        access: HubAccess | None = None,
     ) -> Self:
-        saved, foreign = saving.read(directory), is_snapshot(directory)
+        saved, foreign, access = saving.read(directory), is_snapshot(directory), access or HubAccess()
         if old is not None and saved.ensemble is None:
             raise ConfigError(f"{directory} has no ensemble to use an old encoder; leave out old=")
         what = f"the base model recorded in {directory}"
-        new = saving.load_model(base, saved.base, what, "base=", device, foreign)
+        at = access.at(saving.recorded_revision(saved.base, saved.new_space))
+        new = saving.load_model(base, saved.base, what, "base=", device, foreign, at)
         if has_lora(new):
             raise EncoderError(f"'{new.name}' carries a LoRA already; give a freshly loaded base")
         saved.new_space.require(new.space, f"the base model given to {directory}")
@@ -351,7 +353,8 @@ class CompatibleEncoder(DualEncoder, SharedPart):
         if saved.needs_old and (load_old or isinstance(old, DualEncoder)):
             what = f"the old model recorded in {directory}"
             mend = "old=, or load_old=False and old_vectors=,"
-            tower = saving.load_model(old, saved.old, what, mend, device, foreign)
+            at = access.at(saving.recorded_revision(saved.old, saved.projection.old_space))
+            tower = saving.load_model(old, saved.old, what, mend, device, foreign, at)
         return cls(new, saved.projection, saved.ensemble, tower)
 
     @classmethod
@@ -373,17 +376,17 @@ class CompatibleEncoder(DualEncoder, SharedPart):
 
         Args:
             pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
-            base: The new encoder, or another specification for it, when the recorded one does not hold on
-                this machine. It is changed in place when the saved part has LoRA.
+            base: The new encoder, or another specification for it, when the recorded one, at the recorded
+                commit, does not hold on this machine. It is changed in place when the saved part has LoRA.
             old: The old encoder, or another specification for it, likewise; only for an ensemble.
             load_old: Whether the old encoder that the saved ensemble needs is loaded. Without it queries need
                 ``old_vectors``.
             device: Where the encoders go; a given encoder stays where it is.
-            revision: Branch, tag or commit on the Hub.
-            cache_dir: See :meth:`SharedPart.from_pretrained`, as for what follows.
-            token: See there; also used for nothing but this repository.
-            force_download: See there.
-            local_files_only: See there.
+            revision: Branch, tag or commit of the repository on the Hub; its models have their own.
+            cache_dir: See :meth:`SharedPart.from_pretrained`, as for what follows; holds for the models too.
+            token: See there; the models are fetched with it too.
+            force_download: See there; the models are not fetched again.
+            local_files_only: See there; holds for the models too.
 
         Returns:
             The encoder; LoRA is merged, so that it costs nothing at search time.
@@ -403,5 +406,6 @@ class CompatibleEncoder(DualEncoder, SharedPart):
             force_download=force_download,
             local_files_only=local_files_only,
         )
+        access = HubAccess(None, cache_dir, token, local_files_only)
         with gathered_warning():
-            return cls._read(directory, device, base, old, load_old)
+            return cls._read(directory, device, base, old, load_old, access)

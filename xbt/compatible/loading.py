@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from xbt.compatible.encoder import CompatibleEncoder
-from xbt.compatible.saving import CONFIG_NAME, ENSEMBLE_DIR, load_model
+from xbt.compatible.saving import CONFIG_NAME, ENSEMBLE_DIR, load_model, recorded_revision
 from xbt.errors import ConfigError
-from xbt.hub import fetch, is_snapshot, read_json
+from xbt.hub import HubAccess, fetch, is_snapshot, read_json
 from xbt.projections import Projection
 
 
@@ -46,5 +46,6 @@ def load_upgraded(
             f"the projection {directory} does not say which encoder it was fitted for; give new= as well"
         )
     what = f"the new model recorded in {directory}"
-    base = load_model(new, recorded or "", what, "new=", device, foreign=is_snapshot(directory))
+    access = HubAccess(recorded_revision(recorded or "", projection.new_space))
+    base = load_model(new, recorded or "", what, "new=", device, is_snapshot(directory), access)
     return CompatibleEncoder(base, projection)

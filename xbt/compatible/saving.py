@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,11 +17,13 @@ from xbt.hub import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     CardData,
+    HubAccess,
     Naming,
     SavedConfig,
     SavedPartError,
     check_digests,
     digests,
+    is_commit,
     require_loadable,
     warn_of_directories,
     write_config,
@@ -42,6 +45,7 @@ __all__ = [
     "check_unchanged",
     "load_model",
     "read",
+    "recorded_revision",
     "save",
 ]
 
@@ -49,6 +53,7 @@ PROJECTION_DIR = "projection"
 ENSEMBLE_DIR = "ensemble"
 LORA_DIR = "lora"
 _FORMAT = "compatible_encoder"
+_HERE = HubAccess()
 _KEYS = ("format", "base", "lora", "new_space", "old_space")
 _LATER = ("xbt_version", "ensemble", "old", "sha256")
 
@@ -147,6 +152,19 @@ def check_unchanged(directory: Path) -> None:
     check_digests(directory, SavedConfig(directory / CONFIG_NAME).values.get("sha256"))
 
 
+def recorded_revision(spec: str, space: EmbeddingSpace | None) -> str | None:
+    """The commit that a recorded model was loaded at, if the space that records it is that model's.
+
+    Args:
+        spec: The recorded specification.
+        space: The model's space. Of a model that was shared under another name it says nothing, and what is
+            no full hash may have moved.
+    """
+    if space is None or space.model != spec or not is_commit(space.revision):
+        return None
+    return space.revision
+
+
 def load_model(
     given: DualEncoder | str | None,
     recorded: str,
@@ -154,6 +172,7 @@ def load_model(
     mend: str,
     device: str | torch.device,
     foreign: bool = False,
+    access: HubAccess = _HERE,
 ) -> DualEncoder:
     """The encoder that was given, or the one that was recorded.
 
@@ -164,6 +183,7 @@ def load_model(
         mend: The option that names it anew.
         device: Where a loaded encoder goes.
         foreign: Whether the record came from the Hub: then a path in it is not followed.
+        access: How the Hub is asked; its revision is that of the recorded model and not of a given one.
 
     Raises:
         EncoderError: If it cannot be loaded.
@@ -173,8 +193,10 @@ def load_model(
         return given
     if given is None:
         require_loadable(recorded, what, mend, foreign)
+    else:
+        access = access.at(None)
     try:
-        return load_encoder(given or recorded, device)
+        return load_encoder(given or recorded, device, **asdict(access))
     except EncoderError as error:
         if given is not None:
             raise

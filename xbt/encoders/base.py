@@ -36,6 +36,25 @@ from xbt.space import EmbeddingSpace
 
 Precision = Literal["fp32", "bf16"]
 
+MAX_SIDE = 8192
+"""Largest side in pixels that a model's preprocessing may make of an image."""
+MAX_CONTEXT = 2**16
+"""Most tokens per text."""
+
+
+def require_side(*sides: int) -> None:
+    """Refuses images of a size that no CLIP takes, before one is made.
+
+    Raises:
+        EncoderError: If a side has more than :data:`MAX_SIDE` pixels.
+    """
+    for side in sides:
+        if side > MAX_SIDE:
+            raise EncoderError(
+                f"the preprocessing makes images of {side} pixels a side, but at most {MAX_SIDE} are made; "
+                "check the model's config"
+            )
+
 
 class DualEncoder(ABC):
     """One CLIP, whichever library it comes from.
@@ -71,6 +90,12 @@ class DualEncoder(ABC):
         preprocessing: dict[str, Any],
         image_transform: Transform,
     ) -> None:
+        require_side(*preprocessing.get("size", ()))
+        if context_length > MAX_CONTEXT:
+            raise EncoderError(
+                f"'{name}' takes texts of {context_length} tokens, but at most {MAX_CONTEXT} are made; check "
+                "its config"
+            )
         self.name = name
         self.module = module
         self.dim = dim

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
+from xbt.encoders.loading_checks import require_plain_transformers
 from xbt.encoders.quiet import brief, quiet
 from xbt.errors import EncoderError
 
@@ -120,6 +121,7 @@ def _build_open_clip(config: dict[str, Any]) -> ImageTower:
 def _build_transformers(config: dict[str, Any]) -> ImageTower:
     from transformers import AutoConfig, AutoModel
 
+    require_plain_transformers(config, "the image tower's config")
     vision = {key: value for key, value in config.items() if key != "model_type"}
     whole = AutoConfig.for_model(config["model_type"], text_config=dict(_TRANSFORMERS_TEXT), **vision)
-    return _transformers_tower(AutoModel.from_config(whole), config)
+    return _transformers_tower(AutoModel.from_config(whole, trust_remote_code=False), config)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from xbt.encoders.base import DualEncoder
 from xbt.encoders.quiet import brief, quiet
 from xbt.errors import EncoderError
+from xbt.hub import HubAccess, SavedPartError
 
 FORMS = (
     "open_clip:ARCH/PRETRAINED (a tag or a weights file)",
@@ -20,14 +22,28 @@ FORMS = (
 """Every form a specification can take."""
 
 
-def load_encoder(spec: str, device: str | torch.device = "cpu") -> DualEncoder:
+def load_encoder(
+    spec: str,
+    device: str | torch.device = "cpu",
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> DualEncoder:
     """Loads a CLIP as a frozen dual encoder.
+
+    Of what is fetched from the Hub only safetensors and JSON are loaded, and no code is run.
 
     Args:
         spec: One of ``"open_clip:ARCH/PRETRAINED"`` (a pretrained tag or a weights file),
             ``"open_clip:local-dir:PATH"``, ``"open_clip:hf-hub:org/repo"`` and
             ``"transformers:REPO_OR_DIR"``; a repository may be followed by ``@`` and a branch, tag or commit.
         device: Where to put the weights.
+        revision: Branch, tag or commit of the repository; comes before the one in ``spec``.
+        cache_dir: The Hub cache to use instead of the default one.
+        token: Hub access token, for private repositories.
+        local_files_only: Use the cache alone.
 
     Returns:
         The encoder: fp32, eval mode, without gradients.
@@ -44,18 +60,19 @@ def load_encoder(spec: str, device: str | torch.device = "cpu") -> DualEncoder:
     loader, rest = _parse(spec)
     try:
         with quiet():
-            encoder = loader(rest, spec)
+            encoder = loader(rest, spec, HubAccess(revision, cache_dir, token, local_files_only))
     except EncoderError:
         raise
     except Exception as error:
-        raise EncoderError(f"'{spec}' could not be loaded: {brief(error)}") from error
+        told = str(error) if isinstance(error, SavedPartError) else brief(error)
+        raise EncoderError(f"'{spec}' could not be loaded: {told}") from error
     try:
         return encoder.to(device)
     except (RuntimeError, AssertionError) as error:
         raise EncoderError(f"'{spec}' could not be moved to device '{device}': {brief(error)}") from error
 
 
-def _parse(spec: str) -> tuple[Callable[[str, str], DualEncoder], str]:
+def _parse(spec: str) -> tuple[Callable[[str, str, HubAccess], DualEncoder], str]:
     backend, _, rest = str(spec).partition(":")
     if backend == "open_clip":
         prefixed = rest.startswith(("local-dir:", "hf-hub:"))
@@ -67,5 +84,5 @@ def _parse(spec: str) -> tuple[Callable[[str, str], DualEncoder], str]:
         raise EncoderError(f"'{spec}' is not an encoder specification; write one of: {'; '.join(FORMS)}")
     # Imported by name and only now: open_clip and transformers take seconds.
     module = importlib.import_module(f"xbt.encoders.{backend}_encoder")
-    loader: Callable[[str, str], DualEncoder] = getattr(module, f"load_{backend}")
+    loader: Callable[[str, str, HubAccess], DualEncoder] = getattr(module, f"load_{backend}")
     return loader, rest

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Self
 
-import open_clip
-from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
+from xbt.encoders.building_open_clip import build, make_tokenizer, with_text_model, write_config
 from xbt.encoders.folding import has_path
+from xbt.encoders.loading_open_clip import WEIGHTS_FILE, builtin_config, find_open_clip
 from xbt.encoders.open_clip_text import OpenClipTexts, encode_tokens
 from xbt.encoders.quiet import quiet
 from xbt.encoders.text_batches import TextTransform
 from xbt.errors import EncoderError
-from xbt.hub import SAFE_PATTERNS, cached_commit, fetch, split_revision
+from xbt.hub import HubAccess
 from xbt.probe import PROBE_TEXTS
-
-HUB_PATTERNS = (*SAFE_PATTERNS, "*.txt", "*.model")
-"""What is fetched of a repository at a revision: config, safetensors and the tokenizer's files."""
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
 
 
 class OpenClipEncoder(DualEncoder):
@@ -85,17 +77,14 @@ class OpenClipEncoder(DualEncoder):
         Raises:
             EncoderError: If the architecture is unknown or the config does not describe one.
         """
-        config = _builtin_config(model_config) if isinstance(model_config, str) else deepcopy(model_config)
+        config = builtin_config(model_config) if isinstance(model_config, str) else deepcopy(model_config)
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
         if missing:
             raise EncoderError(f"the open_clip model config lacks {', '.join(sorted(missing))}")
         try:
-            with quiet(), TemporaryDirectory() as directory:
-                _write_config(Path(directory), config, preprocess or {})
-                module = open_clip.create_model(
-                    f"local-dir:{directory}", precision="fp32", load_weights=False, pretrained_text=False
-                )
-            tokenizer = _own_tokenizer(config["text_cfg"])
+            with quiet():
+                module = build(with_text_model(config), preprocess or {})
+            tokenizer = make_tokenizer(config["text_cfg"])
         except Exception as error:
             raise EncoderError(f"open_clip cannot build a model from {config}: {error}") from error
         return cls(name, module, config, tokenizer)
@@ -121,7 +110,7 @@ class OpenClipEncoder(DualEncoder):
             self.tokenizer.save_pretrained(folder)
             # open_clip looks for tokenizer files in the directory whenever this key is present.
             config["text_cfg"].setdefault("hf_tokenizer_name", ".")
-        _write_config(folder, config, self._clip.visual.preprocess_cfg)
+        write_config(folder, config, self._clip.visual.preprocess_cfg)
 
     @property
     def text_transform(self) -> TextTransform:
@@ -150,88 +139,29 @@ class OpenClipEncoder(DualEncoder):
         return {tower: next(filter(partial(has_path, clip), ends[tower]), ends[tower][0]) for tower in ends}
 
 
-def load_open_clip(rest: str, name: str) -> OpenClipEncoder:
+def load_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipEncoder:
     """Loads what stands after ``open_clip:`` in a specification.
 
     Args:
         rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
         name: The whole specification.
+        access: How the Hub is asked; its revision comes before the one in the specification.
 
     Returns:
         A frozen fp32 encoder in eval mode.
 
     Raises:
-        EncoderError: If the directory, architecture or tag does not exist, or architecture and tag were
-            trained with different activations. Errors of open_clip itself are passed through.
+        EncoderError: If the directory, architecture or tag does not exist, architecture and tag were trained
+            with different activations, or a config says what it must not.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config asks for more
+            than the weights account for. Errors of open_clip itself are passed through.
     """
-    if rest.startswith("local-dir:"):
-        folder = Path(rest.removeprefix("local-dir:")).expanduser()
-        if not folder.is_dir():
-            raise EncoderError(f"the directory {folder} of '{name}' does not exist")
-        if not (folder / CONFIG_FILE).is_file():
-            raise EncoderError(f"{folder} has no {CONFIG_FILE}, so '{name}' is not an open_clip directory")
-        model, tag, repo, revision = f"local-dir:{folder}", None, None, None
-    elif rest.startswith("hf-hub:"):
-        tag, (repo, revision) = None, split_revision(rest.removeprefix("hf-hub:"))
-        # open_clip cannot ask for a revision, but reads a directory in which one was put.
-        model = f"local-dir:{fetch(repo, revision=revision, patterns=HUB_PATTERNS)}" if revision else rest
-    else:
-        model, _, tag = rest.partition("/")
-        _check_tag(model, tag)
-        repo, revision = str(get_pretrained_cfg(model, tag).get("hf_hub", "")).rstrip("/"), None
-    config = open_clip.get_model_config(model)
-    module = open_clip.create_model(
-        model,
-        pretrained=tag,
-        precision="fp32",
-        pretrained_text=False,
-        require_pretrained=True,  # otherwise open_clip goes on with random weights
-    )
-    encoder = OpenClipEncoder(name, module, config, open_clip.get_tokenizer(model))
+    source = find_open_clip(rest, name, access)
+    module = source.module()
+    encoder = OpenClipEncoder(name, module, source.config, source.tokenizer())
     module.eval().requires_grad_(False)
-    if repo:
-        commits = (cached_commit(repo, file, revision) for file in (WEIGHTS_FILE, CONFIG_FILE))
-        encoder.revision = next(filter(None, commits), None)
+    encoder.revision = source.revision
     return encoder
-
-
-def _check_tag(arch: str, tag: str) -> None:
-    """Refuses, before anything is downloaded, weights that do not belong to the architecture."""
-    quick = bool(_builtin_config(arch).get("quick_gelu", False))
-    trained = get_pretrained_cfg(arch, tag)
-    if not trained:
-        if Path(tag).is_file():
-            return
-        known = ", ".join(list_pretrained_tags_by_model(arch)) or "none"
-        raise EncoderError(f"'{tag}' is neither a file nor a pretrained tag of {arch}; its tags are: {known}")
-    if bool(trained.get("quick_gelu", False)) == quick:
-        return
-    twin = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
-    mend = f"use 'open_clip:{twin}/{tag}'" if twin in open_clip.list_models() else "no architecture fits it"
-    raise EncoderError(
-        f"the weights '{tag}' were trained {'without' if quick else 'with'} QuickGELU, but the architecture "
-        f"{arch} {'has' if quick else 'lacks'} it and would give wrong vectors; {mend}"
-    )
-
-
-def _builtin_config(arch: str) -> dict[str, Any]:
-    # By name only: open_clip would take "hf-hub:..." here as well.
-    if arch not in open_clip.list_models():
-        close = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise EncoderError(f"open_clip knows no architecture '{arch}'{hint}")
-    config: dict[str, Any] = open_clip.get_model_config(arch)
-    return config
-
-
-def _own_tokenizer(text_config: dict[str, Any]) -> Any:
-    length = text_config.get("context_length", 77)
-    options = text_config.get("tokenizer_kwargs", {})
-    source = text_config.get("hf_tokenizer_name")
-    if not source:
-        return SimpleTokenizer(context_length=length, **options)
-    mode = text_config.get("tokenizer_mode")
-    return HFTokenizer(source, context_length=length, tokenizer_mode=mode, **options)
 
 
 def _describe(config: dict[str, Any]) -> dict[str, Any]:
@@ -244,10 +174,3 @@ def _describe(config: dict[str, Any]) -> dict[str, Any]:
         "mean": list(config["mean"]),
         "std": list(config["std"]),
     }
-
-
-def _write_config(folder: Path, model_config: dict[str, Any], preprocess: dict[str, Any]) -> None:
-    # The size is left out: open_clip takes it from the image tower.
-    kept = {key: preprocess[key] for key in preprocess if key not in ("size", "mode")}
-    config = {"model_cfg": model_config, "preprocess_cfg": kept}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

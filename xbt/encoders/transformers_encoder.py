@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,14 +11,20 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from xbt.encoders.base import DualEncoder
+from xbt.encoders.base import DualEncoder, require_side
+from xbt.encoders.loading_checks import own_file, read_plain_transformers
 from xbt.encoders.text_batches import TextTransform, Tokenized, require_known
 from xbt.errors import EncoderError
-from xbt.hub import cached_commit, split_revision
+from xbt.hub import SAFE_PATTERNS, HubAccess, fetch_repository, proportionate, split_revision
 from xbt.probe import PROBE_TEXTS
 
 SUPPORTED = ("clip", "siglip")
 """Values of ``model_type`` in a config.json that can be loaded."""
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Of which a repository must hold one."""
+HUB_PATTERNS = (*SAFE_PATTERNS, "model.safetensors", "model-*-of-*.safetensors")
+"""What is fetched of a repository: configs, safetensors and the tokenizer's files."""
 
 LEGACY_EOS = 2
 """The end token of old CLIP configs; it is wrong, and transformers then pools at the highest id instead."""
@@ -126,37 +133,60 @@ def pooled(output: Any) -> Tensor:
     return vectors
 
 
-def load_transformers(source: str, name: str) -> TransformersEncoder:
+def load_transformers(source: str, name: str, access: HubAccess) -> TransformersEncoder:
     """Loads what stands after ``transformers:`` in a specification.
 
     Args:
         source: A directory, or a repository of the Hugging Face Hub, ``org/name`` or ``org/name@revision``.
         name: The whole specification.
+        access: How the Hub is asked; its revision comes before the one in the specification.
 
     Returns:
         A frozen fp32 encoder in eval mode.
 
     Raises:
-        EncoderError: If the directory does not exist, the model is not a CLIP, weights are missing, or the
-            tokenizer does not fit the model. Errors of transformers itself are passed through.
+        EncoderError: If the directory does not exist, the model is not a CLIP, weights are missing, the
+            config says what it must not, or the tokenizer does not fit the model.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or the config asks for more
+            than the weights account for. Errors of transformers itself are passed through.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        source = str(path)
-    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        raise EncoderError(f"the directory {path} of '{name}' does not exist")
-    source, revision = split_revision(source)
-    config = AutoConfig.from_pretrained(source, revision=revision)
+    folder = Path(source).expanduser()
+    is_here = folder.is_dir()
+    if not is_here:
+        if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+            raise EncoderError(f"the directory {folder} of '{name}' does not exist")
+        repo, revision = split_revision(source)
+        folder = fetch_repository(repo, access.at(access.revision or revision), HUB_PATTERNS, WEIGHTS)
+    read_plain_transformers(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.model_type not in SUPPORTED:
         raise EncoderError(
             f"'{name}' is a '{config.model_type}' model, not a CLIP; xbt loads models of type "
             f"{' and '.join(SUPPORTED)} from transformers"
         )
+    module = _load_module(folder, config, name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
+    encoder = TransformersEncoder(name, module, tokenizer, processor)
+    encoder.revision = None if is_here else folder.name
+    module.eval().requires_grad_(False)
+    return encoder
+
+
+def _load_module(folder: Path, config: Any, name: str) -> nn.Module:
+    weights = [own_file(each) for each in sorted(folder.glob("model*.safetensors"))]
+    if not weights:
+        raise EncoderError(
+            f"'{name}' could not be loaded: {folder} has no {WEIGHTS[0]}; save it as safetensors"
+        )
+    # Built once without memory, to see whether the config asks for more than the weights account for.
+    with proportionate(weights, folder / "config.json"), torch.device("meta"):
+        AutoModel.from_config(deepcopy(config), trust_remote_code=False)
     module, info = AutoModel.from_pretrained(
-        source,
+        folder,
         config=config,
-        revision=revision,
         dtype=torch.float32,
+        trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
     )
@@ -166,12 +196,8 @@ def load_transformers(source: str, name: str) -> TransformersEncoder:
             f"{len(missing)} weights of '{name}' are missing from its files and would be random, first "
             f"{missing[0]}; load a complete model"
         )
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    processor = AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil")
-    encoder = TransformersEncoder(name, module, tokenizer, processor)
-    encoder.revision = None if path.is_dir() else cached_commit(source, "config.json", revision)
-    module.eval().requires_grad_(False)
-    return encoder
+    loaded: nn.Module = module
+    return loaded
 
 
 def _dimension(name: str, config: Any) -> int:
@@ -215,6 +241,7 @@ def _describe(processor: Any) -> dict[str, Any]:
     size = dict(processor.size)
     cropped = bool(getattr(processor, "do_center_crop", False))
     final = dict(processor.crop_size) if cropped else size
+    require_side(*filter(None, size.values()))  # what is only cropped later is made as well
     edge = final.get("shortest_edge")
     return {
         "backend": "pil",

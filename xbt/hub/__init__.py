@@ -5,7 +5,16 @@ from __future__ import annotations
 from xbt.hub.cards import CardData, CardFacts, make_card, quoted
 from xbt.hub.configs import NewerConfigWarning, SavedConfig, gathered_warning
 from xbt.hub.errors import SavedPartError
-from xbt.hub.fetching import SAFE_PATTERNS, cached_commit, fetch, split_revision
+from xbt.hub.fetching import (
+    SAFE_PATTERNS,
+    HubAccess,
+    cached_commit,
+    fetch,
+    fetch_repository,
+    is_commit,
+    is_repository,
+    split_revision,
+)
 from xbt.hub.files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -21,7 +30,14 @@ from xbt.hub.files import (
 )
 from xbt.hub.names import LOCAL, Naming, public_name, require_loadable, settled_name
 from xbt.hub.sharing import SharedPart, warn_of_directories
-from xbt.hub.weights import build_and_load, load_weights, read_header, read_tensors, save_weights
+from xbt.hub.weights import (
+    build_and_load,
+    load_weights,
+    proportionate,
+    read_header,
+    read_tensors,
+    save_weights,
+)
 
 __all__ = [
     "CARD_NAME",
@@ -32,6 +48,7 @@ __all__ = [
     "WEIGHTS_NAME",
     "CardData",
     "CardFacts",
+    "HubAccess",
     "Naming",
     "NewerConfigWarning",
     "SavedConfig",
@@ -42,11 +59,15 @@ __all__ = [
     "check_digests",
     "digests",
     "fetch",
+    "fetch_repository",
     "gathered_warning",
+    "is_commit",
     "is_pickled",
+    "is_repository",
     "is_snapshot",
     "load_weights",
     "make_card",
+    "proportionate",
     "public_name",
     "quoted",
     "read_header",

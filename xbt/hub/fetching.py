@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
@@ -19,9 +20,33 @@ from huggingface_hub.errors import (
 from xbt.hub.errors import SavedPartError
 from xbt.hub.files import CONFIG_NAME, PART_FILES, is_pickled
 
-SAFE_PATTERNS = ("*.json", "*.safetensors", "README.md")
-"""What is fetched of a foreign model's repository: nothing that would have to be unpickled."""
+SAFE_PATTERNS = ("*.json", "*.txt", "*.model")
+"""What is fetched of a foreign model's repository besides its weights: configs and the tokenizer's files, no
+code and nothing that would have to be unpickled."""
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OLD_ID = re.compile(r"\w[\w.-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """How the Hub is asked for a model.
+
+    Attributes:
+        revision: Branch, tag or commit; the default branch if left out.
+        cache_dir: The Hub cache to use instead of the default one.
+        token: Hub access token, for private repositories.
+        local_files_only: Use the cache alone.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+    def at(self, revision: str | None) -> HubAccess:
+        """The same at another revision."""
+        return replace(self, revision=revision)
 
 
 def is_repository(name: str) -> bool:
@@ -37,7 +62,6 @@ def fetch(
     token: str | bool | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
-    patterns: Sequence[str] = PART_FILES,
 ) -> Path:
     """Returns a local directory that holds a saved part.
 
@@ -48,10 +72,9 @@ def fetch(
         token: Hub access token, for private repositories.
         force_download: Download again what the cache already holds.
         local_files_only: Use the cache alone.
-        patterns: Which files are fetched; by default those that a saved part can have.
 
     Returns:
-        The directory itself, or the Hub cache's snapshot with the files that fit ``patterns``.
+        The directory itself, or the Hub cache's snapshot with the files that a saved part can have.
 
     Raises:
         SavedPartError: If there is no such directory, repository or revision, the Hub cannot be reached, a
@@ -60,28 +83,52 @@ def fetch(
     path = Path(repo_or_dir).expanduser()
     if path.is_dir():
         return path
-    name = str(repo_or_dir)
-    if not is_repository(name):
+    access = HubAccess(revision, cache_dir, token, local_files_only)
+    return fetch_repository(str(repo_or_dir), access, force_download=force_download)
+
+
+def fetch_repository(
+    name: str,
+    access: HubAccess,
+    patterns: Sequence[str] = PART_FILES,
+    needed: Sequence[str] = (CONFIG_NAME,),
+    force_download: bool = False,
+) -> Path:
+    """Returns the Hub cache's snapshot of a repository; a directory of that name is not looked at.
+
+    Args:
+        name: Hub repository: ``org/name``, or for foreign models a name without an organisation.
+        access: How the Hub is asked.
+        patterns: Which files are fetched; by default those that a saved part can have.
+        needed: Files of which one must be there.
+        force_download: Download again what the cache already holds.
+
+    Raises:
+        SavedPartError: If there is no such repository or revision, the Hub cannot be reached, a download is
+            cut short, or the repository lacks what is needed.
+    """
+    if not is_repository(name) and (patterns is PART_FILES or not _OLD_ID.fullmatch(name)):
         raise SavedPartError(
             f"directory {name} does not exist, and it is not a Hub repository 'org/name' either"
         )
-    where = f"Hub repository {name}" + (f" at revision {revision}" if revision else "")
+    where = f"Hub repository {name}" + (f" at revision {access.revision}" if access.revision else "")
     try:
         found = Path(
             snapshot_download(
                 name,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
+                revision=access.revision,
+                cache_dir=access.cache_dir,
+                token=access.token,
                 force_download=force_download,
-                local_files_only=local_files_only,
+                local_files_only=access.local_files_only,
                 allow_patterns=list(patterns),
             )
         )
     except Exception as error:  # the HTTP library's own errors share no kind with the Hub's
         raise SavedPartError(_reason(error, name, where)) from error
-    if patterns is PART_FILES and not (found / CONFIG_NAME).is_file():
-        raise SavedPartError(_no_part(name, found, where, token))
+    if not any((found / each).is_file() for each in needed):
+        own = " of xbt" if patterns is PART_FILES else ""
+        raise SavedPartError(_lacks(name, found, where, needed[0], own, access))
     return found
 
 
@@ -97,19 +144,22 @@ def _reason(error: Exception, name: str, where: str) -> str:
     return f"{where} cannot be fetched: {first_line(error)}; try again"
 
 
-def _no_part(name: str, snapshot: Path, where: str, token: str | bool | None) -> str:
-    """Why a repository has no config: it may hold another format, or nothing."""
-    try:
-        files = HfApi(token=token).list_repo_files(name, revision=snapshot.name)
-    except Exception:  # only to say more: offline there is no list
-        files = []
+def _lacks(name: str, snapshot: Path, where: str, needed: str, own: str, access: HubAccess) -> str:
+    """Why a repository lacks a file: it may hold another format, or nothing."""
+    files: list[str] = []
+    if not access.local_files_only:
+        try:
+            files = HfApi(token=access.token).list_repo_files(name, revision=snapshot.name)
+        except Exception:  # only to say more: offline there is no list
+            files = []
     pickled = sorted(filter(is_pickled, files))
     if pickled:
         return (
-            f"{where} holds {pickled[0]} and no {CONFIG_NAME} of xbt; what would have to be unpickled could "
-            "run any code and is not even fetched: ask for safetensors and JSON"
+            f"{where} holds {pickled[0]} and no {needed}{own}; what would have to be unpickled could run any "
+            "code and is not even fetched: ask for safetensors and JSON"
         )
-    return f"{where} has no {CONFIG_NAME}, so it holds nothing that xbt saved"
+    holds = "so it holds nothing that xbt saved" if own else "which the model needs; name another repository"
+    return f"{where} has no {needed}, {holds}"
 
 
 def _status(error: Exception) -> int | None:
@@ -130,16 +180,24 @@ def split_revision(source: str) -> tuple[str, str | None]:
     return repo, revision
 
 
-def cached_commit(repo: str, filename: str, revision: str | None = None) -> str | None:
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is the full hash of a commit, which a branch or tag that moves is not."""
+    return revision is not None and bool(_COMMIT.fullmatch(revision))
+
+
+def cached_commit(
+    repo: str, filename: str, revision: str | None = None, cache_dir: str | Path | None = None
+) -> str | None:
     """The commit that a file of the Hub cache belongs to, or ``None`` if the file is not in the cache.
 
     Args:
         repo: Hub repository ``org/name``.
         filename: A file of it that was loaded.
         revision: Branch, tag or commit; the default branch if left out.
+        cache_dir: The Hub cache to look in instead of the default one.
     """
     try:
-        found = try_to_load_from_cache(repo, filename, revision=revision)
+        found = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
     except HFValidationError:
         return None
     # <cache>/models--org--name/snapshots/<commit>/<filename>

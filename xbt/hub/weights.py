@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -98,21 +99,38 @@ def build_and_load(
         SavedPartError: If the file is missing, damaged, does not fit its config, or holds NaN or infinite
             values; or the config cannot be used.
     """
-    header = read_header(path)
-    guard = _Budget(_TIMES * path.stat().st_size + spare_bytes, _TIMES * len(header) + _SPARE_TENSORS)
+    # What is drawn here is overwritten: it must not move the caller's random state.
+    with torch.random.fork_rng(devices=[]), proportionate([path], config, spare_bytes):
+        module = build()
+    load_weights(module, path)
+    return module.eval()
+
+
+@contextmanager
+def proportionate(files: Sequence[Path], config: Path, spare_bytes: int = _SPARE_BYTES) -> Iterator[None]:
+    """Within it, no tensor may be made that is out of proportion to the weights there are.
+
+    Args:
+        files: The files of the weights; of safetensors the headers are read.
+        config: The file that says what is built, for messages.
+        spare_bytes: What may be made beyond eight times the files' size.
+
+    Raises:
+        SavedPartError: If a file is missing or damaged, or more is asked for.
+    """
+    n_bytes = sum(file.stat().st_size for file in map(require_file, files))
+    n_tensors = sum(len(read_header(file)) for file in files if file.suffix == ".safetensors")
+    guard = _Budget(_TIMES * n_bytes + spare_bytes, _TIMES * n_tensors + _SPARE_TENSORS)
     try:
-        # What is drawn here is overwritten: it must not move the caller's random state.
-        with torch.random.fork_rng(devices=[]), guard:
-            module = build()
+        with guard:
+            yield
     except Exception as error:
         if guard.refused is None:
             raise
         raise SavedPartError(
-            f"{path} does not fit its config: {config} asks for {guard.refused}, but the weights have "
-            f"{path.stat().st_size:,} bytes in {len(header)} tensors; save or download it again"
+            f"{files[0]} does not fit its config: {config} asks for {guard.refused}, but the weights have "
+            f"{n_bytes:,} bytes in {n_tensors} tensors; save or download it again"
         ) from error
-    load_weights(module, path)
-    return module.eval()
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
