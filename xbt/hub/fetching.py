@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -120,7 +120,8 @@ def fetch_repository(
                 cache_dir=access.cache_dir,
                 token=access.token,
                 force_download=force_download,
-                local_files_only=access.local_files_only,
+                # Some versions list a repository's files even where they are told to be offline.
+                local_files_only=access.local_files_only or is_offline_mode(),
                 allow_patterns=list(patterns),
             )
         )
