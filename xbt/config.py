@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -210,11 +211,18 @@ def _report(
     return status
 
 
+_PATIENCE = 10.0
+"""Seconds in which the other processes must have let go."""
+
+
 def _leave_processes() -> None:
     """Ends the process group: gloo's threads, left running, abort every other process at its exit."""
     torch = sys.modules.get("torch")  # a command that never needed it, --help say, must not wait for it
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        # Where another process has gone already, older versions of torch wait for it for ever.
+        leaving = threading.Thread(target=torch.distributed.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(_PATIENCE)
 
 
 def _show_warning(
