@@ -231,9 +231,8 @@ def blame_the_system(error: Exception, what: str) -> None:
     Raises:
         DataError: If it is no fault of the image's.
     """
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(
-        error
-    ):  # numpy's, Pillow's, and torch's
+    # Torch has no MemoryError of its own.
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         raise DataError(
             f"{what} cannot be read for want of memory; free some, or use fewer workers or smaller batches, "
             "and run the same command again"
