@@ -23,20 +23,23 @@ def call(monkeypatch, *flags):
 def test_the_report_is_complete(monkeypatch, tmp_path, capsys):
     call(monkeypatch, "--threads", "[1]", "--steps", "2", "--rounds", "2", "--results", str(tmp_path / "r"))
     result = json.loads((tmp_path / "r.json").read_text())
-    bare, trained = result["rows"]
-    assert (bare["what"], trained["what"]) == ("matrix products", "training")
-    assert bare["throughput, of the products'"]["rounds"] == [1.0, 1.0]
-    seconds = result["seconds"]["16 rows, 1 threads"]
-    ratios = [
-        a / b
-        for a, b in zip(seconds["matrix products"]["rounds"], seconds["training"]["rounds"], strict=True)
+    found = {row["what"]: row["throughput, of the products'"]["rounds"] for row in result["rows"]}
+    assert list(found) == [
+        "matrix products",
+        "training",
+        "matrix products, relational loss too",
+        "training, relational loss too",
     ]
-    assert trained["throughput, of the products'"]["rounds"] == ratios
+    seconds = {name: each["rounds"] for name, each in result["seconds"]["16 rows, 1 threads"].items()}
+    for loss in ("", ", relational loss too"):
+        products, trained = seconds[f"matrix products{loss}"], seconds[f"training{loss}"]
+        assert found[f"matrix products{loss}"] == [1.0, 1.0]
+        assert found[f"training{loss}"] == [a / b for a, b in zip(products, trained, strict=True)]
     assert capsys.readouterr().out == (tmp_path / "r.md").read_text()
 
 
 def test_the_products_are_those_that_a_step_needs():
-    """All that training multiplies on top of the bare products is the relational loss."""
+    """Training multiplies what the bare products multiply, and nothing else."""
     script = runpy.run_path(str(SCRIPT))
     config = script["ProjectionTrainingBenchmark"](12, 8, 20, 16, [], 50, steps=1)
 
@@ -45,13 +48,12 @@ def test_the_products_are_those_that_a_step_needs():
             run()
         return counter.get_total_flops()
 
-    loss = script["TextLoss"]
-    bare = flops(script["bare_products"](config))
     b, new, old, hidden = 16, 12, 8, 20
-    assert bare == 2 * b * (new * old + 2 * hidden * new + 3 * hidden * old + 2 * b * old)
-    assert flops(script["training"](config, loss(relational_weight=0.0))) == bare
-    with_all = flops(script["training"](config, loss(relational_weight=100.0)))
-    assert 0 < with_all - bare <= 6 * 2 * b * old * old
+    of_map = 2 * b * (new * old + 2 * hidden * new + 3 * hidden * old + 2 * b * old)
+    for weight, expected in ((0.0, of_map), (100.0, of_map + 5 * 2 * b * old * old)):
+        loss = script["TextLoss"](relational_weight=weight)
+        assert flops(script["bare_products"](config, loss)) == expected
+        assert flops(script["training"](config, loss)) == expected
 
 
 @pytest.mark.parametrize(
