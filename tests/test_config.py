@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -208,3 +209,19 @@ def test_the_process_group_is_ended(monkeypatch, tmp_path, error):
     with pytest.raises(SystemExit) if error else nullcontext():
         run_recipe(main, Settings)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_process_group_that_waits_for_the_dead_is_left(monkeypatch):
+    """As older versions of torch do."""
+    asked = threading.Event()
+
+    def destroy():
+        asked.set()
+        threading.Event().wait()
+
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--source", "a"])
+    monkeypatch.setattr("xbt.config._PATIENCE", 1.0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy)
+    run_recipe(lambda settings: None, Settings)
+    assert asked.is_set()

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -214,15 +215,26 @@ def _report(
 _PATIENCE = 10.0
 """Seconds in which the other processes must have let go."""
 
+_SETTLING = 0.3
+"""Seconds in which gloo's threads have forgotten the last collective."""
+
 
 def _leave_processes() -> None:
     """Ends the process group: gloo's threads, left running, abort every other process at its exit."""
     torch = sys.modules.get("torch")  # a command that never needed it, --help say, must not wait for it
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Where another process has gone already, older versions of torch wait for it for ever.
-        leaving = threading.Thread(target=torch.distributed.destroy_process_group, daemon=True)
-        leaving.start()
-        leaving.join(_PATIENCE)
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+
+    def leave() -> None:
+        # To forget a collective its thread needs the GIL, and older versions of torch join that thread
+        # without letting go of it.
+        time.sleep(_SETTLING)
+        torch.distributed.destroy_process_group()
+
+    # Where another process has gone already, older versions of torch wait for it for ever.
+    leaving = threading.Thread(target=leave, daemon=True)
+    leaving.start()
+    leaving.join(_PATIENCE)
 
 
 def _show_warning(
