@@ -269,7 +269,7 @@ display(Image(filename=str(picture), width=700))
 # %%
 shutil.rmtree("runs/notebooks/gallery", ignore_errors=True)
 gallery = xbt.Gallery.create("runs/notebooks/gallery", space=old_space, dtype="float32")
-gallery.add(items.old_images, names)
+gallery.add(items.old_images, names, old_space)
 gallery.begin_part(new_space)
 print(gallery)
 
