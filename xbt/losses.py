@@ -10,6 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+RELATIONAL_ROWS = 512
+"""Rows of the global batch that :func:`relational_loss` takes; they have 130,000 pairs, enough for a mean."""
+
 
 class _GatherRows(torch.autograd.Function):
     """All-gather along rows whose backward sums the gradients that every process has for this one's rows.
@@ -132,7 +135,7 @@ class _Relational(torch.autograd.Function):
         return gradient.mul_(4 * grad_outputs[0] / len(error) ** 2), None
 
 
-def relational_loss(predicted: Tensor, target: Tensor, most_rows: int = 512) -> Tensor:
+def relational_loss(predicted: Tensor, target: Tensor, most_rows: int = RELATIONAL_ROWS) -> Tensor:
     """How far the similarities within a batch are from those they should be, over all processes.
 
     For B rows Ŷ and Y of the global batch:
@@ -151,8 +154,7 @@ def relational_loss(predicted: Tensor, target: Tensor, most_rows: int = 512) -> 
     Args:
         predicted: (n, dim) unit rows of this process.
         target: (n, dim) unit rows of this process, paired with ``predicted``; no gradient flows into them.
-        most_rows: B at most. Of larger global batches the first rows are taken: 512 have 130,000 pairs, which
-            is enough for a mean.
+        most_rows: B at most. Of larger global batches the first rows are taken.
 
     Returns:
         The loss of the global batch, a scalar, the same in every process.

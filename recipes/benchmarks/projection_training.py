@@ -18,6 +18,7 @@ from torch.nn.functional import normalize
 from xbt.bench import Spread, Timings, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
+from xbt.losses import RELATIONAL_ROWS
 from xbt.projections.objective import TextLoss, TextProjectionObjective
 from xbt.projections.residual import ResidualProjection
 from xbt.projections.sources import random_access
@@ -26,8 +27,6 @@ from xbt.projections.trainer import Schedule, TextBatches, train
 BARE, TRAINING = "matrix products", "training"
 LOSSES = {"": TextLoss(), ", relational loss too": TextLoss(relational_weight=100.0)}
 """By what is said of them: the loss of stage 1 as it is by default, and that of ``fit_xbt``."""
-RELATIONAL_ROWS = 512
-"""Rows of a batch that the relational loss takes; see :func:`~xbt.losses.relational_loss`."""
 
 
 @dataclass
