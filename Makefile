@@ -4,7 +4,7 @@ BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-oldest lint format notebooks docs clean
+.PHONY: install demo test test-fuzz test-oldest lint format notebooks docs clean
 
 install: .venv/.installed
 
@@ -26,6 +26,10 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n auto --dist loadfile
+
+# Thousands of damaged and hostile inputs for every loader; on demand, `make test` tries a few dozen.
+test-fuzz: install
+	XBT_FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/pytest tests -k fuzz -n auto --dist load --timeout 7200
 
 # The fast suite with the oldest versions that pyproject.toml admits; on demand, no part of `make test`.
 test-oldest: .venv-oldest/.installed
