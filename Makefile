@@ -4,7 +4,7 @@ BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-fuzz test-oldest lint format notebooks docs clean
+.PHONY: install demo test test-portable test-fuzz test-oldest lint format notebooks docs clean
 
 install: .venv/.installed
 
@@ -26,6 +26,13 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n auto --dist loadfile
+
+# The fast suite as other CPUs would run it: other vector instructions, other threads, another order of tests.
+# `make test` itself runs it with all instructions and one thread. A test that fails here hangs on rounding, an order or a time.
+test-portable: install
+	MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m "not slow" -n auto --dist loadfile --random-order
 
 # Thousands of damaged and hostile inputs for every loader; on demand, `make test` tries a few dozen.
 test-fuzz: install
