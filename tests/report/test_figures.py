@@ -161,7 +161,7 @@ def test_pyplot_is_left_alone(tmp_path):
         f"draw(['q'], {{'a': [[Image.new('RGB', (4, 4))]]}}, {str(tmp_path / 'x.png')!r});"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
