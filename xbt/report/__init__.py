@@ -6,16 +6,10 @@ state of a notebook's ``pyplot``.
 
 from __future__ import annotations
 
-from xbt.report.backfill_curve import draw_backfill_curve
-from xbt.report.recall_bars import draw_recall_bars
-from xbt.report.search_comparison import draw_search_comparison
-from xbt.report.upgrade import (
-    FailUnder,
-    UpgradeReport,
-    UpgradeReportConfig,
-    VectorSource,
-    write_upgrade_report,
-)
+from xbt.report.config import FailUnder, UpgradeReportConfig, VectorSource
+from xbt.report.figures import draw_backfill_curve, draw_recall_bars, draw_search_comparison
+from xbt.report.job import write_upgrade_report
+from xbt.report.result import UpgradeReport
 
 __all__ = [
     "FailUnder",

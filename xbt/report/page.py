@@ -1,105 +1,240 @@
-"""A page on which texts and images are placed by the pixel."""
+"""The report as one HTML file: no script, no network, every text escaped.
+
+The text of the page is in ``templates/page.html.jinja``; this module prepares what it shows.
+"""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import base64
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
-from xbt.report.style import DPI, INK, RIGHT, RULE
+from xbt.report.charts import curve_chart, gain_chart, recall_chart
+from xbt.report.cost import Cost
+from xbt.report.examples import Example
+from xbt.report.measure import HEADS
+from xbt.report.result import UpgradeReport
+from xbt.report.verdict import QUERIES
+from xbt.version import __version__
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+THUMBNAIL_SIDE = 120
+"""Pixels of a thumbnail's longer side."""
+_TINY = 64
+_TITLES = {"T2I": "T2I: text query, image gallery", "I2T": "I2T: image query, text gallery"}
+_NOT_IN_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
-class Page:
-    """A white page measured in pixels from its top left corner, whose height is known only at the end."""
+def render_page(report: UpgradeReport) -> str:
+    """The page as text.
 
-    def __init__(self, width: int) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+    Args:
+        report: The finished report.
+    """
+    environment = Environment(
+        loader=PackageLoader("xbt.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_without_controls,
+    )
+    environment.filters["thousands"] = "{:,}".format
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        version=__version__,
+        heads=HEADS,
+        rows=[row.cells() for row in report.rows],
+        charts=_charts(report),
+        alone=[
+            [f"{row.direction} R@{row.k}", row.old, row.alone, row.upgraded]
+            for row in report.rows
+            if row.alone is not None
+        ],
+        candidates=_candidates(report),
+        costs=cost_sentences(report.cost),
+        times=[
+            [name, f"{time.median:.2f}", f"{time.min:.2f} to {time.max:.2f}"]
+            for name, time in report.cost.query.items()
+        ],
+        changes=_changes(report),
+        **_curve(report),
+    )
 
-        self.width = width
-        self._figure: Figure = Figure(figsize=(width / DPI, 1), dpi=DPI, facecolor="white")
-        self._renderer = FigureCanvasAgg(self._figure).get_renderer()
-        self._items: list[tuple[str, dict[str, Any]]] = []
 
-    def text(
-        self, left: int, top: int, text: str, width: int, size: int, weight: str = "normal", color: str = INK
-    ) -> int:
-        """Writes text wrapped to a width and returns where it ends."""
-        lines = self._wrap(text, width, size, weight)
-        step = round(1.35 * size)
-        for i, line in enumerate(lines):
-            place = {"x": left, "top": top + i * step + size, "s": line}
-            style = {"fontsize": size * 72 / DPI, "fontweight": weight, "color": color}
-            self._items.append(("text", place | style))
-        return top + step * len(lines)
+def _without_controls(value: Any) -> Any:
+    """Replaces characters that HTML does not have; finished markup is left alone."""
+    if value is None or isinstance(value, Markup):
+        return value
+    return _NOT_IN_HTML.sub("\ufffd", str(value))
 
-    def line(self, left: int, top: int, width: int) -> None:
-        """Draws a horizontal rule."""
-        self._items.append(("frame", {"x": left, "top": top, "w": width, "h": 1, "edge": RULE, "line": 1.0}))
 
-    def image(self, left: int, top: int, image: Image.Image, side: int, good: bool) -> None:
-        """Fits an image into a square, keeping its shape, and frames it."""
-        scale = side / max(image.size)
-        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        pixels = np.asarray(image.convert("RGB").resize(size, method))
-        x, y = left + (side - size[0]) // 2, top + (side - size[1]) // 2
-        self._items.append(("image", {"x": x, "top": y, "pixels": pixels}))
-        edge, line, out = (RIGHT, 4.0, 3) if good else (RULE, 1.0, 0)
-        box = {"x": x - out, "top": y - out, "w": size[0] + 2 * out, "h": size[1] + 2 * out}
-        self._items.append(("frame", box | {"edge": edge, "line": line}))
+def _charts(report: UpgradeReport) -> list[Markup]:
+    charts = [
+        recall_chart([row for row in report.rows if row.direction == direction], _TITLES[direction])
+        for direction in report.measured.directions
+    ]
+    title = "Gain of new/old over old/old in points, with 95 % intervals"
+    return [*charts, gain_chart(report.rows, title)]
 
-    def save(self, path: str | os.PathLike[str], height: int) -> Path:
-        """Puts everything on a page of this height and writes it."""
-        from matplotlib.patches import Rectangle
 
-        self._figure.set_size_inches(self.width / DPI, height / DPI)
-        for kind, item in self._items:
-            x, bottom = item.pop("x"), height - item.pop("top")
-            if kind == "image":
-                pixels = item["pixels"]
-                self._figure.figimage(pixels, x, bottom - pixels.shape[0], origin="upper", zorder=1)
-            elif kind == "text":
-                text = self._figure.text(
-                    x / self.width, bottom / height, item.pop("s"), va="baseline", **item
-                )
-                text.set_parse_math(False)  # a price in dollars is no formula
-            else:
-                corner = (x, bottom - item["h"])
-                pen = item["line"] * 72 / DPI
-                box = Rectangle(corner, item["w"], item["h"], fill=False, ec=item["edge"], lw=pen, zorder=2)
-                box.set_transform(None)
-                self._figure.add_artist(box)
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._figure.savefig(target, dpi=DPI)
-        return target
+def _candidates(report: UpgradeReport) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Columns and rows of the table of candidates, for each direction that has any."""
+    tables = {}
+    for direction in report.measured.directions:
+        scores = [score for score in report.measured.decision.scores if score.direction == direction]
+        if not scores:
+            continue
+        columns = [direction, *(f"R@{k}" for k in scores[0].recall), "combined by"]
+        rows = [
+            [
+                f"{score.name} (chosen)" if score.chosen else score.name,
+                *map(str, score.recall.values()),
+                str(score.combination or ""),
+            ]
+            for score in scores
+        ]
+        tables[direction] = (columns, rows)
+    return tables
 
-    def _wrap(self, text: str, width: int, size: int, weight: str) -> list[str]:
-        """Breaks text at spaces, and inside words that are wider than a line."""
-        from matplotlib.font_manager import FontProperties
 
-        font = FontProperties(size=size * 72 / DPI, weight=weight)
+def cost_sentences(cost: Cost) -> list[str]:
+    """Hours, bytes and what runs at search time."""
+    rates, hours = cost.images_per_second, cost.backfill_hours
+    if rates is not None and hours is not None:
+        time = (
+            f"A full backfill of {cost.gallery_size:,} items would take {_hours(hours)} here ({cost.device}, "
+            f"{rates['new']:,.1f} images per second with the new model, decoding included)."
+        )
+    else:
+        time = "The rate of embedding was not measured, because no encoder was given."
+    old, new = cost.gallery_bytes["old"], cost.gallery_bytes["new"]
+    return [
+        f"{time} The upgrade touches no item.",
+        f"The gallery's vectors take {_bytes(old)} under the old model and would take {_bytes(new)} under "
+        f"the new one (fp16); while a backfill runs, up to {_bytes(old + new)}. The method takes "
+        f"{_bytes(cost.method_bytes)}.",
+        "Every query runs both models: the old one's query is mixed in."
+        if cost.needs_old
+        else "A query runs the new model alone wherever new queries are used.",
+    ]
 
-        def fits(line: str) -> bool:
-            return bool(self._renderer.get_text_width_height_descent(line, font, ismath=False)[0] <= width)
 
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            if fits(longer):
-                lines[-1] = longer
-                continue
-            if lines[-1]:
-                lines.append("")
-            for letter in word:
-                if lines[-1] and not fits(lines[-1] + letter):
-                    lines.append("")
-                lines[-1] += letter
-        return lines
+def _hours(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours:,.0f} hours ({hours / 24:,.0f} days)"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def _curve(report: UpgradeReport) -> dict[str, Any]:
+    curve = report.curve
+    if curve is None:
+        return {"curve_chart": None}
+    ks = ", ".join(f"R@{k}" for k in report.measured.ks)
+    title = f"Mean of {ks} of text queries, in percent, over the images backfilled"
+    rows = [
+        [f"{100 * fraction:.0f} %", *(str(points[step]) for points in curve.recall.values())]
+        for step, fraction in enumerate(curve.fractions)
+    ]
+    return {"curve_chart": curve_chart(curve, title), "curve_title": title, "curve_rows": rows}
+
+
+def _changes(report: UpgradeReport) -> list[dict[str, Any]]:
+    """Counts and examples of the queries that an upgrade fixes and breaks, for each direction."""
+    thumbnails = Thumbnails(report)
+    changes = []
+    for direction, flips in report.flips.items():
+        row = next(row for row in report.rows if row.direction == direction and row.k == flips.k)
+        n_fixed, n_broken, count = row.counts
+        examples = {
+            title: [_example(report, thumbnails, each) for each in shown]
+            for title, shown in (("Best changes", flips.fixed), ("Worst changes", flips.broken))
+        }
+        changes.append(
+            {
+                "direction": direction,
+                "queries": QUERIES[direction],
+                "k": flips.k,
+                "count": count,
+                "n_fixed": n_fixed,
+                "n_broken": n_broken,
+                "examples": examples,
+            }
+        )
+    return changes
+
+
+def _example(report: UpgradeReport, thumbnails: Thumbnails, example: Example) -> dict[str, Any]:
+    texts = example.direction == "I2T"
+
+    def found(rows: Sequence[int]) -> list[dict[str, Any]]:
+        results = [
+            {"words": report.name_answer(example, row)} if texts else thumbnails.of(row) for row in rows
+        ]
+        return [{**result, "right": row in example.right} for row, result in zip(rows, results, strict=True)]
+
+    return {
+        "query": thumbnails.of(example.query) if texts else report.name_query(example),
+        "old_rank": example.old_rank,
+        "new_rank": example.new_rank,
+        "before": found(example.before),
+        "after": found(example.after),
+    }
+
+
+class Thumbnails:
+    """The sample's images as data URIs, each made once.
+
+    Args:
+        report: The report whose sample is shown.
+    """
+
+    def __init__(self, report: UpgradeReport) -> None:
+        self._sample = report.shown
+        self._made: dict[int, dict[str, Any]] = {}
+
+    def of(self, row: int) -> dict[str, Any]:
+        """An image's ``source`` (``None`` without a picture), ``words`` and whether it is ``tiny``."""
+        if row not in self._made:
+            image = self._sample.shown.picture(row)
+            self._made[row] = {
+                "source": None if image is None else thumbnail(image),
+                "tiny": image is not None and max(image.size) <= _TINY,
+                "words": self._words(row),
+            }
+        return self._made[row]
+
+    def _words(self, row: int) -> str:
+        """The first text of an image; its id where no text is known."""
+        shown, owner = self._sample.shown, self._sample.pairs.image_of_text
+        if shown.texts is None:
+            return shown.ids[row]
+        return shown.texts[int((owner == row).nonzero()[0])]
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A picture as a data URI: small ones losslessly as they are, others as JPEG."""
+    file = io.BytesIO()
+    if max(image.size) <= _TINY:
+        image.save(file, "PNG", optimize=True)
+        kind = "png"
+    else:
+        small = image.copy()
+        small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+        small.save(file, "JPEG", quality=80, optimize=True)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

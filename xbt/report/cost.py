@@ -11,8 +11,8 @@ from torch import Tensor
 
 from xbt.bench import Spread, side_by_side
 from xbt.projections import Decision
-from xbt.report.upgrade.measuring import Measured
-from xbt.report.upgrade.sample import Sample
+from xbt.report.measure import Measured
+from xbt.report.sample import Sample
 
 ROUNDS = 9
 BYTES_PER_VALUE = 2

@@ -1,15 +1,20 @@
-"""Whether to upgrade, in one sentence."""
+"""Whether to upgrade, in one sentence.
+
+Thresholds that an upgrade must reach, for automatic checks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from xbt.evaluation import Interval
+from xbt.errors import ConfigError
+from xbt.evaluation import Interval, differences, recovered_gain
 from xbt.projections.auto import MIN_IMAGES
 from xbt.projections.selection import Judgement, judge
-from xbt.report.upgrade.measuring import ALONE, OLD, UPGRADED, Measured
+from xbt.report.config import FailUnder
+from xbt.report.measure import ALONE, NEW, OLD, UPGRADED, Measured
 
 Answer = Literal["yes", "ensemble", "no", "unknown"]
 Outcome = Literal["gain", "no gain", "loss", "open"]
@@ -214,3 +219,69 @@ def _said(verdict: DirectionVerdict) -> str:
         "open": f"are open, {amount}",
     }[verdict.outcome]
     return said if verdict.deployed else f"{said}, so that the old query stays"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One threshold and what was found.
+
+    Attributes:
+        name: Its flag.
+        what: What is held against it.
+        needed: The least that passes.
+        found: What was measured; ``None`` where there is nothing to recover.
+        met: Whether it passes.
+    """
+
+    name: str
+    what: str
+    needed: float
+    found: float | None
+    met: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        found = "cannot be computed" if self.found is None else f"{self.found:.1f}"
+        return f"{'met' if self.met else 'missed'}: {self.name} {self.needed:g}; {self.what} {found}"
+
+
+def check_thresholds(limits: FailUnder, measured: Measured) -> list[Threshold]:
+    """Holds what was measured against the thresholds.
+
+    Args:
+        limits: The thresholds.
+        measured: The cells.
+
+    Raises:
+        ConfigError: If a direction or new/new was not measured.
+    """
+    old, new_old, k = measured.cells[OLD], measured.cells[UPGRADED], limits.k
+    changes = differences(new_old, old, measured.groups)
+    found = []
+    for direction, needed in limits.directions.items():
+        if direction not in measured.directions:
+            raise ConfigError(f"--fail_under.{direction} was given, but {direction} was not measured")
+        gain = changes[direction][k].gain
+        value = 100 * (gain.low if limits.lower_end else gain.estimate)
+        end = ", at least" if limits.lower_end else ""
+        what = f"gain in points of R@{k}{end}"
+        found.append(Threshold(f"fail_under.{direction}", what, needed, value, _reached(value, needed)))
+    if limits.recovered_gain is not None:
+        if NEW not in measured.cells:
+            raise ConfigError("--fail_under.recovered_gain was given, but new/new was not measured")
+        shares = recovered_gain(new_old, old, measured.cells[NEW])
+        for direction in measured.directions:
+            share = shares[direction][k]
+            percent = None if share is None else 100 * share
+            met = percent is not None and _reached(percent, limits.recovered_gain)
+            what = f"{direction}: percent of re-embedding's gain recovered at R@{k}"
+            found.append(Threshold("fail_under.recovered_gain", what, limits.recovered_gain, percent, met))
+    return found
+
+
+def _reached(value: float, needed: float) -> bool:
+    # 100 · (0.3 − 0.2) is a hair less than 10.
+    return value >= needed - 1e-9

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from xbt.projections.auto import MIN_IMAGES
-from xbt.report.upgrade.curve import MIN_ITEMS
-from xbt.report.upgrade.measuring import OLD, Measured
-from xbt.report.upgrade.sample import Sample
+from xbt.report.curve import MIN_ITEMS
+from xbt.report.measure import OLD, Measured
+from xbt.report.sample import Sample
 
 
 def find_limits(sample: Sample, measured: Measured, gallery_size: int) -> list[str]:

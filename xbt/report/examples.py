@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from xbt.gallery import Gallery
-from xbt.report.upgrade.measuring import OLD, UPGRADED, Measured
+from xbt.report.measure import OLD, UPGRADED, Measured
 
 TOP = 4
 """Results shown per query and model."""

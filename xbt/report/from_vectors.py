@@ -16,8 +16,8 @@ from xbt.data.image_text_pairs import choose_subset
 from xbt.errors import ConfigError, DataError, UnverifiedSpaceWarning, XbtError
 from xbt.projections import PairVectors
 from xbt.projections.sources import PairedRows, Source, random_access
-from xbt.report.upgrade.config import UpgradeReportConfig, VectorSource
-from xbt.report.upgrade.sample import Sample, Shown, Side, texts_of
+from xbt.report.config import UpgradeReportConfig, VectorSource
+from xbt.report.sample import Sample, Shown, Side, texts_of
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 

@@ -22,8 +22,8 @@ from xbt.gallery import (
 )
 from xbt.projections import PairVectors
 from xbt.projections.sources import random_access
-from xbt.report.upgrade.measuring import Measured
-from xbt.report.upgrade.sample import Sample
+from xbt.report.measure import Measured
+from xbt.report.sample import Sample
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 MAX_SCORES = 2**23

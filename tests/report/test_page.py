@@ -6,18 +6,23 @@ import base64
 import io
 import itertools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from upgrade_worlds import HOSTILE
 
 from xbt.evaluation import Interval
-from xbt.report.upgrade.curve import ExpectedCurve
-from xbt.report.upgrade.html_charts import curve_chart
-from xbt.report.upgrade.html_elements import element, to_html
-from xbt.report.upgrade.html_examples import thumbnail
-from xbt.report.upgrade.html_style import DARK, LIGHT, style_sheet
+from xbt.report import charts, figures
+from xbt.report.curve import ExpectedCurve
+from xbt.report.page import render_page, thumbnail
+
+STYLE = (Path(charts.__file__).parent / "templates" / "page.css").read_text(encoding="utf-8")
+LIGHT, DARK = (
+    dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{([^}]*)\}", STYLE)
+)
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -87,15 +92,11 @@ def test_hostile_captions_are_shown_as_they_are(page, source):
     assert any(HOSTILE in image["alt"] for image in page.all("img"))
 
 
-def test_characters_that_html_does_not_have():
-    text = to_html(element("p", "a\x00b\x0bc\ud800d\ue000", title="\x1b"))
-    assert text == '<!DOCTYPE html>\n<p title="\ufffd">a\ufffdb\ufffdc\ufffdd\ufffd</p>\n'
+def test_characters_that_html_does_not_have(made):
+    odd = replace(made[0], limits=["a\x00b\x0bc\ud800d", "<&>"])
+    text = render_page(odd)
+    assert "<li>a\ufffdb\ufffdc\ufffdd</li><li>&lt;&amp;&gt;</li>" in text
     text.encode("utf-8")
-
-
-def test_elements_keep_their_order():
-    made = element("p", "a", "b", element("b", "c"), "d", "e", class_="x", aria_label="<y>")
-    assert to_html(made).splitlines()[1] == '<p class="x" aria-label="&lt;y&gt;">ab<b>c</b>de</p>'
 
 
 def test_the_page_can_be_read_by_all(page):
@@ -118,9 +119,8 @@ def test_the_page_can_be_read_by_all(page):
 
 def test_the_verdict_comes_first(page, made):
     verdict = made[0].verdict
-    told = page.text
-    assert told.index(verdict.headline) < told.index("What new queries find in the old gallery")
-    assert verdict.reason[1:] in told
+    assert page.text.index(verdict.headline) < page.text.index("What new queries find in the old gallery")
+    assert verdict.reason[1:] in page.text
 
 
 def test_every_figure_of_the_main_table_is_on_the_page(page, made):
@@ -141,8 +141,9 @@ def test_colours_have_contrast():
                 low, high = sorted((luminance(colours[ground]), luminance(colours[name])))
                 assert (high + 0.05) / (low + 0.05) >= 4.5, (ground, name)
     assert LIGHT.keys() == DARK.keys()
-    named = set(re.findall(r"var\(--(\w+)\)", style_sheet()))
-    assert named <= LIGHT.keys()
+    assert set(re.findall(r"var\(--(\w+)\)", STYLE)) <= LIGHT.keys()
+    cells = {"old": figures.OLD, "upgraded": figures.UPGRADED, "new": figures.NEW, "ink": figures.INK}
+    assert LIGHT.items() >= cells.items()
 
 
 def test_colours_of_charts_are_the_page_s(source):
@@ -164,7 +165,7 @@ def test_thumbnails(size, kind, most):
 def test_a_curve_rises_upwards():
     points = tuple(Interval(value, value - 0.02, value + 0.02) for value in (0.2, 0.3, 0.5))
     curve = ExpectedCurve((0.0, 0.5, 1.0), {"random order": points}, None, 10)
-    drawn = to_html(curve_chart(curve, "A curve"))
+    drawn = charts.curve_chart(curve, "A curve")
     line = re.search(r'<polyline points="([^"]*)"', drawn)[1].split()
     heights = [float(point.split(",")[1]) for point in line]
     assert heights == sorted(heights, reverse=True)

@@ -8,18 +8,17 @@ from dataclasses import fields
 
 from xbt.errors import ConfigError, DataError
 from xbt.projections.auto import MIN_IMAGES
-from xbt.report.upgrade.config import FailUnder, UpgradeReportConfig
-from xbt.report.upgrade.cost import measure_cost
-from xbt.report.upgrade.curve import expect_curve
-from xbt.report.upgrade.examples import find_flips
-from xbt.report.upgrade.from_encoders import embed_sample
-from xbt.report.upgrade.from_vectors import read_sample
-from xbt.report.upgrade.html_page import render_page
-from xbt.report.upgrade.limits import find_limits
-from xbt.report.upgrade.measuring import measure
-from xbt.report.upgrade.result import UpgradeReport
-from xbt.report.upgrade.thresholds import check_thresholds
-from xbt.report.upgrade.verdict import give_verdict
+from xbt.report.config import FailUnder, UpgradeReportConfig
+from xbt.report.cost import measure_cost
+from xbt.report.curve import expect_curve
+from xbt.report.examples import find_flips
+from xbt.report.from_vectors import read_sample
+from xbt.report.limits import find_limits
+from xbt.report.measure import measure
+from xbt.report.page import render_page
+from xbt.report.result import UpgradeReport
+from xbt.report.sample import embed_sample
+from xbt.report.verdict import check_thresholds, give_verdict
 from xbt.run_dir import RunDirectory
 
 HTML, JSON = "report.html", "report.json"

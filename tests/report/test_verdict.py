@@ -11,9 +11,8 @@ from xbt.errors import ConfigError
 from xbt.evaluation import Cell, Interval
 from xbt.projections.selection import Judgement
 from xbt.report import FailUnder
-from xbt.report.upgrade.measuring import ALONE, NEW, OLD, UPGRADED
-from xbt.report.upgrade.thresholds import check_thresholds
-from xbt.report.upgrade.verdict import give_verdict, outcome_of
+from xbt.report.measure import ALONE, NEW, OLD, UPGRADED
+from xbt.report.verdict import check_thresholds, give_verdict, outcome_of
 
 KS = (1, 5, 10)
 COUNT = 200

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from xml.etree.ElementTree import Element
+from xml.etree.ElementTree import Element, tostring
+
+from markupsafe import Markup
 
 from xbt.evaluation import Interval
-from xbt.report.upgrade.curve import ExpectedCurve
-from xbt.report.upgrade.html_elements import element
-from xbt.report.upgrade.rows import Row, points
+from xbt.report.curve import ExpectedCurve
+from xbt.report.measure import Row, points
 
 WIDTH, LEFT, RIGHT = 360, 46, 40
 _BAR, _GAP, _GROUP = 13, 3, 14
@@ -21,7 +22,7 @@ _DASHES = ("none", "6 4")
 _LINES = ("new", "upgraded")
 
 
-def recall_chart(rows: Sequence[Row], title: str) -> Element:
+def recall_chart(rows: Sequence[Row], title: str) -> Markup:
     """Bars of old/old, new/old and new/new with their intervals, a group for each k.
 
     Args:
@@ -30,7 +31,7 @@ def recall_chart(rows: Sequence[Row], title: str) -> Element:
     """
     most = max(each.high for row in rows for each in _bars_of(row).values())
     scale, top, marks = _scale(0, most), 30.0, []
-    said = []
+    descriptions = []
     for row in rows:
         bars = _bars_of(row)
         height = len(bars) * (_BAR + _GAP) - _GAP
@@ -39,11 +40,13 @@ def recall_chart(rows: Sequence[Row], title: str) -> Element:
             marks += _bar(name, value, scale, top)
             top += _BAR + _GAP
         top += _GROUP
-        said.append(f"R@{row.k}: " + ", ".join(f"{name} {value}" for name, value in bars.items()))
-    return _figure(title, f"{'; '.join(said)}, in percent.", top - 6, [*_legend(_bars_of(rows[0])), *marks])
+        descriptions.append(f"R@{row.k}: " + ", ".join(f"{name} {value}" for name, value in bars.items()))
+    return _figure(
+        title, f"{'; '.join(descriptions)}, in percent.", top - 6, [*_legend(_bars_of(rows[0])), *marks]
+    )
 
 
-def gain_chart(rows: Sequence[Row], title: str) -> Element:
+def gain_chart(rows: Sequence[Row], title: str) -> Markup:
     """The gain of new/old over old/old with its interval, a line for each direction and k."""
     gains = [row.change.gain for row in rows]
     scale = _scale(min(0, *(each.low for each in gains)), max(0, *(each.high for each in gains)), 92, 56)
@@ -60,13 +63,13 @@ def gain_chart(rows: Sequence[Row], title: str) -> Element:
             ),
             _text(WIDTH - 2, middle + 4, f"{100 * gain.estimate:+.1f}", "end"),
         ]
-    said = "; ".join(
+    description = "; ".join(
         f"{row.direction} R@{row.k} {points(gain)}" for row, gain in zip(rows, gains, strict=True)
     )
-    return _figure(title, f"{said}, in points.", bottom + 16, marks)
+    return _figure(title, f"{description}, in points.", bottom + 16, marks)
 
 
-def curve_chart(curve: ExpectedCurve, title: str) -> Element:
+def curve_chart(curve: ExpectedCurve, title: str) -> Markup:
     """Mean recall over the fraction backfilled, a line and a band for each order."""
     known = [point for values in curve.recall.values() for point in values]
     low, high = min(each.low for each in known), max(each.high for each in known)
@@ -99,14 +102,14 @@ def curve_chart(curve: ExpectedCurve, title: str) -> Element:
             *_path([left, left + 24], [12, 12], _LINES[number], _DASHES[number]),
             _text(left + 30, 16, name),
         ]
-    said = "; ".join(
+    description = "; ".join(
         f"{name}: "
         + ", ".join(
             f"{100 * fraction:.0f} % {point}" for fraction, point in zip(curve.fractions, values, strict=True)
         )
         for name, values in curve.recall.items()
     )
-    return _figure(title, f"{said}, in percent.", bottom + 26, marks)
+    return _figure(title, f"{description}, in percent.", bottom + 26, marks)
 
 
 class _Scale:
@@ -174,10 +177,22 @@ def _ticks(low: float, high: float) -> list[float]:
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def _figure(title: str, said: str, height: float, marks: Sequence[Element]) -> Element:
-    named = element("title", f"{title}. {said}")
-    drawn = element("svg", named, *marks, viewBox=f"0 0 {WIDTH} {_n(height)}", role="img")
-    return element("figure", drawn, element("figcaption", title))
+def _figure(title: str, description: str, height: float, marks: Sequence[Element]) -> Markup:
+    heading = element("title", f"{title}. {description}")
+    drawing = element("svg", heading, *marks, viewBox=f"0 0 {WIDTH} {_n(height)}", role="img")
+    figure = element("figure", drawing, element("figcaption", title))
+    return Markup(tostring(figure, encoding="unicode", method="html"))
+
+
+def element(tag: str, *children: Element | str, **attributes: str) -> Element:
+    """An element with a text or elements in it; text is escaped when the figure is written."""
+    made = Element(tag, attributes)
+    for child in children:
+        if isinstance(child, Element):
+            made.append(child)
+        else:
+            made.text = child
+    return made
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", class_: str = "") -> Element:

@@ -11,8 +11,7 @@ from PIL import Image
 from xbt.errors import DataError
 from xbt.evaluation import Cell, RetrievalReport
 from xbt.report import draw_backfill_curve, draw_recall_bars, draw_search_comparison
-from xbt.report.search_comparison import MARGIN, TEXT_WIDTH, WIDTH
-from xbt.report.style import RIGHT
+from xbt.report.figures import MARGIN, RIGHT, TEXT_WIDTH, WIDTH
 
 GREEN = tuple(int(RIGHT[i : i + 2], 16) for i in (1, 3, 5))
 COLOURS = [(200, 30, 30), (30, 30, 200), (200, 200, 30), (30, 200, 200), (200, 30, 200), (120, 90, 60)]
@@ -162,7 +161,7 @@ def test_pyplot_is_left_alone(tmp_path):
         f"draw(['q'], {{'a': [[Image.new('RGB', (4, 4))]]}}, {str(tmp_path / 'x.png')!r});"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -6,15 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from xbt.config import config_to_dict
-from xbt.report.upgrade.config import UpgradeReportConfig
-from xbt.report.upgrade.cost import Cost
-from xbt.report.upgrade.curve import ExpectedCurve
-from xbt.report.upgrade.examples import Example, Flips
-from xbt.report.upgrade.measuring import Measured
-from xbt.report.upgrade.rows import HEADS, Row, aligned, make_rows
-from xbt.report.upgrade.sample import Sample
-from xbt.report.upgrade.thresholds import Threshold
-from xbt.report.upgrade.verdict import Verdict
+from xbt.report.config import UpgradeReportConfig
+from xbt.report.cost import Cost
+from xbt.report.curve import ExpectedCurve
+from xbt.report.examples import Example, Flips
+from xbt.report.measure import HEADS, Measured, Row, aligned, make_rows
+from xbt.report.sample import Sample
+from xbt.report.verdict import Threshold, Verdict
 from xbt.version import __version__
 
 SCHEMA, SCHEMA_VERSION = "xbt.upgrade_report", 1
