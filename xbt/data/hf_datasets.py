@@ -219,8 +219,11 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
     Raises:
         DataError: If there is no such column or it cannot hold images, or it holds URLs.
     """
-    _require_image_column(dataset.column_names, column, source)
-    for name in others:
+    if column not in dataset.column_names and (hint := url_hint(dataset.column_names)):
+        raise DataError(
+            f"{source} has no column {column!r}; it has {', '.join(map(str, dataset.column_names))}{hint}"
+        )
+    for name in (column, *others):
         check_column(name, dataset.column_names, source)
     feature = dataset.features[column]
     dataset = dataset.select_columns([column, *others]).with_format(None)
@@ -240,15 +243,15 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
     return dataset
 
 
-def _require_image_column(columns: Sequence[str], column: str, source: str) -> None:
+def url_hint(columns: Sequence[str]) -> str:
+    """What to do where no column holds images, but one may hold their URLs; empty if there is none."""
     urls = [name for name in columns if _URL_COLUMN.search(name)]
-    if column not in columns and urls:
-        raise DataError(
-            f"{source} has no column {column!r}, but a column {urls[0]!r}; if it holds URLs, download the "
-            "images first, for example with img2dataset, and give the tars or folder it writes; it has "
-            f"{', '.join(columns)}"
-        )
-    check_column(column, columns, source)
+    if not urls:
+        return ""
+    return (
+        f"; if {urls[0]!r} holds URLs, download the images first, for example with img2dataset, and give "
+        "the tars or folder it writes"
+    )
 
 
 def _refuse_urls(dataset: Any, column: str, source: str) -> None:
