@@ -30,6 +30,10 @@ _CARDS = ("README.md", ".huggingface.yaml")
 _FORMATS = frozenset(["parquet", "json", "csv", "arrow", "text", "imagefolder", "webdataset"])
 """Formats that are read: the others of datasets need libraries that follow links of their own (HDF5)."""
 _LARGEST_CARD = 1 << 20
+_LARGEST_MATTER = 1 << 18
+_DEEPEST = 100
+"""Brackets in brackets, for which PyYAML takes time that grows with the square."""
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MOST_BLANK_LINES = 50
 _LONGEST_PATTERN = 500
 _MOST_WILDCARDS = 3
@@ -155,9 +159,8 @@ def _check_card(card: Path, directory: Path) -> None:
         matter = REGEX_YAML_BLOCK.search(text)  # datasets finds it by the same expression
         text = matter[2] if matter is not None else ""
     try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-            raise DataError(f"{card} has YAML aliases, which can unpack without end; write them out")
-        said = yaml.safe_load(text)
+        _check_yaml(text, card)
+        said = yaml.load(text, Loader=_LOADER)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{card}: its YAML cannot be read ({reason}); fix it, or remove the file") from error
@@ -166,6 +169,22 @@ def _check_card(card: Path, directory: Path) -> None:
         if isinstance(config, dict):
             for pattern in _patterns([config.get("data_files"), config.get("data_dir")]):
                 _check_pattern(pattern, card)
+
+
+def _check_yaml(text: str, card: Path) -> None:
+    """Checks that YAML can be read in little time and memory."""
+    depth = 0
+    for token in yaml.scan(text[: _LARGEST_MATTER + 1], Loader=_LOADER):
+        if isinstance(token, yaml.AliasToken):
+            raise DataError(f"{card} has YAML aliases, which can unpack without end; write them out")
+        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+        if depth > _DEEPEST:
+            raise DataError(
+                f"{card} has YAML with more than {_DEEPEST} brackets in brackets; remove the file"
+            )
+    if len(text) > _LARGEST_MATTER:
+        raise DataError(f"{card} has {len(text):,} characters of YAML, too many for a card; remove the file")
 
 
 def _patterns(value: Any) -> Iterator[str]:

@@ -29,6 +29,7 @@ _ABOUT_THE_NEXT = frozenset(
 _LARGEST_HEADER = 1 << 20
 _LONGEST_NAME = 4096
 _MOST_GLOBAL = 1_000
+_MOST_IN_A_ROW = 8
 
 
 class TarStream:
@@ -128,12 +129,19 @@ class _StrictHeader(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictHeader:
+        # tarfile calls this again for the header after one that says something about it.
+        depth = vars(archive).get("xbt_depth", 0)
+        if depth > _MOST_IN_A_ROW:
+            raise tarfile.ReadError(f"more than {_MOST_IN_A_ROW} headers about one file")
+        vars(archive)["xbt_depth"] = depth + 1
         try:
             member = super().fromtarfile(archive)
         except tarfile.HeaderError as error:
             if type(error).__name__ == "EOFHeaderError":  # the mark at the end, as it should be
                 raise
             raise tarfile.ReadError(f"{error} after {archive.offset} bytes") from error
+        finally:
+            vars(archive)["xbt_depth"] = depth
         shared = archive.pax_headers  # of which every member that follows carries a copy
         if len(shared) > _MOST_GLOBAL or sum(map(len, shared.values())) > _LARGEST_HEADER:
             raise tarfile.ReadError(
