@@ -30,7 +30,7 @@ _CARDS = ("README.md", ".huggingface.yaml")
 _FORMATS = frozenset(["parquet", "json", "csv", "arrow", "text", "imagefolder", "webdataset"])
 """Formats that are read: the others of datasets need libraries that follow links of their own (HDF5)."""
 _LARGEST_CARD = 1 << 20
-_LARGEST_MATTER = 1 << 18
+_LARGEST_MATTER = 1 << 17
 _DEEPEST = 100
 """Brackets in brackets, for which PyYAML takes time that grows with the square."""
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -161,6 +161,8 @@ def _check_card(card: Path, directory: Path) -> None:
     try:
         _check_yaml(text, card)
         said = yaml.load(text, Loader=_LOADER)
+    except XbtError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{card}: its YAML cannot be read ({reason}); fix it, or remove the file") from error
@@ -180,9 +182,7 @@ def _check_yaml(text: str, card: Path) -> None:
         depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
         depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
         if depth > _DEEPEST:
-            raise DataError(
-                f"{card} has YAML with more than {_DEEPEST} brackets in brackets; remove the file"
-            )
+            raise DataError(f"{card} has more than {_DEEPEST} brackets in brackets; remove the file")
     if len(text) > _LARGEST_MATTER:
         raise DataError(f"{card} has {len(text):,} characters of YAML, too many for a card; remove the file")
 
