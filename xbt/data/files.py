@@ -1,14 +1,30 @@
-"""Reading text and JSON files, plain or gzipped, with errors that say what is wrong and where."""
+"""Text and JSON files, plain or gzipped, and files found by name; errors say what is wrong and where."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
+import posixpath
+import unicodedata
 import zlib
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from xbt.errors import DataError
+
+MAX_UNPACKED = 2 << 30
+"""Largest size in bytes to which a packed file may unpack."""
+MAX_RATIO = 50
+"""Largest ratio of unpacked to packed size, above :data:`FREE_UNPACKED`; captions pack 3 to 15 times."""
+FREE_UNPACKED = 64 << 20
+"""Unpacked size in bytes below which the ratio may be any."""
+_BLOCK = 1 << 20
+_FORMS: tuple[Literal["NFC"], Literal["NFKC"]] = ("NFC", "NFKC")
+_ABSENT = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR)
+"""Errors that mean that there is no such file."""
 
 
 def read_text(path: Path) -> str:
@@ -21,22 +37,30 @@ def read_text(path: Path) -> str:
         Its text, without a byte order mark.
 
     Raises:
-        DataError: If it is missing, a directory, unreadable, not gzip, cut short, empty or not UTF-8.
+        DataError: If it is missing, no regular file, unreadable, not gzip, cut short, empty or not UTF-8, or
+            unpacks to more than :data:`MAX_UNPACKED` bytes or :data:`MAX_RATIO` times its size.
     """
     check_is_file(path)
     try:
-        data = path.read_bytes()
+        data = _unpack(path) if path.suffix.lower() == ".gz" and path.stat().st_size else path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
-    if data and path.suffix == ".gz":
-        data = _unpack(data, path)
     if not data:
         raise DataError(f"{path} is empty; give a file with something in it")
+    return decode(data, str(path))
+
+
+def decode(data: bytes, where: str) -> str:
+    """Decodes UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: If it is not UTF-8; the message gives the line.
+    """
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8; save the file in UTF-8") from error
+        raise DataError(f"{where}, line {line}: not UTF-8; save the file in UTF-8") from error
 
 
 def read_json(path: Path) -> Any:
@@ -51,25 +75,57 @@ def read_json(path: Path) -> Any:
     Raises:
         DataError: As :func:`read_text`, or if it is not JSON; the message gives the line.
     """
-    text = read_text(path)
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str | bytes, where: str, first_line: int | None = 1) -> Any:
+    """Parses JSON that came from a file.
+
+    Args:
+        text: The document; bytes are UTF-8.
+        where: The file, and the line of a document of one line, for the error.
+        first_line: Line of the file on which the document begins; ``None`` where ``where`` names the line.
+
+    Raises:
+        DataError: If it is no valid JSON, nested too deeply, or holds a number of too many digits.
+    """
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        place = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{path}{place}: not valid JSON ({reason}); mend or download it again") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: not valid JSON (nested too deeply); fix or remove it") from error
+    except ValueError as error:  # broken UTF-8 and numbers of thousands of digits too
+        place, reason = "", str(error)
+        if isinstance(error, json.JSONDecodeError):
+            place = "" if first_line is None else f", line {error.lineno + first_line - 1}"
+            reason = error.msg
+        elif isinstance(error, UnicodeDecodeError):
+            reason = "not UTF-8"
+        raise DataError(f"{where}{place}: not valid JSON ({reason}); fix it or download it again") from error
+
+
+def is_unicode(text: str) -> bool:
+    """Tells valid Unicode from a text with half of a surrogate pair, which no encoder can read."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_is_file(path: Path) -> None:
-    """Checks that a path names a file.
+    """Checks that a path names a regular file.
 
     Raises:
-        DataError: If it does not exist or is a directory.
+        DataError: If it does not exist, is a directory, or is a pipe or device, which may never end.
     """
     if path.is_dir():
         raise DataError(f"{path} is a directory; name a file in it, or write hf:{path} for a data set in it")
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
+    if not path.is_file():
+        raise DataError(f"{path} is a pipe or device; give a regular file")
 
 
 def kind_of(path: Path) -> str:
@@ -80,9 +136,113 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _unpack(data: bytes, path: Path) -> bytes:
+def name_within(folder: str | Path, name: str, where: str | None = None) -> str:
+    """Returns a file's name relative to a folder, and refuses one that leads out of it.
+
+    Args:
+        folder: The folder.
+        name: A name with forward slashes, relative to the folder, or an absolute path in it.
+        where: The record that names the file, for the error.
+
+    Returns:
+        The name without ``.`` and ``..``.
+
+    Raises:
+        DataError: If the name leaves the folder.
+    """
+    if ".." not in name and "//" not in name and not name.startswith(("/", "./")):
+        return name  # almost every name: the rest takes time
+    inside = posixpath.normpath(name)
+    if inside.startswith("/"):
+        root = posixpath.abspath(os.fspath(folder)).rstrip("/")
+        inside = inside.removeprefix(f"{root}/") if inside.startswith(f"{root}/") else ".."
+    if inside == ".." or inside.startswith("../"):
+        raise DataError(
+            f"{where or 'a record'} names the file {name[:100]!r}, which lies outside of the folder "
+            f"{folder}; write names relative to that folder, or set image_root to one that holds them all"
+        )
+    return inside
+
+
+def find_file(folder: str | Path, name: str, where: str | None = None) -> Path | None:
+    """Finds a file below a folder, by its name in any Unicode normal form.
+
+    macOS and some archives write ``é`` as two characters (NFD) where most files name it as one (NFC). A name
+    is taken as it stands if there is such a file. Otherwise each of its parts, folders too, is compared in
+    normal form with what is in the folder.
+
+    Args:
+        folder: The folder.
+        name: A name with forward slashes, relative to the folder.
+        where: The record that names the file, for the error.
+
+    Returns:
+        The file's path as it is spelled on disk; ``None`` if there is no such file.
+
+    Raises:
+        DataError: If the name leaves the folder, or cannot be looked up.
+    """
+    inside = name_within(folder, name, where)
+    path = Path(folder, inside)
     try:
-        return gzip.decompress(data)
+        if path.is_file():
+            return path
+        spelled = Path(folder)
+        for part in inside.split("/"):
+            found = part if (spelled / part).exists() else _spelling(str(spelled), part)
+            if found is None:
+                return None
+            spelled /= found
+        return spelled if spelled.is_file() else None
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise DataError(f"{path} cannot be looked up ({error.strerror}); fix that") from error
+
+
+def _spelling(folder: str, part: str) -> str | None:
+    """A file's name as it is in the folder, given one of its normal forms; ``None`` if there is none."""
+    spellings = _spellings(folder, os.stat(folder).st_mtime_ns)  # noqa: PTH116 - one string for the cache
+    for form, names in zip(_FORMS, spellings, strict=True):
+        normal = unicodedata.normalize(form, part)
+        found = names.get(normal, [])
+        if normal != part and Path(folder, normal).exists():
+            found = [normal]  # names in ASCII are not listed
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+@lru_cache(maxsize=64)
+def _spellings(folder: str, changed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The names in a folder that are not ASCII, by their canonical (NFC) and compatible (NFKC) normal forms.
+
+    ``changed`` makes a folder that has changed another one for the cache.
+    """
+    by_form: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+    for name in os.listdir(folder):  # noqa: PTH208 - names alone
+        if not name.isascii():
+            for form, names in zip(_FORMS, by_form, strict=True):
+                names.setdefault(unicodedata.normalize(form, name), []).append(name)
+    return by_form
+
+
+def _unpack(path: Path) -> bytes:
+    packed = path.stat().st_size
+    limit = min(MAX_UNPACKED, max(FREE_UNPACKED, MAX_RATIO * packed))
+    try:
+        with gzip.open(path) as file:
+            size = 0
+            # Measured before anything is kept: a bomb then takes no memory.
+            while block := file.read(_BLOCK):
+                size += len(block)
+                if size > limit:
+                    raise DataError(
+                        f"{path} ({packed:,} bytes) unpacks to more than {limit:,} bytes, the limit for its "
+                        "size; if it can be trusted, unpack it with gunzip and give the unpacked file"
+                    )
+            file.seek(0)
+            return file.read()
     except gzip.BadGzipFile as error:
         raise DataError(
             f"{path} is not a gzip file although its name says so; rename it or pack it"

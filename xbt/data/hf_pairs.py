@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xbt.data.caption_files import as_captions
-from xbt.data.hf_datasets import HubImages, check_column, open_rows, read_column, read_ids
+from xbt.data.hf_datasets import HubImages, check_column, open_rows, read_column, read_ids, url_hint
 from xbt.data.image_text_pairs import SelectedImages
 from xbt.data.pair_source import PairSource
 from xbt.errors import DataError
@@ -89,9 +89,10 @@ def _find_columns(source: PairSource, columns: Sequence[str]) -> tuple[str, str]
             what = (
                 f"the columns {' and '.join(there)}, any of which may be" if there else "no column known as"
             )
+            hint = url_hint(columns) if known is IMAGE_COLUMNS and not there else ""
             raise DataError(
                 f"{source.source} has {what} the {option.removesuffix('_column')}; it has "
-                f"{', '.join(columns)}: choose with {option}"
+                f"{', '.join(columns)}: choose with {option}{hint}"
             )
         found.append(there[0])
     return found[0], found[1]

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from itertools import islice
+from typing import TypeVar, overload
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,8 @@ from tqdm import tqdm
 
 from xbt.errors import ConfigError, DataError, ImageError
 from xbt.images import ImageSource, load_image
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class ImageTextPairs:
             DataError: If the lengths differ, there is no image, an id occurs twice or an image has no
                 caption.
         """
+        require_lengths(ids=ids, images=images, captions=captions)
         if not len(ids) == len(images) == len(captions):
             raise DataError(
                 f"ids, images and captions must have one entry per image, but there are {len(ids)} ids, "
@@ -63,16 +67,18 @@ class ImageTextPairs:
             )
         if len(ids) == 0:
             raise DataError("there are no image–text pairs: give at least one image with a caption")
+        ids = as_listed(ids, "ids")
         if len(set(ids)) != len(ids):
             seen: set[str] = set()
             twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             raise DataError(f"the image id {twice!r} occurs more than once; ids must be unique")
-        for name, told in zip(ids, captions, strict=True):
-            if isinstance(told, str) or not told:
+        captions = as_listed(captions, "captions")
+        for name, own in zip(ids, captions, strict=True):
+            if isinstance(own, str) or not own:
                 raise DataError(f"the captions of image {name!r} must be a list of at least one string")
-        self.ids = list(ids)
+        self.ids = ids
         self.images = images
-        self.captions = [list(told) for told in captions]
+        self.captions = [list(own) for own in captions]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,18 +97,19 @@ class ImageTextPairs:
 
         Raises:
             ImageError: If it cannot be decoded; the message names its id.
+            DataError: If ``images`` has fewer entries than its length says.
         """
-        return load_image(self.images[index], name=self.ids[index])
+        return load_image(image_at(self.images, index), name=self.ids[index])
 
     @cached_property
     def texts(self) -> list[str]:
         """All captions in one list, image by image."""
-        return [caption for told in self.captions for caption in told]
+        return [caption for own in self.captions for caption in own]
 
     @cached_property
     def text_image(self) -> list[int]:
         """The row of the image that each of ``texts`` describes."""
-        return [row for row, told in enumerate(self.captions) for _ in told]
+        return [row for row, own in enumerate(self.captions) for _ in own]
 
     @property
     def positives_t2i(self) -> list[list[int]]:
@@ -196,6 +203,45 @@ class ImageTextPairs:
         except ImageError as error:
             return str(error)
         return None
+
+
+def require_lengths(**columns: object) -> None:
+    """Checks that each of some arguments has a length: a Dataset of torch without one may never end.
+
+    Raises:
+        DataError: If one has none; the message names the argument.
+    """
+    for name, column in columns.items():
+        if not hasattr(column, "__len__"):
+            raise DataError(f"{name} must have a length, but a {type(column).__name__} has none; give a list")
+
+
+def as_listed(values: Sequence[_T], name: str) -> list[_T]:
+    """The values as a list of the length that they say they have.
+
+    Raises:
+        DataError: If there are more or fewer.
+    """
+    listed = list(islice(iter(values), len(values) + 1))
+    if len(listed) != len(values):
+        raise DataError(
+            f"{name} has the length {len(values)}, but more or fewer entries; correct its __len__"
+        )
+    return listed
+
+
+def image_at(images: Sequence[ImageSource], row: int) -> ImageSource:
+    """One of some images.
+
+    Raises:
+        DataError: If there are fewer than their length says.
+    """
+    try:
+        return images[row]
+    except IndexError as error:
+        raise DataError(
+            f"images has the length {len(images)}, but no entry {row}; correct its __len__"
+        ) from error
 
 
 class SelectedImages(Sequence[ImageSource]):

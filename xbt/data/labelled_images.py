@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from xbt.data.captions import require_unique
-from xbt.data.image_text_pairs import SelectedImages
+from xbt.data.image_text_pairs import SelectedImages, as_listed, image_at, require_lengths
 from xbt.errors import DataError
 from xbt.images import ImageSource, load_image
 
@@ -50,6 +50,7 @@ class LabelledImages:
         Raises:
             DataError: If the lengths differ, there is no image, an id occurs twice, or a label is no class.
         """
+        require_lengths(ids=ids, images=images, labels=labels)
         values = torch.as_tensor(labels)
         if not len(ids) == len(images) == len(values):
             raise DataError(
@@ -58,6 +59,7 @@ class LabelledImages:
             )
         if len(ids) == 0:
             raise DataError("there are no labelled images: give at least one image with a class")
+        ids = as_listed(ids, "ids")
         require_unique(ids, "labelled images")
         if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
             raise DataError(
@@ -68,7 +70,7 @@ class LabelledImages:
             raise DataError(
                 f"n_classes is {self.n_classes}, but there are names for {len(class_names)} classes; name all"
             )
-        self.ids = list(ids)
+        self.ids = ids
         self.images = images
         self.labels = values.to(torch.int64)
         self.class_names = list(class_names)
@@ -97,7 +99,7 @@ class LabelledImages:
         Raises:
             ImageError: If it cannot be decoded; the message names its id.
         """
-        return load_image(self.images[row], name=self.ids[row])
+        return load_image(image_at(self.images, row), name=self.ids[row])
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
         """Returns some of the images in the given order; no image is read, and the classes stay.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xbt.data.captions import check_source
-from xbt.data.hf_datasets import HUB_PREFIX
+from xbt.data.hf_folders import HUB_PREFIX
 from xbt.errors import ConfigError
 
 _HUB_ALONE = ("subset", "image_column", "caption_column", "id_column", "split_column")

@@ -19,6 +19,17 @@ from xbt.errors import DataError
 _UNPACK: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 _BLOCK = 1 << 20
 _UNPACKED_BLOCK = 1 << 16
+_ABOUT_THE_NEXT = frozenset(
+    [
+        *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+        *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    ]
+)
+"""Types of members that say something about the next one; tarfile reads them into memory at once."""
+_LARGEST_HEADER = 1 << 20
+_LONGEST_NAME = 4096
+_MOST_GLOBAL = 1_000
+_MOST_IN_A_ROW = 8
 
 
 class TarStream:
@@ -39,7 +50,9 @@ class TarStream:
             tarfile.TarError: If the tar is damaged; so do other errors of ``xbt.data.web_datasets.DAMAGE``.
             DataError: If its bytes cannot be fetched any more.
         """
-        yield from self._archive
+        while (member := self._archive.next()) is not None:
+            yield member
+            self._archive.members = []  # which tarfile keeps: a small packed file may hold millions
         self._require_end()
 
     def read(self, member: tarfile.TarInfo) -> bytes:
@@ -86,7 +99,7 @@ def open_tar(url: str) -> Iterator[TarStream]:
             if isinstance(error, PermissionError | IsADirectoryError) and is_local(url):
                 raise
             raise DataError(
-                f"{url} cannot be opened ({one_line(error)}); mend that and run the same command again"
+                f"{url} cannot be opened ({one_line(error)}); fix that and run the same command again"
             ) from error
         raw = io.BufferedReader(_Fetched(file, url), _BLOCK)
         unpack = _UNPACK.get(raw.peek(2)[:2])
@@ -102,16 +115,48 @@ def one_line(error: BaseException) -> str:
 
 
 class _StrictHeader(tarfile.TarInfo):
-    """A header whose damage is an error: tarfile itself takes it for the end, and drops what follows."""
+    """A header whose damage is an error: tarfile itself takes it for the end, and drops what follows.
+
+    Sizes are checked before anything is read: a few bytes of a packed file can unpack to gigabytes.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictHeader:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type in _ABOUT_THE_NEXT and header.size > _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header has {header.size:,} bytes, which no name needs")
+        return header
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> _StrictHeader:
+        # tarfile calls this again for the header after one that says something about it.
+        depth = vars(archive).get("xbt_depth", 0)
+        if depth > _MOST_IN_A_ROW:
+            raise tarfile.ReadError(f"more than {_MOST_IN_A_ROW} headers about one file")
+        vars(archive)["xbt_depth"] = depth + 1
         try:
-            return super().fromtarfile(archive)
+            member = super().fromtarfile(archive)
         except tarfile.HeaderError as error:
             if type(error).__name__ == "EOFHeaderError":  # the mark at the end, as it should be
                 raise
             raise tarfile.ReadError(f"{error} after {archive.offset} bytes") from error
+        finally:
+            vars(archive)["xbt_depth"] = depth
+        shared = archive.pax_headers  # of which every member that follows carries a copy
+        if len(shared) > _MOST_GLOBAL or sum(map(len, shared.values())) > _LARGEST_HEADER:
+            raise tarfile.ReadError(
+                f"global headers of more than {_LARGEST_HEADER:,} bytes or {_MOST_GLOBAL} values"
+            )
+        if len(member.name) > _LONGEST_NAME:
+            raise tarfile.ReadError(f"a name of {len(member.name):,} characters after {archive.offset} bytes")
+        return member
+
+    def _proc_sparse(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        # The map of a sparse file may be of any length. No image has holes.
+        raise tarfile.ReadError(f"{self.name[:100]} is stored as a sparse file; pack it without tar --sparse")
+
+    def _proc_gnusparse_10(self, member: tarfile.TarInfo, headers: object, archive: tarfile.TarFile) -> None:
+        self._proc_sparse(archive)
 
 
 class _Fetched(io.RawIOBase):
@@ -128,7 +173,7 @@ class _Fetched(io.RawIOBase):
             data = self._file.read(len(buffer))
         except Exception as error:  # every file system of fsspec has its own errors
             raise DataError(
-                f"{self._url} cannot be read any more ({one_line(error)}); mend that and run the same "
+                f"{self._url} cannot be read any more ({one_line(error)}); fix that and run the same "
                 "command again"
             ) from error
         buffer[: len(data)] = data

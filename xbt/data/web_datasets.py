@@ -15,19 +15,22 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from xbt.data.image_folder import IMAGE_SUFFIXES
+from xbt.data.image_folder import IMAGE_SUFFIXES, is_hidden
 from xbt.data.image_text_pairs import Rejected
 from xbt.data.items import Entry, Item, Part, digest_of, readable, text_entry
 from xbt.data.tar_streams import TarStream, one_line, open_tar
 from xbt.errors import DataError
+from xbt.images import MAX_PIXELS
 
 _KEY = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)", re.DOTALL)
 # tarfile also lets through what parsing a damaged header raises; gzip and bz2 call a damage an OSError. What
 # befalls the way to the tar comes as a DataError, which has to be caught first.
 DAMAGE = (
-    tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError
+    tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError,
+    RecursionError,
 )  # fmt: skip
-_LARGEST = 1 << 30
+_LARGEST: dict[Literal["image", "caption"], int] = {"image": 4 * MAX_PIXELS, "caption": 1 << 22}
+"""Sizes in bytes above which a member is not read; an image of the most pixels needs no more unpacked."""
 
 
 class _Tar(Part):
@@ -118,7 +121,7 @@ def read_samples(url: str, kind: Literal["image", "caption"]) -> Iterator[Sample
         key, found = "", True
         for member in archive:
             named = _KEY.fullmatch(member.name.removeprefix("./"))
-            if named is None or not member.isfile() or _is_meta(named[1]):
+            if named is None or not member.isfile() or _is_meta(named[1]) or is_hidden(named[1]):
                 continue
             if named[1] != key:
                 if not found:
@@ -127,17 +130,19 @@ def read_samples(url: str, kind: Literal["image", "caption"]) -> Iterator[Sample
             suffix = f".{named[2].lower()}"
             if suffix in IMAGE_SUFFIXES if kind == "image" else suffix == ".txt":
                 found = True
-                yield _as_sample(archive, member, key, seen)
+                yield _as_sample(archive, member, key, seen, _LARGEST[kind])
         if not found:
             yield _faulty(key, seen, missing(kind))
 
 
-def _as_sample(archive: TarStream, member: tarfile.TarInfo, key: str, seen: dict[str, int]) -> Sample:
+def _as_sample(
+    archive: TarStream, member: tarfile.TarInfo, key: str, seen: dict[str, int], largest: int
+) -> Sample:
     if key in seen:
         return _faulty(
             key, seen, f"{member.name} has the key of an earlier sample in its tar; keys are unique"
         )
-    if member.size > _LARGEST:
+    if member.size > largest:
         return _faulty(key, seen, f"{member.name} has {member.size} bytes, which no image or caption needs")
     seen[key] = 1
 
@@ -174,5 +179,5 @@ def _until_damage(url: str, name: str, entries: Iterator[Entry]) -> Iterator[Ent
         yield Rejected(name, f"{url} cannot be read beyond its first {count} samples ({one_line(error)})")
     except Exception as error:
         raise DataError(
-            f"{url} cannot be read any more ({one_line(error)}); mend that and run the same command again"
+            f"{url} cannot be read any more ({one_line(error)}); fix that and run the same command again"
         ) from error

@@ -37,12 +37,24 @@ def as_images(images: Sequence[ImageSource]) -> Sequence[ImageSource]:
     """The images as a sequence.
 
     Raises:
-        DataError: If they are a single image.
+        DataError: If they are a single image, or a Dataset whose end is not known or is not where it says.
     """
     if isinstance(images, str | bytes | os.PathLike | Image.Image):
         raise DataError(f"images must be a list, got a single {type(images).__name__}; write [image]")
     # A sequence is left as it is: it may read its images only when they are asked for.
-    return images if isinstance(images, Sequence) else list(images)
+    if isinstance(images, Sequence) or not hasattr(images, "__getitem__"):
+        return images if isinstance(images, Sequence) else list(images)
+    # A Dataset of torch need not end by itself: only its length tells.
+    if not hasattr(images, "__len__"):
+        raise DataError(
+            f"images is a {type(images).__name__} without a length; give a list, or define __len__"
+        )
+    try:
+        return [images[row] for row in range(len(images))]
+    except IndexError as error:
+        raise DataError(
+            f"images has the length {len(images)}, but fewer entries; correct its __len__"
+        ) from error
 
 
 def numbered(images: Sequence[ImageSource], batch_size: int) -> Iterator[list[NamedImage]]:
