@@ -185,7 +185,7 @@ def test_limit_is_a_seeded_subset_in_order(tmp_path):
         ("a.json", '{"annotations": []}', "is empty"),
         ("a.json", '{"annotations": [{"caption": "x"}, {"id": 1}]}', "record 1 of 'annotations' lacks"),
         ("a.json", '{"images": []}', "is empty"),
-        ("a.csv", "x", "its suffix must be"),
+        ("a.xml", "x", "its suffix must be"),
         ("a", "x", "its suffix must be"),
         ("a.parquet.gz", "x", "its suffix must be"),
     ],

@@ -124,9 +124,9 @@ def test_malformed_karpathy(coco, change, message):
 def test_sources_that_are_no_pairs(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.json").write_text('{"annotations": [], "images": []}')
-    (tmp_path / "a.csv").write_text("a")
+    (tmp_path / "a.xml").write_text("a")
     with pytest.raises(DataError, match="give a Karpathy split file"):
-        load_pairs(str(tmp_path / "a.csv"))
+        load_pairs(str(tmp_path / "a.xml"))
     with pytest.raises(DataError, match="names no image: captions alone are no pairs"):
         load_pairs(str(tmp_path / "a.txt"))
     with pytest.raises(DataError, match=r"neither in Karpathy's format .* nor in COCO's"):

@@ -227,20 +227,33 @@ def _spellings(folder: str, changed: int) -> tuple[dict[str, list[str]], dict[st
     return by_form
 
 
-def _unpack(path: Path) -> bytes:
+def check_unpacked(path: Path, size: int) -> None:
+    """Checks what a packed file unpacks to, or has unpacked to so far.
+
+    Args:
+        path: The packed file.
+        size: Unpacked bytes.
+
+    Raises:
+        DataError: If they are more than :data:`MAX_UNPACKED` or :data:`MAX_RATIO` times the file's size.
+    """
     packed = path.stat().st_size
     limit = min(MAX_UNPACKED, max(FREE_UNPACKED, MAX_RATIO * packed))
+    if size > limit:
+        raise DataError(
+            f"{path} ({packed:,} bytes) unpacks to more than {limit:,} bytes, the limit for its size; if it "
+            "can be trusted, unpack it with gunzip, or write it again without compression"
+        )
+
+
+def _unpack(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
             size = 0
             # Measured before anything is kept: a bomb then takes no memory.
             while block := file.read(_BLOCK):
                 size += len(block)
-                if size > limit:
-                    raise DataError(
-                        f"{path} ({packed:,} bytes) unpacks to more than {limit:,} bytes, the limit for its "
-                        "size; if it can be trusted, unpack it with gunzip and give the unpacked file"
-                    )
+                check_unpacked(path, size)
             file.seek(0)
             return file.read()
     except gzip.BadGzipFile as error:

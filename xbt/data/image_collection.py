@@ -169,8 +169,8 @@ def _list(images: ImageCollection) -> tuple[list[str], Sequence[ImageSource]]:
         return read_ids(dataset, images.id_column, images.source), found
     if images.kind == "karpathy":
         check_is_file(path)
-        names = [image.name for image in read_karpathy(path, images.split)]
         root = path.parent if images.image_root is None else Path(images.image_root).expanduser()
+        names = [image.name for image in read_karpathy(path, images.split, root)]
         if not any((root / name).exists() for name in names):
             raise DataError(
                 f"none of the {len(names)} image files is there, first {names[0]}, under {root}; set "
