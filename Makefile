@@ -4,7 +4,7 @@ BIN := .venv/bin
 CORES := $(shell getconf _NPROCESSORS_ONLN)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-fuzz test-oldest lint format notebooks docs clean
+.PHONY: install demo test test-fuzz test-oldest lint format notebooks clean
 
 install: .venv/.installed
 
@@ -50,10 +50,6 @@ notebooks: install
 	cd notebooks && for source in *.py; do \
 		../$(BIN)/jupytext --to ipynb "$$source" && ../$(BIN)/jupyter-execute --inplace "$${source%.py}.ipynb" || exit 1; \
 	done
-
-# What is written from the source: docs/errors.md.
-docs: install
-	$(BIN)/python docs/make_errors.py
 
 clean:
 	rm -rf .venv .venv-oldest runs

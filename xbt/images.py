@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 import threading
 import warnings
@@ -33,10 +34,18 @@ _NOT_THE_IMAGE = (
     errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
     errno.ENETDOWN, errno.ENETUNREACH,
 )  # fmt: skip
+_URL = re.compile(r"\s*(?:[a-z][a-z0-9+.-]+://|https?:/|data:image/)", re.IGNORECASE)
+
+
+def is_url(text: str) -> bool:
+    """True if a text that stands for an image is a URL, which is no path and is never fetched."""
+    return _URL.match(text) is not None
 
 
 class ListedPath(str):
     """A path that knows the folder it was listed from, by which a lost file is told from a lost disk.
+
+    It is refused when it leads out of that folder: such a name comes from a file that somebody else wrote.
 
     Attributes:
         root: The folder.
@@ -81,10 +90,10 @@ def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
         The RGB image and the note.
 
     Raises:
-        ImageError: If the file is missing, no regular file, unreadable, empty, truncated or not an image; has
-            more than :data:`MAX_PIXELS` pixels or an aspect ratio above :data:`MAX_ASPECT_RATIO`; or has more
-            than 8 bits per pixel in one channel (converting clips these). Whatever a decoder raises becomes
-            an ImageError.
+        ImageError: If the file is missing, no regular file, unreadable, empty, truncated or not an image; is
+            a URL, or a listed path that leads out of its folder; has more than :data:`MAX_PIXELS` pixels or
+            an aspect ratio above :data:`MAX_ASPECT_RATIO`; or has more than 8 bits per pixel in one channel
+            (converting clips these). Whatever a decoder raises becomes an ImageError.
         DataError: If the system, not the image, is at fault: a disk or network fails, memory or open files
             run out, or the folder that the image was listed from is gone.
     """
@@ -93,6 +102,8 @@ def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
         with _caught_warnings() as caught, _open(source) as opened:
             _check_size(opened)
             notes = _conversions(opened)
+            opened.load()
+            _check_size(opened)  # an icon's header may tell another size than the image in it
             image = opened.convert("RGB")
             notes += _dropped_frames(opened)
     except ImageError as error:
@@ -150,6 +161,7 @@ def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
         if not source:
             raise ImageError("is empty: it has zero bytes")
         return _identify(io.BytesIO(source))
+    _require_path(source)
     status = os.stat(source)  # noqa: PTH116 - a Path would be made for every one of millions of strings
     # Opening a FIFO waits for a writer that may never come; a device may never end.
     if not stat.S_ISREG(status.st_mode):
@@ -158,6 +170,17 @@ def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
     if not status.st_size:
         raise ImageError("is empty: it has zero bytes")
     return _identify(Path(source))
+
+
+def _require_path(source: str | os.PathLike[str]) -> None:
+    path = os.fspath(source)
+    if is_url(path):
+        raise ImageError("is a URL, which is not fetched; download it first, for example with img2dataset")
+    # Almost every path can be seen to be in its folder.
+    if isinstance(source, ListedPath) and (".." in path or not path.startswith(f"{source.root}/")):
+        root = os.path.abspath(source.root)  # noqa: PTH100
+        if os.path.commonpath([root, os.path.abspath(path)]) != root:  # noqa: PTH100
+            raise ImageError(f"lies outside of the folder {root}; set image_root to one that holds it")
 
 
 def _identify(source: Path | io.BytesIO) -> Image.Image:

@@ -24,7 +24,7 @@ def test_a_folder_is_searched_with_all_below_it(tmp_path):
     for name in ("b.JPG", "a/2.png", "a/10.jpeg", "a/deep/x.WebP", "notes.txt", ".hidden.png", "Z.gif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture(1))
-    source = open_images(ImageCollection(str(tmp_path)))
+    source = open_images(ImageCollection(str(tmp_path), include_hidden=True))
     found = entries(source)
     assert ids(found) == [".hidden.png", "Z.gif", "a/10.jpeg", "a/2.png", "a/deep/x.WebP", "b.JPG"]
     assert source.length == 6

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from xbt.data.caption_files import Row, named_rows, read_rows
 from xbt.data.files import is_unicode
-from xbt.data.hf_datasets import HUB_PREFIX, open_dataset, read_column, read_ids
+from xbt.data.hf_datasets import open_dataset, read_column, read_ids
+from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.image_text_pairs import choose_subset
 from xbt.data.scenes import DEFAULT_COUNT, scene_captions
 from xbt.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xbt.data.hf_datasets import HubImages, check_column, open_dataset, read_column, read_ids
-from xbt.data.image_folder import JoinedPaths, list_images
+from xbt.data.image_folder import JoinedPaths, is_hidden, list_images
 from xbt.errors import DataError
 from xbt.images import ImageSource
 
@@ -50,7 +50,7 @@ def read_class_folders(directory: Path, split: str | None) -> Labelled:
     classes = _folders(folder)
     if split is None and classes and {name.lower() for name in classes} <= SPLIT_FOLDERS:
         raise DataError(f"{folder} has the splits {_listed(classes)}; choose one with split")
-    names = [name for name in list_images(folder) if not name.startswith(".")]
+    names = list_images(folder)
     number = {name: position for position, name in enumerate(classes)}
     labels = np.empty(len(names), dtype=np.int64)
     for row, name in enumerate(names):
@@ -62,7 +62,7 @@ def read_class_folders(directory: Path, split: str | None) -> Labelled:
 
 
 def _folders(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.is_dir() and path.name[0] != ".")
+    return sorted(path.name for path in directory.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import datasets
 
+from xbt.data.hf_folders import HUB_PREFIX, directory_of, open_folder, translated
+from xbt.data.image_folder import as_spelled, refuse_urls
 from xbt.data.splits import ALL_SPLITS, choose_splits
 from xbt.errors import DataError
-from xbt.images import ImageSource, ListedPath
+from xbt.images import ImageSource, ListedPath, is_url
 
-HUB_PREFIX = "hf:"
 SPLIT_COLUMN = "split"
+_URL_COLUMN = re.compile(r"(?:^|_)(?:url|uri|link)s?$", re.IGNORECASE)
+_HEAD = 1_000
+_ADVICE = "check its name and subset, and that it holds parquet or jsonl files rather than a loading script"
 
 
 def open_dataset(source: str, subset: str | None = None, split: str | None = None) -> Any:
@@ -34,7 +38,7 @@ def open_dataset(source: str, subset: str | None = None, split: str | None = Non
     Raises:
         DataError: If it cannot be opened, there is no such split, or there are several and none is chosen.
     """
-    opened = _open(_directory(source), source, subset, split)
+    opened = _open(directory_of(source), source, subset, split)
     return _choose_split(opened, source, split)
 
 
@@ -57,9 +61,9 @@ def open_rows(source: str, subset: str | None, split: str | None, split_column: 
     Raises:
         DataError: As :func:`open_dataset`, or if there is no such column.
     """
-    directory = _directory(source)
+    directory = directory_of(source)
     if directory is None:
-        with _opening(source):
+        with translated(source, _ADVICE):
             single = len(datasets.get_dataset_split_names(source.removeprefix(HUB_PREFIX), subset)) == 1
         opened = _open(None, source, subset, ALL_SPLITS if single or split_column is not None else split)
     else:
@@ -82,54 +86,13 @@ def _telling_column(opened: Any, split: str | None) -> str | None:
     return SPLIT_COLUMN if split is not None and SPLIT_COLUMN in opened.column_names else None
 
 
-def _directory(source: str) -> Path | None:
-    """The local directory that a source names, if it names one."""
-    name = source.removeprefix(HUB_PREFIX)
-    directory = Path(name).expanduser()
-    if directory.is_file():
-        raise DataError(f"{source} is a file; leave out hf: to read it, or name its directory")
-    if name.startswith(("/", ".", "~")) and not directory.exists():
-        raise DataError(f"{source}: the directory {directory} does not exist; check the path")
-    return directory if directory.is_dir() else None
-
-
-@contextmanager
-def _opening(source: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # The hub client, fsspec, pyarrow and the builders share no kind of error.
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise DataError(
-            f"{source} cannot be opened ({type(error).__name__}: {reason}); check its name and subset, "
-            "and that it holds parquet or jsonl files rather than a loading script"
-        ) from error
-
-
 def _open(directory: Path | None, source: str, subset: str | None, split: str | None) -> Any:
-    with _opening(source):
+    with translated(source, _ADVICE):
         if directory is None:
             # Asking for the split lets a Hub data set be downloaded in part.
             part = None if split == ALL_SPLITS else split
             return datasets.load_dataset(source.removeprefix(HUB_PREFIX), subset, split=part)
-        if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
-            return datasets.load_from_disk(str(directory))
-        return datasets.load_dataset(str(directory), subset, cache_dir=str(_cache_of(directory)))
-
-
-def _cache_of(directory: Path) -> Path:
-    """A cache for these very files.
-
-    Where a directory has a data set card, datasets (5.2) caches its data by the directory's name and card
-    alone: another directory of that name, or other files in this one, would be answered from the cache.
-    """
-    resolved = directory.resolve()
-    digest = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape"))
-    for path in sorted(path for path in resolved.rglob("*") if path.is_file()):
-        status = path.stat()
-        name = path.relative_to(resolved).as_posix().encode("utf-8", "surrogateescape")
-        digest.update(b"\0".join((name, str(status.st_size).encode(), str(status.st_mtime_ns).encode())))
-    return Path(datasets.config.HF_DATASETS_CACHE) / "xbt-local" / digest.hexdigest()[:32]
+        return open_folder(directory, subset)
 
 
 def _choose_split(opened: Any, source: str, split: str | None) -> Any:
@@ -168,10 +131,11 @@ def read_column(dataset: Any, column: str, source: str) -> list[Any]:
         One value a row.
 
     Raises:
-        DataError: If there is no such column.
+        DataError: If there is no such column, or it is damaged.
     """
     check_column(column, dataset.column_names, source)
-    return list(dataset.select_columns([column]).with_format(None)[:][column])
+    with translated(f"{source}, column {column!r},", "copy or download the data set again"):
+        return list(dataset.select_columns([column]).with_format(None)[:][column])
 
 
 def read_ids(dataset: Any, column: str | None, source: str) -> list[str]:
@@ -200,14 +164,15 @@ class HubImages(Sequence[ImageSource]):
             dataset: A ``datasets.Dataset``.
             column: A column of ``datasets.Image``, of encoded bytes, or of paths.
             source: What to call the data set in errors.
-            image_root: Folder that relative paths in the column are relative to.
+            image_root: Folder that relative paths in the column are relative to; the data set's own where
+                it is local.
 
         Raises:
-            DataError: If there is no such column or it cannot hold images.
+            DataError: If there is no such column or it cannot hold images, or it holds URLs.
         """
         self._dataset = undecoded(dataset, column, source)
         self._column = column
-        self._root = Path(image_root).expanduser() if image_root is not None else Path()
+        self._source, self._roots = source, image_roots(source, image_root)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -219,7 +184,24 @@ class HubImages(Sequence[ImageSource]):
     def __getitem__(self, index: int | slice) -> ImageSource | list[ImageSource]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        return as_image(self._dataset[index][self._column], self._root)
+        with translated(f"{self._source}, row {index}", "copy or download the data set again"):
+            cell = self._dataset[index][self._column]
+        return as_image(cell, self._roots)
+
+
+def image_roots(source: str, image_root: str | None) -> list[str]:
+    """The folders that paths in an image column may lead into; relative ones are relative to the first.
+
+    Args:
+        source: The data set, whose own folder is the first unless ``image_root`` is given.
+        image_root: Folder that relative paths are relative to.
+    """
+    directory = directory_of(source)
+    given = directory or Path() if image_root is None else Path(image_root).expanduser()
+    own = [directory] if directory is not None else []
+    # What datasets has unpacked, and what the Hub's client has fetched.
+    caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME]
+    return [os.path.abspath(folder) for folder in (given, *own, *caches)]  # noqa: PTH100
 
 
 def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
@@ -235,14 +217,17 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
         A data set of the same kind.
 
     Raises:
-        DataError: If there is no such column or it cannot hold images.
+        DataError: If there is no such column or it cannot hold images, or it holds URLs.
     """
-    for name in (column, *others):
+    _require_image_column(dataset.column_names, column, source)
+    for name in others:
         check_column(name, dataset.column_names, source)
     feature = dataset.features[column]
     dataset = dataset.select_columns([column, *others]).with_format(None)
     if isinstance(feature, datasets.Image):
-        return dataset.cast_column(column, datasets.Image(decode=False))
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+        _refuse_urls(dataset, column, source)
+        return dataset
     # Where the table does not say that they are images, their structure does.
     if isinstance(feature, dict) and {"bytes"} <= set(feature) <= {"bytes", "path"}:
         feature = feature["bytes"]
@@ -251,15 +236,49 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
             f"{source}: the column {column!r} holds {feature}, not images, encoded images or paths; name "
             "the image column"
         )
+    _refuse_urls(dataset, column, source)
     return dataset
 
 
-def as_image(cell: Any, root: Path) -> ImageSource:
-    """An undecoded cell of an image column as encoded bytes or a path, which ``root`` goes before."""
+def _require_image_column(columns: Sequence[str], column: str, source: str) -> None:
+    urls = [name for name in columns if _URL_COLUMN.search(name)]
+    if column not in columns and urls:
+        raise DataError(
+            f"{source} has no column {column!r}, but a column {urls[0]!r}; if it holds URLs, download the "
+            "images first, for example with img2dataset, and give the tars or folder it writes; it has "
+            f"{', '.join(columns)}"
+        )
+    check_column(column, columns, source)
+
+
+def _refuse_urls(dataset: Any, column: str, source: str) -> None:
+    """Looks at the first rows: URLs in a later one are refused when it is its turn."""
+    texts = getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
+    with translated(source, "copy or download it again"):
+        if isinstance(dataset, datasets.IterableDataset):
+            head = [row[column] for row in dataset.take(1)] if texts else []
+        else:
+            head = dataset[: _HEAD if texts else 1][column]
+    paths = [
+        cell.get("path") if isinstance(cell, dict) and cell.get("bytes") is None else cell for cell in head
+    ]
+    refuse_urls(paths, f"{source}, column {column!r},")
+
+
+def as_image(cell: Any, roots: Sequence[str]) -> ImageSource:
+    """An undecoded cell of an image column as encoded bytes, or as a path.
+
+    Args:
+        cell: The cell.
+        roots: The folders that a path may lead into; see :func:`image_roots`.
+    """
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
-    if isinstance(cell, str):
-        # Beside an absolute path the root has nothing to tell.
-        return str(root / cell) if Path(cell).is_absolute() else ListedPath(str(root / cell), str(root))
-    # A row without an image becomes no bytes, which no decoder accepts: it is named like any other.
-    return bytes(cell) if cell is not None else b""
+    if not isinstance(cell, str):
+        # A row without an image becomes no bytes, which no decoder accepts: it is named like any other.
+        return bytes(cell) if cell is not None else b""
+    if is_url(cell):
+        return cell
+    path = os.path.join(roots[0], cell)  # noqa: PTH118 - no Path per image
+    root = next((each for each in roots if path.startswith(f"{each}/")), roots[0])
+    return ListedPath(as_spelled(path, root, os.path.relpath(path, root)), root)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from xbt.data.hf_datasets import HUB_PREFIX, as_image, undecoded
+from xbt.data.hf_datasets import as_image, image_roots, undecoded
+from xbt.data.hf_folders import HUB_PREFIX, directory_of, open_builder, translated, was_saved
 from xbt.data.image_text_pairs import Rejected
 from xbt.data.items import Entry, Item, Part, digest_of, readable
 from xbt.errors import DataError
@@ -18,20 +19,26 @@ class StreamedImages(Part):
     """The images of one file (one shard) of a streamed data set."""
 
     def __init__(
-        self, shard: Any, name: str, column: str, id_column: str | None, root: Path, state: str = ""
+        self,
+        shard: Any,
+        name: str,
+        column: str,
+        id_column: str | None,
+        roots: Sequence[str],
+        state: str = "",
     ) -> None:
-        """Keeps what it is told.
+        """Keeps what it is given.
 
         Args:
             shard: A ``datasets.IterableDataset`` with nothing but the columns that follow, undecoded.
             name: What ids begin with, unless a column gives them.
             column: The image column.
             id_column: The column of ids, if there is one.
-            root: Folder that paths in the image column are relative to.
+            roots: Folders that paths in the image column may lead into, the one they are relative to first.
             state: What tells the data set's files from others in their place.
         """
         self.name, self._state = name, state
-        self._shard, self._column, self._id_column, self._root = shard, column, id_column, root
+        self._shard, self._column, self._id_column, self._roots = shard, column, id_column, roots
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
         """Reads rows ``start`` to ``stop``, undecoded.
@@ -49,7 +56,7 @@ class StreamedImages(Part):
             except Exception as error:  # the hub client, fsspec and pyarrow share no kind of error
                 reason = " ".join(str(error).split())[:300]
                 raise DataError(
-                    f"{self.name} cannot be read beyond row {row} ({type(error).__name__}: {reason}); mend "
+                    f"{self.name} cannot be read beyond row {row} ({type(error).__name__}: {reason}); fix "
                     "that and run the same command again"
                 ) from error
             yield self._entry(cells, row)
@@ -65,11 +72,16 @@ class StreamedImages(Part):
             if cells[self._id_column] is None:
                 return Rejected(name, f"the row has no id: its {self._id_column!r} is empty")
             name = readable(str(cells[self._id_column]))
-        return Item(name, as_image(cells[self._column], self._root), {})
+        return Item(name, as_image(cells[self._column], self._roots), {})
 
 
 def stream_images(
-    source: str, subset: str | None, split: str | None, column: str, id_column: str | None, root: Path
+    source: str,
+    subset: str | None,
+    split: str | None,
+    column: str,
+    id_column: str | None,
+    image_root: str | None = None,
 ) -> list[StreamedImages]:
     """Opens an image column of a data set as streams, one for each of its own shards.
 
@@ -79,7 +91,8 @@ def stream_images(
         split: Which split; may be left out where there is only one.
         column: The image column.
         id_column: A column of unique ids; otherwise shard and row make the id.
-        root: Folder that paths in the image column are relative to.
+        image_root: Folder that paths in the image column are relative to; the data set's own where it is
+            local.
 
     Returns:
         The streams, in the data set's order.
@@ -99,7 +112,7 @@ def stream_images(
             f"shard-{number:0{width}d}",
             column,
             id_column,
-            root,
+            image_roots(source, image_root),
             state,
         )
         for number in range(count)
@@ -108,20 +121,15 @@ def stream_images(
 
 def _open(source: str, subset: str | None, split: str | None) -> tuple[Any, str]:
     """The stream, and the state of its files."""
-    name = source.removeprefix(HUB_PREFIX)
-    directory = Path(name).expanduser()
-    if (directory / "state.json").exists() or (directory / "dataset_dict.json").exists():
+    directory = directory_of(source)
+    if directory is not None and was_saved(directory):
         raise DataError(f"{source} was made by save_to_disk and cannot be streamed; leave out streaming")
-    if name.startswith(("/", ".", "~")) and not directory.is_dir():
-        raise DataError(f"{source}: the directory {directory} does not exist; check the path")
-    try:
-        builder = datasets.load_dataset_builder(str(directory) if directory.is_dir() else name, subset)
+    with translated(source, "check its name and subset, or leave out streaming"):
+        if directory is None:
+            builder = datasets.load_dataset_builder(source.removeprefix(HUB_PREFIX), subset)
+        else:
+            builder = open_builder(directory, subset)
         opened = builder.as_streaming_dataset()
-    except Exception as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise DataError(
-            f"{source} cannot be streamed ({type(error).__name__}: {reason}); check its name and subset"
-        ) from error
     names = ", ".join(opened)
     if split is None and len(opened) > 1:
         raise DataError(f"{source} has the splits {names}; choose one with split")

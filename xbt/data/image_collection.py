@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xbt.data.captions import CaptionSource, check_source, read_caption_rows, require_unique
-from xbt.data.files import check_is_file, kind_of
-from xbt.data.hf_datasets import HUB_PREFIX, HubImages, open_dataset, read_ids
+from xbt.data.files import check_is_file, find_file, kind_of
+from xbt.data.hf_datasets import HubImages, open_dataset, read_ids
+from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.hf_streams import stream_images
-from xbt.data.image_folder import JoinedPaths, list_images
+from xbt.data.image_folder import JoinedPaths, list_images, refuse_urls
 from xbt.data.image_text_pairs import SelectedImages, choose_subset
 from xbt.data.items import ItemSource, ListedImages, ListedTexts, Part
 from xbt.data.karpathy import read_karpathy
@@ -21,7 +22,7 @@ from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 
 _OPTIONS: dict[str, set[str]] = {
-    "folder": {"limit"},
+    "folder": {"limit", "include_hidden"},
     "karpathy": {"image_root", "split", "limit"},
     "tars": set(),
     "hf": {"image_root", "split", "subset", "image_column", "id_column", "streaming", "limit"},
@@ -45,7 +46,8 @@ class ImageCollection:
     Hub data set or a local directory; or scenes for the built-in world."""
     image_root: str | None = None
     """Folder that image names are relative to (Karpathy's files, where it is the file's own folder by
-    default, and hf: sources that hold paths)."""
+    default, and hf: sources that hold paths, where it is the data set's own folder). No name may lead out of
+    it."""
     split: str | None = None
     """Split to read (Karpathy's files, hf:, scenes); a + joins two of Karpathy's."""
     subset: str | None = None
@@ -63,6 +65,9 @@ class ImageCollection:
     """Seed of that choice."""
     image_size: int = 32
     """Side in pixels of the built-in scenes."""
+    include_hidden: bool = False
+    """Take hidden files of a folder as well: names that begin with a dot, and what lies in folders that
+    systems keep for thumbnails and attributes (.thumbnails, @eaDir, __MACOSX)."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -111,10 +116,8 @@ def open_images(images: ImageCollection) -> ItemSource:
     if images.kind == "tars":
         return ItemSource(images.source, "image", _tars(images.source, TarImages))
     if images.streaming:
-        root = Path(images.image_root or "").expanduser()
-        streams = stream_images(
-            images.source, images.subset, images.split, images.image_column, images.id_column, root
-        )
+        columns = (images.image_column, images.id_column, images.image_root)
+        streams = stream_images(images.source, images.subset, images.split, *columns)
         return ItemSource(images.source, "image", streams)
     ids, found = _list(images)
     if not ids:
@@ -171,7 +174,8 @@ def _list(images: ImageCollection) -> tuple[list[str], Sequence[ImageSource]]:
         check_is_file(path)
         root = path.parent if images.image_root is None else Path(images.image_root).expanduser()
         names = [image.name for image in read_karpathy(path, images.split, root)]
-        if not any((root / name).exists() for name in names):
+        refuse_urls(names[:1], str(path))
+        if not any(find_file(root, name) for name in names):
             raise DataError(
                 f"none of the {len(names)} image files is there, first {names[0]}, under {root}; set "
                 "image_root to the folder that holds the images"
@@ -184,5 +188,5 @@ def _list(images: ImageCollection) -> tuple[list[str], Sequence[ImageSource]]:
             f"images cannot be listed from {path}: give a folder, a Karpathy split file (.json or .json.gz), "
             "tar files, hf: and a data set, or scenes"
         )
-    names = list_images(path)
+    names = list_images(path, images.include_hidden)
     return names, JoinedPaths(path, names)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import overload
 
+from xbt.data.files import find_file
 from xbt.errors import DataError
-from xbt.images import ListedPath
+from xbt.images import ListedPath, is_url
 
 IMAGE_SUFFIXES = frozenset(
     [
@@ -19,7 +21,11 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )  # fmt: skip
 """Suffixes, in lower case, by which images are recognised in folders and in tar files. What Pillow needs a
-plugin for is among them: without the plugin it shall be on record rather than be passed over."""
+plugin for is among them: without the plugin it goes on record rather than be passed over."""
+_HIDDEN_FOLDERS = frozenset(
+    ["@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found", "system volume information"]
+)
+"""Folders, in lower case, in which systems keep thumbnails, attributes and what was deleted."""
 _LONGEST_SHOWN = 100
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)\d{4})_\d+\.")
 
@@ -40,26 +46,53 @@ class JoinedPaths(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | list[str]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        path = os.path.join(self._root, self._names[index])  # noqa: PTH118 - no Path per image
-        return ListedPath(path, self._root)
+        name = self._names[index]
+        path = os.path.join(self._root, name)  # noqa: PTH118 - no Path per image
+        return ListedPath(as_spelled(path, self._root, name), self._root)
 
 
-def list_images(folder: Path) -> list[str]:
+def is_hidden(name: str) -> bool:
+    """True if a name, or a folder in it, is hidden: ``.thumbnails/a.jpg``, ``._a.jpg``, ``@eaDir/a.jpg``."""
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in _HIDDEN_FOLDERS
+        for part in name.split("/")
+    )
+
+
+def as_spelled(path: str, root: str, name: str) -> str:
+    """The path of a file, as it is spelled on disk if that is another Unicode normal form."""
+    if name.isascii() or os.path.lexists(path):
+        return path
+    with suppress(DataError):  # a name that leads out of the folder is refused when it is read
+        return str(find_file(root, name) or path)
+    return path
+
+
+def list_images(folder: Path, include_hidden: bool = False) -> list[str]:
     """Lists what an image suffix marks as an image in a folder and the folders below it.
 
-    Whatever bears such a suffix is listed, be it a file or not: what cannot be read shall be on record.
-    Links to folders are followed.
+    Whatever has such a suffix is listed, be it a file or not: what cannot be read goes on record. Links to
+    folders are followed.
 
     Args:
         folder: Where to look.
+        include_hidden: Lists hidden files and folders as well; see :func:`is_hidden`.
 
     Returns:
         Paths relative to the folder, with forward slashes, sorted.
 
     Raises:
         DataError: If a folder cannot be listed, or no name has an image suffix.
+
+    Warns:
+        UserWarning: If hidden files were left out.
     """
-    names = sorted(_walk(str(folder), "", ()))
+    found = sorted(_walk(str(folder), "", ()))
+    names = found if include_hidden else [name for name in found if not is_hidden(name)]
+    if len(names) < len(found):
+        first = next(name for name in found if is_hidden(name))
+        count = len(found) - len(names)
+        warnings.warn(f"{count} hidden files of {folder} are left out, first {first}", stacklevel=2)
     if not names:
         raise DataError(
             f"{folder} holds no image: no name below it ends in .jpg, .png or another image suffix; for tar "
@@ -69,11 +102,11 @@ def list_images(folder: Path) -> list[str]:
 
 
 def find_images(names: Sequence[str], root: Path) -> list[str]:
-    """Finds image files by the names that a caption file gives them.
+    """Finds image files by the names that a caption file gives them, in any Unicode normal form.
 
     COCO's files disagree about folders (``val2014/COCO_val2014_...jpg`` in Karpathy's, the bare name in the
     official ones), and so do the places where people unpack them: a name is looked for as it stands, without
-    its folder, and in the folder that COCO's own names tell.
+    its folder, and in the folder that COCO's own names say.
 
     Args:
         names: Names, perhaps with a folder.
@@ -84,9 +117,11 @@ def find_images(names: Sequence[str], root: Path) -> list[str]:
 
     Raises:
         DataError: If files are missing (the message counts them and names the first) or cannot be looked up,
-            or one file is found by two names: its captions would be those of two images.
+            a name is a URL or leads out of the folder, or one file is found by two names: its captions would
+            be those of two images.
     """
-    found = [next((path for path in _places(name, root) if _is_file(path)), None) for name in names]
+    refuse_urls(names[:1], "the file of captions")
+    found = [next(filter(None, (find_file(root, place) for place in _places(name))), None) for name in names]
     missing = [name for name, path in zip(names, found, strict=True) if path is None]
     if missing:
         first = missing[0]
@@ -103,26 +138,35 @@ def find_images(names: Sequence[str], root: Path) -> list[str]:
         if other != name:  # of one name twice, whoever reads the file knows the place
             raise DataError(
                 f"the images {other!r} and {name!r} are both found as {path}, but two images are two files; "
-                "set image_root to the folder that holds the folders of their names, or mend the names"
+                "set image_root to the folder that holds the folders of their names, or correct the names"
             )
     return paths
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # then there is no such file
-            return False
-        raise DataError(f"{path} cannot be looked up ({error.strerror}); mend that") from error
+def refuse_urls(values: Sequence[object], where: str) -> None:
+    """Checks that images are not named by URLs: a job would find none of them, one by one.
+
+    Args:
+        values: Some of the values that stand for images.
+        where: What holds them, for the message.
+
+    Raises:
+        DataError: If the first text among them is a URL.
+    """
+    first = next((value for value in values if isinstance(value, str) and value.strip()), "")
+    if is_url(first):
+        raise DataError(
+            f"{where} names images by URLs, first {first.strip()[:_LONGEST_SHOWN]}, which are not fetched; "
+            "download the images first, for example with img2dataset, and give the tars or folder it writes"
+        )
 
 
-def _places(name: str, root: Path) -> Iterator[Path]:
-    yield root / name
+def _places(name: str) -> Iterator[str]:
+    yield name
     base = name.rpartition("/")[2]
-    yield root / base
-    if told := _COCO_NAME.match(base):
-        yield root / told[1] / base
+    yield base
+    if split := _COCO_NAME.match(base):
+        yield f"{split[1]}/{base}"
 
 
 def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
@@ -131,7 +175,7 @@ def _walk(folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> Itera
             entries = list(found)
             status = os.stat(folder)  # noqa: PTH116
     except OSError as error:
-        raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); mend that") from error
+        raise DataError(f"the folder {folder} cannot be listed ({error.strerror}); correct that") from error
     identity = (status.st_dev, status.st_ino)
     if identity in above:  # a link to a folder that it lies in
         return

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from xbt.data.captions import check_source
 from xbt.data.class_labels import HubColumns, Labelled, read_class_folders, read_hub_labels
-from xbt.data.hf_datasets import HUB_PREFIX
+from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.image_text_pairs import SelectedImages, choose_subset
 from xbt.data.labelled_images import LabelledImages
 from xbt.errors import ConfigError, DataError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xbt.data.captions import check_source
 from xbt.data.files import kind_of
-from xbt.data.hf_datasets import HUB_PREFIX
+from xbt.data.hf_folders import HUB_PREFIX
 from xbt.errors import ConfigError
 
 _HUB_ALONE = ("subset", "image_column", "caption_column", "id_column", "split_column")
