@@ -64,12 +64,14 @@ def _read_lines(path: Path, column: str) -> Iterator[Row]:
         return
     seen: Counter[str] = Counter()
     for row, each in enumerate(table):
+        where = f"{path}, line {each.number}"
+        value = unpacked(each.caption, where)
         if each.image is None:
-            name = f"row-{row}"
-        else:
-            name = f"{each.image}#{seen[each.image]}"
+            yield from named_rows(value, f"row-{row}", where)
+            continue
+        for caption in as_captions(value, where):
+            yield f"{each.image}#{seen[each.image]}", caption
             seen[each.image] += 1
-        yield from named_rows(unpacked(each.caption), name, f"{path}, line {each.number}")
 
 
 def _split_lines(text: str) -> list[str]:
