@@ -19,6 +19,7 @@ from jsonargparse import get_loader, set_parsing_settings
 from xbt.errors import ConfigError, XbtError
 
 _MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 50
 _CLASS_PATH = "class_path"
 
 
@@ -128,9 +129,7 @@ def _read_yaml(file: str, config_class: type[Any]) -> str:
         raise ConfigError(f"--config {file} is longer than {_MAX_CONFIG_BYTES:,} bytes; give a YAML file")
     try:
         text = content.decode("utf-8-sig")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            # A few lines of aliases of aliases stand for billions of values.
-            raise ConfigError(f"--config {file} has an alias (*name); write the value in its place")
+        _refuse_bombs(text, file)
         parsed = get_loader("yaml")(text) if text.strip() else {}
         plain = _plain({} if parsed is None else parsed, config_class, "", file)
         if not isinstance(plain, dict):
@@ -138,11 +137,20 @@ def _read_yaml(file: str, config_class: type[Any]) -> str:
         return yaml.dump(plain, Dumper=_QuotingDumper, width=sys.maxsize)
     except XbtError:
         raise
-    except RecursionError as error:
-        raise ConfigError(f"--config {file} is nested too deeply; write fewer levels") from error
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config {file} is not valid YAML ({reason}); fix the file") from error
+
+
+def _refuse_bombs(text: str, file: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            # A few lines of aliases of aliases stand for billions of values.
+            raise ConfigError(f"--config {file} has an alias (*name); write the value in its place")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"--config {file} is nested too deeply; write fewer levels")
 
 
 class _QuotingDumper(yaml.SafeDumper):
