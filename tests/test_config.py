@@ -4,10 +4,14 @@ import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from fuzzing import damaged, damaged_json, dump, fuzzed, loads_or_refuses
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xbt.config import (
     config_to_yaml,
@@ -18,6 +22,8 @@ from xbt.config import (
     run_guarded,
     run_recipe,
 )
+from xbt.data import CaptionSource, PairSource
+from xbt.data.image_collection import ImageCollection
 from xbt.errors import ConfigError, DataError
 
 
@@ -46,6 +52,131 @@ class Settings:
     """The inner ones."""
     labels: dict[str, str] = field(default_factory=dict)
     targets: str | list[str] | None = None
+
+
+@dataclass
+class Sources:
+    """Sources of all kinds."""
+
+    captions: CaptionSource | None = None
+    images: ImageCollection | None = None
+    pairs: PairSource | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+    output_dir: str = "run"
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """A module in the working directory that leaves a file when it is imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "trapdoor.py").write_text("open('imported', 'w').close()\nclass txt: pass\n")
+    yield tmp_path
+    assert not (tmp_path / "imported").exists()
+    assert "trapdoor" not in sys.modules
+
+
+def test_a_plain_string_is_a_source(trap):
+    for name, kind in (("captions", CaptionSource), ("images", ImageCollection), ("pairs", PairSource)):
+        (trap / "a.yaml").write_text(f"{name}: trapdoor.txt\n")
+        told = Sources(**{name: kind("trapdoor.txt")})
+        for flags in ([f"--{name}", "trapdoor.txt"], [f"--{name}=trapdoor.txt"], ["--config", "a.yaml"]):
+            assert parse_config(Sources, flags) == told
+        limited = parse_config(Sources, ["--config", "a.yaml", f"--{name}.limit", "3"])
+        assert getattr(limited, name) == kind("trapdoor.txt", limit=3)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "captions: {class_path: trapdoor.txt}",
+        "captions: {source: a, class_path: trapdoor.txt}",
+        "captions.class_path: trapdoor.txt",
+        "class_path: trapdoor.txt",
+        "inner: {class_path: trapdoor.txt, init_args: {}}",
+        "options: {a: {class_path: trapdoor.txt}}",
+        "options: {a: [{b: {class_path: trapdoor.txt}}]}",
+        'options: {a: {"class\\x5fpath": trapdoor.txt}}',
+    ],
+)
+def test_no_class_path_is_imported_from_yaml(trap, text):
+    (trap / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.yaml: .*class_path names Python code"):
+        parse_config(Sources, ["--config", "a.yaml"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--captions.class_path", "trapdoor.txt"],
+        ["--captions", "{class_path: trapdoor.txt}"],
+        ["--captions={class_path: trapdoor.txt}"],
+        ["--options.a", "{class_path: trapdoor.txt, init_args: {}}"],
+        ["--options", '{a: [{"class\\x5fpath": trapdoor.txt}]}'],
+        ["--inner.class_path=trapdoor.txt"],
+    ],
+)
+def test_no_class_path_is_imported_from_flags(trap, flags):
+    with pytest.raises(ConfigError, match="class_path names Python code, which xbt never imports"):
+        parse_config(Sources, flags)
+
+
+@pytest.mark.parametrize("flags", [["--inner", "trapdoor.txt"], ["--captions.help", "trapdoor.txt"]])
+def test_nothing_is_imported_for_other_strings(trap, flags, capsys):
+    with pytest.raises((ConfigError, SystemExit)):
+        parse_config(Sources, flags)
+
+
+@pytest.mark.parametrize(
+    "text", ["options: {a: &a [x, x], b: *a}", "- a", "b", "[" * 5_000, "a: " + "b" * 2**20]
+)
+def test_odd_yaml_is_one_sentence(tmp_path, text):
+    (tmp_path / "odd.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"odd\.yaml .*; (write|give|fix)"):
+        parse_config(Sources, ["--config", str(tmp_path / "odd.yaml")])
+
+
+def test_strings_in_yaml_stay_strings(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "captions: {source: '1e-3', column: 'no'}\noptions: {a: 1e-3, b: '1e-3'}"
+    )
+    read = parse_config(Sources, ["--config", str(tmp_path / "a.yaml")])
+    assert read.captions == CaptionSource("1e-3", column="no")
+    assert read.options == {"a": 0.001, "b": "1e-3"}
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", "simplecache::s3://b", "s3:/b"])
+def test_a_url_as_output_is_refused(url):
+    with pytest.raises(ConfigError, match=r"--output_dir .* is a URL, but xbt writes to local folders only"):
+        parse_config(Sources, ["--output_dir", url])
+
+
+@dataclass
+class Few:
+    """One setting of each kind."""
+
+    captions: CaptionSource | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+    targets: str | list[str] | None = None
+
+
+_EXAMPLE = {
+    "captions": {"source": "a.txt", "limit": 3},
+    "targets": ["a", "b"],
+    "options": {"noise": 0.3, "names": ["a", "b"]},
+    "inner": {"rank": 4},
+}
+_FEW = make_parser(Few)  # which takes longer than parsing
+
+
+@fuzzed
+@given(data=st.one_of(damaged(yaml.safe_dump(_EXAMPLE).encode()), damaged_json(_EXAMPLE).map(dump)))
+def test_fuzz_yaml_configs(data, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "fuzzed.yaml"
+    file.write_bytes(data)
+    loads_or_refuses(lambda: parse_flags(_FEW, Few, ["--config", str(file)]), len(data))
 
 
 def test_flags_override_yaml_and_yaml_overrides_defaults(tmp_path):

@@ -15,6 +15,7 @@ FLOORS = [
         "errors",
         "version",
         "config",
+        "config_files",
         "run_dir",
         "images",
         "image_plugins",

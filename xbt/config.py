@@ -18,16 +18,18 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
+from xbt.config_files import plain_flags
 from xbt.errors import ConfigError, XbtError
 
 ConfigT = TypeVar("ConfigT")
 
 USER_ERRORS = (XbtError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-"""What a user can mend, and needs no traceback for."""
+"""Errors that a user can fix, which need no traceback."""
 WRONG_INPUT, INTERRUPTED = 2, 130
 """Exit statuses."""
+_URL = re.compile(r"[A-Za-z][\w+.-]+:/|[^/]*::")
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_parsing_settings(docstring_parse_attribute_docstrings=True, instantiate_subclass_spec_in_any=False)
 
 
 class _HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -79,7 +81,8 @@ def parse_config(
 
     Raises:
         ConfigError: If a key is unknown, a value has the wrong type or fails the dataclass's own checks, a
-            required key is missing, or the YAML file is missing or malformed.
+            required key is missing, the YAML file is missing or malformed, a value names Python code, or the
+            output directory is a URL.
     """
     flags = list(sys.argv[1:] if argv is None else argv)
     return parse_flags(make_parser(config_class, prog), config_class, flags)[0]
@@ -89,6 +92,9 @@ def parse_flags(
     parser: ArgumentParser, config_class: type[ConfigT], flags: Sequence[str]
 ) -> tuple[ConfigT, dict[str, Any]]:
     """Builds a config with a parser that may know other arguments beside the config's keys.
+
+    A plain string in place of a source (captions, images or pairs) is its ``source``. Nothing is imported:
+    jsonargparse would take such a string, and ``class_path``, for a class of any module.
 
     Args:
         parser: From :func:`make_parser`.
@@ -102,25 +108,34 @@ def parse_flags(
         ConfigError: As :func:`parse_config`.
     """
     try:
-        parsed = parser.instantiate(parser.parse_args(_files_first(flags)))
+        parsed = parser.instantiate(parser.parse_args(plain_flags(flags, config_class)))
     except XbtError:
         raise
     except Exception as error:  # jsonargparse wraps what a dataclass's own check raised
         raise ConfigError(_explain(error, flags)) from error
     values, known = dict(vars(parsed)), {each.name for each in fields(config_class)}  # type: ignore[arg-type]
     config = config_class(**{key: values.pop(key) for key in list(values) if key in known})
+    for name in ("output_dir", "results"):
+        require_local(getattr(config, name, None) or "", f"--{name}")
     return config, values
 
 
-def _files_first(flags: Sequence[str]) -> list[str]:
-    """The flags with ``--config FILE`` before all others: what is typed wins, wherever the file is named."""
-    end = flags.index("--") if "--" in flags else len(flags)
-    files: list[str] = []
-    others: list[str] = []
-    for place, flag in enumerate(flags[:end]):
-        named = flag == "--config" or (place > 0 and flags[place - 1] == "--config")
-        (files if named or flag.startswith("--config=") else others).append(flag)
-    return [*files, *others, *flags[end:]]
+def require_local(path: str | Path, option: str) -> None:
+    """Checks that a path to write to is no URL.
+
+    Args:
+        path: The path.
+        option: The option that gave it, for the error.
+
+    Raises:
+        ConfigError: If it is a URL (``s3://``, ``memory://``, ...), which would become a local folder of
+            that name.
+    """
+    if _URL.match(str(path)):
+        raise ConfigError(
+            f"{option} {path} is a URL, but xbt writes to local folders only; give a local path, and copy "
+            "the result when it is done"
+        )
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -150,7 +165,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def run_recipe(main: Callable[[ConfigT], object], config_class: type[ConfigT]) -> None:
     """Runs a recipe's main function with the command line's config, and turns errors into one sentence.
 
-    Exits with status 2 for what the user can mend (an :class:`XbtError` or a missing or unwritable file) and
+    Exits with status 2 for what the user can fix (an :class:`XbtError` or a missing or unwritable file) and
     130 after an interrupt. Anything else is a bug and keeps its traceback.
     """
     prog = Path(sys.argv[0]).name

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 
-from xbt.config import config_to_dict, config_to_yaml, flatten, is_main_process
+from xbt.config import config_to_dict, config_to_yaml, flatten, is_main_process, require_local
 from xbt.errors import ConfigError
 
 _CONFIG = "config.yaml"
@@ -64,13 +64,14 @@ class RunDirectory:
         may_change: Further settings that may be others when the run is continued.
 
     Raises:
-        ConfigError: If the directory holds a run with other settings and ``overwrite`` is not given; the
-            message lists what differs. In the main process also if it cannot be written.
+        ConfigError: If the directory is a URL, or holds a run with other settings and ``overwrite`` is not
+            given; the message lists what differs. In the main process also if it cannot be written.
     """
 
     def __init__(
         self, path: str | Path, config: Any, overwrite: bool = False, may_change: Iterable[str] = ()
     ) -> None:
+        require_local(path, "--output_dir")
         self.path = Path(path)
         self._free = _NOT_IDENTITY.union(may_change)
         self._config = config

@@ -10,8 +10,13 @@ import sys
 import numpy as np
 import pytest
 from backfills import SCENES
+from fuzzing import damaged, fuzzed, loads_or_refuses
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xbt.backfilling import save_merge
+from xbt.cli.search_config import Queries
+from xbt.cli.search_job import read_queries
 from xbt.compatible import CompatibleEncoder, load_upgraded
 from xbt.encoders import load_encoder
 from xbt.gallery import AffineMerge, Gallery, RankMerge, RawMerge
@@ -237,10 +242,41 @@ def test_wrong_input_is_one_sentence(run, gallery, specs, words, told):
 def test_queries_that_are_no_text(run, gallery, specs, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
-    for name, told in (("empty.txt", "holds no queries"), ("latin.txt", "is not a text of UTF-8")):
+    for name, told in (("empty.txt", "holds no queries"), ("latin.txt", "latin.txt, line 1: not UTF-8")):
         said = run("search", "--gallery", gallery, "--encoder", specs[0], "--queries.file", tmp_path / name)
         assert said.status == 2
         assert told in said.err
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "told"),
+    [
+        (["a dog", "half \ud83d"], "", r"query 2, 'half \ud83d', is not valid Unicode; write it in UTF-8"),
+        (["-"], "a dog\nhalf \ud83d", "standard input, line 2: not UTF-8"),
+        (["--queries.file", "\x00"], "", "cannot be read (embedded null byte)"),
+        (["--queries.file", "a" * 5_000], "", "cannot be read (File name too long)"),
+        (["--queries.file", "/"], "", "cannot be read (Is a directory)"),
+        (["--queries.file", "/dev/zero"], "", "holds more than 1,024 bytes"),
+    ],
+)
+def test_odd_bytes_are_one_sentence(run, gallery, specs, monkeypatch, words, stdin, told):
+    monkeypatch.setattr("xbt.cli.streams._MAX_BYTES", 1024)
+    said = run("search", "--gallery", gallery, "--encoder", specs[0], *words, stdin=stdin)
+    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert told in said.err
+
+
+@fuzzed
+@given(data=st.one_of(st.binary(max_size=200), damaged(b"a dog\r\nein H\xc3\xbcndchen\n")))
+def test_fuzz_queries(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "queries.txt"
+    path.write_bytes(data)
+    loads_or_refuses(lambda: read_queries(Queries(file=str(path))), len(data))
+
+
+def test_only_line_feeds_end_a_query(tmp_path):
+    (tmp_path / "q.txt").write_bytes("one\u2028caption\x0c\r\ntwo\n\n".encode())
+    assert read_queries(Queries(file=str(tmp_path / "q.txt"))).texts == ["one\u2028caption", "two"]
 
 
 def test_as_a_program_between_others(gallery, specs):

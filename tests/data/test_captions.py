@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fuzzing import damaged, damaged_json, dump, fuzzed, loads_or_refuses
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xbt.data import CaptionSource, make_scenes, read_captions
+from xbt.data.captions import read_caption_rows
 from xbt.errors import ConfigError, DataError
 
 CAPTIONS = ["A dog runs .", "Ein Hund läuft.", "two cats, \u2028one line"]
@@ -185,7 +190,7 @@ def test_limit_is_a_seeded_subset_in_order(tmp_path):
         ("a.json", '{"annotations": []}', "is empty"),
         ("a.json", '{"annotations": [{"caption": "x"}, {"id": 1}]}', "record 1 of 'annotations' lacks"),
         ("a.json", '{"images": []}', "is empty"),
-        ("a.csv", "x", "its suffix must be"),
+        ("a.xml", "x", "its suffix must be"),
         ("a", "x", "its suffix must be"),
         ("a.parquet.gz", "x", "its suffix must be"),
     ],
@@ -230,3 +235,124 @@ def test_values_are_checked_at_once():
         CaptionSource("scenes", limit=0)
     with pytest.raises(ConfigError, match="source is empty"):
         CaptionSource(" ")
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv"])
+def test_captions_that_are_no_unicode_are_left_out_with_one_warning(tmp_path, suffix):
+    broken = ["A dog \ud83d", "\ude00", "a\udc80"]
+    captions = [*CAPTIONS[:2], *broken]
+    path = tmp_path / f"c.{suffix}"
+    if suffix in ("txt", "csv"):  # which cannot hold them but as JSON
+        lists = json.dumps(captions).replace('"', '""')
+        path.write_text(f'image,caption\na.jpg,"{lists}"\n')
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps({"caption": caption}) + "\n" for caption in captions))
+    else:
+        path.write_text(karpathy(("test", captions)))
+    with pytest.warns(UserWarning, match="^3 of the 5 captions of .* are not valid Unicode") as caught:
+        assert read_captions(str(path)) == CAPTIONS[:2]
+    assert len(caught) == 1
+    assert len(read_caption_rows(CaptionSource(str(path)))[1]) == 5
+    with pytest.warns(UserWarning, match="valid Unicode"):
+        assert len(read_captions(CaptionSource(str(path), limit=2))) == 2
+    assert read_caption_rows(CaptionSource(str(path), limit=2))[1] == CAPTIONS[:2]
+
+
+def test_captions_of_which_none_is_unicode_are_refused(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"caption": "\\ud83d"}\n{"caption": " "}\n')
+    with pytest.raises(DataError, match="holds 2 captions, but all are only spaces or not valid Unicode"):
+        read_captions(str(tmp_path / "c.jsonl"))
+
+
+def test_broken_utf8_is_refused_with_its_place(tmp_path):
+    for name in ("c.txt", "c.jsonl", "c.csv", "c.json"):
+        (tmp_path / name).write_bytes(b'{"caption":"a"}\n{"caption":"b\xff"}\n')
+        with pytest.raises(DataError, match=rf"{name}, line 2: not UTF-8"):
+            read_captions(str(tmp_path / name))
+    table = pa.table({"caption": ["a", "n\u00efve"]})
+    pq.write_table(table, tmp_path / "whole.parquet", compression="none", use_dictionary=False)
+    damage = (tmp_path / "whole.parquet").read_bytes().replace("\u00ef".encode(), b"\xff\xaf")
+    (tmp_path / "c.parquet").write_bytes(damage)
+    with pytest.raises(DataError, match=r"c\.parquet, row 1: not UTF-8"):
+        read_captions(str(tmp_path / "c.parquet"))
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
+    twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["caption", "caption"])
+    pq.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="has two columns 'caption'; rename one"):
+        read_captions(str(tmp_path / "c.parquet"))
+
+
+def test_a_parquet_file_that_unpacks_beyond_its_limit_is_refused(tmp_path):
+    blank = pa.array([" " * (1 << 20)] * 80)
+    pq.write_table(
+        pa.table({"caption": blank}), tmp_path / "c.parquet", compression="zstd", use_dictionary=False
+    )
+    with pytest.raises(DataError, match=r"unpacks to more than 67,108,864 bytes"):
+        read_captions(str(tmp_path / "c.parquet"))
+
+
+_RECORDS = {
+    "Karpathy": json.loads(karpathy(("train", ["A b.", "C d."]), ("test", ["E f."]))),
+    "COCO": {
+        "images": [{"id": 7, "file_name": "7.jpg"}, {"id": "8", "file_name": "8.jpg"}],
+        "annotations": [
+            {"image_id": 7, "id": 1, "caption": "A b."},
+            {"image_id": "8", "caption": "C"},
+        ],
+    },
+}
+_TEXTS = {
+    "txt": "\n".join(CAPTIONS).encode(),
+    "jsonl": "\n".join(json.dumps({"caption": caption}) for caption in CAPTIONS).encode(),
+    "csv": b'image,caption\na.jpg,"One, ""two"" ."\na.jpg,"[""x"", ""y""]"\nb.jpg,Three .\n',
+    "token": b"a.jpg#0\tOne .\na.jpg#1\tTwo .\nb.jpg#0\tThree .\n",
+    "tsv": b"filepath\ttitle\na.jpg\tOne .\nb.jpg\tTwo .\n",
+}
+
+
+def fuzz(path, data, read):
+    path.write_bytes(data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loads_or_refuses(lambda: read(str(path)), len(data))
+
+
+@pytest.mark.parametrize("kind", list(_TEXTS))
+@fuzzed
+@given(data=st.data())
+def test_fuzz_caption_text(tmp_path_factory, kind, data):
+    path = tmp_path_factory.getbasetemp() / f"fuzzed.{kind}"
+    fuzz(path, data.draw(damaged(_TEXTS[kind])), read_captions)
+
+
+@pytest.mark.parametrize("kind", ["Karpathy", "COCO"])
+@pytest.mark.parametrize("suffix", ["json", "json.gz"])
+@fuzzed
+@given(data=st.data())
+def test_fuzz_caption_json(tmp_path_factory, kind, suffix, data):
+    path = tmp_path_factory.getbasetemp() / f"fuzzed.{suffix}"
+    content = data.draw(damaged_json(_RECORDS[kind]).map(dump))
+    if suffix == "json.gz":
+        content = data.draw(damaged(gzip.compress(content)) | st.just(gzip.compress(content)))
+    fuzz(path, content, read_captions)
+
+
+@fuzzed
+@given(rows=st.lists(damaged_json({"caption": ["A b.", {"raw": "C d."}]}).map(dump), min_size=1, max_size=4))
+def test_fuzz_caption_lines(tmp_path_factory, rows):
+    fuzz(tmp_path_factory.getbasetemp() / "fuzzed.jsonl", b"\n".join(rows), read_captions)
+
+
+@fuzzed
+@given(data=st.data())
+def test_fuzz_caption_parquet(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "whole.parquet"
+    if not path.exists():
+        table = pa.table({"caption": ["A b.", "na\u00efve", None], "lists": [["a"], [], ["b", "c"]]})
+        pq.write_table(table, path, compression="none")
+    content = data.draw(damaged(path.read_bytes()))
+    column = data.draw(st.sampled_from(["caption", "lists"]))
+    target = path.with_name("fuzzed.parquet")
+    fuzz(target, content, lambda name: read_captions(CaptionSource(name, column=column)))

@@ -4,11 +4,15 @@ import gzip
 import io
 import json
 import pickle
+import unicodedata
 import warnings
 
 import datasets
 import numpy as np
 import pytest
+from fuzzing import damaged, damaged_json, dump, fuzzed, loads_or_refuses
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from xbt.data import PairSource, load_pairs, make_scenes
@@ -124,9 +128,9 @@ def test_malformed_karpathy(coco, change, message):
 def test_sources_that_are_no_pairs(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.json").write_text('{"annotations": [], "images": []}')
-    (tmp_path / "a.csv").write_text("a")
+    (tmp_path / "a.xml").write_text("a")
     with pytest.raises(DataError, match="give a Karpathy split file"):
-        load_pairs(str(tmp_path / "a.csv"))
+        load_pairs(str(tmp_path / "a.xml"))
     with pytest.raises(DataError, match="names no image: captions alone are no pairs"):
         load_pairs(str(tmp_path / "a.txt"))
     with pytest.raises(DataError, match=r"neither in Karpathy's format .* nor in COCO's"):
@@ -201,3 +205,104 @@ def test_scenes_and_limit(coco):
         some = load_pairs(PairSource(str(coco), limit=2, seed=0))
     assert len(some) == 2
     assert some.ids == sorted(some.ids)
+
+
+def official(names):
+    return {
+        "images": [{"id": row, "file_name": name} for row, name in enumerate(names)],
+        "annotations": [{"image_id": row, "caption": f"Caption {row}."} for row in range(len(names))],
+    }
+
+
+def split_file(names):
+    return {
+        "images": [
+            {"filename": name, "split": "test", "sentences": [{"raw": f"Caption {row}."}]}
+            for row, name in enumerate(names)
+        ]
+    }
+
+
+def test_captions_that_are_no_unicode_are_left_out_with_one_warning(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png(COLOURS[0]))
+    content = split_file(["a.png", "b.png"])
+    content["images"][0]["sentences"] += [{"raw": "half \ud83d"}, {"raw": " "}]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    message = (
+        r"1 of the captions .* blank .*; 1 of the captions .*, first one of 'a\.png', are not valid Unicode"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        assert load_pairs(str(tmp_path / "a.json")).captions == [["Caption 0."], ["Caption 1."]]
+    assert len(caught) == 1
+    content["images"][1]["sentences"] = [{"raw": "\ude00"}]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"1 of 2 images .* have no caption and are left out, first b\.png"):
+        assert load_pairs(str(tmp_path / "a.json")).ids == ["a.png"]
+
+
+@pytest.mark.parametrize("make", [official, split_file])
+def test_image_names_in_any_normal_form(tmp_path, make):
+    names = [unicodedata.normalize(form, f"Fotos é/{form} ñ.png") for form in ("NFC", "NFD")]
+    for name, form in zip(names, ("NFD", "NFC"), strict=True):
+        path = tmp_path / unicodedata.normalize(form, name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(COLOURS[0]))
+    (tmp_path / "a.json").write_text(json.dumps(make(names)))
+    pairs = load_pairs(str(tmp_path / "a.json"))
+    assert pairs.ids == names
+    assert pairs.image(1).size == (8, 6)
+
+
+@pytest.mark.parametrize("make", [official, split_file])
+@pytest.mark.parametrize("name", ["../b.png", "c/../../b.png", "/{}/b.png"])
+def test_names_that_leave_the_image_root_are_refused(tmp_path, make, name):
+    (tmp_path / "b.png").write_bytes(png(COLOURS[0]))
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "a.png").write_bytes(png(COLOURS[0]))
+    (root / "a.json").write_text(json.dumps(make(["a.png", name.format(tmp_path)])))
+    with pytest.raises(DataError, match=r"record 1 of 'images' names the file .*, which lies outside of the"):
+        load_pairs(str(root / "a.json"))
+    inside = make([str(root / "a.png")])
+    (root / "a.json").write_text(json.dumps(inside))
+    assert len(load_pairs(str(root / "a.json"))) == 1
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), True, None])
+def test_coco_ids_that_are_no_numbers_are_refused(tmp_path, number):
+    content = official(["a.png"])
+    content["images"][0]["id"] = number
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"record 0 of 'images' has the image id .* where a number should be"):
+        load_pairs(str(tmp_path / "a.json"))
+
+
+def fuzz_pairs(path, content):
+    path.write_bytes(content)
+    (path.parent / "a.png").write_bytes(png(COLOURS[0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loads_or_refuses(lambda: load_pairs(str(path)), len(content))
+
+
+@pytest.mark.parametrize("make", [official, split_file])
+@fuzzed
+@given(data=st.data())
+def test_fuzz_pair_json(tmp_path_factory, make, data):
+    content = data.draw(damaged_json(make(["a.png"])).map(dump))
+    fuzz_pairs(tmp_path_factory.getbasetemp() / "fuzzed.json", content)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("txt", b'image,caption\na.png,One .\na.png,"Two, ""three"" ."\n'),
+        ("token", b"a.png#0\tOne .\na.png#1\tTwo .\n"),
+        ("csv", b"image_name| comment_number| comment\na.png| 0| One .\na.png| 1| Two .\n"),
+    ],
+)
+@fuzzed
+@given(data=st.data())
+def test_fuzz_pair_text(tmp_path_factory, suffix, text, data):
+    fuzz_pairs(tmp_path_factory.getbasetemp() / f"fuzzed.{suffix}", data.draw(damaged(text)))

@@ -332,7 +332,7 @@ def test_a_picture_without_captions_is_left_out(made, tmp_path):
         (lambda c: c["annotations"].clear(), "holds no list of 'annotations'"),
         (
             lambda c: c["annotations"][0].update(caption=7),
-            "a int .* where a caption should be; mend the record$",
+            "a int .* where a caption should be; fix the record$",
         ),
         (lambda c: c["images"][2].update(id=[7]), r"record 2 of 'images' has the image id \[7\], a list"),
         (lambda c: c["images"][2].update(id={"a": 7}), "record 2 of 'images' has the image id .*, a dict"),
@@ -415,7 +415,7 @@ def test_options_that_do_not_apply(made, tmp_path):
         with pytest.raises(ConfigError, match=message):
             load_pairs(source)
     lines.write_text(lines.read_text() + "a line of words\n")
-    with pytest.raises(DataError, match=r"line 33: 'a line of words' does not begin with an image's name"):
+    with pytest.raises(DataError, match=r"line 33: 'a line of words' has 1 fields where the first"):
         load_pairs(str(lines))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from xbt.config import require_local
 from xbt.errors import ConfigError
 
 
@@ -32,8 +33,9 @@ class CreateConfig:
         """Checks the values.
 
         Raises:
-            ConfigError: If nothing says of which space the vectors are.
+            ConfigError: If nothing says of which space the vectors are, or the gallery is a URL.
         """
+        require_local(self.gallery, "--gallery")
         if self.store is None and self.encoder is None:
             raise ConfigError("give --store, or --encoder for an empty gallery of its space")
 

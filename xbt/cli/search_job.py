@@ -13,6 +13,7 @@ from xbt.backfilling import load_merge
 from xbt.cli.search_config import Queries, SearchConfig
 from xbt.cli.streams import read_lines
 from xbt.compatible import CompatibleEncoder, load_upgraded
+from xbt.data.files import is_unicode
 from xbt.data.image_folder import list_images
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError, EncoderError
@@ -107,7 +108,8 @@ def read_queries(queries: Queries) -> Queries:
 
     Raises:
         ConfigError: If there is no query at all.
-        DataError: If a text is blank, a file cannot be read, or a folder holds no picture.
+        DataError: If a text is blank or not valid Unicode, a file cannot be read, or a folder holds no
+            picture.
     """
     texts, images = (
         [given] if isinstance(given, str) else given for given in (queries.texts, queries.images)
@@ -118,9 +120,11 @@ def read_queries(queries: Queries) -> Queries:
     texts = [text for text in texts if text != STDIN]
     for file in files:
         texts += read_lines(str(file), "queries")
-    blank = next((row for row, text in enumerate(texts) if not text.strip()), None)
-    if blank is not None:
-        raise DataError(f"query {blank + 1} is blank; write what to search for")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise DataError(f"query {number} is blank; write what to search for")
+        if not is_unicode(text):
+            raise DataError(f"query {number}, {text!r}, is not valid Unicode; write it in UTF-8")
     pictures = []
     for image in images:
         path = Path(image).expanduser()

@@ -10,6 +10,8 @@ from io import TextIOWrapper
 
 from xbt.errors import DataError
 
+_MAX_BYTES = 1 << 28
+
 
 @contextmanager
 def prints_on_stderr() -> Iterator[None]:
@@ -50,26 +52,49 @@ def show(text: str) -> None:
 
 
 def read_lines(file: str, what: str) -> list[str]:
-    """The lines of a file of UTF-8, or of standard input, stripped and without blank ones.
+    """Reads the lines of a UTF-8 file, or of standard input, stripped and without blank ones.
 
     Args:
         file: A path, or ``-`` for standard input.
-        what: What the lines are, for the message.
+        what: Name of what the lines are, for the error.
+
+    Returns:
+        The lines. Only line feeds end a line.
 
     Raises:
-        DataError: If there is none, or it is no text.
-        FileNotFoundError: If there is no such file.
+        DataError: If there is no such file, it cannot be read, is too long, is not UTF-8 (the message gives
+            the line) or holds no line.
     """
     where = "standard input" if file == "-" else file
     try:
-        if file == "-":
-            data = sys.stdin.read()
-        else:
-            with open(file, encoding="utf-8-sig") as opened:  # noqa: PTH123 - a path as it was typed
-                data = opened.read()
+        data = _read(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{where} does not exist; check the path") from error
+    except (OSError, ValueError) as error:  # a path with a null character is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(
+            f"{where} cannot be read ({reason}); give a text file with one of the {what} a line"
+        ) from error
+    if len(data) > _MAX_BYTES:
+        raise DataError(f"{where} holds more than {_MAX_BYTES:,} bytes; split it and give one part at a time")
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not a text of UTF-8 ({error.reason}); convert it") from error
-    lines = [line.strip() for line in data.splitlines() if line.strip()]
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{where}, line {line}: not UTF-8; save it in UTF-8") from error
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError(f"{where} holds no {what}; give one on each line")
     return lines
+
+
+def _read(file: str) -> bytes:
+    """The bytes of a file or of standard input, or one more than are allowed."""
+    if file != "-":
+        with open(file, "rb") as opened:  # noqa: PTH123 - a path as it was typed
+            return opened.read(_MAX_BYTES + 1)
+    if sys.stdin is None:  # closed by whoever started this process
+        return b""
+    if isinstance(sys.stdin, TextIOWrapper):  # whose own decoder depends on the locale
+        return sys.stdin.buffer.read(_MAX_BYTES + 1)
+    return sys.stdin.read().encode("utf-8", "surrogatepass")

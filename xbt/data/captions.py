@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from xbt.data.caption_files import Row, named_rows, read_rows
+from xbt.data.files import is_unicode
 from xbt.data.hf_datasets import open_dataset, read_column, read_ids
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.image_text_pairs import choose_subset
@@ -23,10 +25,12 @@ class CaptionSource:
     """
 
     source: str
-    """A .txt, .jsonl, .json (Karpathy's splits or COCO captions; each may end in .gz) or .parquet file,
-    hf: and a Hub data set or a local directory, or scenes for the built-in world."""
+    """A .txt, .jsonl, .csv, .tsv, .token or .json file (Karpathy's splits or COCO captions; each may end in
+    .gz), a .parquet file, hf: and a Hub data set or a local directory, or scenes for the built-in world. Of a
+    file that names images, such as Flickr8k.token.txt, the captions alone are read."""
     column: str = "caption"
-    """Column or key that holds a caption, or a list of captions, per row (.jsonl, .parquet, hf:)."""
+    """Column or key that holds a caption, or a list of captions, per row (.jsonl, .parquet, .csv, .tsv,
+    hf:)."""
     split: str | None = None
     """Split to read (Karpathy's .json, hf:, scenes); a + joins two of Karpathy's."""
     subset: str | None = None
@@ -67,7 +71,11 @@ def read_captions(source: CaptionSource | str) -> list[str]:
     Raises:
         ConfigError: If an option does not apply to this kind of source.
         DataError: If the source cannot be read or holds no caption; the message names the file, the line
-            where there is one, and the mend.
+            where there is one, and the fix.
+
+    Warns:
+        UserWarning: If captions were left out that are not valid Unicode, or captions seem to be quoted in a
+            file that is not.
 
     Example:
         >>> read_captions("captions.txt.gz")
@@ -76,13 +84,23 @@ def read_captions(source: CaptionSource | str) -> list[str]:
     """
     if isinstance(source, str):
         source = CaptionSource(source)
-    found = 0
+    found, broken = 0, []
     captions = []
-    for _, caption in _rows(source):
+    for name, caption in _rows(source):
         found += 1
-        if caption is not None and caption.strip():
+        if caption is None or not caption.strip():
+            continue
+        if is_unicode(caption):
             captions.append(caption.strip())
+        else:
+            broken.append(name)
     _refuse_empty(source, found, len(captions))
+    if broken:
+        warnings.warn(
+            f"{len(broken)} of the {found} captions of {source.source}, first {broken[0]!r}, are not valid "
+            "Unicode (half of a surrogate pair, as in a text that was cut short) and are left out",
+            stacklevel=2,
+        )
     return [captions[i] for i in choose_subset(len(captions), source.limit, source.seed)]
 
 
@@ -94,19 +112,19 @@ def read_caption_rows(source: CaptionSource) -> tuple[list[str], list[str | None
 
     Returns:
         Ids and captions. An id is ``"<image name>#<position>"`` in Karpathy's files and the scenes, as
-        Flickr30k's own token files write it; the annotation's id in COCO's; otherwise the row's, with a
-        position where a row holds a list: ``"row-17"``, ``"row-17#0"``. With a limit, blank captions are left
-        out.
+        Flickr30k's own token files write it, and in other text that names images; the annotation's id in
+        COCO's; otherwise the row's, with a position where a row holds a list: ``"row-17"``, ``"row-17#0"``.
+        With a limit, captions that are blank or not valid Unicode are left out.
 
     Raises:
         ConfigError: As :func:`read_captions`.
         DataError: As :func:`read_captions`, or if an id occurs twice.
     """
     rows = list(_rows(source))
-    told = [row for row in rows if row[1] is not None and row[1].strip()]
-    _refuse_empty(source, len(rows), len(told))
+    usable = [row for row in rows if row[1] is not None and row[1].strip() and is_unicode(row[1])]
+    _refuse_empty(source, len(rows), len(usable))
     if source.limit is not None:
-        rows = [told[i] for i in choose_subset(len(told), source.limit, source.seed)]
+        rows = [usable[i] for i in choose_subset(len(usable), source.limit, source.seed)]
     ids = [name for name, _ in rows]
     require_unique(ids, source.source)
     return ids, [caption for _, caption in rows]
@@ -127,12 +145,13 @@ def require_unique(ids: Sequence[str], source: str) -> None:
         seen.add(name)
 
 
-def _refuse_empty(source: CaptionSource, found: int, told: int) -> None:
+def _refuse_empty(source: CaptionSource, found: int, usable: int) -> None:
     if not found:
         raise DataError(f"{source.source} is empty: it holds no caption; give a source with captions")
-    if not told:
+    if not usable:
         raise DataError(
-            f"{source.source} holds {found} captions, but all are only spaces; give one with words"
+            f"{source.source} holds {found} captions, but all are only spaces or not valid Unicode; give one "
+            "with words"
         )
 
 

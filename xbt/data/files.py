@@ -187,60 +187,71 @@ def find_file(folder: str | Path, name: str, where: str | None = None) -> Path |
     try:
         if path.is_file():
             return path
-        spelled = Path(folder)
-        for part in inside.split("/"):
-            found = part if (spelled / part).exists() else _spelling(str(spelled), part)
-            if found is None:
-                return None
-            spelled /= found
-        return spelled if spelled.is_file() else None
+        for form in _FORMS:
+            paths = [Path(folder)]
+            for part in inside.split("/"):
+                paths = [above / name for above in paths for name in _spelled(above, part, form)]
+            found = [each for each in paths if each.is_file()]
+            # In NFC equal names are one text; in NFKC they may be two.
+            if found and (form == "NFC" or len(found) == 1):
+                return found[0]
+        return None
     except OSError as error:
         if error.errno in _ABSENT:
             return None
         raise DataError(f"{path} cannot be looked up ({error.strerror}); fix that") from error
 
 
-def _spelling(folder: str, part: str) -> str | None:
-    """A file's name as it is in the folder, given one of its normal forms; ``None`` if there is none."""
-    spellings = _spellings(folder, os.stat(folder).st_mtime_ns)  # noqa: PTH116 - one string for the cache
-    for form, names in zip(_FORMS, spellings, strict=True):
-        normal = unicodedata.normalize(form, part)
-        found = names.get(normal, [])
-        if normal != part and Path(folder, normal).exists():
-            found = [normal]  # names in ASCII are not listed
-        if len(found) == 1:
-            return found[0]
-    return None
+def _spelled(folder: Path, part: str, form: Literal["NFC", "NFKC"]) -> list[str]:
+    """The names in a folder that are equal to one in a normal form, that name itself first."""
+    if not folder.is_dir():
+        return []
+    normal = unicodedata.normalize(form, part)
+    listed = _names(str(folder), folder.stat().st_mtime_ns, form).get(normal, [])
+    # Names in ASCII are not listed.
+    return list(dict.fromkeys([each for each in (part, normal) if (folder / each).exists()] + listed))
 
 
 @lru_cache(maxsize=64)
-def _spellings(folder: str, changed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The names in a folder that are not ASCII, by their canonical (NFC) and compatible (NFKC) normal forms.
+def _names(folder: str, changed: int, form: Literal["NFC", "NFKC"]) -> dict[str, list[str]]:
+    """The names in a folder that are not ASCII, by their normal form.
 
     ``changed`` makes a folder that has changed another one for the cache.
     """
-    by_form: tuple[dict[str, list[str]], dict[str, list[str]]] = ({}, {})
+    names: dict[str, list[str]] = {}
     for name in os.listdir(folder):  # noqa: PTH208 - names alone
         if not name.isascii():
-            for form, names in zip(_FORMS, by_form, strict=True):
-                names.setdefault(unicodedata.normalize(form, name), []).append(name)
-    return by_form
+            names.setdefault(unicodedata.normalize(form, name), []).append(name)
+    return names
+
+
+def check_unpacked(path: Path, size: int) -> None:
+    """Checks what a packed file unpacks to, or has unpacked to so far.
+
+    Args:
+        path: The packed file.
+        size: Unpacked bytes.
+
+    Raises:
+        DataError: If they are more than :data:`MAX_UNPACKED` or :data:`MAX_RATIO` times the file's size.
+    """
+    packed = path.stat().st_size
+    limit = min(MAX_UNPACKED, max(FREE_UNPACKED, MAX_RATIO * packed))
+    if size > limit:
+        raise DataError(
+            f"{path} ({packed:,} bytes) unpacks to more than {limit:,} bytes, the limit for its size; if it "
+            "can be trusted, unpack it with gunzip, or write it again without compression"
+        )
 
 
 def _unpack(path: Path) -> bytes:
-    packed = path.stat().st_size
-    limit = min(MAX_UNPACKED, max(FREE_UNPACKED, MAX_RATIO * packed))
     try:
         with gzip.open(path) as file:
             size = 0
             # Measured before anything is kept: a bomb then takes no memory.
             while block := file.read(_BLOCK):
                 size += len(block)
-                if size > limit:
-                    raise DataError(
-                        f"{path} ({packed:,} bytes) unpacks to more than {limit:,} bytes, the limit for its "
-                        "size; if it can be trusted, unpack it with gunzip and give the unpacked file"
-                    )
+                check_unpacked(path, size)
             file.seek(0)
             return file.read()
     except gzip.BadGzipFile as error:

@@ -7,12 +7,11 @@ image, or one for every caption; the splits are the data set's own, or a column 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from xbt.data.caption_files import as_captions
+from xbt.data.caption_files import as_captions, unpacked
 from xbt.data.hf_datasets import HubImages, check_column, open_rows, read_column, read_ids, url_hint
 from xbt.data.image_text_pairs import SelectedImages
 from xbt.data.pair_source import PairSource
@@ -63,7 +62,7 @@ def read_hub_pairs(source: PairSource) -> HubPairs:
     captions = []
     for row, value in enumerate(read_column(dataset, caption_column, source.source)):
         where = f"{source.source}, row {row}, column {caption_column!r}"
-        captions.append([told or "" for told in as_captions(_unpacked(value), where)])
+        captions.append([told or "" for told in as_captions(unpacked(value), where)])
     return _join(source, dataset, images, captions)
 
 
@@ -96,16 +95,6 @@ def _find_columns(source: PairSource, columns: Sequence[str]) -> tuple[str, str]
             )
         found.append(there[0])
     return found[0], found[1]
-
-
-def _unpacked(value: Any) -> Any:
-    """Captions that a table without lists holds as JSON in a string, as a list."""
-    if isinstance(value, str) and value.startswith('["') and value.endswith('"]'):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _join(source: PairSource, dataset: Any, images: HubImages, captions: list[list[str]]) -> HubPairs:

@@ -172,10 +172,10 @@ def _list(images: ImageCollection) -> tuple[list[str], Sequence[ImageSource]]:
         return read_ids(dataset, images.id_column, images.source), found
     if images.kind == "karpathy":
         check_is_file(path)
-        names = [image.name for image in read_karpathy(path, images.split)]
-        refuse_urls(names[:1], str(path))
         root = path.parent if images.image_root is None else Path(images.image_root).expanduser()
-        if not any(find_file(root, name, str(path)) for name in names):
+        names = [image.name for image in read_karpathy(path, images.split, root)]
+        refuse_urls(names[:1], str(path))
+        if not any(find_file(root, name) for name in names):
             raise DataError(
                 f"none of the {len(names)} image files is there, first {names[0]}, under {root}; set "
                 "image_root to the folder that holds the images"

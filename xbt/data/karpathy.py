@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xbt.data.files import read_json
+from xbt.data.files import name_within, read_json
 from xbt.data.splits import choose_splits
 from xbt.errors import DataError
 
@@ -32,54 +32,61 @@ def is_karpathy(content: Any) -> bool:
     return isinstance(content, dict) and "images" in content and "annotations" not in content
 
 
-def read_karpathy(path: Path, split: str | None = None) -> list[KarpathyImage]:
+def read_karpathy(path: Path, split: str | None = None, root: Path | None = None) -> list[KarpathyImage]:
     """Reads a Karpathy split file, plain or gzipped.
 
     Args:
         path: The ``dataset_*.json`` file.
         split: ``train`` means the split of that name alone; ``train+restval`` joins two; ``all`` or None
             takes every one. COCO's own train set is ``train+restval``.
+        root: Folder that the names are relative to, and may not leave; ``None`` if no image will be read.
 
     Returns:
         The images of the split, in the file's order.
 
     Raises:
-        DataError: If the file cannot be read or is not of this format, a record lacks a key (the message
-            gives its position), or there is no such split (the message lists those there are).
+        DataError: If the file cannot be read or is not of this format, a record lacks a key or its name
+            leaves the folder (the message gives its position), or there is no such split (the message lists
+            those there are).
     """
     content = read_json(path)
     if not is_karpathy(content):
         raise DataError(
             f"{path} is not in Karpathy's format, an object with the key 'images'; give a dataset_*.json file"
         )
-    return parse_karpathy(content, path, split)
+    return parse_karpathy(content, path, split, root)
 
 
-def parse_karpathy(content: Any, path: Path, split: str | None = None) -> list[KarpathyImage]:
+def parse_karpathy(
+    content: Any, path: Path, split: str | None = None, root: Path | None = None
+) -> list[KarpathyImage]:
     """Parses what :func:`read_karpathy` reads; ``path`` only names the file in errors."""
     records = content["images"]
     if not isinstance(records, list) or not records:
         raise DataError(f"{path} is empty: its 'images' hold no record; give a complete split file")
-    images = [_parse_record(record, position, path) for position, record in enumerate(records)]
+    images = [_parse_record(record, position, path, root) for position, record in enumerate(records)]
     if split is None:
         return images
     wanted = choose_splits(split, sorted({image.split for image in images}), str(path))
     return [image for image in images if image.split in wanted]
 
 
-def _parse_record(record: Any, position: int, path: Path) -> KarpathyImage:
+def _parse_record(record: Any, position: int, path: Path, root: Path | None) -> KarpathyImage:
     where = f"{path}: record {position} of 'images'"
     filename = _field(record, "filename", str, where)
     folder = _field(record, "filepath", str, where) if "filepath" in record else ""
+    name = f"{folder}/{filename}" if folder else filename
+    if root is not None:
+        name_within(root, name, where)
     sentences = _field(record, "sentences", list, where)
-    told = [
+    raw = [
         _field(sentence, "raw", str, f"{where}, sentence {number}")
         for number, sentence in enumerate(sentences)
     ]
     return KarpathyImage(
-        name=f"{folder}/{filename}" if folder else filename,
+        name=name,
         split=_field(record, "split", str, where),
-        sentences=tuple(text.strip() for text in told),
+        sentences=tuple(text.strip() for text in raw),
     )
 
 

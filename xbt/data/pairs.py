@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from xbt.data.files import is_unicode
 from xbt.data.hf_pairs import read_hub_pairs
 from xbt.data.image_folder import find_images
 from xbt.data.image_text_pairs import ImageTextPairs, Rejected, choose_subset
+from xbt.data.items import readable
 from xbt.data.pair_files import read_pair_file
 from xbt.data.pair_source import PairSource
 from xbt.data.retrieval_folders import read_retrieval_folder
@@ -22,8 +24,9 @@ __all__ = ["ImageTextPairs", "PairSource", "Rejected", "load_pairs", "load_reada
 def load_pairs(source: PairSource | str) -> ImageTextPairs:
     """Loads images with their captions; no image is decoded yet.
 
-    Captions are stripped. Blank ones and images without a caption are left out, with a warning that counts
-    them: a blank query has no answer, and an image without captions none that asks for it.
+    Captions are stripped. Blank ones, those that are not valid Unicode, and images without a caption are left
+    out, with a warning that counts them: a blank query has no answer, and an image without captions none that
+    asks for it.
 
     Args:
         source: What to load; a plain string stands for ``PairSource(string)``.
@@ -33,8 +36,8 @@ def load_pairs(source: PairSource | str) -> ImageTextPairs:
 
     Raises:
         ConfigError: If an option does not apply to this kind of source.
-        DataError: If the source cannot be read, image files are missing, an image comes twice, or no image
-            has a caption.
+        DataError: If the source cannot be read, image files are missing or lie outside of the image root, an
+            image comes twice, or no image has a caption.
 
     Warns:
         UserWarning: If captions or images were left out.
@@ -51,8 +54,8 @@ def load_pairs(source: PairSource | str) -> ImageTextPairs:
     if source.kind == "scenes":
         count = source.limit or DEFAULT_COUNT
         return make_scenes(count, source.seed, source.split or "train", source.image_size)
-    mend = "name the caption column" if source.kind == "hf" else "give a source that has captions"
-    pairs = _with_captions(*_read(source), source.source, mend)
+    fix = "name the caption column" if source.kind == "hf" else "give a source that has captions"
+    pairs = _with_captions(*_read(source), source.source, fix)
     return pairs.select(choose_subset(len(pairs), source.limit, source.seed)) if source.limit else pairs
 
 
@@ -95,22 +98,26 @@ def _read(source: PairSource) -> tuple[list[str], Sequence[ImageSource], list[li
     if source.kind == "tars":
         return read_retrieval_folder(source.source, source.split)
     path = Path(source.source).expanduser()
-    names, captions = read_pair_file(path, source.split)
     root = path.parent if source.image_root is None else Path(source.image_root).expanduser()
+    columns = source.image_column, source.caption_column
+    names, captions = read_pair_file(path, source.split, root, *columns)
     return names, find_images(names, root), captions
 
 
 def _with_captions(
-    ids: list[str], images: Sequence[ImageSource], captions: list[list[str]], source: str, mend: str
+    ids: list[str], images: Sequence[ImageSource], captions: list[list[str]], source: str, fix: str
 ) -> ImageTextPairs:
     """Makes pairs of the images that have a caption and warns about what is left out."""
     if not ids:
         raise DataError(f"{source} is empty: it holds no image; give a source with image–text pairs")
-    told = [[words for caption in each if (words := caption.strip())] for each in captions]
-    silent = [name for name, each in zip(ids, told, strict=True) if not each]
+    spoken = [[words for caption in each if (words := caption.strip())] for each in captions]
+    kept = [[words for words in each if is_unicode(words)] for each in spoken]
+    silent = [name for name, each in zip(ids, kept, strict=True) if not each]
     if len(silent) == len(ids):
-        raise DataError(f"none of the {len(ids)} images of {source} has a caption; {mend}")
-    blank = sum(map(len, captions)) - sum(map(len, told))
+        raise DataError(f"none of the {len(ids)} images of {source} has a caption; {fix}")
+    blank, invalid = (
+        sum(map(len, before)) - sum(map(len, after)) for before, after in ((captions, spoken), (spoken, kept))
+    )
     left_out = []
     if silent:
         left_out.append(
@@ -119,8 +126,14 @@ def _with_captions(
         )
     if blank:
         left_out.append(f"{blank} of the captions of {source} are blank and are left out")
+    if invalid:
+        first = next(name for name, *each in zip(ids, spoken, kept, strict=True) if each[0] != each[1])
+        left_out.append(
+            f"{invalid} of the captions of {source}, first one of {readable(first)!r}, are not valid Unicode "
+            "(half of a surrogate pair, as in a text that was cut short) and are left out"
+        )
     if left_out:
         warnings.warn("; ".join(left_out), stacklevel=3)
     # The placeholder never leaves this function: it keeps rows aligned until the silent ones are gone.
-    pairs = ImageTextPairs(ids, images, [each or [""] for each in told])
-    return pairs.select([row for row, each in enumerate(told) if each]) if silent else pairs
+    pairs = ImageTextPairs(ids, images, [each or [""] for each in kept])
+    return pairs.select([row for row, each in enumerate(kept) if each]) if silent else pairs

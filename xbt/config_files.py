@@ -1,0 +1,162 @@
+"""Config files and flags before jsonargparse reads them: plain strings for sources, and no Python code.
+
+jsonargparse takes a plain string in place of a dataclass, and the key ``class_path`` anywhere, for the name
+of a class, and imports its module. Here such a string is a source, and the key is refused.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from jsonargparse import get_loader, set_parsing_settings
+
+from xbt.errors import ConfigError, XbtError
+
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_DEPTH = 50
+_CLASS_PATH = "class_path"
+
+
+def plain_flags(flags: Sequence[str], config_class: type[Any]) -> list[str]:
+    """Returns a command line that jsonargparse may read, and keeps jsonargparse from importing modules.
+
+    ``--captions FILE`` becomes ``--captions.source FILE``, and the same in YAML. ``--config FILE`` comes
+    before all other flags, with the file's content in place of its name: flags win over files.
+
+    Args:
+        flags: The command line.
+        config_class: The config's dataclass.
+
+    Raises:
+        ConfigError: If a file cannot be read or is no YAML mapping, or a key is ``class_path``.
+    """
+    groups = _groups(config_class)
+    _allow_only({config_class, *groups.values()})
+    end = flags.index("--") if "--" in flags else len(flags)
+    files: list[str] = []
+    others: list[str] = []
+    for place, flag in enumerate(flags[:end]):
+        if place > 0 and flags[place - 1] == "--config":
+            files.append(f"--config={_read_yaml(flag, config_class)}")
+        elif flag.startswith("--config="):
+            files.append(f"--config={_read_yaml(flag.removeprefix('--config='), config_class)}")
+        elif flag != "--config" or place == end - 1:
+            others.append(_full_flag(flag, flags[place + 1] if place + 1 < end else "", groups))
+    return [*files, *others, *flags[end:]]
+
+
+def _groups(config_class: type[Any], prefix: str = "") -> dict[str, type[Any]]:
+    """The dataclasses within a config, by their dotted key."""
+    found = {}
+    for name, hint in get_type_hints(config_class).items():
+        for each in (hint, *get_args(hint)):
+            if isinstance(each, type) and is_dataclass(each):
+                found[prefix + name] = each
+                found.update(_groups(each, f"{prefix}{name}."))
+    return found
+
+
+def _allow_only(classes: set[type[Any]]) -> None:
+    """Lets jsonargparse import the config's own classes, by any name it has for them, and no others."""
+    allowed = set()
+    for each in classes:
+        module = each.__module__.split(".")
+        names = [".".join([*module[:end], each.__qualname__]) for end in range(1, len(module) + 1)]
+        allowed.update(name for name in names if all(part.isidentifier() for part in name.split(".")))
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=sorted(allowed))
+
+
+def _full_flag(flag: str, value: str, groups: dict[str, type[Any]]) -> str:
+    """A flag under its full name: ``--captions FILE`` is ``--captions.source FILE``."""
+    key, equals, joined = flag.removeprefix("--").partition("=")
+    value = joined if equals else value
+    if not flag.startswith("--"):
+        return flag
+    if key.endswith(f".{_CLASS_PATH}"):
+        _refuse_code(key, "the command line")
+    if value.lstrip().startswith("{"):  # a mapping, as in YAML
+        parsed = None
+        with suppress(yaml.YAMLError, RecursionError, ValueError):  # which jsonargparse then explains
+            parsed = get_loader("yaml")(value)
+        _plain(parsed, None, key, "the command line")
+    elif key in groups and value != "null" and _has_source(groups[key]):
+        return f"--{key}.source{equals}{joined}"
+    return flag
+
+
+def _has_source(config_class: type[Any]) -> bool:
+    return any(each.name == "source" for each in fields(config_class))
+
+
+def _refuse_code(key: str, where: str) -> None:
+    raise ConfigError(f"{where}: {key} names Python code, which xbt never imports; give the settings instead")
+
+
+def _plain(value: Any, config_class: type[Any] | None, key: str, where: str) -> Any:
+    """Parsed YAML with each source that is a plain string as a mapping, and without any class path."""
+    if isinstance(value, str) and config_class is not None and _has_source(config_class):
+        return {"source": value}
+    if isinstance(value, list):
+        return [_plain(each, None, key, where) for each in value]
+    if not isinstance(value, dict):
+        return value
+    below = {} if config_class is None else _groups(config_class)
+    plain = {}
+    for name, each in value.items():
+        inner = f"{key}.{name}" if key else str(name)
+        if str(name).rpartition(".")[2] == _CLASS_PATH:
+            _refuse_code(inner, where)
+        plain[name] = _plain(each, below.get(str(name)), inner, where)
+    return plain
+
+
+def _read_yaml(file: str, config_class: type[Any]) -> str:
+    """A config file as YAML for jsonargparse: see :func:`_plain`."""
+    try:
+        with Path(file).expanduser().open("rb") as opened:
+            content = opened.read(_MAX_CONFIG_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError | ValueError):
+            raise ConfigError(f"--config {file} does not exist; check the path") from error
+        raise ConfigError(f"--config {file} cannot be read ({error.strerror}); give a YAML file") from error
+    if len(content) > _MAX_CONFIG_BYTES:
+        raise ConfigError(f"--config {file} is longer than {_MAX_CONFIG_BYTES:,} bytes; give a YAML file")
+    try:
+        text = content.decode("utf-8-sig")
+        _refuse_bombs(text, file)
+        parsed = get_loader("yaml")(text) if text.strip() else {}
+        plain = _plain({} if parsed is None else parsed, config_class, "", file)
+        if not isinstance(plain, dict):
+            raise ConfigError(f"--config {file} holds no settings; write key: value on each line")
+        return yaml.dump(plain, Dumper=_QuotingDumper, width=sys.maxsize)
+    except XbtError:
+        raise
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {file} is not valid YAML ({reason}); fix the file") from error
+
+
+def _refuse_bombs(text: str, file: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            # A few lines of aliases of aliases stand for billions of values.
+            raise ConfigError(f"--config {file} has an alias (*name); write the value in its place")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            raise ConfigError(f"--config {file} is nested too deeply; write fewer levels")
+
+
+class _QuotingDumper(yaml.SafeDumper):
+    """Writes every string with quotes, so that none is read back as a number."""
+
+
+_QuotingDumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"')
+)
