@@ -166,8 +166,13 @@ class EmbeddingSpace:
             KeyError: If a key is missing.
             ValueError: If a value is malformed.
         """
-        dim, encoded = int(data["dim"]), data.get("probe")
+        dim, encoded = data["dim"], data.get("probe")
         probe = None
+        if not isinstance(dim, int) or isinstance(dim, bool) or not 0 < dim < 2**31:
+            raise ValueError(f"the dimension of a space is a whole number above 0, not {dim!r:.40}")
+        for key, kinds in (("model", str), ("revision", str | None), ("normalisation", str)):
+            if not isinstance(data.get(key, "unit"), kinds):
+                raise ValueError(f"{key} of a space is text, not {data[key]!r:.40}")
         if encoded is not None and data.get("probe_version") == PROBE_VERSION:
             values = np.frombuffer(base64.b64decode(encoded), dtype="<f2").astype(np.float32)
             probe = torch.from_numpy(values.reshape(-1, dim))

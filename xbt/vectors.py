@@ -13,6 +13,26 @@ from xbt.errors import DataError, SpaceMismatchError
 
 Vectors = Tensor | NDArray[np.floating]
 
+UNIT_TOLERANCE = 2.0**-7
+"""How far the length of a row may be from 1 where rows are said to be unit.
+
+It is the worst that half precision does. Whoever normalises in bfloat16 (8 significant bits, so that rounding
+changes a value by a factor of up to 1 ± u with u = 2⁻⁸) rounds the norm once and each quotient once, which
+changes the length by up to 2u. With float16, u is 2⁻¹¹. Values of float16 below 2⁻¹⁴ are rounded by up to
+2⁻²⁵ each instead, √dim · 2⁻²⁵ together, which is below 2⁻¹³ for every dimension below 2²⁴.
+"""
+
+
+def lengths_of(rows: Tensor) -> Tensor:
+    """(n,) lengths of (n, dim) rows, in their dtype; infinite beyond its range, NaN for rows with NaN."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return lengths
+
+
+def not_unit(lengths: Tensor) -> Tensor:
+    """(n,) booleans: whether a length is further from 1 than rounding to half precision takes it."""
+    return ~((lengths - 1).abs() <= UNIT_TOLERANCE)
+
 
 def as_vectors(vectors: Vectors, name: str, dim: int | None = None) -> Tensor:
     """Returns vectors as a float CPU tensor after checking that they can be used.

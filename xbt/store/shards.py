@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
 from xbt.store.files import Sink, write_whole
 from xbt.store.layout import Header, ShardRecord, metadata_file, vectors_file
-from xbt.vectors import Vectors, as_vectors
+from xbt.vectors import Vectors, as_vectors, lengths_of, not_unit
 
 Metadata = Any
 """Columns beside the ids: one value a row each."""
@@ -66,22 +67,32 @@ def write_shard(
 
 
 def as_rows(vectors: Vectors, header: Header, where: str) -> NDArray[np.floating]:
-    """The vectors as they shall stand on disk.
+    """The vectors as they are written to disk.
 
     Raises:
-        DataError: If they hold NaN or infinity, or values too large for float16.
+        DataError: If they hold NaN or infinity, values too large for float16, or rows that are not of length
+            1 although the space says so.
         SpaceMismatchError: If the dimension is another.
     """
     dtype = np.dtype(header.dtype).newbyteorder("<")
     if len(vectors) == 0:
         return np.zeros((0, header.dim), dtype)
-    checked = as_vectors(vectors, f"what is to be written to {where}", header.dim).numpy()
+    tensor = as_vectors(vectors, f"what is to be written to {where}", header.dim)
+    checked = tensor.numpy()
     with np.errstate(over="ignore"):
         rows = checked.astype(dtype, copy=False)
     if not np.isfinite(rows).all():
         raise DataError(
             f"{where}: values up to {np.abs(checked).max():.3g} do not fit into {header.dtype}; make a store "
             "of dtype float32, or give unit vectors"
+        )
+    off = not_unit(lengths_of(tensor))
+    if header.unit and bool(off.any()):
+        row = int(torch.nonzero(off)[0])
+        raise DataError(
+            f"{where}: the rows of {header.space} have length 1, but row {row} has "
+            f"{float(lengths_of(tensor[row])):.3g}; normalise the vectors, or give the store a space of "
+            "normalisation 'none'"
         )
     return np.ascontiguousarray(rows)
 
