@@ -64,7 +64,6 @@ def scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) 
                 f"shard {name!r} of {path} has dimension {npy.dim}, but the first has {first.dim}; they are "
                 "of different models: keep them in different folders"
             )
-        # One flipped bit makes "<f4" ">f4", and the values something else.
         if npy.dtype != first.dtype:
             raise StoreError(
                 f"shard {name!r} of {path} holds values of type {npy.dtype.str}, but the first has "

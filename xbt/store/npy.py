@@ -21,7 +21,7 @@ from xbt.store.layout import DTYPES, open_regular
 from xbt.vectors import lengths_of, not_unit
 
 AGAIN = "copy it again, or embed its rows again"
-_MAX_HEADER = 12_000
+MAX_HEADER = 12_000
 """Bytes of a header that are looked at: numpy itself refuses to parse more than 10,000."""
 _HEADERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -43,7 +43,7 @@ class NpyFile:
         path: The file.
         shape: Shape of the array.
         fortran: Whether it is stored column by column.
-        dtype: Type of the values, in either byte order.
+        dtype: Type of the values.
         offset: The byte at which the values begin.
         status: Identity, size and time of the file when it was looked at.
     """
@@ -83,7 +83,7 @@ def read_npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], 
     Raises:
         ValueError: If this is no such header; the message is one line.
     """
-    file = io.BytesIO(head[:_MAX_HEADER])
+    file = io.BytesIO(head[:MAX_HEADER])
     try:
         version = np.lib.format.read_magic(file)
         if version not in _HEADERS:
@@ -107,7 +107,7 @@ def inspect_npy(path: Path) -> NpyFile:
     try:
         with open_regular(path, path.parent.parent) as file:
             status = _status(file)
-            shape, fortran, dtype, offset = read_npy_header(file.read(_MAX_HEADER))
+            shape, fortran, dtype, offset = read_npy_header(file.read(MAX_HEADER))
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from error
     except StoreError:
@@ -123,6 +123,12 @@ def inspect_npy(path: Path) -> NpyFile:
         raise StoreError(
             f"{path} holds an array of shape {shape} and type {dtype}{order}; a store holds (n, dim) rows of "
             "float16 or float32: save them so"
+        )
+    if dtype != dtype.newbyteorder("<"):
+        # One flipped bit makes "<f4" ">f4", and the values something else; nobody writes stores so.
+        raise StoreError(
+            f"{path} says that its values are big-endian ({dtype.str}), which looks like damage; {AGAIN}, "
+            "or save its rows as little-endian"
         )
     wanted, size = offset + shape[0] * shape[1] * dtype.itemsize, status[1]
     if size != wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
     Raises:
         StoreError: If an id is not a string or is repeated, or a column has another length or no Arrow type.
     """
-    names = list(ids)
+    names = as_ids(ids, where)
     if len(names) != count:
         raise StoreError(f"{where}: there are {count} vectors but {len(names)} ids; give one id a vector")
     seen: set[str] = set()
@@ -116,7 +116,7 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
             raise StoreError(f"{where}: the id {name!r} is there twice; ids must be unique")
         seen.add(name)
     columns = {ID: _column(names, ID, where, pa.string())}
-    for column in _names(metadata):
+    for column in _names(metadata, where):
         if column == ID:
             raise StoreError(f"{where}: the metadata has a column 'id', which is the ids' own; rename it")
         assert metadata is not None
@@ -127,10 +127,32 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
     return pa.table(columns)
 
 
-def _names(metadata: Metadata | None) -> list[str]:
+def as_ids(ids: Iterable[str], where: str) -> list[str]:
+    """The ids as a list, whatever they come in; a generator is read once.
+
+    Raises:
+        StoreError: If they are no list of anything.
+    """
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise StoreError(f"{where}: the ids are {ids!r:.40}; give a list of strings, one a vector")
+    return list(ids)
+
+
+def _names(metadata: Metadata | None, where: str) -> list[str]:
     if metadata is None:
         return []
-    return list(metadata.column_names if isinstance(metadata, pa.Table) else metadata)
+    names = metadata.column_names if isinstance(metadata, pa.Table) else metadata
+    if isinstance(names, str | bytes) or not (
+        isinstance(names, Iterable) and hasattr(metadata, "__getitem__")
+    ):
+        raise StoreError(f"{where}: the metadata are a {type(metadata).__name__}; give columns by name")
+    names = list(names)
+    for name in names:
+        if not isinstance(name, str) or names.count(name) > 1:
+            raise StoreError(
+                f"{where}: {name!r:.40} cannot name a column; give each column a string of its own"
+            )
+    return names
 
 
 def _column(values: Any, name: str, where: str, kind: Any = None) -> Any:

@@ -38,7 +38,7 @@ from xbt.store.layout import (
 from xbt.store.lock import WriterLock
 from xbt.store.metadata import MetadataColumns
 from xbt.store.npy import NpyRows
-from xbt.store.shards import ID, Metadata, as_table, write_shard
+from xbt.store.shards import ID, Metadata, as_ids, as_table, write_shard
 from xbt.store.verify import find_faults, refuse_wrong_sizes
 from xbt.vectors import Vectors
 
@@ -213,7 +213,7 @@ class EmbeddingStore:
         Raises:
             StoreError: If the size is below 1, or as :meth:`read` while the batches are taken.
         """
-        if size < 1:
+        if not isinstance(size, int) or size < 1:
             raise StoreError(f"the size of a batch is at least 1, got {size}")
         return (self.read(start, min(start + size, len(self))) for start in range(0, len(self), size))
 
@@ -336,6 +336,7 @@ class EmbeddingStore:
         with WriterLock(self.path):
             self.reload()  # another writer may have been here since
             self._remove_leftovers()
+            ids = as_ids(ids, str(self.path))
             self._known.refuse(ids, self.shards)
             name = str(max((shard_key(s.name)[0] for s in self.shards), default=-1) + 1).zfill(6)
             where = f"shard {name!r} of {self.path}"
