@@ -176,6 +176,8 @@ class EmbeddingSpace:
         if encoded is not None and data.get("probe_version") == PROBE_VERSION:
             values = np.frombuffer(base64.b64decode(encoded), dtype="<f2").astype(np.float32)
             probe = torch.from_numpy(values.reshape(-1, dim))
+            if not len(probe) or not bool(torch.isfinite(probe).all()):
+                raise ValueError("the probe of a space is empty, or holds NaN or infinity")
         return cls(
             str(data["model"]),
             dim,

@@ -33,6 +33,7 @@ from xbt.store.layout import (
     Header,
     Manifest,
     ShardRecord,
+    has_manifest,
     metadata_file,
     read_header,
     read_manifest,
@@ -86,7 +87,7 @@ class StoreBuilder:
     @property
     def finished(self) -> bool:
         """Whether the store is whole: its manifest is there."""
-        return (self.path / MANIFEST).is_file()
+        return has_manifest(self.path)
 
     def prepare(self) -> None:
         """Makes the directories, or finds them as an earlier run of the same job left them.

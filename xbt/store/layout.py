@@ -301,14 +301,23 @@ def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
     return os.fdopen(os.open(path, flags), "rb")
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def has_manifest(path: Path) -> bool:
+    """Whether a directory is a store with a manifest; a link or pipe of that name is one to be refused."""
+    return os.path.lexists(path / MANIFEST)
+
+
+def read_record(path: Path, root: Path | None = None) -> dict[str, Any]:
     """Reads a manifest, header or shard record.
+
+    Args:
+        path: The file.
+        root: The directory that it must lie in; see :func:`refuse_irregular`.
 
     Raises:
         StoreError: If it cannot be read or is not a JSON object.
     """
     try:
-        with open_regular(path) as file:
+        with open_regular(path, root) as file:
             data = json.loads(file.read().decode("utf-8"), parse_constant=_refuse_constant)
     except StoreError:
         raise
@@ -357,7 +366,7 @@ def read_shard_record(path: Path) -> ShardRecord:
 
 
 def _checked_format(path: Path) -> dict[str, Any]:
-    data = read_record(path)
+    data = read_record(path, path.parent)
     if data.get("format") != FORMAT:
         raise StoreError(
             f"{path} is not a store's: its format is {data.get('format')!r}, not {FORMAT!r}; {_FIX}"

@@ -8,7 +8,6 @@ import os
 import socket
 import sys
 import weakref
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -85,11 +84,14 @@ class WriterLock:
             ) from error
         self._handle = handle
         _HELD_HERE.add(self)
-        # The name is only for the message of whoever comes next: a full disk must not stop a writer here.
-        with suppress(OSError):
-            os.ftruncate(handle, 0)
-            os.lseek(handle, 0, os.SEEK_SET)
-            os.write(handle, json.dumps(me).encode())
+        try:
+            with writing_to(self._path / _FILE, 64):
+                os.ftruncate(handle, 0)
+                os.lseek(handle, 0, os.SEEK_SET)
+                os.write(handle, json.dumps(me).encode())
+        except BaseException:
+            self.release()  # or this process could never write again
+            raise
 
     def release(self) -> None:
         """Gives the lock back."""

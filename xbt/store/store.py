@@ -27,6 +27,7 @@ from xbt.store.layout import (
     Header,
     Manifest,
     ShardRecord,
+    has_manifest,
     is_shard_name,
     metadata_file,
     open_regular,
@@ -71,7 +72,7 @@ class EmbeddingStore:
         counts = [shard.count for shard in shards]
         files = [self.path / vectors_file(modality, shard.name) for shard in shards]
         # Nobody says what the values of a foreign folder are; when it was opened its shards agreed.
-        dtype = manifest.header.numpy_dtype if (self.path / MANIFEST).is_file() else None
+        dtype = manifest.header.numpy_dtype if has_manifest(self.path) else None
         self._rows = NpyRows(files, counts, self.dim, dtype, manifest.header.unit)
         metadata = [self.path / metadata_file(shard.name) for shard in shards]
         with_metadata = bool(shards) and metadata_file(shards[0].name) in shards[0].files
@@ -130,7 +131,7 @@ class EmbeddingStore:
         directory = store_path(path)
         if not directory.is_dir():
             raise StoreError(f"there is no store at {directory}; check the path")
-        if not (directory / MANIFEST).is_file():
+        if not has_manifest(directory):
             return cls(directory, scan_folder(directory, modality, space))
         manifest = read_manifest(directory / MANIFEST)
         if modality not in (None, manifest.header.modality):
@@ -322,7 +323,7 @@ class EmbeddingStore:
             StoreError: If an id is known already, ids or metadata do not fit (one column has one type over
                 the whole store), another process is writing, the disk is full, or the folder has no manifest.
         """
-        if not (self.path / MANIFEST).is_file():
+        if not has_manifest(self.path):
             raise StoreError(
                 f"{self.path} has no manifest, it is only read; copy its batches into a new store and "
                 "append there"
@@ -356,7 +357,7 @@ class EmbeddingStore:
         Raises:
             StoreError: As :meth:`open`.
         """
-        if (self.path / MANIFEST).is_file():
+        if has_manifest(self.path):
             manifest = read_manifest(self.path / MANIFEST)
             refuse_wrong_sizes(self.path, manifest)
             self._adopt(manifest)
@@ -375,7 +376,7 @@ class EmbeddingStore:
 
     @cached_property
     def _id_column(self) -> str | None:
-        if self._columns is None or (self.path / MANIFEST).is_file():
+        if self._columns is None or has_manifest(self.path):
             return None if self._columns is None else ID
         return choose_id_column(self._columns, [shard.count for shard in self.shards])
 

@@ -21,6 +21,7 @@ from xbt.store.layout import (
     Header,
     Manifest,
     ShardRecord,
+    has_manifest,
     read_manifest,
     refuse_irregular,
     store_path,
@@ -46,7 +47,7 @@ def find_faults(
     """
     directory = store_path(path)
     try:
-        if (directory / MANIFEST).is_file():
+        if has_manifest(directory):
             manifest = read_manifest(directory / MANIFEST)
         else:
             manifest = scan_folder(directory, modality, space)
