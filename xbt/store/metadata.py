@@ -71,11 +71,9 @@ def column_names(file: Any, path: Path) -> list[str]:
         StoreError: If two have one name.
     """
     names = list(file.schema_arrow.names)
-    for name in names:
-        if names.count(name) > 1:
-            raise StoreError(
-                f"{path} has {names.count(name)} columns {name!r}; write it again with one of them"
-            )
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise StoreError(f"{path} has two columns of the name {twice!r}; write it again with one of them")
     return [name for name in names if not name.startswith(_INDEX)]
 
 
