@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xbt.errors import ConfigError
+from xbt.errors import ConfigError, StoreError
 from xbt.run_dir import RunDirectory, versions, write_json
 from xbt.training import TrainArgs
 
@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StoreError, match=r"a.json cannot be written \(disk full\)"):
         write_json(target, {"x": 2})
     assert json.loads(target.read_text()) == {"x": 1}
 

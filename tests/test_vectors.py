@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from xbt.errors import DataError, SpaceMismatchError
-from xbt.vectors import as_vectors
+from xbt.vectors import as_vectors, unit_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -70,3 +70,58 @@ def test_any_numpy_layout():
     frozen.setflags(write=False)
     for variant in (rows.astype(">f4"), rows[::-1, ::-1][::-1, ::-1], np.asfortranarray(rows), frozen):
         assert torch.equal(as_vectors(variant, "rows"), torch.from_numpy(rows))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "exponent"),
+    [
+        *((torch.float16, exponent) for exponent in (-2, 0, 4)),
+        *(
+            (kind, exponent)
+            for kind in (torch.float32, torch.bfloat16)
+            for exponent in (-35, -20, 0, 19, 30, 38)
+        ),
+        *((torch.float64, exponent) for exponent in (-300, -38, 0, 38, 300)),
+    ],
+)
+def test_unit_rows_are_right_at_every_length(dtype, exponent):
+    rows = np.random.default_rng(0).uniform(0.1, 1, (6, 5)) * np.array([1, -1, 1, -1, 1])
+    scaled = rows * 10.0**exponent
+    given = torch.from_numpy(scaled).to(dtype)
+    exact = given.double().numpy() / scaled.max()
+    expected = exact / np.linalg.norm(exact, axis=1, keepdims=True)
+    np.testing.assert_allclose(unit_rows(given).double().numpy(), expected, atol=4 * torch.finfo(dtype).eps)
+
+
+def test_unit_rows_leave_usual_rows_as_torch_does_and_zeros_as_zeros():
+    rows = torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    rows[3] = 0
+    assert torch.equal(unit_rows(rows), torch.nn.functional.normalize(rows, dim=1))
+    assert torch.equal(unit_rows(rows[0]), unit_rows(rows)[0])
+    rows.requires_grad_()
+    unit_rows(rows)[:, 0].sum().backward()
+    ours, rows.grad = rows.grad.clone(), None
+    torch.nn.functional.normalize(rows, dim=1)[:, 0].sum().backward()
+    kept = [row for row in range(50) if row != 3]
+    torch.testing.assert_close(ours[kept], rows.grad[kept])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.ones(2, 3).to("meta"), torch.eye(3).to_sparse(), torch.ones(2, 3, dtype=torch.complex64),
+        np.ones((2, 3), np.complex128), np.ma.masked_array(np.ones((2, 3)), mask=np.eye(2, 3)),
+        [[1.0], [1.0, 2.0]], [["a"]], None, {"a": 1.0}, [[10**400]], np.full((2, 3), np.longdouble("1e4000")), np.array([["a"]]), iter([1.0]),
+    ],
+    ids=lambda given: str(given)[:20],
+)  # fmt: skip
+def test_whatever_is_no_array_of_floats_is_refused_in_words(given):
+    with pytest.raises(DataError, match="x "):
+        as_vectors(given, "x")
+
+
+def test_extended_precision_is_read_as_double():
+    rows = np.linspace(0, 1, 12, dtype=np.longdouble).reshape(4, 3)
+    found = as_vectors(rows, "x")
+    assert found.dtype == torch.float64
+    np.testing.assert_array_equal(found.numpy(), rows.astype(np.float64))

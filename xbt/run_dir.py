@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from xbt.config import config_to_dict, config_to_yaml, flatten, is_main_process, require_local
-from xbt.errors import ConfigError
+from xbt.errors import ConfigError, StoreError
+from xbt.store.files import write_lines
 
 _CONFIG = "config.yaml"
 _NOT_IDENTITY = frozenset(
@@ -50,8 +51,13 @@ def versions() -> dict[str, str | int]:
 
 
 def write_json(path: Path, data: Any) -> Path:
-    """Writes a JSON file whole: under a temporary name first, then renamed; its directory is made."""
-    return _write_whole(path, json.dumps(data, indent=2) + "\n")
+    """Writes a JSON file whole and durably; see :func:`xbt.store.files.write_whole`.
+
+    Raises:
+        StoreError: If the disk is full or the place cannot be written; the old file is kept.
+    """
+    write_lines(path, [json.dumps(data, indent=2) + "\n"])
+    return path
 
 
 class RunDirectory:
@@ -96,9 +102,9 @@ class RunDirectory:
         try:
             if self._overwrite:
                 shutil.rmtree(self.checkpoints, ignore_errors=True)
-            _write_whole(self.path / _CONFIG, config_to_yaml(self._config))
-        except OSError as error:
-            raise self._unwritable(error) from error
+            write_lines(self.path / _CONFIG, [config_to_yaml(self._config)])
+        except StoreError as error:
+            raise self._unwritable(error.__cause__ or error) from error
         self.write_json("versions.json", versions())
 
     @property
@@ -119,10 +125,9 @@ class RunDirectory:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def _unwritable(self, error: OSError) -> ConfigError:
-        return ConfigError(
-            f"--output_dir {self.path} cannot be written: {error.strerror}; give a directory that can"
-        )
+    def _unwritable(self, error: BaseException) -> ConfigError:
+        reason = getattr(error, "strerror", None) or error
+        return ConfigError(f"--output_dir {self.path} cannot be written: {reason}; give a directory that can")
 
     def _refuse_other_run(self) -> None:
         recorded = self.path / _CONFIG
@@ -165,12 +170,3 @@ def _filled(recorded: dict[str, Any], config: Any) -> dict[str, Any]:
             made = each.default_factory()
             filled[each.name] = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
     return filled
-
-
-def _write_whole(path: Path, text: str) -> Path:
-    # A kill at any moment must leave the old file or the new one, never half of one.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-    return path

@@ -166,11 +166,18 @@ class EmbeddingSpace:
             KeyError: If a key is missing.
             ValueError: If a value is malformed.
         """
-        dim, encoded = int(data["dim"]), data.get("probe")
+        dim, encoded = data["dim"], data.get("probe")
         probe = None
+        if not isinstance(dim, int) or isinstance(dim, bool) or not 0 < dim < 2**31:
+            raise ValueError(f"the dimension of a space is a whole number above 0, not {dim!r:.40}")
+        for key, kinds in (("model", str), ("revision", str | None), ("normalisation", str)):
+            if not isinstance(data.get(key, "unit"), kinds):
+                raise ValueError(f"{key} of a space is text, not {data[key]!r:.40}")
         if encoded is not None and data.get("probe_version") == PROBE_VERSION:
             values = np.frombuffer(base64.b64decode(encoded), dtype="<f2").astype(np.float32)
             probe = torch.from_numpy(values.reshape(-1, dim))
+            if not len(probe) or not bool(torch.isfinite(probe).all()):
+                raise ValueError("the probe of a space is empty, or holds NaN or infinity")
         return cls(
             str(data["model"]),
             dim,

@@ -1,4 +1,4 @@
-"""Checks on vectors that every floor of the house shares."""
+"""Checks and normalisation of vectors that every layer shares."""
 
 from __future__ import annotations
 
@@ -12,6 +12,45 @@ from torch import Tensor
 from xbt.errors import DataError, SpaceMismatchError
 
 Vectors = Tensor | NDArray[np.floating]
+
+UNIT_TOLERANCE = 2.0**-7
+"""How far the length of a row may be from 1 where rows are said to be unit.
+
+It is the worst that half precision does. Whoever normalises in bfloat16 (8 significant bits, so that rounding
+changes a value by a factor of up to 1 ± u with u = 2⁻⁸) rounds the norm once and each quotient once, which
+changes the length by up to 2u. With float16, u is 2⁻¹¹. Values of float16 below 2⁻¹⁴ are rounded by up to
+2⁻²⁵ each instead, √dim · 2⁻²⁵ together, which is below 2⁻¹³ for every dimension below 2²⁴.
+"""
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Normalises rows, right for every length that the dtype holds: no square overflows or vanishes.
+
+    Args:
+        rows: (…, dim) floating-point tensor; gradients flow.
+
+    Returns:
+        (…, dim) rows of length 1 in the same dtype; a row of zeros stays zero.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph is for vectors of usual lengths
+        return torch.nn.functional.normalize(rows, dim=-1)
+    # Divided by a power of two first, which rounds nothing: usual rows come out as they would without.
+    largest = rows.detach().abs().amax(dim=-1, keepdim=True)
+    wide = largest if largest.dtype == torch.float64 else largest.float()
+    tiny = torch.finfo(rows.dtype).tiny
+    power = torch.where(wide > 4 * tiny, wide * 0.5 / torch.frexp(wide).mantissa, tiny)
+    return torch.nn.functional.normalize(rows / power.to(rows.dtype), dim=-1)
+
+
+def lengths_of(rows: Tensor) -> Tensor:
+    """(n,) lengths of (n, dim) rows, in their dtype; infinite beyond its range, NaN for rows with NaN."""
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)
+    return lengths
+
+
+def not_unit(lengths: Tensor) -> Tensor:
+    """(n,) booleans: whether a length is further from 1 than rounding to half precision takes it."""
+    return ~((lengths - 1).abs() <= UNIT_TOLERANCE)
 
 
 def as_vectors(vectors: Vectors, name: str, dim: int | None = None) -> Tensor:
@@ -61,12 +100,25 @@ def as_floating(vectors: Vectors, name: str) -> Tensor:
     Raises:
         DataError: If they are not floating point.
     """
+    if isinstance(vectors, np.ma.MaskedArray):
+        raise DataError(f"{name} is a masked array; fill in what is masked, or leave those rows out")
     if isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f":
-        # torch refuses foreign byte order and negative strides, and warns of read-only memory maps.
-        vectors = np.require(vectors, vectors.dtype.newbyteorder("="), ["C", "W"])
+        # torch knows no extended precision, refuses foreign byte order and negative strides, and warns of
+        # read-only memory maps.
+        kind = vectors.dtype.newbyteorder("=") if vectors.itemsize <= 8 else np.dtype(np.float64)
+        with np.errstate(over="ignore"):  # a value beyond float64 becomes infinite, which is refused
+            vectors = np.require(vectors, kind, ["C", "W"])
     elif isinstance(vectors, np.ndarray):  # of whatever else; torch does not know every kind
         raise DataError(f"{name} must be floating point, got {vectors.dtype}; embed the data first")
-    tensor = torch.as_tensor(vectors)
+    try:
+        tensor = torch.as_tensor(vectors)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise DataError(
+            f"{name} must be a torch tensor or a numpy array, got a {type(vectors).__name__} that is none"
+        ) from error
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        kind_of = "meta" if tensor.is_meta else "nested" if tensor.is_nested else "sparse"
+        raise DataError(f"{name} is a {kind_of} tensor; give a dense tensor with values")
     if not tensor.is_floating_point():
         raise DataError(f"{name} must be floating point, got {tensor.dtype}; embed the data first")
     return tensor

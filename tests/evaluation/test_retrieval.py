@@ -258,3 +258,19 @@ def test_refuses_scores_that_overflow():
     # inf - inf is NaN, which compares false with everything and would pass for rank 0.
     with pytest.raises(DataError, match="scores overflow"):
         best_positive_ranks(torch.tensor([[1e20, 1e20]]), torch.tensor([[1e20, -1e20], [1.0, 1.0]]), [[0]])
+
+
+@pytest.mark.parametrize("ks", [None, 5, 10**30, "15", [10**30], [float("nan")], [None], 1.0])
+def test_refuses_cut_offs_that_are_no_list_of_counts(ks):
+    rows = torch.eye(3)
+    with pytest.raises(DataError, match="ks "):
+        recall_at_k(rows, rows, [[0], [1], [2]], ks)
+
+
+@pytest.mark.parametrize(
+    "positives", [5, None, "abc", {0: [0], 1: [1], 2: [2]}, iter([[0], [1], [2]]), [[0], [[1], 2], [2]]]
+)
+def test_refuses_positives_that_are_no_lists(positives):
+    rows = torch.eye(3)
+    with pytest.raises(DataError, match="positives"):
+        best_positive_ranks(rows, rows, positives)

@@ -38,7 +38,10 @@ def test_tensors_arrays_stores_and_any_block_agree(tmp_path, monkeypatch):
     features, labels = drawn()
     whole = class_prototypes(features, labels, 7)
     store = EmbeddingStore.create(
-        tmp_path / "old", modality="image", space=EmbeddingSpace("old", 6), dtype="float32"
+        tmp_path / "old",
+        modality="image",
+        space=EmbeddingSpace("old", 6, normalisation="none"),
+        dtype="float32",
     )
     store.append(features, [str(row) for row in range(len(features))])
     monkeypatch.setattr(module, "_BLOCK_ROWS", 10)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from xbt.errors import DataError, SpaceMismatchError
 from xbt.hub import SavedPartError
-from xbt.projections import LinearProjection, Projection, ResidualProjection
+from xbt.projections import LinearProjection, Projection, ResidualProjection, fit_projection
 from xbt.space import EmbeddingSpace
 
 
@@ -207,3 +208,39 @@ def test_can_be_exported_and_compiled(residual):
         torch.testing.assert_close(compiled(given), residual(given))
     half = torch.compile(residual, backend="eager", fullgraph=True)(z.half())
     torch.testing.assert_close(half, residual(z.half()))
+
+
+@pytest.mark.parametrize("kind", ["linear", "affine", "residual"])
+@pytest.mark.parametrize("exponent", [-42, -30, -14, 0, 14, 30, 38])
+def test_rows_of_extreme_length_are_mapped_as_in_double_precision(residual, kind, exponent):
+    generator = torch.Generator().manual_seed(1)
+    if kind == "residual":
+        projection = residual
+    else:
+        bias = torch.randn(8, generator=generator) if kind == "affine" else None
+        projection = LinearProjection.from_weight(torch.randn(8, 12, generator=generator), bias)
+    z = torch.nn.functional.normalize(torch.randn(6, 12, generator=generator), dim=1).double()
+    z = (z * 10.0**exponent).float()
+    before = [each.clone() for each in projection.parameters()]
+    found = projection(z)
+    wide = copy.deepcopy(projection).double().project(z.double())
+    torch.testing.assert_close(found, torch.nn.functional.normalize(wide / wide.abs().max(), dim=1).float())
+    assert all(map(torch.equal, before, projection.parameters()))
+    assert projection(z[0]).shape == (8,)
+    torch.testing.assert_close(projection(z[0]), found[0])
+
+
+@pytest.mark.parametrize(
+    "given", [torch.ones(3, 12).to("meta"), torch.eye(12).to_sparse(), torch.tensor(1.0), 5.0]
+)
+def test_what_holds_no_rows_is_refused(residual, given):
+    with pytest.raises(DataError, match="vectors to project"):
+        residual(given)
+
+
+@pytest.mark.parametrize("method", ["mean_shift", "low_rank", "whitened_procrustes"])
+def test_maps_that_would_swallow_every_query_are_refused(method):
+    generator = torch.Generator().manual_seed(2)
+    new, old = (torch.randn(60, dim, generator=generator) for dim in (6, 5))
+    with pytest.raises(DataError, match="about unit length"):
+        fit_projection(new * 1e30, old * 1e30, method)

@@ -18,7 +18,10 @@ def rows(dim, seed, n=N):
 
 def store(path, vectors, ids=None, dtype="float32"):
     made = EmbeddingStore.create(
-        path, modality="text", space=EmbeddingSpace(path.name, vectors.shape[1]), dtype=dtype
+        path,
+        modality="text",
+        space=EmbeddingSpace(path.name, vectors.shape[1], normalisation="none"),
+        dtype=dtype,
     )
     names = ids or [f"item {number}" for number in range(len(vectors))]
     for start in range(0, len(vectors), 9):

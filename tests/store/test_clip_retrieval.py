@@ -8,6 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from fuzzing import damaged, fuzzed, loads_or_refuses
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xbt.errors import SpaceMismatchError, StoreError
 from xbt.space import EmbeddingSpace
@@ -127,6 +131,10 @@ def test_a_folder_is_only_read(tmp_path, unit_rows):
         ("columns", r"img_emb_1.npy holds an array of shape \(2, 8\) and type float16, column by column"),
         ("parquet", r"metadata_1.parquet is not a readable parquet file"),
         ("twice", r"shards '1' and '01' of .* have the same number"),
+        ("gap", r"shard 1 of .* is missing, but there is img_emb_2.npy"),
+        ("first", r"shard 0 of .* is missing"),
+        ("orphan", r"metadata_3.parquet belongs to no shard: there is no img_emb/img_emb_3.npy"),
+        ("padded", r"metadata_01.parquet belongs to no shard|lacks metadata/metadata_1.parquet"),
     ],
 )
 def test_damage_names_the_shard(tmp_path, unit_rows, damage, words):
@@ -149,6 +157,14 @@ def test_damage_names_the_shard(tmp_path, unit_rows, damage, words):
         np.save(npy, np.asfortranarray(rows))
     elif damage == "parquet":
         parquet.write_bytes(parquet.read_bytes()[:-9])
+    elif damage in ("gap", "first"):
+        number = "1" if damage == "gap" else "0"
+        (tmp_path / "img_emb" / f"img_emb_{number}.npy").unlink()
+        (tmp_path / "metadata" / f"metadata_{number}.parquet").unlink()
+    elif damage == "orphan":
+        save_parquet({"image_path": ["nobody's"]}, parquet.with_name("metadata_3.parquet"))
+    elif damage == "padded":
+        parquet.rename(parquet.with_name("metadata_01.parquet"))
     elif damage == "twice":
         np.save(tmp_path / "img_emb" / "img_emb_01.npy", rows)
     with pytest.raises(StoreError, match=words):
@@ -210,3 +226,74 @@ def test_nan_is_found(tmp_path, unit_rows):
     words = r"1 faults: .*img_emb_1.npy of shard '1' has NaN or infinity, first in its row 3: copy it again"
     with pytest.raises(StoreError, match=words):
         EmbeddingStore.open(tmp_path).verify()
+
+
+@pytest.mark.parametrize(
+    ("value", "normalisation", "words"),
+    [
+        (np.nan, "none", "has NaN or infinity, first in its row 1"),
+        (np.inf, "unit", "has NaN or infinity, first in its row 1"),
+        (3.0, "unit", r"not of length 1, first in its row 1 \(lengths differ from 1 by up to 2"),
+        (1e4, "unit", "not of length 1, first in its row 1"),
+        (0.0, "unit", r"not of length 1, first in its row 1 \(lengths differ from 1 by up to 1\)"),
+        (1.02, "unit", "not of length 1, first in its row 1"),
+        (3.0, "none", None),
+        (1.001, "unit", None),
+    ],
+)
+def test_rows_are_looked_at_wherever_they_are_read(tmp_path, unit_rows, value, normalisation, words):
+    rows, _ = write_folder(tmp_path, unit_rows, [4, 3])
+    path = tmp_path / "img_emb" / "img_emb_1.npy"
+    changed = np.load(path)
+    changed[1] = 0
+    changed[1, 3] = value
+    np.save(path, changed)
+    space = EmbeddingSpace("m", 8, normalisation=normalisation)
+    store = EmbeddingStore.open(tmp_path, space=space)
+    readers = (store.read, lambda: store.rows([6, 5]), lambda: list(store.batches(2)), store.verify)
+    for use in readers:
+        if words is None:
+            use()
+        else:
+            with pytest.raises(StoreError, match=rf"img_emb_1.npy of shard '1' .*{words}"):
+                use()
+    np.testing.assert_array_equal(store.read(0, 4), rows["img"][:4])  # sound rows are still read
+
+
+@pytest.mark.parametrize("dim", [8, 512, 30_000])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_normalised_in_half_precision_pass_as_unit(tmp_path, dim, kind):
+    drawn = torch.randn(50, dim, generator=torch.Generator().manual_seed(1)).to(kind)
+    rows = drawn / drawn.norm(dim=1, keepdim=True)
+    (tmp_path / "text_emb").mkdir()
+    np.save(tmp_path / "text_emb" / "text_emb_0.npy", rows.to(torch.float16).numpy())
+    assert len(EmbeddingStore.open(tmp_path, space=EmbeddingSpace("m", dim)).read()) == 50
+
+
+FILES = (
+    "img_emb/img_emb_0.npy",
+    "img_emb/img_emb_1.npy",
+    "metadata/metadata_0.parquet",
+    "metadata/metadata_1.parquet",
+)
+
+
+@fuzzed
+@given(
+    data=st.data(),
+    name=st.sampled_from(FILES),
+    other=st.sampled_from([*FILES, "metadata/metadata_7.parquet"]),
+)
+def test_fuzz_folder(data, name, other, tmp_path_factory):
+    path = tmp_path_factory.mktemp("folder")
+    rows = np.eye(3, 8, dtype=np.float16)
+    write_folder(path, lambda count, seed: rows[:count].copy(), [3, 2])
+    content = (path / name).read_bytes()
+    (path / other).write_bytes(data.draw(damaged(content)))
+
+    def use():
+        store = EmbeddingStore.open(path)
+        return store.read(), store.ids, store.metadata()
+
+    loads_or_refuses(use)
+    loads_or_refuses(lambda: find_faults(path))

@@ -21,7 +21,8 @@ FORK = multiprocessing.get_context("fork") if os.name != "nt" else None
 
 
 def rows_of(number, count=40):
-    return np.random.default_rng(number).standard_normal((count, 8)).astype(np.float32)
+    rows = np.random.default_rng(number).standard_normal((count, 8)).astype(np.float32)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def ids_of(number, count=40):

@@ -352,3 +352,29 @@ def test_a_column_that_could_never_be_read_again_is_refused(tmp_path, space, uni
     store.append(unit_rows(1), ["c"], {"w": there})  # what was refused has left no trace
     assert store.metadata(["w"])["w"].to_pylist() == [*there, None, *there]
     store.verify()
+
+
+def test_ids_may_come_from_a_generator(tmp_path, space, unit_rows):
+    store = EmbeddingStore.create(tmp_path / "s", modality="image", space=space)
+    store.append(unit_rows(3), (f"item {row}" for row in range(3)))
+    assert store.ids == ["item 0", "item 1", "item 2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"ids": None}, StoreError, "give a list of strings"),
+        ({"ids": "ab"}, StoreError, "give a list of strings"),
+        ({"ids": ["a", "\udcff"]}, StoreError, "column 'id' cannot be stored"),
+        ({"metadata": 5}, StoreError, "give columns by name"),
+        ({"metadata": {3: ["x", "y"]}}, StoreError, "3 cannot name a column"),
+        ({"metadata": pa.table([["a", "b"]] * 2, names=["n", "n"])}, StoreError, "'n' cannot name a column"),
+        ({"vectors": np.eye(2, 8) * 1.01}, DataError, "row 0 has 1.01; normalise"),
+        ({"vectors": [[1.0] * 8, None]}, DataError, "must be a torch tensor or a numpy array"),
+    ],
+)
+def test_what_is_no_column_of_strings_or_unit_rows_is_refused(tmp_path, space, change, error, words):
+    store = EmbeddingStore.create(tmp_path / "s", modality="image", space=space)
+    with pytest.raises(error, match=words):
+        store.append(**{"vectors": np.eye(2, 8), "ids": ["a", "b"], **change})
+    assert len(EmbeddingStore.open(tmp_path / "s")) == 0

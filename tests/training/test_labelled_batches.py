@@ -27,7 +27,7 @@ def images(tmp_path):
 
 def store(path, rows, dim=3):
     made = EmbeddingStore.create(
-        path, modality="image", space=EmbeddingSpace("teacher", dim), dtype="float32"
+        path, modality="image", space=EmbeddingSpace("teacher", dim, normalisation="none"), dtype="float32"
     )
     vectors = np.arange(rows * dim, dtype=np.float32).reshape(rows, dim)
     made.append(vectors, [str(row) for row in range(rows)])

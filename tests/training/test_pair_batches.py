@@ -73,7 +73,7 @@ def test_captions_beyond_the_cache_are_tokenised_as_they_come(encoder, monkeypat
 
 def test_rows_of_a_store_go_with_their_captions(encoder, tmp_path):
     pairs = make_scenes(10)
-    rows = torch.randn(len(pairs.texts), 16)
+    rows = torch.nn.functional.normalize(torch.randn(len(pairs.texts), 16), dim=1)
     store = EmbeddingStore.create(tmp_path, modality="text", space=encoder.space, dtype="float32")
     store.append(rows, [str(row) for row in range(len(rows))])
     both = {"memory": rows, "disk": store}

@@ -11,7 +11,7 @@ from xbt.errors import DataError
 from xbt.evaluation.label_retrieval import Ids, Labels, evaluate_labels
 from xbt.evaluation.significance import Interval, bootstrap_interval
 from xbt.evaluation.version_matrix import CompatibilityMatrix, lower_triangle
-from xbt.vectors import Vectors, as_vectors
+from xbt.vectors import Vectors, as_vectors, unit_rows
 
 
 def compatibility_matrix(
@@ -81,8 +81,7 @@ def prefix_vectors(query_vectors: Vectors, gallery_vectors: Vectors) -> tuple[Te
     """
     queries, gallery = as_vectors(query_vectors, "queries"), as_vectors(gallery_vectors, "gallery")
     dim = min(queries.shape[1], gallery.shape[1])
-    normalize = torch.nn.functional.normalize
-    return normalize(queries[:, :dim], dim=1), normalize(gallery[:, :dim], dim=1)
+    return unit_rows(queries[:, :dim]), unit_rows(gallery[:, :dim])
 
 
 def update_gain(new_old: float, old_old: float, new_new_independent: float) -> float | None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from xbt.errors import DataError, SpaceMismatchError
 from xbt.evaluation import retrieval
 from xbt.evaluation.retrieval import check_ks
-from xbt.vectors import Vectors, as_vectors
+from xbt.vectors import Vectors, as_vectors, unit_rows
 
 Labels = Tensor | NDArray[np.integer] | Sequence[int]
 Ids = Sequence[Hashable] | Tensor | NDArray[Any]
@@ -102,14 +102,20 @@ def evaluate_labels(
     checked_ks = check_ks(ks)
     if (gallery_vectors is None) != (gallery_labels is None):
         raise DataError("gallery_vectors and gallery_labels belong together; give both or neither")
-    queries, own_labels = _unit_rows(query_vectors, "queries"), _as_labels(query_labels, "query_labels")
+    queries, own_labels = (
+        unit_rows(as_vectors(query_vectors, "queries")),
+        _as_labels(query_labels, "query_labels"),
+    )
     if gallery_vectors is None or gallery_labels is None:
         if gallery_ids is not None:
             raise DataError("gallery_ids were given without a gallery; give query_ids alone")
         items, labels = queries, own_labels
         gallery_ids = query_ids = range(len(queries)) if query_ids is None else query_ids
     else:
-        items, labels = _unit_rows(gallery_vectors, "gallery"), _as_labels(gallery_labels, "gallery_labels")
+        items, labels = (
+            unit_rows(as_vectors(gallery_vectors, "gallery")),
+            _as_labels(gallery_labels, "gallery_labels"),
+        )
     _check_lengths("queries", len(queries), query_labels=own_labels, query_ids=query_ids)
     _check_lengths("gallery items", len(items), gallery_labels=labels, gallery_ids=gallery_ids)
     if queries.shape[1] != items.shape[1]:
@@ -197,13 +203,6 @@ def _rank_one(scores: NDArray[Any], right: NDArray[Any]) -> tuple[int, float]:
     all_above = len(scores) - np.searchsorted(scores, right, "left")
     right_above = len(right) - np.searchsorted(right, right, "left")
     return int(all_above[-1] - right_above[-1]), float((right_above / all_above).mean())
-
-
-def _unit_rows(vectors: Vectors, name: str) -> Tensor:
-    rows = as_vectors(vectors, name)
-    # Brought near 1 first: squares of very long or very short rows would overflow or vanish.
-    largest = rows.abs().amax(dim=1, keepdim=True)
-    return torch.nn.functional.normalize(rows / torch.where(largest > 0, largest, 1.0), dim=1)
 
 
 def _as_labels(labels: Labels, name: str) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ positives.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,9 +124,12 @@ def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
     Raises:
         DataError: If there are none, or one is not an integer of at least 1.
     """
+    if isinstance(ks, str) or not isinstance(ks, Iterable):
+        raise DataError(f"ks is {ks!r:.40}; give a list of cut-offs, such as (1, 5, 10)")
+    ks = list(ks)
     for k in ks:
-        if not _is_count(k):
-            raise DataError(f"ks holds {k!r}; every k must be an integer of at least 1")
+        if not _is_count(k) or k >= 2**63:
+            raise DataError(f"ks holds {k!r:.40}; every k must be an integer of at least 1 and below 2**63")
     if len(ks) == 0:
         raise DataError("ks is empty; give at least one cut-off, such as (1, 5, 10)")
     return tuple(int(k) for k in ks)
@@ -147,13 +150,18 @@ def check_positives(
         DataError: If there is not one list per query, a list is empty, or an entry is not a row of the
             gallery; the message names the first such query.
     """
+    if not isinstance(positives, Sequence | np.ndarray | Tensor) or isinstance(positives, str):
+        raise DataError(f"{name} is a {type(positives).__name__}; give one list of gallery rows per query")
     if len(positives) != n_queries:
         raise DataError(
             f"{name} has {len(positives)} entries for {n_queries} queries; give one list per query"
         )
     if n_queries == 0:
         raise DataError(f"{name} is empty: there are no queries; give at least one")
-    parts = [np.asarray(part) for part in positives]
+    try:
+        parts = [np.asarray(part) for part in positives]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} holds what is no list of gallery rows ({error}); give such lists") from error
     for i, part in enumerate(parts):
         if part.ndim != 1:
             raise DataError(f"{name}[{i}] is {positives[i]!r}; give a list of gallery rows, such as [0]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -10,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xbt.errors import SpaceMismatchError
+from xbt.errors import DataError, SpaceMismatchError
 from xbt.hub import CONFIG_NAME, WEIGHTS_NAME, CardData, CardFacts, Naming, SharedPart
 from xbt.projections import saving
 from xbt.space import EmbeddingSpace
-from xbt.vectors import Vectors, as_floating, require_finite
+from xbt.vectors import Vectors, as_floating, require_finite, unit_rows
 
 Modality = Literal["text", "image"]
 
@@ -88,18 +89,30 @@ class Projection(nn.Module, SharedPart):
         elsewhere, where it would make a training step or a GPU wait, a row with NaN comes out as NaN.
 
         Args:
-            vectors: (n, new_dim) tensor or numpy array of any float dtype; gradients flow into a tensor.
+            vectors: (n, new_dim) tensor or numpy array of any float dtype, or one vector of (new_dim,);
+                gradients flow into a tensor.
             modality: ``"text"`` or ``"image"``, for maps that tell them apart; ``None`` is taken as text.
 
         Returns:
-            (n, old_dim) tensor of the dtype of the projection's weights, float32 unless it was converted.
+            (n, old_dim) tensor, or (old_dim,) for one vector, of the dtype of the projection's weights:
+            float32 unless it was converted.
 
         Raises:
-            DataError: If the vectors are not floating point, or where it is looked for, a value is NaN or
-                infinite; the message names the first such row.
+            DataError: If the vectors are not floating point or not dense, or where it is looked for, a value
+                is NaN or infinite; the message names the first such row.
             SpaceMismatchError: If the dimension is not ``new_dim``.
         """
-        return nn.functional.normalize(self.project(self._taken(vectors), modality), dim=-1)
+        rows = self._taken(vectors)
+        if not self._watched(rows) and _is_extreme(rows):
+            # In fp32, products of very short rows vanish and those of very long ones overflow.
+            exact = copy.deepcopy(self).double()
+            return unit_rows(exact.project(rows.double(), modality)).to(rows.dtype)
+        return unit_rows(self.project(rows, modality))
+
+    def _watched(self, rows: Tensor) -> bool:
+        """Tells where a branch on values would break a graph, or make a training step or a GPU wait."""
+        graph = rows.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return self.training or graph or rows.device.type != "cpu"
 
     def _taken(self, vectors: Vectors) -> Tensor:
         """Vectors in the dtype of the weights, after the checks of :meth:`forward`.
@@ -108,6 +121,8 @@ class Projection(nn.Module, SharedPart):
             SpaceMismatchError: If the dimension is not ``new_dim``.
         """
         rows = as_floating(vectors, _GIVEN)
+        if rows.ndim == 0:
+            raise DataError(f"{_GIVEN} must have the shape (n, dim) or (dim,), got a single number")
         if rows.shape[-1] != self.new_dim:
             raise SpaceMismatchError(
                 f"the projection takes vectors of dimension {self.new_dim}"
@@ -118,9 +133,7 @@ class Projection(nn.Module, SharedPart):
         if isinstance(vectors, np.ndarray):
             rows = rows.to(weights.device)
         rows = rows.to(weights.dtype)
-        # A branch on values would break a graph that is being exported or compiled.
-        watched = self.training or rows.requires_grad or torch.compiler.is_compiling()
-        if not watched and rows.device.type == "cpu":
+        if not self._watched(rows):
             require_finite(rows.reshape(-1, self.new_dim), _GIVEN)
         return rows
 
@@ -133,6 +146,13 @@ class Projection(nn.Module, SharedPart):
     @classmethod
     def _read(cls, directory: Path, device: str | torch.device) -> Self:
         return saving.load(directory, cls, cls._kinds).to(device)
+
+
+def _is_extreme(rows: Tensor) -> bool:
+    if not rows.numel():
+        return False
+    largest = rows.detach().abs().amax(dim=-1)
+    return bool(((largest > 2.0**40) | ((largest < 2.0**-40) & (largest > 0))).any())
 
 
 class LinearProjection(Projection):

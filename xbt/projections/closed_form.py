@@ -24,6 +24,7 @@ PAIRS_WEIGHT = 0.33
 """ω where pairs are given and no weight is."""
 
 _GENERIC = 1e-4
+_MAX_OFFSET, _MAX_WEIGHT = 2.0**40, 2.0**100
 _ONE_DIRECTION = 10.0
 
 
@@ -135,12 +136,25 @@ def prepare(
 
 
 def linear_map(weight: Tensor, problem: Problem, filled: int = 0) -> LinearProjection:
-    """The projection of an (old_dim, new_dim) matrix, with the offsets that take new means to old means."""
+    """The projection of an (old_dim, new_dim) matrix, with the offsets that take new means to old means.
+
+    Raises:
+        DataError: If the map is too large: beside such an offset, vectors of usual lengths are nothing.
+    """
 
     def offset(means: tuple[Tensor, Tensor] | None) -> Tensor | None:
         return None if means is None else means[1] - weight @ means[0]
 
-    projection = LinearProjection.from_weight(weight, offset(problem.text_means), offset(problem.image_means))
+    offsets = offset(problem.text_means), offset(problem.image_means)
+    limits = [(weight, _MAX_WEIGHT), *((each, _MAX_OFFSET) for each in offsets if each is not None)]
+    for tensor, limit in limits:
+        largest = float(tensor.abs().max())
+        if not largest <= limit:
+            raise DataError(
+                f"the fitted map has values up to {largest:.3g}, too large to be of use; give vectors "
+                "of about unit length"
+            )
+    projection = LinearProjection.from_weight(weight, *offsets)
     projection.filled = filled
     return projection
 

@@ -26,9 +26,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import linear
 
 from xbt.errors import ConfigError
+from xbt.vectors import unit_rows
 
 MAX_REFERENCE = 4096
 """Most gallery rows that are kept to tell how sure a query is."""
@@ -73,7 +74,7 @@ class Combination(ABC):
 
     def visible(self, new: Tensor) -> Tensor:
         """The new query as it enters the sum: v, of unit length."""
-        return normalize(new, dim=-1)
+        return unit_rows(new)
 
     def combine(self, old: Tensor | None, new: Tensor | None, tensors: Mapping[str, Tensor]) -> Tensor:
         """(n, old_dim) rows from unit old queries and projected new ones; what is not needed may be ``None``.
@@ -90,7 +91,7 @@ class Combination(ABC):
         first, second = self.shares(old, new, tensors)
         mixed = self._sum(old, new, tensors, first, second)
         lengths = mixed.norm(dim=-1, keepdim=True)
-        larger = torch.where(second > first, normalize(new, dim=-1), old)
+        larger = torch.where(second > first, unit_rows(new), old)
         return torch.where(lengths > _CANCELLED, mixed / lengths.clamp_min(_CANCELLED), larger)
 
     def _sum(
@@ -162,7 +163,7 @@ class Slerp(Combination):
     def visible(self, new: Tensor) -> Tensor:
         """See :meth:`Combination.visible`; with padding the rows as projected, of length 1 at most."""
         if not self.padded:
-            return normalize(new, dim=-1)
+            return unit_rows(new)
         lengths: Tensor = new.norm(dim=-1, keepdim=True)
         return new / lengths.clamp_min(1)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from xbt.projections.pairs import PairVectors
+from xbt.vectors import unit_rows
 
 NEAR = 0.99
 """Cosine of two images, less the mean of all, above which they are taken for one photo."""
@@ -84,7 +85,7 @@ class TextFinder:
 
     def __init__(self, new: Tensor, old: Tensor) -> None:
         self._dims = new.shape[1], old.shape[1]
-        units = [normalize(side.float(), dim=1) for side in (new, old)]
+        units = [unit_rows(side.float()) for side in (new, old)]
         self._means = [side.mean(dim=0) for side in units]
         generator = torch.Generator().manual_seed(0)
         self._directions = normalize(torch.randn(self._dims[0], _KEYS, generator=generator), dim=0)
@@ -115,8 +116,8 @@ class TextFinder:
 
     def _centred(self, new: Tensor, old: Tensor) -> tuple[Tensor, ...]:
         """Unit rows about the known texts' mean, so that a cone of vectors opens."""
-        units = (normalize(side.detach().float().cpu(), dim=1) for side in (new, old))
-        return tuple(normalize(unit - mean, dim=1) for unit, mean in zip(units, self._means, strict=True))
+        units = (unit_rows(side.detach().float().cpu()) for side in (new, old))
+        return tuple(unit_rows(unit - mean) for unit, mean in zip(units, self._means, strict=True))
 
     def _first_equal(self, rows: tuple[Tensor, ...], keys: Tensor, start: Tensor) -> Tensor:
         """(k,) the first known row from ``start`` on, by its first key, that equals each row; or -1."""
@@ -162,7 +163,7 @@ def _near_links(pairs: PairVectors, folds: int) -> Links | None:
     if count > MAX_COMPARED:
         return none
     sides = [
-        normalize(side - side.mean(dim=0), dim=1)
+        unit_rows(side - side.mean(dim=0))
         for side in (pairs.old_images, pairs.new_images)
         if side is not None
     ]

@@ -8,7 +8,6 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation.cells import DIRECTIONS
@@ -24,6 +23,7 @@ from xbt.projections.combinations import (
     Slerp,
 )
 from xbt.space import EmbeddingSpace
+from xbt.vectors import unit_rows
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Direction → name → what a combination needs beyond its numbers."""
@@ -163,8 +163,8 @@ class QueryEnsemble(nn.Module, SharedPart):
                 )
             dtype = torch.promote_types(first.dtype, second.dtype)
             first, second = first.to(dtype), second.to(dtype)
-        unit = None if first is None else normalize(first, dim=-1)
-        return normalize(combination.combine(unit, second, self.tensors(direction)), dim=-1)
+        unit = None if first is None else unit_rows(first)
+        return unit_rows(combination.combine(unit, second, self.tensors(direction)))
 
     def _rows(self, vectors: Tensor | None, name: str, direction: str) -> Tensor:
         if vectors is None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.projections.base import Modality, Projection
@@ -31,6 +30,7 @@ from xbt.projections.duplicates import clusters_of
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.projections.pairs import PairVectors
 from xbt.projections.selection import fold_of_clusters
+from xbt.vectors import unit_rows
 
 Objective = Callable[[Tensor], float]
 """(n_queries,) ranks, from 0 for the best, → what is to be as large as possible."""
@@ -128,7 +128,7 @@ def fit_ensemble(
                 confidence_by_folds(pairs, direction, queries, fold_of, seed)
                 if given is None
                 else confidence(queries, reference)
-                for queries in (normalize(new, dim=-1), pairs.queries(direction)[1])
+                for queries in (unit_rows(new), pairs.queries(direction)[1])
             )
             surer = of_new - of_old
         ranks = rank_combinations(pairs, direction, new, tried, surer)
@@ -224,7 +224,7 @@ def gallery_reference(gallery: Tensor, seed: int = 0, dim: int | None = None) ->
     Raises:
         SpaceMismatchError: If the rows are not of the dimension ``dim``.
     """
-    rows = normalize(gallery.float().cpu(), dim=-1)
+    rows = unit_rows(gallery.float().cpu())
     if rows.ndim != 2 or (dim is not None and rows.shape[1] != dim):
         raise SpaceMismatchError(
             f"the reference has the shape {tuple(rows.shape)}, but the old dimension is {dim}"
@@ -305,7 +305,7 @@ def rank_combinations(
     for start in range(0, len(old), step):
         part = slice(start, start + step)
         u, a = old[part], new[part]
-        v = normalize(a, dim=-1)
+        v = unit_rows(a)
         of_old, of_new = u @ gallery.T, v @ gallery.T
         cosines, added = (u * v).sum(dim=1, keepdim=True), None
         if matrices:

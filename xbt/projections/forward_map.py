@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from xbt.errors import ConfigError, SpaceMismatchError
 from xbt.projections.base import Modality, Projection
 from xbt.space import EmbeddingSpace
-from xbt.vectors import Vectors
+from xbt.vectors import Vectors, unit_rows
 
 
 class ForwardMap(Projection):
@@ -114,7 +114,7 @@ class ForwardMap(Projection):
                 f"the map takes vectors of dimension {self.new_dim} and as many rows of side information, "
                 f"got the shapes {tuple(vectors.shape)} and {tuple(side.shape)}"
             )
-        return nn.functional.normalize(self.mapped(torch.cat([vectors, side], dim=-1)), dim=-1)
+        return unit_rows(self.mapped(torch.cat([vectors, side], dim=-1)))
 
     def project(self, vectors: Tensor, modality: Modality | None = None) -> Tensor:
         """(n, new_dim) → (n, old_dim), before normalisation; only without side information."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from xbt.errors import DataError
 from xbt.evaluation.cells import DIRECTIONS
 from xbt.store import EmbeddingStore
-from xbt.vectors import Vectors, as_vectors
+from xbt.vectors import Vectors, as_vectors, unit_rows
 
 _ROUNDING = 1e-6
 
@@ -186,12 +186,10 @@ def _check_direction(direction: str) -> None:
 def _unit_rows(vectors: Vectors | EmbeddingStore, name: str, dim: int | None = None) -> Tensor:
     if isinstance(vectors, EmbeddingStore):
         vectors = vectors.rows(np.arange(len(vectors)))
-    rows = as_vectors(vectors, name, dim).float()
-    norms = rows.norm(dim=1, keepdim=True)
-    if bool((norms == 0).any()):
-        raise DataError(
-            f"{name} has zero rows, first row {int(torch.nonzero(norms[:, 0] == 0)[0])}; leave them out"
-        )
+    rows = as_vectors(vectors, name, dim)
+    empty = ~rows.any(dim=1)
+    if bool(empty.any()):
+        raise DataError(f"{name} has zero rows, first row {int(torch.nonzero(empty)[0])}; leave them out")
     # Unit rows stay as they are, bit by bit: a part of the pairs has the same vectors as the whole.
-    unit: Tensor = torch.where((norms - 1).abs() < _ROUNDING, rows, rows / norms)
-    return unit
+    near = (rows.norm(dim=1, keepdim=True) - 1).abs() < _ROUNDING
+    return torch.where(near, rows, unit_rows(rows)).float()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import lzma
+import math
+import os
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -13,15 +19,20 @@ from torch import Tensor
 
 from xbt.data import CaptionSource, PairSource, load_pairs, read_captions
 from xbt.data.image_text_pairs import choose_subset
-from xbt.errors import ConfigError, DataError, UnverifiedSpaceWarning, XbtError
+from xbt.errors import ConfigError, DataError, StoreError, UnverifiedSpaceWarning, XbtError
 from xbt.projections import PairVectors
 from xbt.projections.sources import PairedRows, Source, random_access
 from xbt.report.config import UpgradeReportConfig, VectorSource
 from xbt.report.sample import Sample, Shown, Side, texts_of
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
+from xbt.store.layout import open_regular
+from xbt.store.npy import MAX_HEADER, read_npy_header
+from xbt.vectors import unit_rows
 
 Rows = NDArray[np.floating] | EmbeddingStore
+
+_BLOCK = 1 << 24
 
 
 def read_sample(config: UpgradeReportConfig) -> Sample:
@@ -79,23 +90,85 @@ def _read(source: VectorSource, role: str) -> Rows:
 def _array(source: VectorSource, value: str, flag: str) -> NDArray[np.generic] | None:
     """The array that a value names, or ``None`` where it is the path of something else."""
     keys: list[str] = []
+    named = value
     try:
         if source.file is not None:
-            with np.load(source.file, allow_pickle=False) as file:
-                keys = list(file.files)
-                if value in keys:
-                    return np.asarray(file[value])
+            named = source.file
+            with open_regular(Path(source.file)) as opened, zipfile.ZipFile(opened) as archive:
+                members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+                keys = list(members)
+                if value in members:
+                    return _member(archive, members[value], os.fstat(opened.fileno()).st_size)
+        named = value
         if value.endswith(".npy"):
-            return np.asarray(np.load(value, allow_pickle=False))
+            with open_regular(Path(value)) as opened:
+                return _numbers(opened, os.fstat(opened.fileno()).st_size)
     except FileNotFoundError as error:
-        raise ConfigError(f"{flag}: there is no file {error.filename}; check the path") from error
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        named = value if value not in keys and value.endswith(".npy") else source.file
+        raise ConfigError(f"{flag}: there is no file {named}; check the path") from error
+    except StoreError as error:
+        raise DataError(f"{flag}: {error}") from error
+    except (*_UNREADABLE, OSError) as error:
         raise DataError(f"{flag}: {named} cannot be read as numpy arrays: {error}") from error
     if Path(value).exists():
         return None
     there = f"; {source.file} has {', '.join(keys)}" if source.file is not None else ""
     raise ConfigError(f"{flag} {value} is neither a key of --vectors.file nor a path that exists{there}")
+
+
+_UNREADABLE = (
+    *(ValueError, EOFError, AttributeError, TypeError, KeyError, IndexError, NotImplementedError),
+    *(RuntimeError, OverflowError, MemoryError, struct.error, zlib.error, lzma.LZMAError),
+    zipfile.BadZipFile,
+)
+"""Errors that damaged archives raise; RuntimeError is that of encrypted ones."""
+_SMALL, _MOST_TIMES = 1 << 28, 20
+"""Bytes up to which an array may be unpacked however small it was packed, and how much larger others may be.
+
+Vectors are packed to a half at best; what is packed to a thousandth fills the memory instead.
+"""
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, packed: int) -> NDArray[np.generic]:
+    """One array of an .npz file; it is unpacked only if the sizes on record are possible."""
+    if member.file_size > max(_SMALL, _MOST_TIMES * min(member.compress_size, packed)):
+        raise ValueError(
+            f"{member.filename} has {member.file_size} bytes packed into {member.compress_size}; save it "
+            "with numpy.savez, which packs nothing"
+        )
+    with archive.open(member) as file:
+        return _numbers(file, member.file_size)
+
+
+def _numbers(file: IO[bytes], size: int) -> NDArray[np.generic]:
+    """Reads an .npy file of numbers once its header and its size agree.
+
+    Args:
+        file: The file at its beginning.
+        size: Bytes that it has.
+
+    Raises:
+        ValueError: If they do not agree, or the values are no numbers.
+    """
+    head = file.read(MAX_HEADER)
+    shape, fortran, dtype, offset = read_npy_header(head)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled Python objects, which are never loaded")
+    count = math.prod(shape)
+    if size != offset + count * dtype.itemsize:
+        raise ValueError(f"it has {size} bytes, but its header promises {offset + count * dtype.itemsize}")
+    values = np.empty(count, dtype)
+    target = memoryview(values.view(np.uint8)).cast("B") if values.nbytes else memoryview(b"")
+    done = len(rest := head[offset:])
+    target[:done] = rest
+    while done < len(target):
+        block = file.read(min(_BLOCK, len(target) - done))
+        if not block:
+            raise EOFError("it ends before its last value")
+        target[done : done + len(block)] = block
+        done += len(block)
+    if file.read(1):  # reading to the end also compares the archive's checksum
+        raise ValueError("it goes on after its last value")
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
 def _spaces(read: dict[str, Rows]) -> tuple[dict[str, EmbeddingSpace | None], list[str]]:
@@ -173,7 +246,7 @@ def _corpus(read: dict[str, Rows], own: Tensor, notes: list[str]) -> tuple[Sourc
 
 def _unit(rows: Tensor) -> Tensor:
     # fp16 stores and files of one vector may round differently by a hair once normalised.
-    return (torch.nn.functional.normalize(rows, dim=1) * 4096).round()
+    return (unit_rows(rows) * 4096).round()
 
 
 def _shown(source: PairSource | None, images: Rows, n_images: int, n_texts: int) -> tuple[Shown, list[str]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
@@ -137,16 +138,34 @@ def _write_inserts(out: TextIO, table: PgvectorTable, rows: list[tuple[str, str,
 
 
 def _rows(items: Items) -> Iterator[tuple[str, str, str | None]]:
-    metadata = [None] * len(items.ids) if items.metadata is None else items.metadata.to_pylist()
+    try:
+        metadata = [None] * len(items.ids) if items.metadata is None else items.metadata.to_pylist()
+    except (ValueError, OverflowError, TypeError, pa.ArrowException) as error:
+        raise DataError(
+            f"the metadata of the items from {items.ids[0]!r} on have no JSON form ({error}); make a store with "
+            "plain values"
+        ) from error
     for item, vector, values in zip(items.ids, items.vectors, metadata, strict=True):
-        if "\0" in item:
-            raise DataError(f"the id {item!r} holds the character NUL, which PostgreSQL does not; rename it")
+        if "\0" in item or not _is_unicode(item):
+            raise DataError(
+                f"the id {item!r} holds the character NUL or half a character, which PostgreSQL does not; rename "
+                "it"
+            )
         yield item, vector_text(vector), None if values is None else _json(values, item)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _json(values: dict[str, Any], item: str) -> str:
     try:
         text = json.dumps(values, ensure_ascii=False, allow_nan=False)
+        text.encode("utf-8")  # refuses half characters
     except (TypeError, ValueError) as error:
         raise DataError(
             f"the metadata of {item!r} have no JSON form ({error}); make a store with plain values"

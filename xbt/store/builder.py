@@ -15,12 +15,11 @@ from xbt.space import EmbeddingSpace
 from xbt.store.column_types import ColumnTypes
 from xbt.store.committed import CommittedShards
 from xbt.store.files import (
+    make_directory,
     remove_leftovers,
     remove_strays,
-    sync_directory,
     write_lines,
     write_record,
-    writing_to,
 )
 from xbt.store.ids import Repetition, repeated_ids, require_unique
 from xbt.store.layout import (
@@ -34,6 +33,7 @@ from xbt.store.layout import (
     Header,
     Manifest,
     ShardRecord,
+    has_manifest,
     metadata_file,
     read_header,
     read_manifest,
@@ -87,7 +87,7 @@ class StoreBuilder:
     @property
     def finished(self) -> bool:
         """Whether the store is whole: its manifest is there."""
-        return (self.path / MANIFEST).is_file()
+        return has_manifest(self.path)
 
     def prepare(self) -> None:
         """Makes the directories, or finds them as an earlier run of the same job left them.
@@ -101,8 +101,7 @@ class StoreBuilder:
                 another store or other vectors.
             SpaceMismatchError: If it holds a store of another space.
         """
-        with writing_to(self.path, 0):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
         self._lock.acquire()
         header = self.path / IN_PROGRESS / HEADER
         complete_replacements(self.path, self.header.modality)
@@ -118,10 +117,8 @@ class StoreBuilder:
             shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
             self._lock.release()  # there is nothing left to build: others may append
             return
-        with writing_to(self.path, 0):
-            for folder in folders:
-                folder.mkdir(exist_ok=True)
-        sync_directory(self.path)
+        for folder in folders:
+            make_directory(folder)
         if not header.is_file():
             write_record(header, self.header.to_dict())
 

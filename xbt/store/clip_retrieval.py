@@ -11,6 +11,7 @@ from xbt.store.layout import (
     FOLDERS,
     HEADER,
     IN_PROGRESS,
+    METADATA,
     FileRecord,
     Header,
     Manifest,
@@ -18,6 +19,7 @@ from xbt.store.layout import (
     metadata_file,
     shard_files,
     shard_key,
+    vectors_file,
 )
 from xbt.store.metadata import inspect_parquet
 from xbt.store.npy import NpyFile, inspect_npy
@@ -46,17 +48,26 @@ def scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) 
         )
     modality = _choose_modality(path, modality)
     found = _npy_files(path, modality)
-    shards = [_shard(path, name, npy) for name, npy in found.items()]
-    with_metadata = [shard for shard in shards if len(shard.files) > 1]
-    if with_metadata and len(with_metadata) < len(shards):
-        bare = next(shard for shard in shards if len(shard.files) == 1)
-        raise StoreError(f"{path} lacks {metadata_file(bare.name)}, which other shards have; copy it again")
+    metadata = shard_files(path, METADATA)
+    for name in sorted(metadata.keys() ^ found.keys() if metadata else (), key=shard_key):
+        if name in found:
+            raise StoreError(f"{path} lacks {metadata_file(name)}, which other shards have; copy it again")
+        raise StoreError(
+            f"{metadata[name]} belongs to no shard: there is no {vectors_file(modality, name)} beside it; "
+            "copy that file again, or remove this one"
+        )
+    shards = [_shard(path, name, npy, metadata.get(name)) for name, npy in found.items()]
     first = next(iter(found.values()))
     for name, npy in found.items():
         if npy.dim != first.dim:
             raise StoreError(
                 f"shard {name!r} of {path} has dimension {npy.dim}, but the first has {first.dim}; they are "
                 "of different models: keep them in different folders"
+            )
+        if npy.dtype != first.dtype:
+            raise StoreError(
+                f"shard {name!r} of {path} holds values of type {npy.dtype.str}, but the first has "
+                f"{first.dtype.str}; copy both again, or save all shards with one type"
             )
     if space is not None:
         _require_dim(space, first.dim, path)
@@ -97,13 +108,19 @@ def _npy_files(path: Path, modality: str) -> dict[str, NpyFile]:
             )
     if not names:
         raise StoreError(f"{path / folder} holds no {folder}_<number>.npy; check the path")
+    numbers = [shard_key(name)[0] for name in names]
+    if all("_" not in name for name in names) and numbers != list(range(len(names))):
+        lost = next(number for number, found in enumerate(numbers) if number != found)
+        raise StoreError(
+            f"shard {lost} of {path} is missing, but there is {folder}_{names[-1]}.npy; copy it again, or "
+            "number the files from 0 without a gap"
+        )
     return {name: inspect_npy(path / folder / f"{folder}_{name}.npy") for name in names}
 
 
-def _shard(path: Path, name: str, npy: NpyFile) -> ShardRecord:
-    files = {str(npy.path.relative_to(path).as_posix()): FileRecord(npy.path.stat().st_size, "")}
-    metadata = path / metadata_file(name)
-    if metadata.is_file():
+def _shard(path: Path, name: str, npy: NpyFile, metadata: Path | None) -> ShardRecord:
+    files = {npy.path.relative_to(path).as_posix(): FileRecord(npy.size, "")}
+    if metadata is not None:
         rows, _ = inspect_parquet(metadata)
         if rows != npy.count:
             raise StoreError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from xbt.errors import StoreError
-from xbt.store.layout import FOLDERS, METADATA, FileRecord, ShardRecord, shard_files
+from xbt.store.layout import FOLDERS, METADATA, FileRecord, ShardRecord, open_regular, shard_files
 
 _PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(rf"\..+-[0-9]+-[0-9a-f]+\{_PARTIAL}")
@@ -62,8 +62,8 @@ def write_whole(path: Path, needed: int | None, produce: Callable[[Sink], object
     partial = path.with_name(
         f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
     )
+    make_directory(path.parent)
     with writing_to(path, needed):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with partial.open("xb") as file:
                 sink = _HashingSink(file)
@@ -109,15 +109,32 @@ def writing_to(path: Path, needed: int | None) -> Iterator[None]:
             size = "more bytes" if needed is None else f"{needed} bytes"
             raise StoreError(
                 f"{size} are needed for {path}, but there is no room ({reason}); free some space or raise "
-                "the limit and run again: the shards already written are kept"
+                "the limit and run again: what has been written is kept"
             ) from error
         raise StoreError(
             f"{path} cannot be written ({reason}); choose a directory you may write to"
         ) from error
 
 
+def make_directory(path: Path) -> None:
+    """Makes a directory and those above it, durably; does nothing where it is.
+
+    Raises:
+        StoreError: If it cannot be made.
+    """
+    with writing_to(path, 0):
+        missing = [each for each in (path, *path.parents) if not each.exists()]
+        path.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_directory(made.parent)  # a directory's own name is kept in the one above it
+
+
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable, where the system knows how to."""
+    """Makes the names in a directory durable, where the system knows how to.
+
+    Raises:
+        StoreError: If the system fails to.
+    """
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:  # Windows does not open directories
@@ -126,15 +143,16 @@ def sync_directory(path: Path) -> None:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
+            with writing_to(path, 0):
+                raise
     finally:
         os.close(handle)
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal, read in blocks."""
+    """SHA-256 of a regular file, hexadecimal, read in blocks."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()

@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, NoReturn, Self
+
+import numpy as np
 
 from xbt.errors import StoreError, XbtError
 from xbt.space import EmbeddingSpace
@@ -34,8 +39,12 @@ FOLDERS: dict[str, str] = {"image": "img_emb", "text": "text_emb"}
 DTYPES = ("float16", "float32")
 
 _CHECKSUM = "checksum"
-_MEND = "copy the file again or write the store anew"
-_NAME = re.compile(r"[0-9]+(_[0-9]+)*")
+_FIX = "copy the file again or write the store again"
+_NAME = re.compile(r"[0-9]{1,18}(_[0-9]{1,18}){0,4}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX = 2**62
+_MAX_HEADER = 12_000
+"""Bytes of the longest header of an .npy file."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,17 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Reads what ``asdict`` made.
+
+        Raises:
+            ValueError: If it is not a size and a checksum.
+        """
+        if not isinstance(data["sha256"], str) or not _SHA256.fullmatch(data["sha256"]):
+            raise ValueError(f"{data['sha256']!r} is not a SHA-256")
+        return cls(_number(data["bytes"], "bytes"), data["sha256"])
 
 
 @dataclass(frozen=True)
@@ -71,9 +91,20 @@ class ShardRecord:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote."""
-        files = {path: FileRecord(int(f["bytes"]), str(f["sha256"])) for path, f in data["files"].items()}
-        return cls(shard_name(data["name"]), int(data["count"]), files, dict(data.get("extra") or {}))
+        """Reads what :meth:`to_dict` wrote.
+
+        Raises:
+            StoreError: If it names other files than the shard's own two.
+            ValueError: If a value is not of its kind.
+        """
+        name = shard_name(data["name"])
+        files = {path: FileRecord.from_dict(file) for path, file in data["files"].items()}
+        if set(files) not in [{vectors_file(each, name), metadata_file(name)} for each in FOLDERS]:
+            raise StoreError(
+                f"shard {name!r} names the files {list(files)}, but its own are one .npy file and "
+                f"{metadata_file(name)}"
+            )
+        return cls(name, _number(data["count"], "count"), files, dict(data.get("extra") or {}))
 
 
 @dataclass(frozen=True)
@@ -98,6 +129,18 @@ class Header:
             raise StoreError(f"the modality of a store is 'image' or 'text', got {self.modality!r}")
         if self.dtype not in DTYPES:
             raise StoreError(f"the dtype of a store is 'float16' or 'float32', got {self.dtype!r}")
+        if self.dim < 1 or (self.space is not None and self.space.dim != self.dim):
+            raise StoreError(f"vectors of dimension {self.dim} cannot be those of the space {self.space}")
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Type of the values on disk: xbt writes little-endian."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def unit(self) -> bool:
+        """Whether the space says that rows have length 1."""
+        return self.space is not None and self.space.normalisation == "unit"
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
@@ -108,8 +151,9 @@ class Header:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Reads what :meth:`to_dict` wrote."""
+        json.dumps(data["space"], ensure_ascii=False).encode("utf-8")  # refuses half characters
         space = None if data["space"] is None else EmbeddingSpace.from_dict(data["space"])
-        return cls(str(data["modality"]), space, str(data["dtype"]), int(data["dim"]))
+        return cls(str(data["modality"]), space, str(data["dtype"]), _number(data["dim"], "dim"))
 
     def require(self, other: Header, path: Path) -> None:
         """Refuses a store of another kind under the same path.
@@ -136,6 +180,31 @@ class Manifest:
     header: Header
     shards: tuple[ShardRecord, ...]
     extra: FileRecord | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Reads what :meth:`to_dict` wrote; no size is believed that the files' own sizes contradict.
+
+        Raises:
+            StoreError: If shards and header do not go together.
+            ValueError: If a value is not of its kind.
+        """
+        header = Header.from_dict(data)
+        shards = tuple(map(ShardRecord.from_dict, data["shards"]))
+        width = header.dim * header.numpy_dtype.itemsize
+        for shard in shards:
+            vectors = vectors_file(header.modality, shard.name)
+            if vectors not in shard.files:
+                raise StoreError(f"shard {shard.name!r} lacks {vectors}")
+            if not 0 < shard.files[vectors].bytes - shard.count * width <= _MAX_HEADER:
+                raise StoreError(
+                    f"shard {shard.name!r} cannot hold {shard.count} rows in the "
+                    f"{shard.files[vectors].bytes} bytes of {vectors}"
+                )
+        keys = [shard_key(shard.name) for shard in shards]
+        if any(first >= second for first, second in pairwise(keys)):
+            raise StoreError("its shards are not in order, or one is there twice")
+        return cls(header, shards, None if data["extra"] is None else FileRecord.from_dict(data["extra"]))
 
     @property
     def count(self) -> int:
@@ -207,20 +276,57 @@ def store_path(path: str | Path) -> Path:
     return found
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def refuse_irregular(path: Path, root: Path | None = None) -> None:
+    """Refuses what is no regular file, or a link that leads out of a directory.
+
+    Args:
+        path: The file.
+        root: The directory that it must lie in; ``None`` lets links lead anywhere.
+
+    Raises:
+        OSError: If there is nothing.
+        StoreError: If it is a pipe, a device, a directory, or lies elsewhere.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise StoreError(f"{path} is a directory, pipe or device instead of a file; {_FIX}")
+    if root is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise StoreError(f"{path} is a link that leads out of {root}; put the file itself there")
+
+
+def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
+    """Opens a file of a store for reading; see :func:`refuse_irregular`."""
+    refuse_irregular(path, root)
+    # Without this flag, opening a pipe that has just taken the file's place would wait for a writer.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags), "rb")
+
+
+def has_manifest(path: Path) -> bool:
+    """Whether a directory is a store with a manifest; a link or pipe of that name is one to be refused."""
+    return os.path.lexists(path / MANIFEST)
+
+
+def read_record(path: Path, root: Path | None = None) -> dict[str, Any]:
     """Reads a manifest, header or shard record.
+
+    Args:
+        path: The file.
+        root: The directory that it must lie in; see :func:`refuse_irregular`.
 
     Raises:
         StoreError: If it cannot be read or is not a JSON object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path, root) as file:
+            data = json.loads(file.read().decode("utf-8"), parse_constant=_refuse_constant)
+    except StoreError:
+        raise
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     except (ValueError, RecursionError) as error:
-        raise StoreError(f"{path} is not valid JSON; {_MEND}") from error
+        raise StoreError(f"{path} is not valid JSON; {_FIX}") from error
     if not isinstance(data, dict):
-        raise StoreError(f"{path} is not a JSON object; {_MEND}")
+        raise StoreError(f"{path} is not a JSON object; {_FIX}")
     return data
 
 
@@ -244,9 +350,8 @@ def read_manifest(path: Path) -> Manifest:
     data = _checked_format(path)
     with _complete(path):
         if data.pop(_CHECKSUM) != _checksum(data):
-            raise StoreError(f"{path} was edited or damaged: its own checksum does not agree; {_MEND}")
-        extra = None if data["extra"] is None else FileRecord(**data["extra"])
-        return Manifest(Header.from_dict(data), tuple(map(ShardRecord.from_dict, data["shards"])), extra)
+            raise StoreError(f"{path} was edited or damaged: its own checksum does not agree; {_FIX}")
+        return Manifest.from_dict(data)
 
 
 def read_shard_record(path: Path) -> ShardRecord:
@@ -261,10 +366,10 @@ def read_shard_record(path: Path) -> ShardRecord:
 
 
 def _checked_format(path: Path) -> dict[str, Any]:
-    data = read_record(path)
+    data = read_record(path, path.parent)
     if data.get("format") != FORMAT:
         raise StoreError(
-            f"{path} is not a store's: its format is {data.get('format')!r}, not {FORMAT!r}; {_MEND}"
+            f"{path} is not a store's: its format is {data.get('format')!r}, not {FORMAT!r}; {_FIX}"
         )
     version = data.get("version")
     if not isinstance(version, int) or version > VERSION:
@@ -279,10 +384,21 @@ def _checked_format(path: Path) -> dict[str, Any]:
 def _complete(path: Path) -> Iterator[None]:
     try:
         yield
-    except XbtError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise StoreError(f"{path} is incomplete or damaged ({error!r}); {_MEND}") from error
+    except XbtError as error:
+        raise StoreError(f"{path} is damaged: {error}; {_FIX}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        raise StoreError(f"{path} is incomplete or damaged ({error!r:.200}); {_FIX}") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _number(value: Any, name: str) -> int:
+    """A count or a size as JSON holds it."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX:
+        raise ValueError(f"{name} is {value!r:.40}, not a whole number from 0")
+    return value
 
 
 def _checksum(data: dict[str, Any]) -> str:

@@ -69,20 +69,29 @@ class WriterLock:
                 raise StoreError(
                     f"{self._path} cannot be locked ({error.strerror}); write to a file system that has locks"
                 ) from error
-            os.lseek(handle, 0, os.SEEK_SET)
-            holder = _holder(os.read(handle, 4096))
-            os.close(handle)
+            try:
+                os.lseek(handle, 0, os.SEEK_SET)
+                holder = _holder(os.read(handle, 4096))
+            except OSError:
+                holder = {}
+            finally:
+                os.close(handle)
             if self._reentrant and holder == me:
                 return
             raise StoreError(
                 f"{self._path} is being written by process {holder.get('pid', '?')} on "
                 f"{holder.get('host', 'an unknown host')}; wait until it is done, or end it"
             ) from error
-        os.ftruncate(handle, 0)
-        os.lseek(handle, 0, os.SEEK_SET)
-        os.write(handle, json.dumps(me).encode())
         self._handle = handle
         _HELD_HERE.add(self)
+        try:
+            with writing_to(self._path / _FILE, 64):
+                os.ftruncate(handle, 0)
+                os.lseek(handle, 0, os.SEEK_SET)
+                os.write(handle, json.dumps(me).encode())
+        except BaseException:
+            self.release()  # or this process could never write again
+            raise
 
     def release(self) -> None:
         """Gives the lock back."""
@@ -120,6 +129,6 @@ if hasattr(os, "register_at_fork"):
 def _holder(content: bytes) -> dict[str, object]:
     try:
         data = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

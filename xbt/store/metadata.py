@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,34 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from xbt.errors import StoreError
+from xbt.store.layout import refuse_irregular
 
 _INDEX = "__index_level_"  # what pandas adds to files it writes
+_BROKEN = (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError, MemoryError)
+"""Errors that damaged files and odd values raise; that of broken UTF-8 is a ValueError."""
 
 
-def read_columns(path: Path, columns: Sequence[str] | None) -> pa.Table:
+def read_columns(path: Path, columns: Sequence[str] | None, rows: int | None = None) -> pa.Table:
     """Reads some columns of a parquet file, or all; one that the file lacks is left out.
 
+    Args:
+        path: The file.
+        columns: Names; ``None`` takes all.
+        rows: How many rows there must be, which is checked before anything is read.
+
     Raises:
-        StoreError: If the file cannot be read.
+        StoreError: If the file cannot be read, has other rows, or a value is damaged.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            there = column_names(file)
-            wanted = there if columns is None else [name for name in columns if name in there]
-            return file.read(columns=wanted)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        if rows is not None and file.metadata.num_rows != rows:
+            raise StoreError(
+                f"{path} has {file.metadata.num_rows} rows, but {rows} vectors are beside it; copy both again"
+            )
+        there = column_names(file, path)
+        table = file.read(columns=there if columns is None else [name for name in columns if name in there])
+        for name in table.column_names:
+            _require_sound(table[name], name, path)
+        return table
 
 
 def inspect_parquet(path: Path) -> tuple[int, list[str]]:
@@ -36,11 +48,8 @@ def inspect_parquet(path: Path) -> tuple[int, list[str]]:
     Raises:
         StoreError: If the file cannot be read.
     """
-    try:
-        with pq.ParquetFile(path) as file:
-            return int(file.metadata.num_rows), column_names(file)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as file:
+        return int(file.metadata.num_rows), column_names(file, path)
 
 
 def read_types(path: Path) -> dict[str, pa.DataType]:
@@ -49,18 +58,86 @@ def read_types(path: Path) -> dict[str, pa.DataType]:
     Raises:
         StoreError: If the file cannot be read.
     """
+    with _opened(path) as file:
+        # A type says nothing without a value: pandas makes up one for columns that are empty.
+        names = column_names(file, path) if file.metadata.num_rows else []
+        return {name: file.schema_arrow.field(name).type for name in names}
+
+
+def column_names(file: Any, path: Path) -> list[str]:
+    """The columns of an open parquet file, without those in which pandas keeps its index.
+
+    Raises:
+        StoreError: If two have one name.
+    """
+    names = list(file.schema_arrow.names)
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise StoreError(f"{path} has two columns of the name {twice!r}; write it again with one of them")
+    return [name for name in names if not name.startswith(_INDEX)]
+
+
+def plain_values(values: Any, what: str) -> list[Any]:
+    """The values of a column as Python's.
+
+    Args:
+        values: An Arrow column.
+        what: What to call it in an error.
+
+    Raises:
+        StoreError: If a value has no such form, such as a date beyond the year 9999; the message names its
+            row.
+    """
     try:
+        plain: list[Any] = values.to_pylist()
+    except _BROKEN as error:
+        row = _first(values, lambda part: part.to_pylist())
+        raise StoreError(
+            f"{what}: the value of row {row} cannot be read ({_first_line(error)}); write it again, or leave "
+            "that column out"
+        ) from error
+    return plain
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """An open parquet file; what the library has against it or its content becomes one sentence."""
+    try:
+        refuse_irregular(path, path.parent.parent)
         with pq.ParquetFile(path) as file:
-            # A type says nothing without a value: pandas makes up one for columns that are empty.
-            names = column_names(file) if file.metadata.num_rows else []
-            return {name: file.schema_arrow.field(name).type for name in names}
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(path, error) from error
+            yield file
+    except StoreError:
+        raise
+    except (*_BROKEN, OSError) as error:
+        raise StoreError(
+            f"{path} is not a readable parquet file ({_first_line(error)}); copy it again or write it again"
+        ) from error
 
 
-def column_names(file: Any) -> list[str]:
-    """The columns of an open parquet file, without those in which pandas keeps its index."""
-    return [name for name in file.schema_arrow.names if not name.startswith(_INDEX)]
+def _require_sound(values: Any, name: str, path: Path) -> None:
+    """Refuses a column with text that is not UTF-8, or offsets that lead nowhere."""
+    try:
+        values.validate(full=True)
+    except pa.ArrowException as error:
+        row = _first(values, lambda part: part.validate(full=True))
+        raise StoreError(
+            f"{path}: the value of row {row} in column {name!r} is damaged ({_first_line(error)}); copy the "
+            "file again or write it again"
+        ) from error
+
+
+def _first(values: Any, check: Callable[[Any], object]) -> int:
+    """The first value that a check refuses, by bisection: all before it are accepted together."""
+    low, high = 0, len(values)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            check(values.slice(low, middle - low))
+        except _BROKEN:
+            high = middle
+        else:
+            low = middle
+    return low
 
 
 class MetadataColumns:
@@ -106,8 +183,11 @@ class MetadataColumns:
     def read_strings(self, column: str, start: int, stop: int) -> list[str | None]:
         """One column's values as strings, each file's by its own type: 7 is "7" whatever other files hold."""
         values: list[str | None] = []
-        for _, table in self._parts([column], start, stop):
-            there = table[column].to_pylist() if column in table.column_names else [None] * table.num_rows
+        for path, table in self._parts([column], start, stop):
+            if column in table.column_names:
+                there = plain_values(table[column], f"column {column!r} of {path}")
+            else:
+                there = [None] * table.num_rows
             values += [None if value is None else str(value) for value in there]
         return values
 
@@ -124,11 +204,7 @@ class MetadataColumns:
     def _table(self, path: Path, columns: Sequence[str] | None, count: int) -> pa.Table:
         key = path, None if columns is None else tuple(columns)
         if key not in self._kept:
-            table = read_columns(path, columns)
-            if table.num_columns and table.num_rows != count:
-                raise StoreError(
-                    f"{path} has {table.num_rows} rows, but {count} vectors stand beside it; copy both again"
-                )
+            table = read_columns(path, columns, count)
             if not table.num_columns:
                 table = pa.table({name: pa.nulls(count) for name in columns or []})
             self._kept = {**dict(list(self._kept.items())[-1:]), key: table}
@@ -158,16 +234,11 @@ def _odd_column(parts: Sequence[tuple[Path, pa.Table]]) -> str:
                 kinds = [each.schema.field(name).type for each in (own, above)]
                 return (
                     f"column {name!r} of {path} is {kinds[0]} and cannot be joined to the {kinds[1]} of the "
-                    f"shards before it ({_first_line(error)}); read other columns, or write it anew with one "
-                    "type"
+                    f"shards before it ({_first_line(error)}); read other columns, or write it again "
+                    "with one type"
                 )
             above = both
     raise AssertionError("every column can be joined alone, so all can")
-
-
-def _unreadable(path: Path, error: Exception) -> StoreError:
-    reason = _first_line(error)
-    return StoreError(f"{path} is not a readable parquet file ({reason}); copy it again or write it anew")
 
 
 def _first_line(error: Exception) -> str:

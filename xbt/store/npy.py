@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,49 +14,106 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from xbt.errors import StoreError
-from xbt.store.layout import DTYPES
+from xbt.store.layout import DTYPES, open_regular
+from xbt.vectors import lengths_of, not_unit
 
-_OPEN_FILES = 128
+AGAIN = "copy it again, or embed its rows again"
+MAX_HEADER = 12_000
+"""Bytes of a header that are looked at: numpy itself refuses to parse more than 10,000."""
+_HEADERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+    (3, 0): np.lib.format.read_array_header_2_0,  # the text is UTF-8, which float arrays make no use of
+}
+_UNREADABLE = (
+    *(ValueError, EOFError, SyntaxError, tokenize.TokenError, TypeError, KeyError, IndexError),
+    *(AttributeError, OverflowError, RecursionError, MemoryError),
+)
+"""Errors that numpy's reader of headers raises for damaged ones."""
 
 
 @dataclass(frozen=True)
 class NpyFile:
-    """What a file's header says.
+    """The header of a file.
 
     Attributes:
         path: The file.
-        count: Rows.
-        dim: Values a row.
-        dtype: float16 or float32, in either byte order.
-        offset: Where the rows begin.
+        shape: Shape of the array.
+        fortran: Whether it is stored column by column.
+        dtype: Type of the values.
+        offset: The byte at which the values begin.
+        status: Identity, size and time of the file when it was looked at.
     """
 
     path: Path
-    count: int
-    dim: int
+    shape: tuple[int, ...]
+    fortran: bool
     dtype: np.dtype[Any]
     offset: int
+    status: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.status[1]
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """Values a row."""
+        return self.shape[1]
+
+
+def read_npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Reads the header of an ``.npy`` file with numpy's own safe reader; no value is read.
+
+    Args:
+        head: The first bytes of the file; those beyond the longest possible header are not looked at.
+
+    Returns:
+        Shape, whether the values are stored column by column, dtype, and the byte at which values begin.
+
+    Raises:
+        ValueError: If this is no such header; the message is one line.
+    """
+    file = io.BytesIO(head[:MAX_HEADER])
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in _HEADERS:
+            raise ValueError(f"its version is {version}")
+        shape, fortran, dtype = _HEADERS[version](file)
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(reason) from error
+    if any(size < 0 for size in shape):
+        raise ValueError(f"its shape is {shape}")
+    return shape, fortran, dtype, file.tell()
 
 
 def inspect_npy(path: Path) -> NpyFile:
-    """Reads a header and checks that the file holds all it promises.
+    """Reads the header of a shard and checks that the file holds all it promises.
 
     Raises:
         StoreError: If the file cannot be read, is no ``.npy``, is cut or too long, or holds anything but
             (n, dim) rows of float16 or float32.
     """
-    again = "copy it again, or embed its rows anew"
     try:
-        with path.open("rb") as file:
-            shape, fortran, dtype = _read_header(file)
-            offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        with open_regular(path, path.parent.parent) as file:
+            status = _status(file)
+            shape, fortran, dtype, offset = read_npy_header(file.read(MAX_HEADER))
     except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error.strerror}); {again}") from error
-    except (ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is empty"
-        raise StoreError(f"{path} is not a whole .npy file ({reason}); {again}") from error
+        raise StoreError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from error
+    except StoreError:
+        raise
+    except ValueError as error:
+        raise StoreError(f"{path} is not a whole .npy file ({error}); {AGAIN}") from error
     if dtype.hasobject:
         raise StoreError(
             f"{path} holds pickled Python objects, which are never loaded; save plain float rows"
@@ -67,47 +124,49 @@ def inspect_npy(path: Path) -> NpyFile:
             f"{path} holds an array of shape {shape} and type {dtype}{order}; a store holds (n, dim) rows of "
             "float16 or float32: save them so"
         )
-    wanted = offset + shape[0] * shape[1] * dtype.itemsize
+    if dtype != dtype.newbyteorder("<"):
+        # One flipped bit makes "<f4" ">f4", and the values something else; nobody writes stores so.
+        raise StoreError(
+            f"{path} says that its values are big-endian ({dtype.str}), which looks like damage; {AGAIN}, "
+            "or save its rows as little-endian"
+        )
+    wanted, size = offset + shape[0] * shape[1] * dtype.itemsize, status[1]
     if size != wanted:
-        raise StoreError(f"{path} has {size} bytes, but its {shape[0]} rows need {wanted}; {again}")
-    return NpyFile(path, shape[0], shape[1], dtype, offset)
-
-
-def _read_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+        raise StoreError(f"{path} has {size} bytes, but its {shape[0]} rows need {wanted}; {AGAIN}")
+    if not shape[1]:
+        raise StoreError(f"{path} has rows without values (shape {shape}); {AGAIN}")
+    return NpyFile(path, shape, fortran, dtype, offset, status)
 
 
 class NpyRows:
     """Rows over several ``.npy`` files as if they were one.
 
-    Rows are copied out of the files by position (``pread``) instead of through a memory map: what is read
-    through a map counts as the process's memory until it is given back, and with large pages in the page
-    cache a single row of 1.5 KB was seen to map more than 1 MB. Read by position, memory is what is returned,
-    and as many rows come per second.
+    Rows are copied out of the files by position instead of through a memory map: what is read through a map
+    counts as the process's memory until it is given back, and a file that is cut while it is mapped ends the
+    process. Read by position, memory is what is returned. No file is held open between two reads.
 
     Args:
         paths: The files in order.
         counts: Their rows.
         dim: Values a row.
+        dtype: Type of the values on disk, byte order included; ``None`` takes each file's own.
+        unit: Whether the rows are said to have length 1.
     """
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int], dim: int) -> None:
-        self._paths, self.dim = list(paths), dim
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        dim: int,
+        dtype: np.dtype[Any] | None = None,
+        unit: bool = False,
+    ) -> None:
+        self._paths, self.dim, self._dtype, self._unit = list(paths), dim, dtype, unit
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._open: OrderedDict[int, tuple[NpyFile, BinaryIO]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._headers: dict[int, NpyFile] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_paths": self._paths, "dim": self.dim, "_starts": self._starts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _open=OrderedDict(), _lock=threading.Lock())
 
     def take(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows by number, in the order asked for.
@@ -117,6 +176,10 @@ class NpyRows:
 
         Returns:
             (n, dim) float32 rows.
+
+        Raises:
+            StoreError: If a file is damaged, a value is NaN or infinite, or a row is not of length 1 where
+                that is said; the message names the file and the first such row.
         """
         result = np.empty((len(indices), self.dim), np.float32)
         order = np.argsort(indices, kind="stable")
@@ -127,23 +190,26 @@ class NpyRows:
             number = int(files[first])
             numbers = wanted[first:last] - self._starts[number]
             result[order[first:last]] = self._gather(number, numbers)
+        self._require_usable(result, indices)
         return result
 
     def slice(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows ``start`` … ``stop − 1`` as (n, dim) float32."""
+        """Rows ``start`` … ``stop − 1`` as (n, dim) float32; checked as :meth:`take` does."""
         result = np.empty((stop - start, self.dim), np.float32)
         position = start
         while position < stop:
             number = int(np.searchsorted(self._starts, position, side="right")) - 1
             end = min(stop, int(self._starts[number + 1]))
             first = position - int(self._starts[number])
-            _widen(self._read(number, first, end - position), result[position - start : end - start])
+            rows = self._gather(number, np.arange(first, first + end - position))
+            _widen(rows, result[position - start : end - start])
             position = end
+        self._require_usable(result, range(start, stop))
         return result
 
     def memory_maps(self) -> list[NDArray[np.floating]]:
         """Every file's (n, dim) rows, mapped read-only."""
-        files = [inspect_npy(path) for path in self._paths]
+        files = [self._checked(number, inspect_npy(path)) for number, path in enumerate(self._paths)]
         return [
             np.memmap(f.path, f.dtype, "r", f.offset, (f.count, f.dim))
             if f.count  # nothing cannot be mapped
@@ -151,48 +217,66 @@ class NpyRows:
             for f in files
         ]
 
-    def close(self) -> None:
-        """Closes the files; they are opened again when needed."""
-        with self._lock:
-            for _, file in self._open.values():
-                file.close()
-            self._open.clear()
-
-    def _read(self, number: int, first: int, count: int) -> NDArray[np.floating]:
-        return self._gather(number, np.arange(first, first + count))
-
     def _gather(self, number: int, numbers: NDArray[np.int64]) -> NDArray[np.floating]:
         """Rows of one file by their ascending numbers; neighbours are read in one go."""
         runs = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
         ends = [*runs[1:].tolist(), len(numbers)]
-        with self._lock:
-            npy, file = self._opened(number)
-            width = self.dim * npy.dtype.itemsize
-            rows = np.empty((len(numbers), self.dim), npy.dtype)
-            target = memoryview(rows.data).cast("B")
-            positions = (npy.offset + numbers[runs] * width).tolist()
-            for start, end, position in zip(runs.tolist(), ends, positions, strict=True):
-                _fill(file, target[start * width : end * width], position, npy.path)
+        header, path = self._headers.get(number), self._paths[number]
+        try:
+            with open_regular(path, path.parent.parent if header is None else None) as file:
+                if header is None or header.status != _status(file):
+                    header = self._headers[number] = self._checked(number, inspect_npy(path))
+                width = self.dim * header.dtype.itemsize
+                rows = np.empty((len(numbers), self.dim), header.dtype)
+                target = memoryview(rows.data).cast("B")
+                positions = (header.offset + numbers[runs] * width).tolist()
+                for start, end, position in zip(runs.tolist(), ends, positions, strict=True):
+                    _fill(file, target[start * width : end * width], position, path)
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error.strerror}); {AGAIN}") from error
         return rows
 
-    def _opened(self, number: int) -> tuple[NpyFile, BinaryIO]:
-        found = self._open.get(number)
-        if found is None:
-            npy = inspect_npy(self._paths[number])
-            count = int(self._starts[number + 1] - self._starts[number])
-            if (npy.count, npy.dim) != (count, self.dim):
-                raise StoreError(
-                    f"{npy.path} has {npy.count} rows of dimension {npy.dim}, but the store counts on "
-                    f"{count} of dimension {self.dim}; copy it again, or embed its rows anew"
-                )
-            found = npy, npy.path.open("rb", buffering=0)
-            self._open[number] = found
-            # A billion rows are more files than a process may hold open.
-            if len(self._open) > _OPEN_FILES:
-                self._open.popitem(last=False)[1][1].close()
-        else:
-            self._open.move_to_end(number)
-        return found
+    def _checked(self, number: int, npy: NpyFile) -> NpyFile:
+        count = int(self._starts[number + 1] - self._starts[number])
+        if (npy.count, npy.dim) != (count, self.dim):
+            raise StoreError(
+                f"{npy.path} has {npy.count} rows of dimension {npy.dim}, but the store counts on "
+                f"{count} of dimension {self.dim}; {AGAIN}"
+            )
+        if self._dtype is not None and npy.dtype != self._dtype:
+            raise StoreError(
+                f"{npy.path} holds values of type {npy.dtype.str}, but the store's are {self._dtype.str}; "
+                f"{AGAIN}"
+            )
+        return npy
+
+    def _require_usable(self, rows: NDArray[np.float32], numbers: Sequence[int] | NDArray[np.int64]) -> None:
+        tensor = torch.from_numpy(rows)
+        lengths = lengths_of(tensor)
+        if not bool(torch.isfinite(lengths.sum())):  # as it is if every value is finite, and not very large
+            broken = ~torch.isfinite(tensor).all(dim=1)
+            if bool(broken.any()):
+                raise StoreError(f"{self._first(broken, numbers, 'has NaN or infinity')}: {AGAIN}")
+        off = not_unit(lengths)
+        if self._unit and bool(off.any()):
+            most = float((lengths - 1).abs().max())
+            raise StoreError(
+                f"{self._first(off, numbers, 'has rows that are not of length 1')} (lengths differ from 1 by "
+                f"up to {most:.3g}), but its space says that rows are: normalise them, or name a space of "
+                "normalisation 'none'"
+            )
+
+    def _first(self, bad: Tensor, numbers: Sequence[int] | NDArray[np.int64], what: str) -> str:
+        row = int(numbers[int(torch.nonzero(bad)[0])])
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        path = self._paths[number]
+        shard = path.stem.removeprefix(f"{path.parent.name}_")
+        return f"{path} of shard {shard!r} {what}, first in its row {row - int(self._starts[number])}"
+
+
+def _status(file: BinaryIO) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _widen(rows: NDArray[np.floating], target: NDArray[np.float32]) -> None:
@@ -204,16 +288,13 @@ def _widen(rows: NDArray[np.floating], target: NDArray[np.float32]) -> None:
 
 
 def _fill(file: BinaryIO, target: memoryview, position: int, path: Path) -> None:
-    done = _read_at(file, target, position)
+    done = 0
     while done < len(target):  # the system may give less at a time than it was asked for
-        got = _read_at(file, target[done:], position + done)
+        if hasattr(os, "preadv"):
+            got = os.preadv(file.fileno(), [target[done:]], position + done)
+        else:
+            file.seek(position + done)
+            got = int(file.readinto(target[done:]))  # type: ignore[attr-defined]
         if not got:
             raise StoreError(f"{path} ends before its last row; it was cut while open: copy it again")
         done += got
-
-
-def _read_at(file: BinaryIO, target: memoryview, position: int) -> int:
-    if hasattr(os, "preadv"):  # does not move the file's position, which forked workers share
-        return os.preadv(file.fileno(), [target], position)
-    file.seek(position)
-    return int(file.readinto(target))  # type: ignore[attr-defined]

@@ -54,7 +54,6 @@ def drop_rows(
     table = read_columns(path / metadata_file(shard.name), None).filter(pa.array(keep))
     vectors = NpyRows([path / vectors_file(header.modality, shard.name)], [shard.count], header.dim)
     kept = vectors.slice(0, shard.count)[keep]
-    vectors.close()
     ids = table[ID].to_pylist()
     new = path / IN_PROGRESS / _NEW
     record = write_shard(new, header, shard.name, kept, ids, table.drop([ID]), extra)

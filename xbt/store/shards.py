@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
 from xbt.store.files import Sink, write_whole
 from xbt.store.layout import Header, ShardRecord, metadata_file, vectors_file
-from xbt.vectors import Vectors, as_vectors
+from xbt.vectors import Vectors, as_vectors, lengths_of, not_unit
 
 Metadata = Any
 """Columns beside the ids: one value a row each."""
@@ -66,22 +67,32 @@ def write_shard(
 
 
 def as_rows(vectors: Vectors, header: Header, where: str) -> NDArray[np.floating]:
-    """The vectors as they shall stand on disk.
+    """The vectors as they are written to disk.
 
     Raises:
-        DataError: If they hold NaN or infinity, or values too large for float16.
+        DataError: If they hold NaN or infinity, values too large for float16, or rows that are not of length
+            1 although the space says so.
         SpaceMismatchError: If the dimension is another.
     """
     dtype = np.dtype(header.dtype).newbyteorder("<")
     if len(vectors) == 0:
         return np.zeros((0, header.dim), dtype)
-    checked = as_vectors(vectors, f"what is to be written to {where}", header.dim).numpy()
+    tensor = as_vectors(vectors, f"what is to be written to {where}", header.dim)
+    checked = tensor.numpy()
     with np.errstate(over="ignore"):
         rows = checked.astype(dtype, copy=False)
     if not np.isfinite(rows).all():
         raise DataError(
             f"{where}: values up to {np.abs(checked).max():.3g} do not fit into {header.dtype}; make a store "
             "of dtype float32, or give unit vectors"
+        )
+    off = not_unit(lengths_of(tensor))
+    if header.unit and bool(off.any()):
+        row = int(torch.nonzero(off)[0])
+        raise DataError(
+            f"{where}: the rows of {header.space} have length 1, but row {row} has "
+            f"{float(lengths_of(tensor[row])):.3g}; normalise the vectors, or give the store a space of "
+            "normalisation 'none'"
         )
     return np.ascontiguousarray(rows)
 
@@ -92,7 +103,7 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
     Raises:
         StoreError: If an id is not a string or is repeated, or a column has another length or no Arrow type.
     """
-    names = list(ids)
+    names = as_ids(ids, where)
     if len(names) != count:
         raise StoreError(f"{where}: there are {count} vectors but {len(names)} ids; give one id a vector")
     seen: set[str] = set()
@@ -105,7 +116,7 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
             raise StoreError(f"{where}: the id {name!r} is there twice; ids must be unique")
         seen.add(name)
     columns = {ID: _column(names, ID, where, pa.string())}
-    for column in _names(metadata):
+    for column in _names(metadata, where):
         if column == ID:
             raise StoreError(f"{where}: the metadata has a column 'id', which is the ids' own; rename it")
         assert metadata is not None
@@ -116,10 +127,32 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
     return pa.table(columns)
 
 
-def _names(metadata: Metadata | None) -> list[str]:
+def as_ids(ids: Iterable[str], where: str) -> list[str]:
+    """The ids as a list, whatever they come in; a generator is read once.
+
+    Raises:
+        StoreError: If they are no list of anything.
+    """
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise StoreError(f"{where}: the ids are {ids!r:.40}; give a list of strings, one a vector")
+    return list(ids)
+
+
+def _names(metadata: Metadata | None, where: str) -> list[str]:
     if metadata is None:
         return []
-    return list(metadata.column_names if isinstance(metadata, pa.Table) else metadata)
+    names = metadata.column_names if isinstance(metadata, pa.Table) else metadata
+    if isinstance(names, str | bytes) or not (
+        isinstance(names, Iterable) and hasattr(metadata, "__getitem__")
+    ):
+        raise StoreError(f"{where}: the metadata are a {type(metadata).__name__}; give columns by name")
+    names = list(names)
+    for name in names:
+        if not isinstance(name, str) or names.count(name) > 1:
+            raise StoreError(
+                f"{where}: {name!r:.40} cannot name a column; give each column a string of its own"
+            )
+    return names
 
 
 def _column(values: Any, name: str, where: str, kind: Any = None) -> Any:

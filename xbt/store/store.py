@@ -16,7 +16,7 @@ from xbt.errors import DataError, StoreError
 from xbt.space import EmbeddingSpace
 from xbt.store.clip_retrieval import scan_folder
 from xbt.store.column_types import ColumnTypes
-from xbt.store.files import remove_leftovers, remove_strays, write_record, writing_to
+from xbt.store.files import make_directory, remove_leftovers, remove_strays, write_record
 from xbt.store.ids import KnownIds, choose_id_column
 from xbt.store.layout import (
     EXTRA,
@@ -27,7 +27,10 @@ from xbt.store.layout import (
     Header,
     Manifest,
     ShardRecord,
+    has_manifest,
+    is_shard_name,
     metadata_file,
+    open_regular,
     read_manifest,
     shard_key,
     store_path,
@@ -36,7 +39,7 @@ from xbt.store.layout import (
 from xbt.store.lock import WriterLock
 from xbt.store.metadata import MetadataColumns
 from xbt.store.npy import NpyRows
-from xbt.store.shards import ID, Metadata, as_table, write_shard
+from xbt.store.shards import ID, Metadata, as_ids, as_table, write_shard
 from xbt.store.verify import find_faults, refuse_wrong_sizes
 from xbt.vectors import Vectors
 
@@ -67,7 +70,10 @@ class EmbeddingStore:
         self._manifest = manifest
         shards, modality = manifest.shards, manifest.header.modality
         counts = [shard.count for shard in shards]
-        self._rows = NpyRows([self.path / vectors_file(modality, s.name) for s in shards], counts, self.dim)
+        files = [self.path / vectors_file(modality, shard.name) for shard in shards]
+        # Nobody says what the values of a foreign folder are; when it was opened its shards agreed.
+        dtype = manifest.header.numpy_dtype if has_manifest(self.path) else None
+        self._rows = NpyRows(files, counts, self.dim, dtype, manifest.header.unit)
         metadata = [self.path / metadata_file(shard.name) for shard in shards]
         with_metadata = bool(shards) and metadata_file(shards[0].name) in shards[0].files
         self._columns = MetadataColumns(metadata, counts) if with_metadata else None
@@ -100,8 +106,7 @@ class EmbeddingStore:
                 raise StoreError(
                     f"{directory} already holds {name}; open that store, or choose another directory"
                 )
-        with writing_to(directory, 0):
-            directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         with WriterLock(directory):
             write_record(directory / MANIFEST, manifest.to_dict())
         return cls(directory, manifest)
@@ -126,7 +131,7 @@ class EmbeddingStore:
         directory = store_path(path)
         if not directory.is_dir():
             raise StoreError(f"there is no store at {directory}; check the path")
-        if not (directory / MANIFEST).is_file():
+        if not has_manifest(directory):
             return cls(directory, scan_folder(directory, modality, space))
         manifest = read_manifest(directory / MANIFEST)
         if modality not in (None, manifest.header.modality):
@@ -170,7 +175,9 @@ class EmbeddingStore:
         """Rows ``start`` … ``stop − 1`` as (n, dim) float32.
 
         Raises:
-            StoreError: If the range is not within the store, or a file is damaged.
+            StoreError: If the range is not within the store, a file is damaged, a value is NaN or infinite,
+                or a row is not of length 1 although the space says so (``normalisation`` is ``"unit"``); the
+                message names the file and the first such row. See :data:`xbt.vectors.UNIT_TOLERANCE`.
         """
         start, stop = self._range(start, stop)
         return self._rows.slice(start, stop)
@@ -185,7 +192,7 @@ class EmbeddingStore:
             (n, dim) float32.
 
         Raises:
-            StoreError: If a number is not that of a row, or a file is damaged.
+            StoreError: If a number is not that of a row; otherwise as :meth:`read`.
         """
         numbers = np.asarray(indices)
         if numbers.size == 0:
@@ -205,14 +212,14 @@ class EmbeddingStore:
         """All rows in order, as (size, dim) float32 arrays of which the last may be shorter.
 
         Raises:
-            StoreError: If the size is below 1.
+            StoreError: If the size is below 1, or as :meth:`read` while the batches are taken.
         """
-        if size < 1:
+        if not isinstance(size, int) or size < 1:
             raise StoreError(f"the size of a batch is at least 1, got {size}")
         return (self.read(start, min(start + size, len(self))) for start in range(0, len(self), size))
 
     def memory_maps(self) -> list[NDArray[np.floating]]:
-        """Every shard's (n, dim) rows as they stand on disk, mapped read-only.
+        """Every shard's (n, dim) rows as they are on disk, mapped read-only and not checked.
 
         Nothing is read before it is touched; what is touched counts as the process's memory until the system
         takes it back. :meth:`rows` and :meth:`batches` do not have that cost.
@@ -276,12 +283,19 @@ class EmbeddingStore:
         return self._columns.read(wanted, start, stop).select(wanted)
 
     def extra(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What the writers noted beside shards, as (name of the shard, note)."""
+        """Notes that the writers made beside shards, as (name of the shard, note).
+
+        Raises:
+            StoreError: If the file is damaged; the message names the line.
+        """
         if self._manifest.extra is not None:
-            with (self.path / EXTRA).open(encoding="utf-8") as file:
-                for line in file:
-                    note = json.loads(line)
-                    yield note["name"], note["extra"]
+            path = self.path / EXTRA
+            try:
+                with open_regular(path, self.path) as file:
+                    for number, line in enumerate(file, 1):
+                        yield _note(line, f"line {number} of {path}")
+            except OSError as error:
+                raise StoreError(f"{path} cannot be read ({error.strerror}); copy it again") from error
 
     def append(
         self,
@@ -309,7 +323,7 @@ class EmbeddingStore:
             StoreError: If an id is known already, ids or metadata do not fit (one column has one type over
                 the whole store), another process is writing, the disk is full, or the folder has no manifest.
         """
-        if not (self.path / MANIFEST).is_file():
+        if not has_manifest(self.path):
             raise StoreError(
                 f"{self.path} has no manifest, it is only read; copy its batches into a new store and "
                 "append there"
@@ -323,6 +337,7 @@ class EmbeddingStore:
         with WriterLock(self.path):
             self.reload()  # another writer may have been here since
             self._remove_leftovers()
+            ids = as_ids(ids, str(self.path))
             self._known.refuse(ids, self.shards)
             name = str(max((shard_key(s.name)[0] for s in self.shards), default=-1) + 1).zfill(6)
             where = f"shard {name!r} of {self.path}"
@@ -342,10 +357,9 @@ class EmbeddingStore:
         Raises:
             StoreError: As :meth:`open`.
         """
-        if (self.path / MANIFEST).is_file():
+        if has_manifest(self.path):
             manifest = read_manifest(self.path / MANIFEST)
             refuse_wrong_sizes(self.path, manifest)
-            self._rows.close()
             self._adopt(manifest)
 
     def verify(self) -> None:
@@ -356,13 +370,13 @@ class EmbeddingStore:
         Raises:
             StoreError: If anything is wrong; the message names every file and what to do.
         """
-        faults = find_faults(self.path, self.modality)
+        faults = find_faults(self.path, self.modality, self.space)
         if faults:
             raise StoreError(f"{self.path} has {len(faults)} faults: {'; '.join(faults)}")
 
     @cached_property
     def _id_column(self) -> str | None:
-        if self._columns is None or (self.path / MANIFEST).is_file():
+        if self._columns is None or has_manifest(self.path):
             return None if self._columns is None else ID
         return choose_id_column(self._columns, [shard.count for shard in self.shards])
 
@@ -379,3 +393,14 @@ class EmbeddingStore:
     def __repr__(self) -> str:
         space = self.space or "no known space"
         return f"EmbeddingStore('{self.path}', {len(self)} {self.modality} vectors of {space})"
+
+
+def _note(line: bytes, where: str) -> tuple[str, dict[str, Any]]:
+    try:
+        note = json.loads(line.decode("utf-8"))
+        name, extra = note["name"], note["extra"]
+        if not is_shard_name(name) or not isinstance(extra, dict):
+            raise ValueError("it is not the note of a shard")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise StoreError(f"{where} is damaged ({error!r:.100}); copy the file again") from error
+    return name, extra

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from xbt.errors import StoreError
+from xbt.errors import SpaceMismatchError, StoreError
+from xbt.space import EmbeddingSpace
 from xbt.store.clip_retrieval import scan_folder
 from xbt.store.column_types import ColumnTypes
 from xbt.store.files import checksum
@@ -16,37 +18,42 @@ from xbt.store.layout import (
     MANIFEST,
     METADATA,
     FileRecord,
+    Header,
     Manifest,
     ShardRecord,
+    has_manifest,
     read_manifest,
+    refuse_irregular,
     store_path,
 )
-from xbt.store.metadata import inspect_parquet
-from xbt.store.npy import NpyRows, inspect_npy
+from xbt.store.metadata import read_columns
+from xbt.store.npy import AGAIN, NpyRows, inspect_npy
 
 _ROWS_AT_ONCE = 16_384
-_MEND = "copy it again, or embed its rows anew"
 
 
-def find_faults(path: str | Path, modality: str | None = None) -> list[str]:
+def find_faults(
+    path: str | Path, modality: str | None = None, space: EmbeddingSpace | None = None
+) -> list[str]:
     """Everything that is wrong with a store, even one too damaged to be opened.
 
     Args:
         path: The directory.
         modality: As in ``EmbeddingStore.open``.
+        space: Likewise; the space of a clip-retrieval folder.
 
     Returns:
         A sentence for each fault, which names the file and says what to do; empty if the store is sound.
     """
     directory = store_path(path)
     try:
-        if (directory / MANIFEST).is_file():
+        if has_manifest(directory):
             manifest = read_manifest(directory / MANIFEST)
         else:
-            manifest = scan_folder(directory, modality, None)
-    except StoreError as error:
+            manifest = scan_folder(directory, modality, space)
+    except (StoreError, SpaceMismatchError) as error:
         return [str(error)]
-    faults = wrong_contents(directory, manifest.shards, manifest.header.dim)
+    faults = wrong_contents(directory, manifest)
     if manifest.extra is not None:
         faults.append(wrong_file(directory / EXTRA, manifest.extra, "the writers' notes"))
     return [fault for fault in faults if fault]
@@ -71,26 +78,24 @@ def wrong_sizes(path: Path, shards: Iterable[ShardRecord]) -> list[str]:
     return [fault for fault in faults if fault]
 
 
-def wrong_contents(path: Path, shards: Iterable[ShardRecord], dim: int) -> list[str]:
+def wrong_contents(path: Path, manifest: Manifest) -> list[str]:
     """Everything that is wrong with the shards' files, a sentence each; every byte is read.
 
     Args:
         path: The store's directory.
-        shards: What the files should be.
-        dim: Dimension of the vectors.
+        manifest: What the files should be.
 
     Returns:
-        The faults; a flipped bit is found where checksums are known, NaN where they are not: what has a
-        checksum was looked at before it was written.
+        The faults; a flipped bit is found where checksums are known.
     """
     faults: list[str] = []
     types = ColumnTypes()
-    for shard in shards:
+    for shard in manifest.shards:
         for name, file in shard.files.items():
             fault = wrong_file(path / name, file, f"shard {shard.name!r}")
-            fault = fault or _wrong_rows(path / name, name, shard, dim, checked=bool(file.sha256))
-            faults.append(fault)
-            if not fault and name.startswith(f"{METADATA}/"):
+            dtype = manifest.header.numpy_dtype if file.sha256 else None
+            faults.append(fault or _wrong_rows(path / name, shard, manifest.header, dtype))
+            if not faults[-1] and name.startswith(f"{METADATA}/"):
                 faults += types.add([path / name])
     return [fault for fault in faults if fault]
 
@@ -103,45 +108,40 @@ def wrong_file(path: Path, file: FileRecord, of: str) -> str:
     try:
         found = checksum(path)
     except OSError as error:
-        return f"{path} of {of} cannot be read ({error.strerror}): {_MEND}"
-    return "" if found == file.sha256 else f"{path} of {of} has other bytes than were written: {_MEND}"
+        return f"{path} of {of} cannot be read ({error.strerror}): {AGAIN}"
+    return "" if found == file.sha256 else f"{path} of {of} has other bytes than were written: {AGAIN}"
 
 
 def _wrong_size(path: Path, file: FileRecord, of: str) -> str:
     try:
         size = path.stat().st_size
+        refuse_irregular(path, path.parent if path.name == EXTRA else path.parent.parent)
     except OSError:
-        return f"{path} of {of} is missing: {_MEND}"
-    return "" if size == file.bytes else f"{path} of {of} has {size} bytes instead of {file.bytes}: {_MEND}"
+        return f"{path} of {of} is missing: {AGAIN}"
+    except StoreError as error:
+        return str(error)
+    return "" if size == file.bytes else f"{path} of {of} has {size} bytes instead of {file.bytes}: {AGAIN}"
 
 
-def _wrong_rows(path: Path, name: str, shard: ShardRecord, dim: int, checked: bool) -> str:
+def _wrong_rows(path: Path, shard: ShardRecord, header: Header, dtype: np.dtype[Any] | None) -> str:
+    """Finds what is wrong with a file's content; NaN too, which a checksum knows nothing of."""
+    where = f"{path} of shard {shard.name!r}"
     try:
-        if name.startswith(f"{METADATA}/"):
-            count, _ = inspect_parquet(path)
+        if path.parent.name == METADATA:
+            count = read_columns(path, None, rows=shard.count).num_rows
         else:
             npy = inspect_npy(path)
             count = npy.count
-            if npy.dim != dim:
-                return f"{path} of shard {shard.name!r} has dimension {npy.dim} instead of {dim}: {_MEND}"
+            if npy.dim != header.dim:
+                return (
+                    f"{path} of shard {shard.name!r} has dimension {npy.dim} instead of {header.dim}: {AGAIN}"
+                )
+        if count != shard.count:
+            return f"{where} has {count} rows instead of {shard.count}: {AGAIN}"
+        if path.parent.name != METADATA:
+            rows = NpyRows([path], [count], header.dim, dtype, header.unit)
+            for start in range(0, count, _ROWS_AT_ONCE):
+                rows.slice(start, min(start + _ROWS_AT_ONCE, count))
     except StoreError as error:
         return str(error)
-    if count != shard.count:
-        return f"{path} of shard {shard.name!r} has {count} rows instead of {shard.count}: {_MEND}"
-    if checked or name.startswith(f"{METADATA}/"):
-        return ""
-    broken = _first_not_finite(NpyRows([path], [count], dim))
-    return (
-        ""
-        if broken is None
-        else f"{path} of shard {shard.name!r} has NaN or infinity, first in its row {broken}: {_MEND}"
-    )
-
-
-def _first_not_finite(rows: NpyRows) -> int | None:
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        sums = rows.slice(start, min(start + _ROWS_AT_ONCE, len(rows))).sum(axis=1, dtype=np.float64)
-        broken = np.flatnonzero(~np.isfinite(sums))
-        if len(broken):
-            return start + int(broken[0])
-    return None
+    return ""
