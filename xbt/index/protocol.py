@@ -1,8 +1,8 @@
 """The protocol that every index speaks, so that search and backfill are written once.
 
-A row of an index has a string id and one vector or more, each under a name and in a space of its own: at first
-only the old model's vector, later the new model's besides. :class:`~xbt.index.Gallery` implements the protocol
-on the local disk; an adapter implements it on a database.
+A row of an index has a string id and one vector or more, each under a name and in a space of its own: at
+first only the old model's vector, later the new model's besides. :class:`~xbt.index.Gallery` implements the
+protocol on the local disk; an adapter implements it on a database.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Hits:
 class VectorIndex(Protocol):
     """An index of vectors that can be read, searched and backfilled while it serves.
 
-    Every method raises an :class:`~xbt.errors.XbtError` for bad input and for an index that cannot be reached.
+    Every method raises an :class:`~xbt.errors.XbtError` for bad input, and for an index out of reach.
     """
 
     def info(self) -> IndexInfo:
