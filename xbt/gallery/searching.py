@@ -14,11 +14,11 @@ from xbt.gallery.checks import as_ids, as_k, as_queries
 from xbt.gallery.contents import OLD, Contents, Place, require_space
 from xbt.gallery.home import Home
 from xbt.gallery.known import KnownGallery
-from xbt.gallery.merge import Merge
-from xbt.gallery.mixing import merged
 from xbt.gallery.part import Part
 from xbt.gallery.part_view import PartView
 from xbt.gallery.result import SearchResult
+from xbt.index.mixed import Merge, merge_hits
+from xbt.index.protocol import Hits
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors
 
@@ -144,7 +144,8 @@ class SearchableGallery(KnownGallery):
         if 0 in sizes or len(views) == 1:
             scores, ids = found[0 if sizes[0] else 1]
             return SearchResult(ids, scores)
-        return merged(merge, found[0], found[1], k, (sizes[0], sizes[1]))
+        hits = merge_hits(merge, *(Hits(ids, scores) for scores, ids in found), k, (sizes[0], sizes[1]))
+        return SearchResult(hits.ids, hits.scores)
 
     def prepare(self) -> None:
         """Does now what the first search would do: reads what it needs, and makes or updates an index.

@@ -13,15 +13,15 @@ from sklearn.linear_model import LogisticRegression
 from xbt.data.vector_worlds import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation import best_positive_ranks, recall_at_k
-from xbt.gallery.backfill_ranks import MixedScores, mixed_ranks
-from xbt.gallery.calibration import (
+from xbt.index.calibration import (
     compare_merges,
     fit_kind,
     fit_merge,
     logistic_fit,
     pool_adjacent_violators,
 )
-from xbt.gallery.merge import AffineMerge, IsotonicMerge, RankMerge, RawMerge, merge_from_dict, merge_top
+from xbt.index.mixed import AffineMerge, IsotonicMerge, RankMerge, RawMerge, merge_from_dict, merge_top
+from xbt.index.mixed_ranks import MixedScores, mixed_ranks
 
 MERGES = [
     RawMerge(),
@@ -53,7 +53,7 @@ def test_is_strictly_increasing_and_survives_json(merge):
     for part in ("old", "new"):
         assert (np.diff(merge.calibrate(part, scores)) > 0).all()
         assert merge.calibrate(part, scores.reshape(-1, 1)).shape == (len(scores), 1)
-    with pytest.raises(ConfigError, match="no part 'newest'"):
+    with pytest.raises(ConfigError, match="no side 'newest'"):
         merge.calibrate("newest", scores)
 
 
@@ -163,7 +163,7 @@ def test_ties_count_against_us(merge):
 def test_queries_are_taken_in_pieces(sample, monkeypatch):
     mask = np.arange(60) % 3 == 0
     whole = mixed_ranks(*sample, mask, AffineMerge(1.5, 0.1))
-    monkeypatch.setattr("xbt.gallery.backfill_ranks.QUERIES_AT_ONCE", 60 * 7)
+    monkeypatch.setattr("xbt.index.mixed_ranks.QUERIES_AT_ONCE", 60 * 7)
     assert torch.equal(mixed_ranks(*sample, mask, AffineMerge(1.5, 0.1)), whole)
 
 
@@ -239,7 +239,7 @@ def test_the_kind_is_chosen_on_held_out_queries(sample):
 def test_what_fitting_refuses(sample):
     with pytest.raises(ConfigError, match="kinds of merge are raw, rank"):
         fit_merge(*sample, kinds=["best"])
-    with pytest.raises(DataError, match=r"about 60 items, and .* takes at least 61; give more pairs"):
+    with pytest.raises(DataError, match=r"about 60 items, but .* takes at least 61; give more pairs"):
         fit_merge(*sample, folds=61)
     with pytest.raises(ConfigError, match="folds is 1, but must be at least 2"):
         fit_merge(*sample, folds=1)

@@ -1,4 +1,4 @@
-"""Fitting a merge: both parts' scores on one scale, and the kind chosen on queries it was not fitted to."""
+"""Fitting a merge: both sides' scores on one scale, and the kind chosen on held-out queries."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.errors import ConfigError, DataError
-from xbt.gallery.backfill_ranks import MixedScores
-from xbt.gallery.merge import KINDS, AffineMerge, IsotonicMerge, Merge, RankMerge, RawMerge
+from xbt.index.mixed import KINDS, AffineMerge, IsotonicMerge, Merge, RankMerge, RawMerge
+from xbt.index.mixed_ranks import MixedScores
 from xbt.vectors import Vectors
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _NEWTON_STEPS = 50
-_LEAST_SPREAD = 1e-9
+_MIN_SPREAD = 1e-9
 
 
 def fit_merge(
@@ -32,11 +32,11 @@ def fit_merge(
     folds: int = 4,
     seed: int = 0,
 ) -> Merge:
-    """Fits every kind of merge to a sample of pairs and keeps the one that finds most.
+    """Fit every kind of merge to a sample of pairs and keep the one with the best recall.
 
-    Each kind is fitted on all folds of the queries but one and measured on that one, at several fractions of
-    the gallery backfilled, each drawn at random. The kind with the best mean recall is fitted again to all.
-    Of equals the one named first is kept.
+    Each kind is fitted on all folds of the queries but one and measured on that one, at several fractions
+    backfilled, each drawn at random. The kind with the best mean recall is fitted again to all.
+    Ties go to the kind named first.
 
     Args:
         old_queries: (n, old_dim) queries of the sample in the old space.
@@ -64,8 +64,8 @@ def fit_merge(
     scores = MixedScores(old_queries, new_queries, old_gallery, new_gallery, positives)
     if len(kinds) == 1:
         return fit_kind(kinds[0], scores)
-    found = compare_merges(scores, kinds, groups, fractions, ks, folds, seed)
-    return fit_kind(max(kinds, key=lambda kind: found[kind]), scores)
+    recall = compare_merges(scores, kinds, groups, fractions, ks, folds, seed)
+    return fit_kind(max(kinds, key=lambda kind: recall[kind]), scores)
 
 
 def compare_merges(
@@ -81,29 +81,29 @@ def compare_merges(
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
         raise ConfigError(f"fractions are {list(fractions)}, but must lie between 0 and 1, such as 0.5")
     n_items = scores.old.shape[1]
-    drawn = np.random.default_rng(seed)
-    masks = [np.less(drawn.random(n_items), fraction) for fraction in fractions]
-    found = dict.fromkeys(kinds, 0.0)
+    rng = np.random.default_rng(seed)
+    masks = [np.less(rng.random(n_items), fraction) for fraction in fractions]
+    recall = dict.fromkeys(kinds, 0.0)
     for fitted, held_out in _folds(scores, groups, folds, seed):
-        part, rest = scores.subset(fitted), scores.subset(held_out)
+        train, test = scores.subset(fitted), scores.subset(held_out)
         for kind in kinds:
-            merge = fit_kind(kind, part)
-            hits = [float((rest.ranks(mask, merge) < k).sum()) for mask in masks for k in ks]
-            found[kind] += sum(hits) / (len(hits) * len(scores))
-    return found
+            merge = fit_kind(kind, train)
+            hits = [float((test.ranks(mask, merge) < k).sum()) for mask in masks for k in ks]
+            recall[kind] += sum(hits) / (len(hits) * len(scores))
+    return recall
 
 
 def fit_kind(kind: str, scores: MixedScores) -> Merge:
-    """Fits one kind of merge to all pairs of a sample's queries and items.
+    """Fit one kind of merge to all pairs of a sample's queries and items.
 
-    ``"affine"`` compares the log-odds of relevance a s + b that a logistic regression gives each part
+    ``"affine"`` compares the log-odds of relevance a s + b that a logistic regression gives each side
     (Platt, "Probabilistic outputs for support vector machines", 1999); ``"isotonic"`` the probabilities of a
     monotone one (Zadrozny & Elkan, "Transforming classifier scores into accurate multiclass probability
     estimates", KDD 2002).
 
     Raises:
         ConfigError: If the kind is not known.
-        DataError: If all items answer all queries, so that there is nothing to tell apart.
+        DataError: If all items answer all queries, so that there is nothing to distinguish.
     """
     if kind not in KINDS:
         raise ConfigError(f"a merge of kind {kind!r} is not known; there is {', '.join(KINDS)}")
@@ -111,7 +111,7 @@ def fit_kind(kind: str, scores: MixedScores) -> Merge:
         return RawMerge() if kind == "raw" else RankMerge()
     relevant = scores.relevant()
     if relevant.all():
-        raise DataError("every item answers every query, so no score can be told from another; give a sample "
+        raise DataError("every item answers every query, so there is nothing to distinguish; give a sample "
                         "with wrong answers")  # fmt: skip
     if kind == "isotonic":
         curves = [pool_adjacent_violators(side, relevant) for side in (scores.old, scores.new)]
@@ -119,8 +119,8 @@ def fit_kind(kind: str, scores: MixedScores) -> Merge:
     (old_slope, old_offset), (new_slope, new_offset) = (
         logistic_fit(side, relevant) for side in (scores.old, scores.new)
     )
-    # A slope of 0 says that a part's scores tell nothing; its order is kept all the same.
-    old_slope, new_slope = max(old_slope, _LEAST_SPREAD), max(new_slope, _LEAST_SPREAD)
+    # A slope of 0 means that the scores of a side are uninformative; its order is kept all the same.
+    old_slope, new_slope = max(old_slope, _MIN_SPREAD), max(new_slope, _MIN_SPREAD)
     return AffineMerge(new_slope / old_slope, (new_offset - old_offset) / old_slope)
 
 
@@ -135,7 +135,7 @@ def logistic_fit(scores: NDArray[np.float32], relevant: NDArray[np.bool_]) -> tu
         relevant: Whether each is of an item that answers its query; both kinds must be there.
     """
     values = scores.astype(np.float64).ravel()
-    mean, spread = float(values.mean()), max(float(values.std()), _LEAST_SPREAD)
+    mean, spread = float(values.mean()), max(float(values.std()), _MIN_SPREAD)
     x, y = (values - mean) / spread, relevant.ravel().astype(np.float64)
     share = float(y.mean())
     theta = np.array([0.0, np.log(share / (1 - share))])
@@ -214,7 +214,7 @@ def _folds(
         raise ConfigError(f"folds is {folds}, but must be at least 2")
     if folds > len(names):
         raise DataError(
-            f"the queries are about {len(names)} items, and telling the merges apart takes at least {folds}; "
+            f"the queries are about {len(names)} items, but comparing merges takes at least {folds}; "
             "give more pairs"
         )
     fold_of = np.random.default_rng(seed).permutation(len(names)) % folds

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from xbt.gallery.neighbours import nearest_items
+from xbt.index.neighbours import nearest_items
 
 
 def clustered(count, dim, centres, seed):

@@ -1,4 +1,4 @@
-"""Exact ranks in a gallery of which some items are backfilled: what its search is measured by."""
+"""Exact ranks in an index under backfill, by which its search is measured."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from xbt.errors import DataError, SpaceMismatchError
 from xbt.evaluation import best_positive_ranks
-from xbt.evaluation.retrieval import Positives, check_positives
-from xbt.gallery.merge import Merge, Part, relative_places
+from xbt.evaluation.retrieval import Positives, check_positives, distinct_rows
+from xbt.index.mixed import Merge, Side, relative_places
 from xbt.vectors import Vectors, as_vectors
 
 QUERIES_AT_ONCE = 2**24
-"""Scores of one part that :func:`mixed_ranks` holds at once."""
+"""Scores of one side that :func:`mixed_ranks` holds at once."""
 
 
 def mixed_ranks(
@@ -29,20 +29,20 @@ def mixed_ranks(
     backfilled: Tensor | NDArray[np.bool_],
     merge: Merge,
 ) -> Tensor:
-    """Counts, for every query, the wrong items that come at or before its best positive in a mixed gallery.
+    """Counts, for every query, the wrong items that come at or before its best positive in a mixed index.
 
     The counterpart of :func:`xbt.evaluation.best_positive_ranks`, which it equals where nothing or everything
-    is backfilled. An item that is backfilled is compared by its new vector with the new query, any other one
-    by its old vector with the old query. Ties count against us.
+    is backfilled. A backfilled item is compared by its new vector with the new query, any other item by its
+    old vector with the old query. Ties count against us.
 
     Args:
         old_queries: (n, old_dim) queries in the old space: of the old model, or projected new ones.
         new_queries: (n, new_dim) the same queries in the new space.
         old_gallery: (m, old_dim) old vectors of all items.
-        new_gallery: (m, new_dim) new vectors of all items; of those not backfilled they are not looked at.
+        new_gallery: (m, new_dim) new vectors of all items, ignored for those that are not backfilled.
         positives: For every query the items that answer it.
         backfilled: (m,) booleans.
-        merge: How both parts' scores are compared.
+        merge: How the scores of both sides are compared.
 
     Returns:
         (n,) int64 ranks from 0.
@@ -74,7 +74,7 @@ def mixed_ranks(
 class MixedScores:
     """The scores of some queries with all items under both models, for ranks at many states of backfilling.
 
-    It holds 8 bytes per query and item, and as many again for every score of the merge asked for last;
+    It holds 8 bytes per query and item, and 16 more for the scores of the last merge;
     :func:`mixed_ranks` takes the queries in pieces.
 
     Args:
@@ -113,11 +113,11 @@ class MixedScores:
     def subset(self, queries: NDArray[np.int64]) -> MixedScores:
         """The scores of some of the queries."""
         starts, rows = self.positives
-        part = copy(self)
-        part.old, part.new, part._calibrated = self.old[queries], self.new[queries], None
+        chosen = copy(self)
+        chosen.old, chosen.new, chosen._calibrated = self.old[queries], self.new[queries], None
         lists = [rows[starts[query] : starts[query + 1]].tolist() for query in queries]
-        part.positives = check_positives(lists, *part.old.shape)
-        return part
+        chosen.positives = check_positives(lists, *chosen.old.shape)
+        return chosen
 
     def relevant(self) -> NDArray[np.bool_]:
         """(n, m) booleans: whether the item answers the query."""
@@ -127,7 +127,7 @@ class MixedScores:
         return answers
 
     def calibrated(self, merge: Merge) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(n, m) scores of both models on the merge's scale, those of the merge asked for last kept."""
+        """(n, m) scores of both models on the merge's scale; those of the last merge are kept."""
         if self._calibrated is None or self._calibrated[0] != merge:
             self._calibrated = merge, merge.calibrate("old", self.old), merge.calibrate("new", self.new)
         return self._calibrated[1:]
@@ -155,15 +155,15 @@ class MixedScores:
     def _places(self, mask: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Negative places of all items, with ties in their favour, and with ties against them."""
         favoured, burdened = np.empty(self.old.shape), np.empty(self.old.shape)
-        parts: tuple[tuple[Part, NDArray[np.float32], NDArray[np.bool_]], ...] = (
+        sides: tuple[tuple[Side, NDArray[np.float32], NDArray[np.bool_]], ...] = (
             ("old", self.old, ~mask),
             ("new", self.new, mask),
         )
-        for part, scores, chosen in parts:
+        for side, scores, chosen in sides:
             columns = np.flatnonzero(chosen)
             for first, places in ((True, favoured), (False, burdened)):
                 ranks = _ranks_within(scores[:, columns], first)
-                places[:, columns] = -relative_places(part, ranks, len(columns))
+                places[:, columns] = -relative_places(side, ranks, len(columns))
         return favoured, burdened
 
 
@@ -192,14 +192,11 @@ def _scores(queries: Vectors, gallery: Vectors, side: str) -> NDArray[np.float32
     if left.shape[1] != right.shape[1]:
         raise SpaceMismatchError(
             f"the {side} queries have dimension {left.shape[1]} but the {side} gallery vectors have "
-            f"{right.shape[1]}; bring the queries into the space of that part"
+            f"{right.shape[1]}; project the queries into the space of that side"
         )
-    # BLAS may round one product differently in different columns; equal items are scored once, so they tie.
-    distinct, column = np.unique(right, axis=0, return_inverse=True)
-    if len(distinct) == len(right):
-        column = np.arange(len(right))
-        distinct = right
-    scores: NDArray[np.float32] = (left @ distinct.T)[:, column.ravel()]
+    # Equal items are scored once, so that they tie.
+    distinct, column = distinct_rows(right)
+    scores: NDArray[np.float32] = (left @ distinct.T)[:, column]
     return scores
 
 

@@ -1,4 +1,4 @@
-"""Every item's nearest other items: exactly in a small gallery, by an inverted file in a large one."""
+"""The nearest other rows of every row: exact for a small index, by an inverted file for a large one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from xbt.gallery.orders import SCORES_AT_ONCE
+SCORES_AT_ONCE = 2**24
+"""Scores held at once while all pairs are compared."""
 
 NEIGHBOURS = 20
 EXACT_ITEMS = 50_000
-"""Up to so many items all are compared with all; beyond, the square of their number would be days."""
-LISTS_LOOKED_INTO = 16
+"""Largest number of items for which all pairs are compared; beyond, that would take days."""
+PROBED_LISTS = 16
 _LISTS_PER_ROOT = 4
 _TRAINING_ROWS_PER_LIST = 64
 _TRAINING_ROUNDS = 10
@@ -26,19 +27,19 @@ _ROWS_AT_ONCE = 16_384
 def nearest_items(
     items: Tensor, count: int = NEIGHBOURS, exact_items: int = EXACT_ITEMS
 ) -> tuple[Tensor, Tensor]:
-    """Similarities and rows of every item's nearest others, by cosine about the mean.
+    """Find every item's nearest other items, by cosine about the mean.
 
-    Exact for up to ``exact_items``, O(m²). Beyond, FAISS's inverted file of 4·√m lists, of which the 16
-    nearest are looked into: O(m^1.5), and a few of the neighbours are missed.
+    Exact for up to ``exact_items``, O(m²). Beyond that by FAISS's inverted file of 4·√m lists, of which the
+    16 nearest are searched: O(m^1.5), and a few of the neighbours are missed.
 
     Args:
         items: (m, dim), m at least 2.
         count: How many neighbours; all others if there are fewer.
-        exact_items: Up to how many items all are compared with all.
+        exact_items: Largest number of items for which all pairs are compared.
 
     Returns:
         (m, count) cosines, descending, and (m, count) int64 rows. An item with fewer neighbours in the lists
-        that were looked into has itself in the places that are left.
+        that were searched fills the remaining places with itself.
     """
     centred = normalize(items - items.mean(dim=0), dim=1)
     count = min(count, len(items) - 1)
@@ -66,7 +67,7 @@ def _approximate(centred: NDArray[np.float32], count: int) -> tuple[Tensor, Tens
         part = centred[start : start + _ROWS_AT_ONCE]
         values, found = index.search(part, count + 1)
         own = np.arange(start, start + len(part))[:, None]
-        # The item itself goes to the end, as what was not found does; another item may be its equal.
+        # The item itself goes to the end, as missing entries do; another item may be its equal.
         values[(found == own) | (found < 0)] = -np.inf
         places = np.argsort(-values, axis=1, kind="stable")[:, :count]
         values, found = np.take_along_axis(values, places, 1), np.take_along_axis(found, places, 1)
@@ -85,11 +86,9 @@ def _inverted_file(centred: NDArray[np.float32]) -> Any:
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.niter, index.cp.spherical = _TRAINING_ROUNDS, True
     index.cp.max_points_per_centroid = _TRAINING_ROWS_PER_LIST
-    index.cp.min_points_per_centroid = (
-        1  # an even sample is enough, and small galleries are no reason to warn
-    )
+    index.cp.min_points_per_centroid = 1  # an even sample is enough; don't warn about small indexes
     step = max(1, count // (_TRAINING_ROWS_PER_LIST * lists))
     index.train(np.ascontiguousarray(centred[::step]))
     index.add(centred)
-    index.nprobe = min(LISTS_LOOKED_INTO, lists)
+    index.nprobe = min(PROBED_LISTS, lists)
     return index
