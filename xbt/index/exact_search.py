@@ -1,21 +1,81 @@
-"""Exact search over rows in memory, in blocks that are never changed: who searches is never disturbed."""
+"""Exact search over rows in memory, with scores that do not depend on the batch.
+
+FAISS proposes candidates, and :func:`rescore` computes each pair's score by itself. Rows lie in blocks that
+are never changed, so that a search is never disturbed by a write.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xbt.gallery.settling import NOBODY, SPARE, rounding, settle
+Gather = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Row numbers → (n, dim) float32 vectors."""
 
 BLOCK_NUMBERS = 2**27
 """Numbers in a block (512 MiB): few enough blocks to cost nothing, small enough to be copied."""
 HOLES = 64
 """Masked rows that a block may have; with more of them it is copied without them."""
 MOST_FETCHED = 4096
-"""Candidates fetched from FAISS to settle near-ties, before a query's scores of all rows are looked at."""
+"""Candidates fetched from FAISS to order near-ties, before all scores of a query are computed."""
+OVERFETCH = 8
+"""Candidates fetched beyond k, so that near-ties can be put in their exact order."""
+SCRATCH_BYTES = 2**20
+"""Bound on the products held while candidates are rescored; they stay within a core's cache."""
+MISSING = -1
+"""Row number where an index found fewer candidates than it was asked for; FAISS's own padding."""
+
+
+def rescore(
+    queries: NDArray[np.float32], candidates: NDArray[np.int64], k: int, gather: Gather
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Score candidates pair by pair and keep the first k of each query.
+
+    FAISS alone neither gives equal vectors equal scores (its batched kernels round by position) nor keeps
+    ties in order. A pair's score here depends on that pair alone: products of float32 numbers are exact in
+    float64, are added up there, and the sum is rounded once. A query gives the same alone and in a batch.
+
+    Args:
+        queries: (n, dim).
+        candidates: (n, c) row numbers, c at least k; :data:`MISSING` where there is none.
+        k: Rows to keep.
+        gather: Gives the rows' vectors.
+
+    Returns:
+        (n, k) scores, descending, and the (n, k) row numbers they belong to; equal scores are in the order of
+        their row numbers. A missing candidate scores −∞.
+    """
+    scores = np.full(candidates.shape, -np.inf, np.float32)
+    flat, step = scores.reshape(-1), max(1, SCRATCH_BYTES // (8 * queries.shape[1]))
+    there = np.flatnonzero(candidates.reshape(-1) != MISSING)
+    rows, owners = candidates.reshape(-1)[there], there // candidates.shape[1]
+    vectors = gather(rows)
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        products = np.multiply(vectors[part], queries.take(owners[part], axis=0), dtype=np.float64)
+        flat[there[part]] = products.sum(axis=1)
+    order = np.lexsort((candidates, -scores))[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(candidates, order, axis=1)
+
+
+def rounding(queries: NDArray[np.float32], longest: float) -> NDArray[np.float32]:
+    """Bound the error of a float32 score: scores further apart than this are in a sure order.
+
+    Args:
+        queries: (n, dim).
+        longest: Length of the longest row.
+
+    Returns:
+        (n,) bounds.
+    """
+    lengths = np.sqrt(np.einsum("nd,nd->n", queries, queries))
+    unit = 2 * np.finfo(np.float32).eps * np.sqrt(queries.shape[1])
+    margin: NDArray[np.float32] = (unit * longest * lengths).astype(np.float32)
+    return margin
 
 
 @dataclass(frozen=True)
@@ -36,7 +96,7 @@ class Block:
 
     @classmethod
     def of(cls, vectors: NDArray[np.float32], rows: NDArray[np.int64], holes: int = 0) -> Self:
-        """Measures the vectors."""
+        """Measure the vectors."""
         squares = np.einsum("nd,nd->n", vectors, vectors)
         return cls(vectors, rows, float(np.sqrt(squares.max(initial=0.0))), holes)
 
@@ -48,6 +108,9 @@ class ExactRows:
         dim: Dimension of the vectors.
         blocks: The rows, in ascending order.
         masked: (m,) bool by row number: rows that are not to be found. Rows from m on are not masked.
+
+    Attributes:
+        count: Rows that can be found.
     """
 
     def __init__(
@@ -106,20 +169,19 @@ class ExactRows:
         """
         scores, found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         margin = rounding(queries, max(block.longest for block in self._blocks))
-        undecided, fetched = np.arange(len(queries)), min(k + SPARE, self.count)
+        undecided, fetched = np.arange(len(queries)), min(k + OVERFETCH, self.count)
         while len(undecided):
             rough, candidates = self.candidates(queries[undecided], fetched)
-            settled = settle(queries[undecided], candidates, k, self.gather)
-            scores[undecided], found[undecided] = settled
+            scores[undecided], found[undecided] = rescore(queries[undecided], candidates, k, self.gather)
             if fetched == self.count:
                 break
-            # More near-ties than candidates: who else could belong to the first k?
+            # There may be more near-ties than candidates: rows beyond them could belong to the first k.
             undecided = undecided[rough[:, -1] >= rough[:, k - 1] - margin[undecided]]
             fetched = min(8 * fetched, self.count)
             if fetched > MOST_FETCHED:
                 for row in undecided:
                     near = self._near(queries[row], k, float(margin[row]))
-                    scores[row], found[row] = settle(queries[row][None], near, k, self.gather)
+                    scores[row], found[row] = rescore(queries[row][None], near, k, self.gather)
                 break
         return scores, found
 
@@ -149,9 +211,9 @@ class ExactRows:
         if len(self._blocks) == 1:
             return _take(self._blocks[0], rows)
         vectors = np.empty((len(rows), self.dim), np.float32)
-        homes = np.searchsorted(self._firsts, rows, side="right") - 1
+        owners = np.searchsorted(self._firsts, rows, side="right") - 1
         for number, block in enumerate(self._blocks):
-            own = np.flatnonzero(homes == number)
+            own = np.flatnonzero(owners == number)
             if len(own):
                 vectors[own] = _take(block, rows[own])
         return vectors
@@ -164,9 +226,11 @@ class ExactRows:
         fetched = min(wanted + block.holes, len(block.rows))
         rough, positions = faiss.knn(queries, block.vectors, fetched, metric=faiss.METRIC_INNER_PRODUCT)
         rows = block.rows[positions]
+        hidden = positions < 0  # FAISS pads with −1, by which numpy would take the last row
         if block.holes:
-            hidden = self._masked[rows]
-            rough[hidden], rows[hidden] = -np.inf, NOBODY
+            hidden |= self._masked[rows]
+        if block.holes or hidden.any():
+            rough[hidden], rows[hidden] = -np.inf, MISSING
         return rough, rows
 
     def _near(self, query: NDArray[np.float32], k: int, margin: float) -> NDArray[np.int64]:

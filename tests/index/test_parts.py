@@ -7,8 +7,8 @@ import pytest
 from galleries import as_items, assert_finds, brute_force, make_space, names, unit
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
-from xbt.gallery import AffineMerge, Gallery, RankMerge, RawMerge
-from xbt.index.mixed_ranks import mixed_ranks
+from xbt.index import AffineMerge, Gallery, RankMerge, RawMerge
+from xbt.index.ranks import mixed_ranks
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 

@@ -10,8 +10,8 @@ import pytest
 from galleries import assert_finds, make_space, names, unit
 
 from xbt.errors import DataError, SpaceMismatchError, StoreError
-from xbt.gallery import Gallery
-from xbt.gallery.contents import Contents
+from xbt.index import Gallery
+from xbt.index.contents import Contents
 
 
 @pytest.fixture

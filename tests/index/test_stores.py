@@ -9,8 +9,8 @@ import pytest
 from galleries import as_items, assert_finds, make_space, names, unit
 
 from xbt.errors import SpaceMismatchError, StoreError
-from xbt.gallery import Gallery
-from xbt.gallery.segments import StoredSegment
+from xbt.index import Gallery
+from xbt.index.segments import StoredSegment
 from xbt.store import EmbeddingStore
 
 

@@ -1,4 +1,4 @@
-"""What a gallery demands of vectors, ids and k."""
+"""Checks of vectors, ids and k that are given to an index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_ROUNDED = 0.01
 
 
 def as_rows(vectors: Vectors, name: str, dim: int | None = None) -> NDArray[np.float32]:
-    """Checks vectors and returns them as contiguous float32 rows.
+    """Check vectors and return them as contiguous float32 rows.
 
     Args:
         vectors: (n, dim) torch tensor or numpy array of any float dtype, n at least 1.
@@ -42,12 +42,12 @@ def as_rows(vectors: Vectors, name: str, dim: int | None = None) -> NDArray[np.f
 
 
 def require_storable(rows: NDArray[np.float32], ids: Sequence[str], dtype: str) -> None:
-    """Refuses vectors so short that rounding to float16 would change them, or leave nothing of them.
+    """Refuse vectors so short that rounding to float16 would change them, or leave nothing of them.
 
     Args:
         rows: (n, dim).
         ids: Of their items.
-        dtype: That they are to be stored with; values too large for it are the store's business.
+        dtype: The type they are stored with; the storage refuses values too large for it.
 
     Raises:
         DataError: If rounding changes a vector by more than :data:`MOST_ROUNDED` of its length.
@@ -71,7 +71,7 @@ def as_queries(vectors: Vectors, name: str, dim: int) -> NDArray[np.float32]:
 
 
 def as_ids(ids: Sequence[str], name: str, count: int | None = None) -> list[str]:
-    """Returns ids as a list after checking that they are unique strings.
+    """Return ids as a list after checking that they are unique strings.
 
     Args:
         ids: The user's own names of items.
@@ -79,7 +79,7 @@ def as_ids(ids: Sequence[str], name: str, count: int | None = None) -> list[str]
         count: How many there must be, one a vector.
 
     Raises:
-        DataError: If there is another number of them, one is no string, or one is repeated.
+        DataError: If there is another number of them, one is no string or no valid text, or one is repeated.
     """
     if isinstance(ids, str):
         raise DataError(f"{name} is the string {ids!r}; give a list with one string per item")
@@ -92,11 +92,16 @@ def as_ids(ids: Sequence[str], name: str, count: int | None = None) -> list[str]
         if item in seen:
             raise DataError(f"{name} has {item!r} twice, again at position {position}; ids must be unique")
         seen.add(item)
-    return [str(item) for item in ids]
+    names = [str(item) for item in ids]
+    try:
+        "".join(names).encode("utf-8")
+    except UnicodeEncodeError:
+        raise _not_text(names, name) from None
+    return names
 
 
-def as_k(k: object, count: int) -> int:
-    """Returns how many items a query wants, from 1 to the number there are.
+def as_k(k: object, count: int | None = None) -> int:
+    """Return the number of items a query wants, from 1 to the number there are.
 
     Raises:
         DataError: If it is no such integer. Fewer results than asked for are never returned.
@@ -105,6 +110,23 @@ def as_k(k: object, count: int) -> int:
         raise DataError(f"k is {k!r}; give an integer of at least 1")
     if count == 0:
         raise DataError("the gallery is empty; add items before searching it")
-    if k > count:
+    if count is not None and k > count:
         raise DataError(f"k is {k}, but the gallery has {count} items; ask for at most that many")
     return int(k)
+
+
+def _not_text(names: list[str], name: str) -> DataError:
+    """Error for ids with half a surrogate pair, which no file can hold."""
+    position = next(place for place, item in enumerate(names) if not _is_text(item))
+    return DataError(
+        f"{name}[{position}] is {names[position]!r}, which is not valid Unicode text; decode the bytes it "
+        "was read from with their own encoding"
+    )
+
+
+def _is_text(item: str) -> bool:
+    try:
+        item.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

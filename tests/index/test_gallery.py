@@ -10,7 +10,7 @@ import torch
 from galleries import brute_force, make_space, names, unit
 
 from xbt.errors import DataError, SpaceMismatchError
-from xbt.gallery import Gallery, settling
+from xbt.index import Gallery, exact_search
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_gallery_of_one_vector_repeated():
 def test_candidates_are_scored_in_bounded_parts(gallery, monkeypatch):
     queries = unit(7, 16, seed=3)
     whole = gallery.search(queries, k=5)
-    monkeypatch.setattr(settling, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(exact_search, "SCRATCH_BYTES", 1)
     parts = gallery.search(queries, k=5)
     assert parts.ids == whole.ids
     assert np.array_equal(parts.scores, whole.scores)
@@ -131,7 +131,7 @@ def test_describes_itself(gallery):
 
 def test_importing_and_building_leaves_faiss_alone():
     code = (
-        "import sys, numpy as np; from xbt.gallery import Gallery; g = Gallery.build(np.eye(3), list('abc'));"
+        "import sys, numpy as np; from xbt.index import Gallery; g = Gallery.build(np.eye(3), list('abc'));"
         "assert 'faiss' not in sys.modules; print(g.search(np.eye(3)[1], k=1).ids)"
     )
     assert run(code) == "[['b']]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
@@ -13,7 +14,7 @@ import pytest
 from galleries import as_items, assert_finds, brute_force, make_space, names, unit
 
 from xbt.errors import ConfigError, DataError
-from xbt.gallery import Gallery, RawMerge, index_cache, index_plan, part_view, upkeep
+from xbt.index import Gallery, RawMerge, faiss_index, views
 
 N, DIM = 3000, 16
 
@@ -21,8 +22,8 @@ N, DIM = 3000, 16
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Sizes at which an index is worth it in a test."""
-    monkeypatch.setattr(index_plan, "ROWS_PER_CENTROID", 40)
-    monkeypatch.setattr(upkeep, "LEAST_TAIL", 100)
+    monkeypatch.setattr(faiss_index, "ROWS_PER_CENTROID", 40)
+    monkeypatch.setattr(faiss_index, "LEAST_TAIL", 100)
 
 
 def make(tmp_path, index, tuning="", n=N):
@@ -134,7 +135,7 @@ def test_a_small_part_is_searched_exactly(tmp_path):
      ("PQ8x4", 16 * 40), ("SQ8", 40), ("PCA8,IVF4,Flat", 160), ("IVF4,Flat,RFlat", 160)],
 )  # fmt: skip
 def test_from_how_many_rows_on_an_index_is_made(index, rows):
-    assert index_plan.IndexPlan(index).fewest_rows(DIM) == rows
+    assert faiss_index.IndexPlan(index).fewest_rows(DIM) == rows
 
 
 def test_in_memory_too(monkeypatch):
@@ -152,13 +153,13 @@ def test_in_memory_too(monkeypatch):
 @pytest.fixture
 def trained(monkeypatch):
     """Counts how often an index is made."""
-    made, train = [], upkeep.train
+    made, train = [], faiss_index.train
 
     def counting(*arguments):
         made.append(arguments)
         return train(*arguments)
 
-    monkeypatch.setattr(upkeep, "train", counting)
+    monkeypatch.setattr(faiss_index, "train", counting)
     return made
 
 
@@ -167,7 +168,7 @@ def test_an_index_is_kept_on_disk(tmp_path, trained):
     before = gallery.search(unit(9, DIM, seed=1), 10)
     assert len(trained) == 1
     files = sorted(path.suffix for path in (gallery.path / "index").iterdir())
-    assert files == [".faiss", ".json", ".npy"]
+    assert files == [".faiss", ".json", ".rows"]
     for options in ({}, {"read_only": True}, {"mmap": True}, {"read_only": True, "mmap": True}):
         after = Gallery.open(gallery.path, **options).search(unit(9, DIM, seed=1), 10)
         assert after.ids == before.ids
@@ -194,7 +195,7 @@ def test_a_damaged_or_missing_index_is_made_anew(tmp_path, trained, mmap):
 
     damages = [
         lambda: spoil(file(".faiss")),
-        lambda: spoil(file(".npy")),
+        lambda: spoil(file(".rows")),
         lambda: file(".faiss").unlink(),
         lambda: file(".json").write_text("{"),
         lambda: file(".json").write_text("{}"),
@@ -229,7 +230,7 @@ def test_a_reader_writes_nothing(tmp_path):
 
 def test_a_reader_that_maps_searches_exactly_until_there_is_an_index(tmp_path, monkeypatch):
     """Block by block, with nothing kept in memory: throughout a backfill, and after compacting."""
-    monkeypatch.setattr(part_view, "ROWS_AT_ONCE", 256)
+    monkeypatch.setattr(views, "ROWS_AT_ONCE", 256)
     gallery, (old, new) = make(tmp_path, "IVF16,Flat", "nprobe=1"), (make_space(), make_space("new", seed=1))
     gallery.begin_part(new)
     reader = Gallery.open(gallery.path, read_only=True, mmap=True)
@@ -242,8 +243,8 @@ def test_a_reader_that_maps_searches_exactly_until_there_is_an_index(tmp_path, m
         reader.reload()
         assert_finds(reader, olds, unit(9, DIM, seed=1), 10, part="old", space=old)
         assert_finds(reader, news, unit(9, DIM, seed=1), 10, part="new", space=new)
-    views = reader._all_views()
-    assert [view.exact for view in views] == [None, None]
+    seen = reader._all_views()
+    assert [view.exact for view in seen] == [None, None]
     gallery.prepare_index()
     reader.reload()  # no row has come, but the index has
     assert [len(view.index.rows) for view in reader._all_views()] == [1000, 2000]
@@ -263,7 +264,7 @@ def test_there_is_no_index_of_a_gallery_that_compares_every_row(tmp_path):
 def test_nobody_waits_while_an_index_is_made(tmp_path, monkeypatch):
     """Other threads search the index that was there, and what has come since."""
     gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
-    items, real, seen = as_items(unit(N, DIM), names(N)), upkeep.train, []
+    items, real, seen = as_items(unit(N, DIM), names(N)), faiss_index.train, []
 
     def meanwhile():
         assert_finds(gallery, items, unit(3, DIM, seed=1), 10)
@@ -276,7 +277,7 @@ def test_nobody_waits_while_an_index_is_made(tmp_path, monkeypatch):
             other.join(10)
         return real(*arguments)
 
-    monkeypatch.setattr(upkeep, "train", training)
+    monkeypatch.setattr(faiss_index, "train", training)
     gallery.prepare()
     assert seen == [N]
     items |= as_items(unit(1200, DIM, seed=3), names(1200, start=N))
@@ -289,10 +290,10 @@ def test_nobody_waits_while_an_index_is_made(tmp_path, monkeypatch):
 
 def test_an_index_that_was_made_while_the_gallery_was_compacted_is_dropped(tmp_path, monkeypatch):
     gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
-    real, writer = upkeep.train, Gallery.open(gallery.path)
+    real, writer = faiss_index.train, Gallery.open(gallery.path)
 
     def training(*arguments):
-        monkeypatch.setattr(upkeep, "train", real)
+        monkeypatch.setattr(faiss_index, "train", real)
         made = real(*arguments)
         writer.remove(names(1000))
         writer.compact()
@@ -300,10 +301,10 @@ def test_an_index_that_was_made_while_the_gallery_was_compacted_is_dropped(tmp_p
         gallery.reload()
         return made
 
-    monkeypatch.setattr(upkeep, "train", training)
+    monkeypatch.setattr(faiss_index, "train", training)
     gallery.prepare()
     items = dict(list(as_items(unit(N, DIM), names(N)).items())[1000:])
-    monkeypatch.delattr(upkeep, "train")  # the writer's is read, and has not been replaced
+    monkeypatch.delattr(faiss_index, "train")  # the writer's is read, and has not been replaced
     for each in (gallery, Gallery.open(gallery.path, read_only=True, mmap=True)):
         assert_finds(each, items, unit(5, DIM, seed=1), 10)
         assert len(each._all_views()[0].index.rows) == 2000
@@ -312,14 +313,14 @@ def test_an_index_that_was_made_while_the_gallery_was_compacted_is_dropped(tmp_p
 
 def test_two_that_make_an_index_at_once_do_not_mix_their_files(tmp_path, monkeypatch):
     gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
-    other, real = Gallery.open(gallery.path), index_cache.write_record
+    other, real = Gallery.open(gallery.path), faiss_index.write_record
 
     def interrupted(*arguments):
-        monkeypatch.setattr(index_cache, "write_record", real)
+        monkeypatch.setattr(faiss_index, "write_record", real)
         other.prepare()
         return real(*arguments)
 
-    monkeypatch.setattr(index_cache, "write_record", interrupted)
+    monkeypatch.setattr(faiss_index, "write_record", interrupted)
     gallery.prepare()
     assert len(other._all_views()[0].index.rows) == N
     assert len(list((gallery.path / "index").iterdir())) == 3
@@ -330,11 +331,16 @@ def test_the_rows_of_an_index_must_be_its_own(tmp_path, trained):
     gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
     gallery.prepare()
     items = as_items(unit(N, DIM), names(N))
-    path = next((gallery.path / "index").glob("*.npy"))
-    rows = np.load(path)
+    rows_file, record_file = (
+        next((gallery.path / "index").glob(f"*.{ending}")) for ending in ("rows", "json")
+    )
+    rows = np.fromfile(rows_file, "<i8")
     for row in (10**9, -1, 4):
         rows[5] = row
-        np.save(path, rows)
+        rows.tofile(rows_file)
+        record = json.loads(record_file.read_text())
+        record["files"][rows_file.name]["sha256"] = hashlib.sha256(rows_file.read_bytes()).hexdigest()
+        record_file.write_text(json.dumps(record))
         assert_finds(Gallery.open(gallery.path, read_only=True), items, unit(5, DIM, seed=1), 10)
     assert len(trained) == 4
 
@@ -406,4 +412,4 @@ def test_faiss_is_silent(tmp_path, capfd):
         make(tmp_path, "IVF16,PQ8x4").search(unit(1, DIM), 5)
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
-    assert json.loads((tmp_path / "g" / "gallery.json").read_text())["index"] == "IVF16,PQ8x4"
+    assert Gallery.open(tmp_path / "g").plan.factory == "IVF16,PQ8x4"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from galleries import make_space, quiet, start, unit
 
-from xbt.gallery import Gallery, RawMerge
+from xbt.index import Gallery, RawMerge
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
 OLD, NEW = make_space("old", dim=8), make_space("new", dim=12, seed=1)

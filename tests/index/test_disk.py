@@ -14,8 +14,7 @@ import pytest
 from galleries import as_items, assert_finds, make_space, names, unit
 
 from xbt.errors import DataError, StoreError
-from xbt.gallery import Gallery
-from xbt.gallery import exact as exact_module
+from xbt.index import Gallery, exact_search
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def test_a_fresh_process_finds_the_same(gallery, tmp_path):
     np.save(tmp_path / "queries.npy", queries.numpy())
     expected = gallery.search(queries, k=5)
     code = (
-        "import json, sys, numpy as np; from xbt.gallery import Gallery; g = Gallery.open(sys.argv[1]);"
+        "import json, sys, numpy as np; from xbt.index import Gallery; g = Gallery.open(sys.argv[1]);"
         "assert 'faiss' not in sys.modules; r = g.search(np.load(sys.argv[2]), k=5);"
         "print(json.dumps([r.ids, r.scores.tolist(), g.space.model]))"
     )
@@ -64,8 +63,8 @@ def test_a_fresh_process_finds_the_same(gallery, tmp_path):
 
 def test_it_grows_shrinks_and_is_updated_like_a_dictionary(tmp_path, monkeypatch):
     """Random operations against a plain dictionary, with many small blocks; reopened now and then."""
-    monkeypatch.setattr(exact_module, "BLOCK_NUMBERS", 16 * 64)
-    monkeypatch.setattr(exact_module, "HOLES", 4)
+    monkeypatch.setattr(exact_search, "BLOCK_NUMBERS", 16 * 64)
+    monkeypatch.setattr(exact_search, "HOLES", 4)
     draw = np.random.default_rng(0)
     gallery = Gallery.create(tmp_path / "g", space=make_space(), dtype="float32")
     reader = Gallery.open(tmp_path / "g", read_only=True)
@@ -100,7 +99,7 @@ def test_it_grows_shrinks_and_is_updated_like_a_dictionary(tmp_path, monkeypatch
 
 
 def test_equal_vectors_stand_in_the_order_of_the_gallery(tmp_path, monkeypatch):
-    monkeypatch.setattr(exact_module, "BLOCK_NUMBERS", 16 * 30)
+    monkeypatch.setattr(exact_search, "BLOCK_NUMBERS", 16 * 30)
     gallery = Gallery.create(tmp_path / "g", space=make_space(), dtype="float32")
     for start in range(0, 100, 20):
         gallery.add(np.repeat(unit(1, 16).numpy(), 20, axis=0), names(20, start))
@@ -148,7 +147,7 @@ def test_compacting_leaves_open_readers_their_files(gallery):
     old = as_items(unit(50, 16)[25:], names(25, start=25))
     assert_finds(reader, old, unit(2, 16, seed=1), 25)
     segments = gallery.path / "segments"
-    assert len(list(segments.iterdir())) == 2
+    assert len(list(segments.iterdir())) == 1  # what the reader has mapped stays readable
     reader.reload()
     assert_finds(reader, old, unit(2, 16, seed=1), 25)
     gallery.add(unit(1, 16, seed=8), ["x"])
@@ -159,7 +158,6 @@ def test_compacting_leaves_open_readers_their_files(gallery):
     gallery.remove(["image-0030"])
     gallery.compact()
     assert len(list(segments.iterdir())) == 1
-    assert len(list(gallery.path.glob("removals-*"))) == 1
     assert gallery.verify() == []
 
 
@@ -212,7 +210,7 @@ def test_saving_what_is_in_memory(tmp_path):
     assert Gallery.open(tmp_path / "deep" / "g").ids == saved.ids == gallery.ids
     queries = unit(3, 16, seed=1)
     assert np.array_equal(saved.search(queries).scores, gallery.search(queries).scores)
-    with pytest.raises(StoreError, match=r"already holds gallery\.json|already holds segments"):
+    with pytest.raises(StoreError, match=r"already holds gallery\.sqlite"):
         gallery.save(tmp_path / "deep" / "g")
     with pytest.raises(DataError, match="needs a space"):
         Gallery.build(unit(2, 4), names(2)).save(tmp_path / "unknown")

@@ -10,10 +10,10 @@ import pytest
 from galleries import as_items, assert_finds, make_space, names, unit
 
 from xbt.errors import StoreError
-from xbt.gallery import Gallery
-from xbt.gallery import home as home_module
-from xbt.gallery.layout import GalleryRecord, _checksum
-from xbt.gallery.segments import StoredSegment
+from xbt.index import Gallery
+from xbt.index import home as home_module
+from xbt.index.layout import GalleryRecord, _checksum
+from xbt.index.segments import StoredSegment
 from xbt.store import EmbeddingStore
 
 REPLACED = r"the gallery at .*g was replaced by another while it was open; open it again"

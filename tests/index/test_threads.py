@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from galleries import make_space, names, unit
 
-from xbt.gallery import Gallery, index_plan, upkeep
+from xbt.index import Gallery, faiss_index
 
 
 @pytest.fixture(params=["Flat", "IVF2,Flat"])
 def gallery(tmp_path, request, monkeypatch):
     """An exact one, and one with an index that is made anew all the time, and finds everything."""
-    monkeypatch.setattr(index_plan, "ROWS_PER_CENTROID", 10)
-    monkeypatch.setattr(upkeep, "LEAST_TAIL", 5)
+    monkeypatch.setattr(faiss_index, "ROWS_PER_CENTROID", 10)
+    monkeypatch.setattr(faiss_index, "LEAST_TAIL", 5)
     tuning = "" if request.param == "Flat" else "nprobe=2"
     made = Gallery.create(
         tmp_path / "g", space=make_space(), dtype="float32", index=request.param, tuning=tuning

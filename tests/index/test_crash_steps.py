@@ -13,8 +13,8 @@ import pytest
 from galleries import assert_finds, make_space, names, quiet, start, unit
 
 from xbt.errors import StoreError
-from xbt.gallery import Gallery
-from xbt.gallery import journal as journal_module
+from xbt.index import Gallery
+from xbt.index import journal as journal_module
 from xbt.store.lock import WriterLock
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
