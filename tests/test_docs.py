@@ -19,7 +19,7 @@ from xbt.config import parse_config
 from xbt.data import CaptionSource, read_captions
 from xbt.embedding import EmbedConfig
 from xbt.errors import XbtError
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 
 OWN_TESTS = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*/test_docs.py"))
 """Tests of single pages, which are run there: docs/serving.md is one of them."""

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from backfills import SCENES
 
-from xbt.backfilling import save_merge
+from xbt.backfill import save_merge
 from xbt.compatible import CompatibleEncoder, load_upgraded
 from xbt.encoders import load_encoder
-from xbt.gallery import AffineMerge, Gallery, RankMerge, RawMerge
+from xbt.index import AffineMerge, Gallery, RankMerge, RawMerge
 from xbt.projections import Projection, QueryEnsemble
 from xbt.projections.combinations import Nlerp
 

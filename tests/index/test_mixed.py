@@ -21,7 +21,7 @@ from xbt.index.calibration import (
     pool_adjacent_violators,
 )
 from xbt.index.mixed import AffineMerge, IsotonicMerge, RankMerge, RawMerge, merge_from_dict, merge_top
-from xbt.index.mixed_ranks import MixedScores, mixed_ranks
+from xbt.index.ranks import MixedScores, mixed_ranks
 
 MERGES = [
     RawMerge(),
@@ -163,7 +163,7 @@ def test_ties_count_against_us(merge):
 def test_queries_are_taken_in_pieces(sample, monkeypatch):
     mask = np.arange(60) % 3 == 0
     whole = mixed_ranks(*sample, mask, AffineMerge(1.5, 0.1))
-    monkeypatch.setattr("xbt.index.mixed_ranks.QUERIES_AT_ONCE", 60 * 7)
+    monkeypatch.setattr("xbt.index.ranks.QUERIES_AT_ONCE", 60 * 7)
     assert torch.equal(mixed_ranks(*sample, mask, AffineMerge(1.5, 0.1)), whole)
 
 

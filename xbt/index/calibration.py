@@ -10,7 +10,7 @@ from torch import Tensor
 
 from xbt.errors import ConfigError, DataError
 from xbt.index.mixed import KINDS, AffineMerge, IsotonicMerge, Merge, RankMerge, RawMerge
-from xbt.index.mixed_ranks import MixedScores
+from xbt.index.ranks import MixedScores
 from xbt.vectors import Vectors
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
