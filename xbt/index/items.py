@@ -1,4 +1,4 @@
-"""What is in a store or a gallery, read a few thousand items at a time."""
+"""The items of a store or a gallery, read a few thousand at a time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError, StoreError
-from xbt.gallery import Gallery
+from xbt.index.gallery import Gallery
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 
 Source = EmbeddingStore | Gallery
-"""Where items come from."""
+"""A source of items."""
 
 AT_ONCE = 4096
 
@@ -43,7 +43,7 @@ class Portion:
         source: The store or gallery.
         space: The space, if it is known.
         dim: Dimension of the vectors.
-        count: How many items.
+        count: Number of items.
         part: The gallery's part.
     """
 
@@ -54,7 +54,7 @@ class Portion:
     part: str | None = None
 
     def batches(self, size: int = AT_ONCE) -> Iterator[Items]:
-        """All items in order, at most ``size`` at a time.
+        """Iterate over all items in order, at most ``size`` at a time.
 
         Raises:
             StoreError: If a file is damaged or gone.
@@ -67,7 +67,7 @@ class Portion:
             yield Items(ids, vectors, self._metadata(start, ids))
 
     def columns(self) -> list[Any]:
-        """The metadata's fields, each with a name and a type that holds for all batches."""
+        """The fields of the metadata, with types that hold for all batches."""
         tables = [self._metadata(start, ids) for start, ids in self._ids(AT_ONCE)]
         schemas = [table.schema.remove_metadata() for table in tables if table is not None]
         return list(pa.unify_schemas(schemas, promote_options="permissive")) if schemas else []
@@ -89,7 +89,7 @@ class Portion:
 
 
 def portions(source: Source) -> tuple[Portion, ...]:
-    """The parts of a source: one, or two of a gallery that is being backfilled, the old one first.
+    """List the parts of a source: one, or two of a gallery under backfill, the old one first.
 
     Raises:
         ConfigError: If the source is neither a store nor a gallery.
@@ -105,11 +105,11 @@ def portions(source: Source) -> tuple[Portion, ...]:
 
 
 def portion(source: Source, part: str | None = None) -> Portion:
-    """The part of a source that is named, or the only one that has items.
+    """Find the part of a source that is named, or the only one that has items.
 
     Raises:
         ConfigError, StoreError: As :func:`portions`.
-        DataError: If there is no such part, it is empty, or items are in two parts and none is named.
+        DataError: If there is no such part, it is empty, or two parts have items and none is named.
     """
     there = [each for each in portions(source) if each.count]
     chosen = [each for each in there if part is None or each.part == part]

@@ -1,4 +1,4 @@
-"""Packages that only serving needs, imported where they are used."""
+"""Packages of optional extras, imported where they are used."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from xbt.errors import ConfigError
 
 
 def optional(module: str, extra: str) -> Any:
-    """Imports a package of an optional extra.
+    """Import a package of an optional extra.
 
     Args:
         module: The module, such as ``"qdrant_client"``.
-        extra: The extra of xbt that brings it.
+        extra: The extra of xbt that installs it.
 
     Returns:
         The module.
@@ -25,7 +25,7 @@ def optional(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module.split(".")[0]:
-            raise  # it is there, and something that it needs is not
+            raise  # it is installed, but one of its own requirements is not
         raise ConfigError(
             f"{error.name} is not installed, which this needs; run pip install 'xbt[{extra}]'"
         ) from error
