@@ -38,20 +38,19 @@ import torch
 from IPython.display import Image, display
 
 import xbt
-from xbt.data.vector_worlds import WORLDS, make_vector_world
-from xbt.evaluation import best_positive_ranks
-from xbt.gallery import (
-    MixedScores,
+from xbt.backfill import (
     backfill_curve,
     distance_to_mean_order,
     fastfill_order,
-    fit_merge,
     fit_rehearsed_order,
     oldest_first,
     query_log_order,
     random_order,
     stopping_point,
 )
+from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.evaluation import best_positive_ranks
+from xbt.index import MixedScores, fit_merge
 from xbt.report import draw_backfill_curve
 
 # %% [markdown]

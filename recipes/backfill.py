@@ -10,7 +10,7 @@ the same command is given again, with any number of processes.
 Not supported: galleries of texts; images that can only be read as a stream.
 """
 
-from xbt.backfilling import BackfillConfig
+from xbt.backfill import BackfillConfig
 from xbt.cli.jobs import backfill_and_draw
 from xbt.config import is_main_process, run_recipe
 

@@ -16,7 +16,7 @@ from accelerate.commands.launch import launch_command_parser
 from docpages import PAGES, ROOT, blocks_of, command_lines, furnish, run_page
 
 from xbt.config import parse_config
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 
 OWN_TESTS = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/*/test_docs.py"))
 """Tests of single pages, which are run there: docs/serving.md is one of them."""

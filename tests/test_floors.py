@@ -26,12 +26,14 @@ FLOORS = [
         "store",
         "bench",
         "losses",
+        "optional",
     },
     {"encoders", "data", "heads"},
     {"evaluation", "embedding", "backbones"},
     {"projections"},
-    {"compatible", "gallery"},
-    {"training", "report", "serve", "backfilling", "evaluation_job", "choosing_job", "sharing"},
+    {"compatible", "index"},
+    {"training", "serve", "backfill", "evaluation_job", "choosing_job", "sharing"},
+    {"report"},
     {"demo", "cli"},
     {"__main__"},
 ]
@@ -39,13 +41,13 @@ HOMES = {
     "open_clip": {"encoders"},
     "transformers": {"encoders"},
     "peft": {"encoders"},
-    "faiss": {"gallery"},
-    "accelerate": {"training", "embedding", "backfilling"},
+    "faiss": {"index"},
+    "accelerate": {"training", "embedding", "backfill"},
     "datasets": {"data"},
     "timm": {"backbones"},
     "torchvision": {"backbones"},
     "matplotlib": {"report"},
-    "qdrant_client": {"serve"},
+    "qdrant_client": {"index"},
     "onnx": {"serve"},
     "onnxruntime": {"serve"},
     "onnxscript": {"serve"},
@@ -85,7 +87,7 @@ def test_imports_only_from_below(path):
 def test_import_is_quick_and_faiss_lazy():
     code = (
         "import sys, xbt; heavy = {'torch', 'faiss', 'open_clip', 'transformers'} & set(sys.modules); "
-        "assert not heavy, heavy; import xbt.gallery; assert 'faiss' not in sys.modules; "
+        "assert not heavy, heavy; import xbt.index; assert 'faiss' not in sys.modules; "
         "assert set(xbt.__all__) <= set(dir(xbt))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

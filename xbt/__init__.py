@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from xbt.errors import XbtError as XbtError
     from xbt.evaluation import evaluate_retrieval as evaluate_retrieval
     from xbt.evaluation import recall_at_k as recall_at_k
-    from xbt.gallery import Gallery as Gallery
+    from xbt.index import Gallery as Gallery
     from xbt.projections import PairVectors as PairVectors
     from xbt.projections import Projection as Projection
     from xbt.projections import QueryEnsemble as QueryEnsemble
@@ -31,7 +31,7 @@ _HOMES = {
     "DualEncoder": "xbt.encoders",
     "EmbeddingSpace": "xbt.space",
     "EmbeddingStore": "xbt.store",
-    "Gallery": "xbt.gallery",
+    "Gallery": "xbt.index",
     "PairVectors": "xbt.projections",
     "Projection": "xbt.projections",
     "QueryEnsemble": "xbt.projections",

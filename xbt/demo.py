@@ -11,7 +11,7 @@ from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_pairs
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.evaluation import RetrievalReport, format_table
 from xbt.evaluation_job import EvaluationConfig, run_evaluation
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.report import draw_recall_bars, draw_search_comparison
 from xbt.training import (
     ClipConfig,

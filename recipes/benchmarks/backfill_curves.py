@@ -21,10 +21,10 @@ from backfill_worlds import OURS, merge_of, orders, worlds
 from projection_splits import ScenesConfig, without_folders
 from torch import Tensor
 
+from xbt.backfill.curve import backfill_curve
 from xbt.bench import write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
-from xbt.gallery.backfill_curve import backfill_curve
 from xbt.report import draw_backfill_curve
 
 TENTHS = tuple(number / 10 for number in range(11))

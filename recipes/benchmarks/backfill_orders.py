@@ -21,12 +21,12 @@ from backfill_worlds import KINDS, ORDERS, OURS, World, merge_of, orders, worlds
 from projection_splits import ScenesConfig, without_folders
 from torch import Tensor
 
+from xbt.backfill.curve import BackfillCurve, backfill_curve, stopping_point
+from xbt.backfill.orders import random_order
 from xbt.bench import write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.evaluation import Interval, bootstrap_interval
-from xbt.gallery.backfill_curve import BackfillCurve, backfill_curve, stopping_point
-from xbt.gallery.orders import random_order
 
 Areas = dict[str, dict[str, list[tuple[Tensor, Tensor]]]]
 """Data, contender: per split the area of every query, mean over the seeds, and the image of every query."""

@@ -11,12 +11,12 @@ import torch
 from projection_splits import ScenesConfig, Split, halves, scenes
 from torch import Tensor
 
-from xbt.gallery.backfill_ranks import MixedScores
-from xbt.gallery.calibration import compare_merges, fit_kind
-from xbt.gallery.merge import Merge
-from xbt.gallery.order_fastfill import fastfill_order
-from xbt.gallery.order_rehearsal import fit_rehearsed_order
-from xbt.gallery.orders import distance_to_mean_order, oldest_first, query_log_order, random_order
+from xbt.backfill.fastfill import fastfill_order
+from xbt.backfill.orders import distance_to_mean_order, oldest_first, query_log_order, random_order
+from xbt.backfill.rehearsal import fit_rehearsed_order
+from xbt.index.calibration import compare_merges, fit_kind
+from xbt.index.mixed import Merge
+from xbt.index.ranks import MixedScores
 from xbt.projections import Projection, fit_projection
 
 OURS = "rehearsed (ours)"

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from xbt.bench import Spread, Timings, ratio, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.space import EmbeddingSpace
 
 SHARD_ROWS = 100_000
@@ -126,7 +126,7 @@ def open_galleries(config: GallerySearchBenchmark) -> dict[str, Gallery]:
 
 def open_or_create(path: Path, **options: Any) -> Gallery:
     """A gallery as an earlier run left it, or a new one."""
-    return Gallery.open(path) if (path / "gallery.json").is_file() else Gallery.create(path, **options)
+    return Gallery.open(path) if Gallery.exists(path) else Gallery.create(path, **options)
 
 
 def names(start: int, stop: int) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from xbt.bench import Spread
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.space import EmbeddingSpace
 
 USED = 0.9
@@ -23,7 +23,7 @@ USED = 0.9
 MEMORY = """
 import json, sys, time
 import faiss, psutil, torch
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 
 def used():
     about = psutil.Process().memory_info()

@@ -22,12 +22,12 @@ from gallery_sizing import IndexCost, measure_index, sizing_notes, sizing_rows
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from xbt.backfill.orders import distance_to_mean_order, query_log_order, random_order
 from xbt.bench import Spread, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
-from xbt.gallery import AffineMerge, Gallery
-from xbt.gallery.neighbours import nearest_items
-from xbt.gallery.orders import distance_to_mean_order, query_log_order, random_order
+from xbt.index import AffineMerge, Gallery
+from xbt.index.neighbours import nearest_items
 from xbt.space import EmbeddingSpace
 
 LOG = 1000

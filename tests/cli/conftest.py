@@ -13,7 +13,7 @@ from backfills import COUNT, SCENES
 
 from xbt.cli import main
 from xbt.encoders import load_encoder
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.projections import fit_projection
 from xbt.store import EmbeddingStore
 

@@ -6,10 +6,10 @@ import pytest
 from backfills import COUNT
 from PIL import Image
 
-from xbt.backfilling import BackfillConfig, run_backfill
+from xbt.backfill import BackfillConfig, run_backfill
 from xbt.data import PairSource
 from xbt.data.image_collection import ImageCollection
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from backfills import COUNT, SCENES
 
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.store import EmbeddingStore
 
 

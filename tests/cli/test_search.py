@@ -14,12 +14,12 @@ from fuzzing import damaged, fuzzed, loads_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xbt.backfilling import save_merge
+from xbt.backfill import save_merge
 from xbt.cli.search_config import Queries
 from xbt.cli.search_job import read_queries
 from xbt.compatible import CompatibleEncoder, load_upgraded
 from xbt.encoders import load_encoder
-from xbt.gallery import AffineMerge, Gallery, RankMerge, RawMerge
+from xbt.index import AffineMerge, Gallery, RankMerge, RawMerge
 from xbt.projections import Projection, QueryEnsemble
 from xbt.projections.combinations import Nlerp
 

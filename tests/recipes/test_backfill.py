@@ -19,7 +19,7 @@ from backfills import COUNT, SCENES, lines, order_of
 from PIL import Image
 
 from xbt.encoders import load_encoder
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {

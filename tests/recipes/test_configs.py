@@ -8,7 +8,7 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from xbt.backfilling import BackfillConfig
+from xbt.backfill import BackfillConfig
 from xbt.choosing_job import ChooseProjectionConfig
 from xbt.config import parse_config
 from xbt.demo import DemoConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from xbt.config import parse_config
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.serve.export_job import ExportConfig, run_export
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +95,20 @@ def test_the_config_opens_with_its_command_and_parses(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = parse_config(ExportConfig, ["--config", str(CONFIG)])
     assert (config.pgvector.table, config.pgvector.column) == ("images", "old")
+
+
+def test_serving_is_imported_without_models_and_clients():
+    code = (
+        "import sys; from xbt.serve import export_pgvector; "
+        "heavy = {'qdrant_client', 'onnx', 'onnxruntime', 'faiss', 'open_clip', 'transformers'};"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_name_of_the_package_is_there():
+    import xbt.serve
+
+    assert all(getattr(xbt.serve, name) for name in dir(xbt.serve))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = xbt.serve.nothing

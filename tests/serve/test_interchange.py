@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from xbt.errors import ConfigError, DataError, StoreError
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.serve import export_interchange
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
@@ -39,8 +39,8 @@ def test_a_store_comes_back_whole(store, tmp_path, old_space):
 
 
 def test_batches_join_and_columns_keep_out_of_the_way(tmp_path, rows, old_space, monkeypatch):
-    monkeypatch.setattr("xbt.serve.items.Portion.batches.__defaults__", (7,))
-    monkeypatch.setattr("xbt.serve.items.AT_ONCE", 7)
+    monkeypatch.setattr("xbt.index.items.Portion.batches.__defaults__", (7,))
+    monkeypatch.setattr("xbt.index.items.AT_ONCE", 7)
     made = EmbeddingStore.create(tmp_path / "store", modality="text", space=old_space, dtype="float16")
     made.append(rows(20), [f"a{n}" for n in range(20)], {"vector": list(range(20))})
     made.append(rows(20, seed=1), [f"b{n}" for n in range(20)], {"vector": [n / 2 for n in range(20)]})

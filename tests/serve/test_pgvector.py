@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from xbt.errors import ConfigError, DataError, StoreError
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.serve import PgvectorTable, export_pgvector
 from xbt.serve.pgvector import vector_text
 from xbt.space import EmbeddingSpace

@@ -16,7 +16,7 @@ from xbt.data import PairSource, load_pairs, make_scenes
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation_job import EvaluationConfig, run_evaluation
-from xbt.gallery import Gallery
+from xbt.index import Gallery
 from xbt.projections import HeadProjection, fit_projection
 from xbt.training import CompatibleClipConfig, TrainArgs, train_compatible_clip
 from xbt.training.compatible_clip import whole_encoder

@@ -106,7 +106,7 @@ COMMANDS = (
     Command(
         "backfill",
         "re-embed a gallery while it serves, the most urgent items first",
-        "xbt.backfilling:BackfillConfig",
+        "xbt.backfill:BackfillConfig",
         "xbt.cli.jobs:backfill",
         "xbt backfill --gallery gallery --encoder transformers:openai/clip-vit-large-patch14 \\\n"
         "  --images.source photos/ --output_dir runs/backfill --max_hours 8",

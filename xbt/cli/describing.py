@@ -1,13 +1,12 @@
-"""Stores and galleries in a few figures."""
+"""Descriptions of stores and galleries."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from xbt.backfilling.merging import MERGE
-from xbt.gallery import Gallery
-from xbt.gallery.layout import GalleryRecord
+from xbt.backfill.merge_file import MERGE
+from xbt.index import Gallery
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 from xbt.store.layout import read_record
@@ -28,31 +27,30 @@ def describe_store(store: EmbeddingStore) -> dict[str, Any]:
 
 def describe_gallery(gallery: Gallery, path: Path) -> dict[str, Any]:
     """A gallery on disk: its parts, how far it is backfilled, its index, and how its parts are merged."""
-    record = GalleryRecord.read(path)
     merge = path / MERGE
     return {
         "gallery": str(path),
         "items": len(gallery),
         "fraction_backfilled": gallery.fraction_backfilled,
-        "index": record.plan.factory,
-        "tuning": record.plan.tuning,
+        "index": gallery.plan.factory,
+        "tuning": gallery.plan.tuning,
         "merge": read_record(merge).get("kind") if merge.is_file() else None,
         "bytes": size_of(path),
         "parts": [
             {
                 "name": part.name,
                 "items": part.count,
-                "modality": about.modality,
-                "dtype": about.dtype,
+                "modality": part.modality,
+                "dtype": part.dtype,
                 **describe_space(part.space, part.dim),
             }
-            for part, about in zip(gallery.parts, record.parts, strict=True)
+            for part in gallery.parts
         ],
     }
 
 
 def describe_space(space: EmbeddingSpace | None, dim: int) -> dict[str, Any]:
-    """Which model made vectors; nothing of it is known of a folder that clip-retrieval wrote."""
+    """The model that made vectors; unknown for a folder that clip-retrieval wrote."""
     model, revision = (None, None) if space is None else (space.model, space.revision)
     return {"dim": dim, "model": model, "revision": revision}
 
@@ -71,10 +69,10 @@ def as_text(about: dict[str, Any]) -> str:
 
 def _lines(figures: dict[str, Any], indent: str = "") -> list[str]:
     width = max(map(len, figures))
-    return [f"{indent}{name.ljust(width)}  {_told(name, value)}" for name, value in figures.items()]
+    return [f"{indent}{name.ljust(width)}  {_shown(name, value)}" for name, value in figures.items()]
 
 
-def _told(name: str, value: Any) -> str:
+def _shown(name: str, value: Any) -> str:
     if value is None or value in ("", []):
         return "-"
     if name == "fraction_backfilled":

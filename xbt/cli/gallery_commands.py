@@ -10,8 +10,8 @@ from xbt.cli.outcome import Outcome
 from xbt.cli.streams import read_lines
 from xbt.encoders import load_encoder
 from xbt.errors import DataError, XbtError
-from xbt.gallery import Gallery
-from xbt.serve.export_job import GALLERY, open_source
+from xbt.index import Gallery
+from xbt.serve.export_job import open_source
 from xbt.store import EmbeddingStore, find_faults
 from xbt.store.layout import MANIFEST
 
@@ -84,7 +84,7 @@ def remove(config: RemoveConfig) -> Outcome:
 def verify(config: GalleryConfig) -> Outcome:
     """Looks for damage; the status says whether there is any."""
     path = Path(config.gallery).expanduser()
-    is_gallery = (path / GALLERY).is_file()
+    is_gallery = Gallery.exists(path)
     try:
         if is_gallery:
             faults = Gallery.open(path, read_only=True).verify()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from xbt.cli.outcome import Outcome
 
 if TYPE_CHECKING:
-    from xbt.backfilling import BackfillConfig, BackfillResult
+    from xbt.backfill import BackfillConfig, BackfillResult
     from xbt.cli.fit_config import FitConfig
     from xbt.cli.search_config import SearchConfig
     from xbt.embedding import EmbedConfig
@@ -81,7 +81,7 @@ def backfill(config: BackfillConfig) -> Outcome:
 
 def backfill_and_draw(config: BackfillConfig) -> BackfillResult:
     """Backfills, and draws recall over the fraction backfilled, if it was measured, as ``curve.png``."""
-    from xbt.backfilling import run_backfill
+    from xbt.backfill import run_backfill
     from xbt.config import is_main_process
     from xbt.report import draw_backfill_curve
 

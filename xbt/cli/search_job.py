@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xbt.backfilling import load_merge
+from xbt.backfill import load_merge
 from xbt.cli.search_config import Queries, SearchConfig
 from xbt.cli.streams import read_lines
 from xbt.compatible import CompatibleEncoder, load_upgraded
@@ -17,8 +17,8 @@ from xbt.data.files import is_unicode
 from xbt.data.image_folder import list_images
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError, EncoderError
-from xbt.gallery import Gallery, Merge, PartSummary, RankMerge, RawMerge, SearchResult, merge_from_dict
 from xbt.hub import split_revision
+from xbt.index import Gallery, Hits, Merge, PartSummary, RankMerge, RawMerge, merge_from_dict
 from xbt.serve.export_job import open_source
 from xbt.store import EmbeddingStore
 from xbt.store.layout import read_record
@@ -42,7 +42,7 @@ class Answer:
     gallery: str
     queries: list[str]
     n_texts: int
-    found: SearchResult
+    found: Hits
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form, with ranks from 1."""

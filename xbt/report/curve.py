@@ -9,17 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xbt.backfill.curve import BackfillCurve, backfill_curve
+from xbt.backfill.orders import random_order
+from xbt.backfill.rehearsal import fit_rehearsed_order
 from xbt.data.image_text_pairs import choose_subset
 from xbt.evaluation import Interval, bootstrap_interval
-from xbt.gallery import (
-    BackfillCurve,
-    Merge,
-    MixedScores,
-    backfill_curve,
-    fit_merge,
-    fit_rehearsed_order,
-    random_order,
-)
+from xbt.index import Merge, MixedScores, fit_merge
 from xbt.projections import PairVectors
 from xbt.projections.sources import random_access
 from xbt.report.measure import Measured

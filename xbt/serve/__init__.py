@@ -1,4 +1,4 @@
-"""Serving elsewhere: Qdrant, other vector databases by export, and query code without torch by ONNX."""
+"""Serving elsewhere: vector databases by export, and query encoders without torch by ONNX."""
 
 from __future__ import annotations
 
@@ -10,24 +10,22 @@ if TYPE_CHECKING:
     from xbt.serve.onnx_export import export_onnx as export_onnx
     from xbt.serve.pgvector import PgvectorTable as PgvectorTable
     from xbt.serve.pgvector import export_pgvector as export_pgvector
-    from xbt.serve.qdrant import QdrantGallery as QdrantGallery
 
-# Loaded at first use: who searches Qdrant with vectors needs neither the models nor the exporters.
-_HOMES = {
+# Loaded at first use: each needs packages that the others do not.
+_MODULES = {
     "PgvectorTable": "xbt.serve.pgvector",
-    "QdrantGallery": "xbt.serve.qdrant",
     "export_interchange": "xbt.serve.interchange",
     "export_onnx": "xbt.serve.onnx_export",
     "export_pgvector": "xbt.serve.pgvector",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'xbt.serve' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

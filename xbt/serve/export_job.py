@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from xbt.errors import ConfigError
-from xbt.gallery import Gallery
+from xbt.index import Gallery
+from xbt.index.items import Source
 from xbt.run_dir import RunDirectory
 from xbt.serve.interchange import export_interchange
-from xbt.serve.items import Source
 from xbt.serve.pgvector import PgvectorTable, export_pgvector
 from xbt.store import EmbeddingStore
 
-GALLERY = "gallery.json"
 SQL = "gallery.sql"
 
 
@@ -76,6 +74,6 @@ def open_source(path: str, modality: str | None = None) -> Source:
     Raises:
         DataError, StoreError: If there is neither, or it cannot be read.
     """
-    if (Path(path).expanduser() / GALLERY).is_file():
+    if Gallery.exists(path):
         return Gallery.open(path, read_only=True)
     return EmbeddingStore.open(path, modality)

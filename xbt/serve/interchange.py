@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from xbt.index.items import Items, Portion, Source, portion
 from xbt.serve.files import whole_file
-from xbt.serve.items import Items, Portion, Source, portion
 from xbt.store.files import write_record
 
 VECTORS, ITEMS, ABOUT = "vectors.npy", "items.parquet", "about.json"

@@ -13,13 +13,13 @@ import torch
 
 from xbt.compatible import CompatibleEncoder
 from xbt.errors import ConfigError, XbtError
+from xbt.optional import optional
 from xbt.projections import Projection
 from xbt.projections.base import Modality
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.projections.forward_map import ForwardMap
 from xbt.serve.files import whole_file
 from xbt.serve.onnx_graph import QueryGraph, example_inputs
-from xbt.serve.optional import optional
 from xbt.space import EmbeddingSpace
 from xbt.store.files import write_record
 from xbt.version import __version__

@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
+from xbt.index.items import Items, Portion, Source, portion
 from xbt.serve.files import whole_file
-from xbt.serve.items import Items, Portion, Source, portion
 
 MAX_DIM, MAX_INDEXED_DIM = 16_000, 2_000
 """What pgvector's type ``vector`` holds, and what its indices take."""

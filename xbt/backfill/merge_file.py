@@ -1,0 +1,123 @@
+"""The merge of a gallery's two sides, in a file beside the gallery, where everyone who serves it reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from xbt.errors import DataError, SpaceMismatchError, StoreError
+from xbt.index import Gallery
+from xbt.index.mixed import Merge, merge_from_dict
+from xbt.space import EmbeddingSpace
+from xbt.store.files import write_record
+from xbt.store.layout import read_record
+
+MERGE = "merge.json"
+SPACES = ("old_space", "new_space")
+
+Spaces = tuple[EmbeddingSpace | None, EmbeddingSpace | None]
+"""The old space and the new one; ``None`` where it is not known."""
+
+
+def save_merge(
+    gallery: str | Path,
+    merge: Merge,
+    old_space: EmbeddingSpace | None = None,
+    new_space: EmbeddingSpace | None = None,
+) -> Path:
+    """Write a merge into a gallery's directory, in place of the one that is there.
+
+    Args:
+        gallery: The directory.
+        merge: The merge, such as the result of :func:`~xbt.index.fit_merge`.
+        old_space: Space of the old scores that it takes; by default that of the gallery.
+        new_space: Space of the new scores; likewise.
+
+    Returns:
+        The file.
+
+    Raises:
+        StoreError: If it cannot be written.
+    """
+    path, own = Path(gallery) / MERGE, _spaces_of(Path(gallery))
+    spaces = (old_space or own[0], new_space or own[1])
+    plain = {
+        name: None if space is None else space.to_dict() for name, space in zip(SPACES, spaces, strict=True)
+    }
+    write_record(path, {**merge.to_dict(), **plain})
+    return path
+
+
+def load_merge(
+    gallery: str | Path,
+    old_space: EmbeddingSpace | None = None,
+    new_space: EmbeddingSpace | None = None,
+) -> Merge:
+    """Read the merge that was fitted to a gallery's two models.
+
+    Args:
+        gallery: The directory.
+        old_space: Space that the gallery comes from; by default that of its first vectors.
+        new_space: Space that it goes to; likewise.
+
+    Raises:
+        DataError: If there is no merge.
+        SpaceMismatchError: If it was fitted to other models, such as those of an earlier upgrade.
+        ConfigError: If its kind is unknown.
+        StoreError: If it is damaged.
+
+    Example:
+        >>> gallery, merge = Gallery.open("gallery"), load_merge("gallery")
+        >>> gallery.search_mixed(old_queries, new_queries, 10, merge)
+    """
+    path = Path(gallery) / MERGE
+    if not path.is_file():
+        raise DataError(
+            f"{gallery} has no {MERGE}; run the backfill with --support, or save one with save_merge()"
+        )
+    merge, fitted = _read(path)
+    own = _spaces_of(Path(gallery))
+    needed = (old_space or own[0], new_space or own[1])
+    for mine, its, way in zip(fitted, needed, ("from", "to"), strict=True):
+        if mine is not None and its is not None and not mine.same_as(its):
+            raise SpaceMismatchError(
+                f"{path} was fitted to the space {mine}, but the gallery goes {way} {its}; run "
+                "the backfill with --support, or save one with save_merge()"
+            )
+    return merge
+
+
+def is_merge_of(gallery: Path, old_space: EmbeddingSpace | None, new_space: EmbeddingSpace) -> bool:
+    """Whether a gallery has a merge, and it is one of these spaces."""
+    try:
+        load_merge(gallery, old_space, new_space)
+    except (DataError, SpaceMismatchError):
+        return False
+    return True
+
+
+def _read(path: Path) -> tuple[Merge, Spaces]:
+    plain = read_record(path)
+    spaces = [plain.pop(name, None) for name in SPACES]  # Merge.to_dict() alone names none
+    return merge_from_dict(plain), (_space(path, spaces[0]), _space(path, spaces[1]))
+
+
+def _space(path: Path, data: Any) -> EmbeddingSpace | None:
+    try:
+        return None if data is None else EmbeddingSpace.from_dict(data)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreError(f"{path} is damaged ({error!r}); save the merge again with save_merge()") from error
+
+
+def _spaces_of(path: Path) -> Spaces:
+    """The spaces that a gallery comes from and goes to, as far as it shows them."""
+    if not Gallery.exists(path):
+        return None, None
+    gallery = Gallery.open(path, read_only=True)
+    vectors = gallery.info().vectors
+    gallery.close()
+    (name, first), *rest = vectors.items()
+    if rest:
+        return first.space, rest[0][1].space
+    # Where one vector is left, the merge may be of the last upgrade or of the next one.
+    return (first.space, None) if name == "old" else (None, None)

@@ -1,0 +1,40 @@
+"""Indexes of vectors that one can search, grow and backfill: the gallery, and adapters to databases."""
+
+from __future__ import annotations
+
+from xbt.index.calibration import fit_merge
+from xbt.index.gallery import Gallery
+from xbt.index.mixed import (
+    AffineMerge,
+    IsotonicMerge,
+    Merge,
+    RankMerge,
+    RawMerge,
+    merge_from_dict,
+    search_mixed,
+)
+from xbt.index.parts import PartSummary
+from xbt.index.protocol import Batch, Hits, IndexInfo, VectorIndex, VectorInfo
+from xbt.index.qdrant import QdrantIndex
+from xbt.index.ranks import MixedScores, mixed_ranks
+
+__all__ = [
+    "AffineMerge",
+    "Batch",
+    "Gallery",
+    "Hits",
+    "IndexInfo",
+    "IsotonicMerge",
+    "Merge",
+    "MixedScores",
+    "PartSummary",
+    "QdrantIndex",
+    "RankMerge",
+    "RawMerge",
+    "VectorIndex",
+    "VectorInfo",
+    "fit_merge",
+    "merge_from_dict",
+    "mixed_ranks",
+    "search_mixed",
+]

@@ -1,0 +1,144 @@
+"""Writing a gallery again without the rows that are no longer searched, and dropping a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xbt.errors import DataError
+from xbt.index.faiss_index import IndexManager
+from xbt.index.parts import Part, Parts
+from xbt.index.segments import Change, MemorySegment, Segment
+from xbt.index.storage import FILE_ROWS, NewSegment, Storage
+
+MANY_FILES = 16
+"""Files from which on a part is written again even where none of its rows is masked."""
+_ROWS_AT_ONCE = 65_536
+
+
+def compact(parts: Parts, storage: Storage | None) -> Parts | None:
+    """Write the rows that are searched into new segments, and make them the gallery's.
+
+    A store elsewhere is not written again: it stays a segment as long as one of its rows is searched, and the
+    log keeps its masked rows. An old part that is wholly backfilled is dropped. A kill leaves the gallery as
+    it was, or compacted.
+
+    Args:
+        parts: The gallery's parts, up to date.
+        storage: Its files, locked by the caller; ``None`` in memory.
+
+    Returns:
+        In memory the new parts; on disk the parts as they were, to be read again. ``None`` if there was
+        nothing to do.
+
+    Raises:
+        StoreError: If the disk is full; the gallery is as it was then.
+    """
+    spent = len(parts) > 1 and parts.newest.count > 0 and parts.old.count == 0
+    if not (spent or any(_needs_it(part) for part in parts)):
+        return None
+    left = [part for part in parts if not (spent and part is parts.old)]
+    if storage is None:
+        return _in_memory(parts, left)
+    new: list[NewSegment] = []
+    gone = [each.number for each in parts.old.segments] if spent else []
+    changes: list[Change] = []
+    for part in left:
+        again = _needs_it(part)
+        kept = [each for each in part.segments if not _is_written_again(part, each, again)]
+        gone += [each.number for each in part.segments if each not in kept]
+        changes += [change for each in kept for change in _changes(part, each)]
+        rows = [_live_rows(part, each) for each in part.segments if again and each.own]
+        new += _new_segments(part, np.concatenate([np.zeros(0, np.int64), *rows]))
+    storage.rewrite([parts.old.record.number] if spent else [], gone, new, changes)
+    if spent:
+        storage.cache(parts.old.record, parts.plan).remove()
+    return parts
+
+
+def drop_part(parts: Parts, name: str, storage: Storage | None) -> Parts:
+    """Remove a part; items that were moved to it are searched in the other one again.
+
+    Args:
+        parts: The gallery's parts, up to date.
+        name: Name of the part.
+        storage: As in :func:`compact`.
+
+    Returns:
+        As :func:`compact`.
+
+    Raises:
+        DataError: If there is no such part, it is the only one, or items have no vector in the other one.
+        StoreError: If the disk is full; the gallery is as it was then.
+    """
+    part = parts.part(name)
+    others = [each for each in parts if each is not part]
+    if not others:
+        raise DataError(f"the part {name!r} is the gallery's only one; remove the gallery instead")
+    (other,) = others
+    alone = set(part.with_vector()) - set(other.with_vector())
+    if alone:
+        raise DataError(
+            f"{len(alone)} items, such as {min(alone)!r}, have a vector in the part {name!r} alone; remove "
+            f"them first, or give them vectors in the part {other.name!r}"
+        )
+    if storage is None:
+        other.unmask_moved()
+        result = Parts(parts.plan)
+        result.add(other)
+        return result
+    changes = [change for each in other.segments for change in _changes(other, each) if not change.moved]
+    storage.rewrite([part.record.number], [each.number for each in part.segments], [], changes)
+    storage.cache(part.record, parts.plan).remove()
+    return parts
+
+
+def _needs_it(part: Part) -> bool:
+    own = [each for each in part.segments if each.own]
+    few = MANY_FILES + -(-sum(each.count for each in own) // FILE_ROWS)
+    masked = any(len(_live_rows(part, each)) < each.count for each in own)
+    spent = any(not each.own and not len(_live_rows(part, each)) for each in part.segments)
+    return masked or spent or len(own) >= few
+
+
+def _is_written_again(part: Part, segment: Segment, again: bool) -> bool:
+    """Whether a segment goes, since its rows that are searched are in new ones, or there are none."""
+    return (segment.own and again) or (not segment.own and not len(_live_rows(part, segment)))
+
+
+def _live_rows(part: Part, segment: Segment) -> NDArray[np.int64]:
+    rows = part.numbers_of(segment)
+    live: NDArray[np.int64] = rows[~part.masked[rows]]
+    return live
+
+
+def _changes(part: Part, segment: Segment) -> list[Change]:
+    """The masked rows of a segment that stays."""
+    rows = part.numbers_of(segment)
+    removed = part.removed[rows]
+    kinds = (removed, False), (part.masked[rows] & ~removed, True)
+    return [Change(segment.number, np.flatnonzero(mask), moved) for mask, moved in kinds if mask.any()]
+
+
+def _new_segments(part: Part, rows: NDArray[np.int64]) -> Iterator[NewSegment]:
+    for start in range(0, len(rows), FILE_ROWS):
+        some = rows[start : start + FILE_ROWS]
+        blocks = (
+            part.rows.gather(some[first : first + _ROWS_AT_ONCE])
+            for first in range(0, len(some), _ROWS_AT_ONCE)
+        )
+        yield NewSegment(part.record, [part.ids[row] for row in some], blocks, part.metadata(some))
+
+
+def _in_memory(parts: Parts, left: list[Part]) -> Parts:
+    compacted = Parts(parts.plan)
+    for number, part in enumerate(left, start=1):
+        rows = np.flatnonzero(~part.masked)
+        fresh = Part(part.record, IndexManager(part.dim, parts.plan, None))
+        if len(rows):
+            ids = [part.ids[row] for row in rows]
+            fresh.grow([MemorySegment(number, part.rows.gather(rows).copy(), part.metadata(rows))], ids)
+        compacted.add(fresh)
+    return compacted

@@ -1,0 +1,855 @@
+"""A gallery: vectors with string ids that is searched, grown and backfilled while it serves."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from xbt.errors import ConfigError, DataError
+from xbt.index.checks import as_ids, as_k, as_queries, as_rows, require_storable
+from xbt.index.compaction import compact, drop_part
+from xbt.index.create import create_gallery
+from xbt.index.faiss_index import EXACT, IndexManager, IndexPlan
+from xbt.index.mixed import Merge, merge_hits, next_vector_name, require_same_count
+from xbt.index.parts import NEXT, OLD, Part, Parts, PartSummary, require_space
+from xbt.index.protocol import Batch, Hits, IndexInfo
+from xbt.index.segments import Change, MemorySegment, PartRecord, part_name
+from xbt.index.storage import DATABASE, Mark, News, NewSegment, StaleError, Storage
+from xbt.index.verify import faults_of
+from xbt.index.views import PartView, search_views
+from xbt.space import EmbeddingSpace
+from xbt.store import EmbeddingStore
+from xbt.store.layout import Header
+from xbt.vectors import Vectors
+
+
+class Gallery:
+    """Vectors with ids and their search, in memory (:meth:`build`) or on disk (:meth:`create`, :meth:`open`).
+
+    **On disk** one process writes at a time, and any number of them search meanwhile; :meth:`reload` shows a
+    reader what has been written since. A write that has returned is never lost, and one that has not is there
+    wholly or not at all, however the process ends. **In one process** any number of threads may search while
+    one writes; a search sees the gallery as it was at one moment. A gallery on disk can be pickled: it is
+    opened again where it is unpickled.
+
+    **A backfill**: :meth:`begin_part` opens a second part for vectors of the new space, :meth:`backfill`
+    moves items there, and :meth:`search_mixed` searches both. An item in the new part is masked in
+    the old one. Seen as a :class:`~xbt.index.VectorIndex`, a part is a named vector.
+
+    **The index** ``"Flat"`` compares every row: scores and order are exact, equal scores are in the gallery's
+    order, and the vectors are held in memory as float32. Any other string of FAISS's ``index_factory``
+    proposes candidates, whose scores are computed from the stored vectors; rows that are newer than the index
+    are compared as well, and so is a part too small to train one.
+
+    Example:
+        >>> gallery = Gallery.create("gallery", space=old.space)
+        >>> gallery.add(old.encode_images(images), names)
+        >>> gallery.search(upgraded.encode_texts(["a dog on a beach"]), k=10, space=upgraded.space).ids[0]
+        >>> gallery.begin_part(new.space)
+        >>> gallery.backfill(new.encode_images(images[:100]), names[:100])
+    """
+
+    # Two locks: `_writer` is held for as long as a write takes, `_state` only while the parts change. A search
+    # takes views, which never change, and holds neither.
+
+    def __init__(self, plan: IndexPlan, storage: Storage | None = None) -> None:
+        self._storage = storage
+        self._parts = Parts(plan, self.path)
+        self._mark: Mark | None = None
+        self._closed = False
+        self._views: tuple[PartView, ...] | None = None
+        self._ids: list[str] | None = None
+        self._new_locks()
+        _OPEN.add(self)
+
+    @classmethod
+    def build(
+        cls,
+        vectors: Vectors,
+        ids: Sequence[str],
+        space: EmbeddingSpace | None = None,
+        index: str = EXACT,
+        tuning: str = "",
+    ) -> Self:
+        """Make a gallery in memory.
+
+        Args:
+            vectors: (n, dim) torch tensor or numpy array of any float dtype, kept as float32 as they are:
+                nothing is normalised.
+            ids: n unique strings.
+            space: The space the vectors live in, usually ``encoder.space``.
+            index: As in :meth:`create`.
+            tuning: As in :meth:`create`.
+
+        Raises:
+            DataError: If there are no vectors, a value is NaN, or ids are missing, repeated or no strings.
+            SpaceMismatchError: If the vectors do not have the dimension of ``space``.
+            ConfigError: If FAISS does not know the index.
+        """
+        rows = as_rows(vectors, "gallery vectors", None if space is None else space.dim)
+        names = as_ids(ids, "ids", len(rows))
+        gallery = cls(IndexPlan(index, tuning))
+        gallery.plan.check(rows.shape[1])
+        gallery._begin(PartRecord(OLD, space, rows.shape[1], "image", "float32"))
+        gallery._append(gallery._parts.old, rows, names, None)
+        return gallery
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        space: EmbeddingSpace | None = None,
+        store: EmbeddingStore | str | Path | None = None,
+        modality: str | None = None,
+        index: str = EXACT,
+        tuning: str = "",
+        dtype: str = "float16",
+    ) -> Self:
+        """Make a gallery on disk: an empty one, or one of a store that is there.
+
+        Args:
+            path: Its directory, which must be empty or not exist.
+            space: The space of the vectors; needed unless ``store`` says it.
+            store: A store, or a folder that clip-retrieval wrote, whose rows become the gallery's first ones.
+                It is read where it is, and never written to; rows that it gets later on are not seen.
+            modality: ``"image"`` (the default) or ``"text"``; that of ``store``, if there is one.
+            index: A string of FAISS's ``index_factory``, such as ``"Flat"`` (exact), ``"IVF1024,Flat"``,
+                ``"HNSW32"`` or ``"IVF4096,PQ64"``. An index that has to be trained is trained on the vectors.
+            tuning: Search parameters such as ``"nprobe=64"`` or ``"efSearch=128"``. Without it an inverted
+                file looks into √n of its n lists.
+            dtype: ``"float16"`` or ``"float32"``, on disk.
+
+        Returns:
+            The gallery, open for writing.
+
+        Raises:
+            ConfigError: If FAISS does not know the index.
+            DataError: If no space is known, or the store has a row with NaN or infinity, or one that is not
+                of length 1 although its space says so.
+            StoreError: If the directory holds anything or cannot be written, or the store cannot be opened.
+            SpaceMismatchError: If the store is of another space.
+        """
+        if store is not None:
+            if not isinstance(store, EmbeddingStore):
+                store = EmbeddingStore.open(store, modality, space)
+            elif space is not None and store.space is not None:
+                space.require(store.space, f"the vectors of {store.path}")
+            space, modality, dim = store.space, store.modality, store.dim
+        elif space is None:
+            raise DataError(
+                f"the gallery {path} needs a space; give space=encoder.space, or a store that has one"
+            )
+        else:
+            dim = space.dim
+        plan = IndexPlan(index, tuning)
+        plan.check(dim)
+        Header(modality or "image", space, dtype, dim)  # refuses other modalities and dtypes
+        part = PartRecord(OLD, space, dim, modality or "image", dtype)
+        gallery = cls.open(create_gallery(path, plan, part, store))
+        gallery._parts.old.trust(space)
+        return gallery
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether a directory has a gallery, damaged or not."""
+        return (Path(path).expanduser() / DATABASE).is_file()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        read_only: bool = False,
+        mmap: bool = False,
+        stores: Mapping[str, str | Path] | None = None,
+    ) -> Self:
+        """Open a gallery on disk.
+
+        Args:
+            path: Its directory.
+            read_only: Whether to refuse every write through this object.
+            mmap: Whether an inverted file (``"IVF…"``) is mapped from disk instead of read into memory.
+            stores: Where stores are now that the gallery was made of and that have been moved, by the paths
+                they had. Not needed for a store that lies beside the gallery and is moved together with it.
+
+        Raises:
+            StoreError: If there is no gallery, it is damaged, or a store that it was made of is gone or has
+                other rows.
+            ConfigError: If ``mmap`` is asked for and the index is no inverted file.
+        """
+        gallery = cls(IndexPlan(), Storage(Path(path).expanduser(), read_only, mmap, stores))
+        gallery.reload()
+        if mmap:
+            gallery.plan.require_inverted_file(gallery._parts.old.dim)
+        return gallery
+
+    def save(self, path: str | Path, dtype: str = "float32", modality: str = "image") -> Self:
+        """Write the items of a gallery of one part into a new gallery on disk; this one stays as it is.
+
+        Args:
+            path: Its directory, which must be empty or not exist.
+            dtype: ``"float16"`` or ``"float32"``, on disk.
+            modality: ``"image"`` or ``"text"``.
+
+        Returns:
+            The new gallery, open for writing.
+
+        Raises:
+            DataError: If the gallery has two parts or its space is not known.
+            StoreError: As :meth:`create`.
+        """
+        if len(self.parts) > 1:
+            raise DataError(
+                "a gallery of two parts cannot be saved as one; backfill the rest and call compact() first"
+            )
+        target = type(self).create(path, space=self.parts[0].space, dtype=dtype, modality=modality)
+        ids = self.ids
+        if ids:
+            target.add(self.vectors(ids), ids, metadata=self.metadata(ids))
+        return target
+
+    # -- description -----------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path | None:
+        """The directory; ``None`` in memory."""
+        return None if self._storage is None else self._storage.path
+
+    @property
+    def plan(self) -> IndexPlan:
+        """Kind of index."""
+        return self._parts.plan
+
+    @property
+    def parts(self) -> tuple[PartSummary, ...]:
+        """One part, or two while the gallery is backfilled: the old one first."""
+        with self._state:
+            return tuple(part.summary() for part in self._known)
+
+    @property
+    def space(self) -> EmbeddingSpace | None:
+        """The space of the part that can be searched alone: the old one's until all is backfilled."""
+        with self._state:
+            return self._known.alone.space
+
+    @property
+    def dim(self) -> int:
+        """Dimension of that part's vectors."""
+        with self._state:
+            return self._known.alone.dim
+
+    @property
+    def ids(self) -> list[str]:
+        """Every item once: those that are searched in the old part, then those of the new part."""
+        with self._state:
+            known = self._known
+            if self._ids is None:
+                self._ids = [item for part in known for item in part.live_ids()]
+            return self._ids
+
+    def ids_of(self, part: str) -> list[str]:
+        """The items that are searched in one part, in its order: of ``"old"``, those yet to be backfilled.
+
+        Raises:
+            DataError: If there is no such part.
+        """
+        with self._state:
+            return self._known.part(part).live_ids()
+
+    @property
+    def fraction_backfilled(self) -> float:
+        """Share of the items that are in the new part: 0 until it is begun, 1 once it is left alone."""
+        with self._state:
+            return self._known.fraction_backfilled
+
+    def info(self) -> IndexInfo:
+        """See :meth:`VectorIndex.info <xbt.index.VectorIndex.info>`; each part is a named vector."""
+        with self._state:
+            return self._known.info()
+
+    def __len__(self) -> int:
+        with self._state:
+            return self._known.count
+
+    def __contains__(self, item: object) -> bool:
+        with self._state:
+            return isinstance(item, str) and self._known.find(item) is not None
+
+    def __repr__(self) -> str:
+        parts = [f"{p.count} items, space={'unknown' if p.space is None else p.space}" for p in self.parts]
+        where = "" if self.path is None else f"'{self.path}', "
+        return f"Gallery({where}{'; '.join(parts)})"
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def vectors(self, ids: Sequence[str], part: str | None = None) -> NDArray[np.float32]:
+        """Read stored vectors of items.
+
+        Args:
+            ids: Of items of the gallery.
+            part: Take them from this part. The old part has the old vectors of backfilled items, too, until
+                :meth:`compact`. Left out, all the items must be searched in the same part.
+
+        Returns:
+            (n, dim) float32, in the order asked for.
+
+        Raises:
+            DataError: If an item is not there, or items of two parts are asked for at once.
+            StoreError: If a file is damaged or gone.
+        """
+        with self._state:
+            owner, rows = self._known.rows(as_ids(ids, "ids"), part)
+            vectors = owner.rows.gather(rows)
+            return vectors.copy() if self._storage is None else vectors  # in memory it may be a view
+
+    def fetch(self, ids: Sequence[str], name: str) -> NDArray[np.float32]:
+        """See :meth:`VectorIndex.fetch <xbt.index.VectorIndex.fetch>`."""
+        return self.vectors(ids, name)
+
+    def metadata(self, ids: Sequence[str], part: str | None = None) -> pa.Table | None:
+        """Read the columns that were added beside items; ``None`` if there are none.
+
+        Args:
+            ids: As in :meth:`vectors`.
+            part: As in :meth:`vectors`.
+
+        Returns:
+            A table with one row an item, in the order asked for.
+
+        Raises:
+            DataError: As :meth:`vectors`.
+            StoreError: As :meth:`vectors`.
+        """
+        names = as_ids(ids, "ids")
+        with self._state:
+            try:
+                owner, rows = self._known.rows(names, part)
+                return owner.metadata(rows)
+            except StaleError:  # another process has compacted the gallery
+                self.reload()
+                owner, rows = self._known.rows(names, part)
+                return owner.metadata(rows)
+
+    def scan(
+        self, *, missing: str | None = None, vectors: str | None = None, batch_size: int = 1024
+    ) -> Iterator[Batch]:
+        """See :meth:`VectorIndex.scan <xbt.index.VectorIndex.scan>`; the rows of one moment."""
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, but must be at least 1")
+        with self._state:
+            known = self._known
+            hidden = set() if missing is None else set(known.part(missing).with_vector())
+            wanted = None if vectors is None else set(known.part(vectors).with_vector())
+            ids = [item for item in self.ids if item not in hidden and (wanted is None or item in wanted)]
+        for start in range(0, len(ids), batch_size):
+            some = ids[start : start + batch_size]
+            yield Batch(some, None if vectors is None else self.fetch(some, vectors))
+
+    def search(
+        self,
+        queries: Vectors,
+        k: int = 10,
+        space: EmbeddingSpace | None = None,
+        part: str | None = None,
+        *,
+        using: str | None = None,
+        without: str | None = None,
+        filter: Any = None,
+    ) -> Hits:
+        """Find the k items with the largest inner product for every query.
+
+        Args:
+            queries: (n_queries, dim) query vectors, or one of shape (dim,).
+            k: Items per query, from 1 to the size of the gallery: there are always k results, unless
+                ``using`` is given.
+            space: The space the queries live in. Pass it: queries of another model give scores that mean
+                nothing.
+            part: Search the items of this part only. Needed while items are in two parts; to search both, see
+                :meth:`search_mixed`.
+            using: Search all vectors of this part, also those of items that are backfilled; see
+                :meth:`VectorIndex.search <xbt.index.VectorIndex.search>`.
+            without: With ``using``: items with a vector in this part are left out.
+            filter: Refused; a gallery has none.
+
+        Raises:
+            DataError: If k is out of range, there are no queries, a value is NaN, or items are in two parts.
+            SpaceMismatchError: If the space or the dimension is not the gallery's.
+            StoreError: If a file that has to be read is damaged or gone.
+            ConfigError: If a filter is given.
+        """
+        if filter is not None:
+            raise ConfigError(
+                "a gallery takes no filter; leave it out, and choose among the results yourself"
+            )
+        if using is not None:
+            views = self._views_of(using, without)
+            self._require_space(views[0], space, "the query vectors")
+            return search_views(views, as_queries(queries, "query vectors", views[0].dim), as_k(k))
+        view = self._view(part)
+        k = as_k(k, view.count)
+        self._require_space(view, space, "the query vectors")
+        return view.hits(as_queries(queries, "query vectors", view.dim), k)
+
+    def search_mixed(
+        self,
+        old_queries: Vectors,
+        new_queries: Vectors,
+        k: int,
+        merge: Merge,
+        old_space: EmbeddingSpace | None = None,
+        new_space: EmbeddingSpace | None = None,
+    ) -> Hits:
+        """Search both parts, each with queries of its own space, and merge the results.
+
+        Args:
+            old_queries: (n, old_dim) queries in the old part's space.
+            new_queries: (n, new_dim) the same queries in the new part's.
+            k: Items per query, from 1 to the size of the gallery.
+            merge: Puts both parts' scores on one scale, or interleaves the parts by rank.
+            old_space: The space of the old queries.
+            new_space: The space of the new queries.
+
+        Returns:
+            The result, with the merge's scores. As long as one part is empty, it is exactly the result of the
+            other one alone. Of a gallery of one part, that is the result of the old queries, unless the part
+            was begun by :meth:`begin_part`: once :meth:`compact` has dropped the old one, the new queries
+            count.
+
+        Raises:
+            DataError: If k is out of range, a value is NaN, or there are not as many old queries as new ones.
+            SpaceMismatchError: If the space or dimension of queries is not their part's.
+            StoreError: If a file that has to be read is damaged or gone.
+        """
+        views = self._all_views()
+        require_same_count(old_queries, new_queries)
+        k = as_k(k, sum(view.count for view in views))
+        asked = [(old_queries, old_space, "old"), (new_queries, new_space, "new")]
+        if len(views) == 1 and views[0].name != OLD:
+            asked = asked[1:]
+        found = []
+        for view, (queries, space, name) in zip(views, asked, strict=False):
+            self._require_space(view, space, f"the {name} query vectors")
+            rows = as_queries(queries, f"{name} query vectors", view.dim)
+            found.append(view.hits(rows, min(k, view.count)))
+        sizes = [view.count for view in views]
+        if 0 in sizes or len(views) == 1:
+            return found[0 if sizes[0] else 1]
+        return merge_hits(merge, found[0], found[1], k, (sizes[0], sizes[1]))
+
+    def prepare(self) -> None:
+        """Do now what the first search would do: read what it needs, and make or update an index.
+
+        Raises:
+            StoreError: If a file that has to be read is damaged or gone.
+        """
+        self._all_views(wait=True)
+
+    def prepare_index(self) -> None:
+        """Make or update the index, if the gallery has one; of the index ``"Flat"`` nothing is read.
+
+        A writer calls this now and then for the sake of readers that map the index: until there is one, they
+        read all rows for every search.
+
+        Raises:
+            StoreError: If a file that has to be read is damaged or gone.
+        """
+        if not self.plan.exact:
+            self.prepare()
+
+    def reload(self) -> None:
+        """See what has been written elsewhere since the gallery was opened; in memory there is nothing.
+
+        Raises:
+            StoreError: If the gallery is gone or damaged.
+        """
+        if self._storage is None:
+            return
+        with self._state:
+            self._closed = False
+            mark, self._mark = self._mark, None  # parts that are half up to date are not to be used
+            self._take(self._storage.read(mark))
+
+    def verify(self) -> list[str]:
+        """Read every byte and compare it with what was written.
+
+        Returns:
+            A sentence for each fault, which names the file and says what to do; empty if all is well.
+        """
+        with self._state:
+            return faults_of(self._storage, self._known)
+
+    def close(self) -> None:
+        """Let go of the vectors in memory and of the mapped files."""
+        with self._state:
+            self._parts, self._mark = Parts(self.plan, self.path), None
+            self._views, self._ids, self._closed = None, None, True
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    def add(
+        self, vectors: Vectors, ids: Sequence[str], space: EmbeddingSpace | None = None, metadata: Any = None
+    ) -> None:
+        """Add items; on an error the gallery is left as it was. Add many at a time.
+
+        Args:
+            vectors: (n, dim) vectors, stored as they are: nothing is normalised.
+            ids: n strings, unique and not in the gallery. To replace an item, remove it first.
+            space: The space the vectors live in, which says which part they go to; needed if there are two.
+            metadata: Columns of n values each beside the ids; a mapping or a ``pyarrow.Table``.
+
+        Raises:
+            DataError: If there are no vectors, a value is NaN, a vector is too short for float16, or ids are
+                repeated or there already.
+            SpaceMismatchError: If the space or the dimension is not the gallery's.
+            StoreError: If another process is writing, the disk is full, or metadata cannot be stored.
+        """
+        with self._state:
+            dim = self._known.of_space(space, "the vectors to add").dim
+        rows, names = as_rows(vectors, "vectors to add", dim), as_ids(ids, "ids", len(vectors))
+        with self.writing():
+            part = self._known.of_space(space, "the vectors to add")
+            self._known.refuse_known(names)
+            self._append(part, rows, names, metadata)
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Remove items from every part; :meth:`compact` frees their space.
+
+        Args:
+            ids: Of items of the gallery; either all are removed or none.
+
+        Raises:
+            DataError: If one is not in the gallery, or is given twice.
+            StoreError: If another process is writing, or the disk is full.
+        """
+        names = as_ids(ids, "ids")
+        with self.writing():
+            changes = self._known.removal(names)
+            if self._storage is None:
+                self._mask(changes)
+            elif changes:
+                self._storage.log(changes)
+                self.reload()
+
+    def begin_part(
+        self,
+        space: EmbeddingSpace,
+        name: str | None = None,
+        dtype: str | None = None,
+        modality: str | None = None,
+    ) -> None:
+        """Open a second part, for the vectors of the new model: the backfill may begin.
+
+        Args:
+            space: The new space.
+            name: Name of the part; left out, ``"new"``, and after that ``"new2"``, ``"new3"`` …
+            dtype: ``"float16"`` or ``"float32"``, on disk; that of the old part unless given.
+            modality: ``"image"`` or ``"text"``; that of the old part unless given.
+
+        Raises:
+            DataError: If there are two parts already, or one of that name, or the space is the old one.
+            ConfigError: If the gallery's index cannot be made for the new dimension.
+            StoreError: If another process is writing, or the disk is full.
+        """
+        if name is not None:
+            part_name(name)
+        with self.writing():
+            old = self._known.old.record
+            name = next_vector_name(old.name) if name is None else name
+            self._known.check_next(space, name)
+            kinds = modality or old.modality, dtype or old.dtype
+            Header(kinds[0], space, kinds[1], space.dim)  # refuses other modalities and dtypes
+            self._begin(PartRecord(name, space, space.dim, *kinds))
+            self._parts.newest.trust(space)
+
+    def add_vector(self, name: str, space: EmbeddingSpace) -> None:
+        """See :meth:`VectorIndex.add_vector <xbt.index.VectorIndex.add_vector>`; begins a part."""
+        with self.writing():
+            if name in [part.name for part in self._known]:
+                self._known.part(name).require_space(space, f"the vector {name!r} to add")
+            else:
+                self.begin_part(space, name)
+
+    def backfill(
+        self, vectors: Vectors, ids: Sequence[str], space: EmbeddingSpace | None = None, metadata: Any = None
+    ) -> None:
+        """Give items of the old part vectors of the new space; from now on they are searched there.
+
+        Args:
+            vectors: (n, new_dim) vectors of the new model.
+            ids: n items that are searched in the old part.
+            space: The space of the vectors, to be checked.
+            metadata: Columns beside the ids; left out, the columns of the items stay with them.
+
+        Raises:
+            DataError: If there is no second part, or an item is not in the old part.
+            SpaceMismatchError: If the space or the dimension is not the new part's.
+            StoreError: If another process is writing, or the disk is full.
+        """
+        with self.writing():
+            old, new = self._known.old, self._known.newest
+            if new is old:
+                raise DataError("the gallery has no new part to backfill; call begin_part(space) first")
+            new.require_space(space, "the vectors to backfill")
+            rows, names = as_rows(vectors, "vectors to backfill", new.dim), as_ids(ids, "ids", len(vectors))
+            moved = self._known.backfilling(names)
+            columns = old.metadata(moved) if metadata is None else metadata
+            self._append(new, rows, names, columns, old.as_changes(moved.tolist(), moved=True))
+
+    def upsert(self, ids: Sequence[str], vectors: Vectors, name: str) -> None:
+        """See :meth:`VectorIndex.upsert <xbt.index.VectorIndex.upsert>`; backfills where the part is new."""
+        with self.writing():
+            part = self._known.part(name)
+            rows, names = as_rows(vectors, "vectors to write", part.dim), as_ids(ids, "ids", len(vectors))
+            columns, changes = self._known.upserting(names, part)
+            self._append(part, rows, names, columns, changes)
+
+    def drop_vector(self, name: str) -> None:
+        """Drop a part: roll a backfill back, or let go of an old part that is wholly backfilled.
+
+        Args:
+            name: Name of the part.
+
+        Raises:
+            DataError: If there is no such part, it is the only one, or items have no vector in the other one.
+            StoreError: If another process is writing, or the disk is full.
+        """
+        with self.writing(), self._indexing:
+            self._go_on_with(drop_part(self._known, name, self._storage))
+
+    def compact(self) -> None:
+        """Write the gallery again without removed and moved rows, in few large files.
+
+        An old part of which every item is backfilled is dropped; :meth:`search_mixed` asks the new queries
+        alone from then on, and another part may begin. Readers that are open keep the rows they have until
+        they call :meth:`reload`. A kill leaves the gallery as it was, or compacted.
+
+        Raises:
+            StoreError: If another process is writing, or the disk is full; the gallery is as it was then.
+        """
+        # An index that another thread writes at the moment is not to be swept away half written.
+        with self.writing(), self._indexing:
+            self._go_on_with(compact(self._known, self._storage))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keep the right to write over many writes; every write takes it by itself otherwise.
+
+        Raises:
+            StoreError: If another process is writing (the message names it), or the gallery was opened to be
+                read only.
+
+        Example:
+            >>> with gallery.writing():
+            ...     for vectors, ids in batches:
+            ...         gallery.backfill(vectors, ids)
+        """
+        with self._writer:
+            storage = self._storage
+            if storage is None or storage.writing:
+                yield
+                return
+            storage.begin_writing()
+            try:
+                self.reload()  # another writer may have been here since
+                yield
+            finally:
+                storage.end_writing()
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def _begin(self, record: PartRecord) -> None:
+        if self._storage is None:
+            with self._state:
+                self._parts.add(self._made_part(record))
+                self._views = self._ids = None
+        else:
+            self._storage.add_part(record)
+            self.reload()
+
+    def _append(
+        self,
+        part: Part,
+        rows: NDArray[np.float32],
+        ids: list[str],
+        metadata: Any,
+        changes: Sequence[Change] = (),
+    ) -> None:
+        """Commit rows as a new segment of a part, and changes of others."""
+        columns = part.checked_columns(ids, metadata)
+        if self._storage is not None:
+            require_storable(rows, ids, part.record.dtype)
+            self._storage.append(NewSegment(part.record, ids, (rows,), columns), changes)
+            self.reload()
+            return
+        with self._state:
+            number = 1 + max((each.number for own in self._parts for each in own.segments), default=0)
+            part.grow([MemorySegment(number, rows.copy(), columns)], ids)
+            self._mask([replace(each, segment=number) if each.segment == NEXT else each for each in changes])
+
+    def _go_on_with(self, parts: Parts | None) -> None:
+        """Take other parts in place of the present ones, unless there was nothing to do."""
+        if self._storage is not None:
+            if parts is not None:
+                self.reload()
+            self._storage.sweep()
+        elif parts is not None:
+            with self._state:
+                self._parts = parts
+                self._views = self._ids = None
+
+    def _take(self, news: News) -> None:
+        """Bring the parts up to date; called with the lock."""
+        if news.whole:
+            self._parts = Parts(news.plan, self.path)
+        for record in news.parts[len(self._parts) :]:
+            self._parts.add(self._made_part(record))
+        for part in self._parts:
+            own = [(segment, ids) for owner, segment, ids in news.segments if owner == part.record.number]
+            if own:
+                part.grow([segment for segment, _ in own], [item for _, ids in own for item in ids])
+        self._mask(news.changes)
+        self._mark = news.mark
+
+    def _mask(self, changes: Sequence[Change]) -> None:
+        with self._state:
+            self._parts.mask(changes)
+            self._views = self._ids = None
+
+    def _made_part(self, record: PartRecord) -> Part:
+        cache = None if self._storage is None else self._storage.cache(record, self.plan)
+        return Part(record, IndexManager(record.dim, self.plan, cache))
+
+    @property
+    def _known(self) -> Parts:
+        if self._closed:
+            raise DataError(f"the gallery {self.path or 'in memory'} is closed; open it again")
+        if self._storage is not None and self._mark is None:
+            self.reload()
+        return self._parts
+
+    def _all_views(self, wait: bool = False) -> tuple[PartView, ...]:
+        """Views of all parts, with an index where one is due, unless another thread is making it."""
+        views = self._current_views()
+        if any(view.due for view in views) and self._indexing.acquire(blocking=wait):
+            try:
+                self._make_indexes()
+            finally:
+                self._indexing.release()
+            views = self._current_views()
+        return views
+
+    def _make_indexes(self) -> None:
+        with self._state:
+            known = self._known
+            due = [(part, view) for part, view in zip(known, self._current_views(), strict=True) if view.due]
+        for part, view in due:
+            index = part.made_index(view)
+            with self._state:
+                if self._parts is known:  # and was not compacted in between
+                    part.adopt(index)
+                    self._views = None
+
+    def _current_views(self) -> tuple[PartView, ...]:
+        views = self._views
+        if views is None:
+            with self._state:
+                if self._views is None:
+                    self._views = tuple(part.view() for part in self._known)
+                views = self._views
+        return views
+
+    def _view(self, part: str | None) -> PartView:
+        """The part to be searched alone: the one that is named, or the one that all items are in."""
+        views = self._all_views()
+        if part is not None:
+            return views[[view.name for view in views].index(self._known.part(part).name)]
+        there = [view for view in views if view.count] or [views[0]]
+        if len(there) > 1:
+            raise DataError(
+                f"the gallery is being backfilled: {views[0].count} items are in the part {views[0].name!r} "
+                f"and {views[1].count} in {views[1].name!r}; use search_mixed(), or name one with part="
+            )
+        return there[0]
+
+    def _views_of(self, using: str, without: str | None) -> list[PartView]:
+        """All vectors of a part, moved ones too, unless their items have a vector in another part."""
+        self._all_views()
+        with self._state:
+            known, views = self._known, self._current_views()
+            part, other = known.part(using), None if without is None else known.part(without)
+            view = views[[each.name for each in views].index(part.name)]
+            if other is None:
+                return [view] if part is known.newest else [view, part.moved_view()]
+            return [view.without(set(other.with_vector())) if other is not known.newest else view]
+
+    def _require_space(self, view: PartView, space: EmbeddingSpace | None, what: str) -> None:
+        if space is not None and space not in view.trusted:
+            require_space(view, space, what)
+
+    # -- processes and threads -------------------------------------------------------------------------
+
+    def _new_locks(self) -> None:
+        self._writer, self._state = threading.RLock(), threading.RLock()
+        # An index is made by the thread that finds that one is due; others search without it meanwhile.
+        self._indexing = threading.Lock()
+
+    def _after_fork(self) -> None:
+        """Take locks of its own in a forked child; another thread of the parent may have held the old ones."""
+        if self._storage is not None and not self._state.acquire(blocking=False):
+            self._mark = None  # that thread was changing the parts: they are read again
+        self._new_locks()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._storage is not None:
+            return _reopened, (type(self), self._storage.path, *self._storage.options)
+        with self._state:
+            rows = [(part, np.flatnonzero(~part.masked)) for part in self._known]
+            parts = [
+                (part.record, [part.ids[row] for row in own], part.rows.gather(own), part.metadata(own))
+                for part, own in rows
+            ]
+            return _rebuilt, (type(self), self.plan, parts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _reopened(cls: type[Gallery], *options: Any) -> Gallery:
+    return cls.open(*options)
+
+
+def _rebuilt(cls: type[Gallery], plan: IndexPlan, parts: Sequence[tuple[Any, ...]]) -> Gallery:
+    gallery = cls(plan)
+    for record, ids, rows, columns in parts:
+        gallery._begin(record)
+        if ids:
+            gallery._append(gallery._parts.newest, rows, ids, columns)
+    return gallery
+
+
+_OPEN: weakref.WeakSet[Gallery] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for gallery in list(_OPEN):
+        gallery._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

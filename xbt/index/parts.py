@@ -1,0 +1,568 @@
+"""Parts of a gallery: their rows, which of these count, and the items that are in several of them.
+
+A *part* holds the items of one space. Its rows are those of its *segments*, one after the other. A row can be
+*removed*, or *moved*: its item is searched in the new part.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from xbt.errors import DataError, SpaceMismatchError, StoreError
+from xbt.index.exact_search import ExactRows
+from xbt.index.faiss_index import ApproximateIndex, IndexManager, IndexPlan
+from xbt.index.protocol import EXACT_SCORES, METADATA, IndexInfo, VectorInfo
+from xbt.index.segments import Change, PartRecord, Rows, Segment, damaged
+from xbt.index.views import PartView
+from xbt.space import EmbeddingSpace
+from xbt.store.shards import as_table
+
+OLD = "old"
+"""Name of the first part; a later one has it never."""
+NEXT = 0
+"""Number that stands for the segment which is about to be written."""
+
+
+@dataclass(frozen=True)
+class PartSummary:
+    """Description of a part for users.
+
+    Attributes:
+        name: ``"old"``, ``"new"``, or the name that the user gave.
+        space: The space of its vectors; ``None`` where nobody has declared it.
+        dim: Their dimension.
+        count: Items that are searched in this part.
+        modality: ``"image"`` or ``"text"``.
+        dtype: ``"float16"`` or ``"float32"``, on disk.
+    """
+
+    name: str
+    space: EmbeddingSpace | None
+    dim: int
+    count: int
+    modality: str
+    dtype: str
+
+
+class Part:
+    """The rows of one part, of which some are masked: removed, or moved to the new part.
+
+    Rows are numbered over all segments and keep their numbers; a masked row stays masked. No method takes a
+    lock: the gallery lets one thread at a time in. A view is immutable.
+
+    Args:
+        record: Description.
+        manager: Keeps the structures that are searched.
+
+    Attributes:
+        rows: Reads vectors.
+        ids: The ids of all rows, those of masked ones too; the list only grows.
+        removed: (n,) bool, never changed in place.
+        masked: (n,) bool, never changed in place: rows that are removed or moved.
+    """
+
+    def __init__(self, record: PartRecord, manager: IndexManager) -> None:
+        self.record = record
+        self.name, self.space, self.dim = record.name, record.space, record.dim
+        self.rows = Rows((), record.dim)
+        self.ids: list[str] = []
+        self.removed = self.masked = np.zeros(0, np.bool_)
+        self._row_of: dict[str, int] = {}
+        self._looked_up = 0
+        self._place_of: dict[int, int] = {}
+        self._manager = manager
+        self._trusted: weakref.WeakSet[EmbeddingSpace] = weakref.WeakSet()
+        self._view: PartView | None = None
+        self._moved: PartView | None = None
+
+    @property
+    def count(self) -> int:
+        """Items that are searched here."""
+        return len(self.ids) - int(np.count_nonzero(self.masked))
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """In order."""
+        return self.rows.segments
+
+    def summary(self) -> PartSummary:
+        """Describe the part as it is now."""
+        about = self.record
+        return PartSummary(self.name, self.space, self.dim, self.count, about.modality, about.dtype)
+
+    def with_vector(self) -> list[str]:
+        """The items that have a vector here, moved ones too, in order."""
+        return [self.ids[row] for row in np.flatnonzero(~self.removed)]
+
+    def trust(self, space: EmbeddingSpace | None) -> None:
+        """Take a space for the part's own from now on, without comparing the two again."""
+        if space is not None:
+            self._trusted.add(space)
+
+    def require_space(self, space: EmbeddingSpace | None, what: str) -> None:
+        """Refuse vectors of another space than the part's.
+
+        Args:
+            space: The space of the vectors; ``None`` is not checked.
+            what: What they are, for the message.
+
+        Raises:
+            SpaceMismatchError: If the spaces differ, or where the part's is not known, their dimensions.
+        """
+        if space is None or space in self._trusted:
+            return
+        require_space(self, space, what)
+        if self.space is not None and self.space.compare(space).verified:
+            self.trust(space)
+
+    def live_ids(self) -> list[str]:
+        """The items that are searched here, in order."""
+        return [self.ids[row] for row in np.flatnonzero(~self.masked)]
+
+    def grow(self, segments: Sequence[Segment], ids: Iterable[str]) -> None:
+        """Take in segments and the ids of their rows."""
+        first = len(self.segments)
+        self._place_of.update((each.number, first + place) for place, each in enumerate(segments))
+        self.rows = Rows((*self.segments, *segments), self.dim)
+        self.ids += ids
+        more = np.zeros(len(self.rows) - len(self.masked), np.bool_)
+        self.removed, self.masked = np.append(self.removed, more), np.append(self.masked, more)
+        self._view = self._moved = None
+
+    def row(self, item: str) -> int | None:
+        """The row of an item that has not been removed, moved or not."""
+        known = self._looked_up
+        if known < len(self.ids):  # a process that only searches never gets here
+            self._row_of.update(zip(self.ids[known:], range(known, len(self.ids)), strict=True))
+            self._looked_up = len(self.ids)
+        row = self._row_of.get(item)
+        return None if row is None or self.removed[row] else row
+
+    def numbers_of(self, segment: Segment) -> NDArray[np.int64]:
+        """The rows of a segment."""
+        first = int(self.rows.starts[self._place_of[segment.number]])
+        return np.arange(first, first + segment.count)
+
+    def unmask_moved(self) -> None:
+        """Search the moved rows here again; called for a part that goes on alone."""
+        self.masked, self._view, self._moved = self.removed, None, None
+        self._manager = self._manager.emptied()
+
+    def has_segment(self, number: int) -> bool:
+        """Whether a segment is this part's."""
+        return number in self._place_of
+
+    def numbered(self, change: Change, path: Path | None) -> NDArray[np.int64]:
+        """Row numbers of a change over all segments.
+
+        Args:
+            change: Of a segment of this part.
+            path: The gallery's directory, for the message.
+
+        Raises:
+            StoreError: If the segment has no such rows.
+        """
+        place = self._place_of[change.segment]
+        if change.rows.min() < 0 or change.rows.max() >= self.segments[place].count:
+            raise damaged(path or Path(), f"a change is of rows that segment {change.segment} does not have")
+        return change.rows + self.rows.starts[place]
+
+    def as_changes(self, rows: Sequence[int], moved: bool) -> list[Change]:
+        """Changes that mask rows, a segment each."""
+        groups = self.rows.by_segment(np.array(sorted(rows), np.int64))
+        return [Change(self.segments[place].number, numbers, moved) for place, _, numbers in groups]
+
+    def mask(self, rows: NDArray[np.int64], moved: bool) -> None:
+        """Leave rows out of every search from now on; ``moved`` ones can still be read."""
+        self.masked = self.masked.copy()
+        self.masked[rows] = True
+        if not moved:
+            self.removed = self.removed.copy()
+            self.removed[rows] = True
+        self._view = self._moved = None
+
+    def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
+        """Read columns by row number, in the order asked for; ``None`` if no row has any.
+
+        Raises:
+            StoreError: If the rows are of segments whose columns do not go together.
+        """
+        found = [
+            (self.segments[number].metadata(numbers), places)
+            for number, places, numbers in self.rows.by_segment(rows)
+        ]
+        return _stacked(found, f"the part {self.name!r}")
+
+    def checked_columns(self, ids: Sequence[str], metadata: Any) -> pa.Table | None:
+        """Columns for items to be added, as a table.
+
+        Raises:
+            StoreError: If they do not fit the items, or one does not go together with a column of the part.
+        """
+        if metadata is None:
+            return None
+        where = f"the part {self.name!r}"
+        table = as_table(ids, metadata, len(ids), where).drop_columns(["id"])
+        for name in table.column_names:
+            self._check_column(name, table, where)
+        return table if table.num_columns else None
+
+    def _check_column(self, name: str, table: pa.Table, where: str) -> None:
+        kind = table.schema.field(name).type
+        for segment in self.segments:
+            known = segment.column_types().get(name, kind)
+            if known.equals(kind):
+                continue
+            try:
+                own = segment.metadata(np.arange(segment.count))
+                assert own is not None
+                pa.concat_tables([own.select([name]), table.select([name])], promote_options="permissive")
+            except pa.ArrowException as error:
+                raise StoreError(
+                    f"{where}: column {name!r} is {kind}, which does not go together with {known} before it; "
+                    "give a column one type over the whole gallery, or take another name"
+                ) from error
+
+    def view(self) -> PartView:
+        """The part as it is now, ready to be searched; rows are read if need be, but no index is made.
+
+        Raises:
+            StoreError: If a segment cannot be read.
+        """
+        known = self._view
+        # An index that was missing may be there by now, although no row has changed.
+        if known is None or known.due or known.exact is None:
+            names = [str(each.number) for each in self.segments]
+            kept = self._manager.refreshed(self.rows.gather, self.masked, names)
+            self._view = known = PartView(
+                self.name, self.space, self.dim, self.ids, self.masked, self.count, kept.exact, kept.index,
+                self.rows.gather, tuple(names), self._trusted, kept.due,
+            )  # fmt: skip
+        return known
+
+    def moved_view(self) -> PartView:
+        """The rows that are moved to the new part, ready to be searched.
+
+        Raises:
+            StoreError: If a segment cannot be read.
+        """
+        if self._moved is None:
+            hidden = self.removed | ~self.masked
+            rows = np.flatnonzero(~hidden)
+            exact = ExactRows(self.dim).grown(self.rows.gather(rows), rows)
+            self._moved = replace(
+                self.view(), masked=hidden, count=len(rows), exact=exact, index=None, due=False
+            )
+        return self._moved
+
+    def made_index(self, view: PartView) -> ApproximateIndex:
+        """Make an index of the part as it was; takes long, and may run while others search and write.
+
+        Raises:
+            StoreError: If a segment cannot be read.
+        """
+        return self._manager.made(view.gather, view.masked, list(view.segments))
+
+    def adopt(self, index: ApproximateIndex) -> None:
+        """Search with an index that was made of this part."""
+        self._manager.adopt(index)
+        self._view = None
+
+
+class Parts:
+    """The parts of a gallery together: one, or two while it is backfilled, the old one first.
+
+    Args:
+        plan: Kind of index.
+        path: The gallery's directory, for messages; ``None`` in memory.
+    """
+
+    def __init__(self, plan: IndexPlan, path: Path | None = None) -> None:
+        self.plan, self._path = plan, path
+        self._all: list[Part] = []
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def old(self) -> Part:
+        """The first part."""
+        return self._all[0]
+
+    @property
+    def newest(self) -> Part:
+        """The second part, or the only one."""
+        return self._all[-1]
+
+    @property
+    def alone(self) -> Part:
+        """The part that can be searched alone: the old one until all is backfilled."""
+        return self.newest if self.newest.count and not self.old.count else self.old
+
+    @property
+    def count(self) -> int:
+        """Items that are searched."""
+        return sum(part.count for part in self)
+
+    @property
+    def fraction_backfilled(self) -> float:
+        """Share of the items that are in a part which was begun beside another one."""
+        begun = self.newest  # once the old part is dropped, the new one is alone
+        return begun.count / self.count if begun.name != OLD and begun.count else 0.0
+
+    def info(self) -> IndexInfo:
+        """Describe the gallery as an index with a vector for each part."""
+        vectors = {
+            each.name: VectorInfo(each.dim, each.space, len(each.ids) - int(np.count_nonzero(each.removed)))
+            for each in self
+        }
+        return IndexInfo(self.old.dim, "dot", self.count, vectors, frozenset({EXACT_SCORES, METADATA}))
+
+    def part(self, name: str) -> Part:
+        """A part by name.
+
+        Raises:
+            DataError: If there is none of that name.
+        """
+        for part in self:
+            if part.name == name:
+                return part
+        names = " and ".join(repr(part.name) for part in self)
+        raise DataError(f"the gallery has no part {name!r}; it has {names}")
+
+    def of_space(self, space: EmbeddingSpace | None, what: str) -> Part:
+        """The part of a space, to which vectors are to be added.
+
+        Raises:
+            DataError: If there are two parts and no space is given.
+            SpaceMismatchError: If it is the space of no part, or could be that of either.
+        """
+        if len(self) == 1:
+            self.old.require_space(space, what)
+            return self.old
+        if space is None:
+            raise DataError(
+                f"the gallery has two parts, {self.old.name!r} and {self.newest.name!r}; say with space= "
+                f"which space {what} are of"
+            )
+        same = [part for part in self if part.space is not None and part.space.same_as(space)]
+        if same:
+            return same[0]
+        # A space that nobody knows may be this one, unless it is not sure that it is not another part's.
+        unknown = next((part for part in self if part.space is None and part.dim == space.dim), None)
+        unsure = [p for p in self if p.space is not None and not p.space.compare(space).verified]
+        if unknown is not None and not unsure:
+            return unknown
+        if unknown is not None:
+            raise SpaceMismatchError(
+                f"the space of {what} is {space}, which could be that of {unknown.name!r} as well as of "
+                f"{unsure[0].name!r}: it has no probe; use a space with one, as encoder.space has"
+            )
+        known = " and ".join(str(part.space) for part in self)
+        raise SpaceMismatchError(
+            f"the space of {what} is {space}, but the gallery's parts are of {known}; use the model of one "
+            "of them"
+        )
+
+    def add(self, part: Part) -> None:
+        """Take in a part."""
+        self._all.append(part)
+
+    def mask(self, changes: Sequence[Change]) -> None:
+        """Leave rows out of every search from now on.
+
+        Raises:
+            StoreError: If there are no such rows, as in a database that was altered.
+        """
+        for part in self:
+            for moved in (False, True):
+                rows = [part.numbered(each, self._path) for each in changes
+                        if each.moved == moved and part.has_segment(each.segment)]  # fmt: skip
+                if rows:
+                    part.mask(np.concatenate(rows), moved)
+
+    def find(self, item: str) -> tuple[Part, int] | None:
+        """Where an item is searched; ``None`` if the gallery does not have it."""
+        for part in reversed(self._all):
+            row = part.row(item)
+            if row is not None:
+                return part, row
+        return None
+
+    def rows(self, ids: Sequence[str], name: str | None) -> tuple[Part, NDArray[np.int64]]:
+        """The part that items are searched in, or the one that is named, and their rows.
+
+        Raises:
+            DataError: If an item is not there, or items are searched in two parts.
+        """
+        chosen = None if name is None else self.part(name)
+        places: list[tuple[Part, int]] = []
+        for item in ids:
+            row = None if chosen is None else chosen.row(item)
+            place = self.find(item) if chosen is None else None if row is None else (chosen, row)
+            if place is None:
+                raise _not_there(item, "gallery" if name is None else f"part {name!r}")
+            places.append(place)
+        owners = {part.name: item for (part, _), item in zip(places, ids, strict=True)}
+        if len(owners) > 1:
+            (first, one), (second, other) = list(owners.items())[:2]
+            raise DataError(
+                f"{one!r} is in the part {first!r}, but {other!r} in {second!r}; ask for the items of one "
+                "part at a time"
+            )
+        owner = places[0][0] if places else chosen or self.alone
+        return owner, np.array([row for _, row in places], np.int64)
+
+    def refuse_known(self, ids: Sequence[str]) -> None:
+        """Refuse ids that are in the gallery already.
+
+        Raises:
+            DataError: If there is one; the message names it and its part.
+        """
+        for part in reversed(self._all):
+            known = next((item for item in ids if part.row(item) is not None), None)
+            if known is not None:
+                raise DataError(
+                    f"the id {known!r} is already in the gallery (part {part.name!r}); remove it first, or "
+                    "give the new item a new id"
+                )
+
+    def removal(self, ids: Sequence[str]) -> list[Change]:
+        """Changes by which items go from every part.
+
+        Raises:
+            DataError: If an item is not in the gallery.
+        """
+        changes = []
+        for part in self:
+            rows = [row for item in ids if (row := part.row(item)) is not None]
+            changes += part.as_changes(rows, moved=False)
+        for item in ids:
+            if self.find(item) is None:
+                raise _not_there(item, "gallery")
+        return changes
+
+    def backfilling(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Old rows of items that are to be backfilled, all of which are searched in the old part so far.
+
+        Raises:
+            DataError: If one is not in the gallery, or is in the new part already.
+        """
+        rows = []
+        for item in ids:
+            place = self.find(item)
+            if place is None:
+                raise DataError(
+                    f"the id {item!r} is not in the gallery, so it cannot be backfilled; add it with add()"
+                )
+            if place[0] is not self.old:
+                raise DataError(
+                    f"the id {item!r} is in the part {place[0].name!r} already; leave it out, or remove it "
+                    "and add it again"
+                )
+            rows.append(place[1])
+        return np.array(rows, np.int64)
+
+    def upserting(self, ids: Sequence[str], part: Part) -> tuple[pa.Table | None, list[Change]]:
+        """Columns and changes that go with vectors of a part for items of the gallery.
+
+        Args:
+            ids: Of the items.
+            part: The part that gets the vectors, as its next segment.
+
+        Raises:
+            DataError: If an item is not in the gallery.
+        """
+        places = [self.find(item) for item in ids]
+        columns, hidden = [], []
+        for number, (item, place) in enumerate(zip(ids, places, strict=True)):
+            if place is None:
+                raise _not_there(item, "gallery")
+            if part is self.old and place[0] is not part:
+                hidden.append(number)  # the new vector counts; the old one can be read and searched
+        for owner in self:
+            own = np.array([n for n, place in enumerate(places) if place is not None and place[0] is owner])
+            if len(own):
+                rows = np.array([place[1] for place in places if place is not None and place[0] is owner])
+                columns.append((owner.metadata(rows), own))
+        replaced = [row for item in ids if (row := part.row(item)) is not None]
+        changes = part.as_changes(replaced, moved=False)
+        if part is self.newest and part is not self.old:
+            moved = [place[1] for place in places if place is not None and place[0] is self.old]
+            changes += self.old.as_changes(moved, moved=True)
+        if hidden:
+            changes.append(Change(NEXT, np.array(hidden, np.int64), moved=True))
+        return _stacked(columns, f"the part {part.name!r}"), changes
+
+    def check_next(self, space: EmbeddingSpace, name: str) -> None:
+        """Refuse a part that cannot be begun.
+
+        Raises:
+            DataError: If there are two parts already, or one of that name, or the space is the old one.
+            ConfigError: If the gallery's index cannot be made for the new dimension.
+        """
+        old = self.old
+        if len(self) > 1:
+            raise DataError(
+                f"the gallery has two parts already, {old.name!r} and {self.newest.name!r}; backfill all "
+                "items and call compact() before you begin another part"
+            )
+        if name == old.name:
+            raise DataError(f"the gallery has a part {name!r} already; give another name=")
+        if name == OLD:  # by which a reader recognises a part that was never backfilled
+            raise DataError(
+                f"{OLD!r} is what a gallery's first part is called; give another name= for a later one"
+            )
+        if old.space is not None and old.dim == space.dim and old.space.same_as(space):
+            raise DataError(f"the gallery is of the space {space} already; add the vectors with add()")
+        self.plan.check(space.dim)
+
+
+def require_space(part: Part | PartView, space: EmbeddingSpace | None, what: str) -> None:
+    """See :meth:`Part.require_space`."""
+    if space is not None and part.space is not None:
+        part.space.require(space, what)
+    elif space is not None and space.dim != part.dim:
+        raise SpaceMismatchError(
+            f"{what} belongs to the space of {space}, but the gallery has dimension {part.dim}; "
+            "use the model that made the gallery or project into its space"
+        )
+
+
+def _not_there(item: str, where: str) -> DataError:
+    return DataError(f"the id {item!r} is not in the {where}; check the id, or reload the gallery")
+
+
+def _stacked(found: Sequence[tuple[pa.Table | None, NDArray[np.int64]]], where: str) -> pa.Table | None:
+    """Put columns of rows into the order of their places; ``None`` if no row has any.
+
+    Raises:
+        StoreError: If a column has types that do not go together.
+    """
+    if all(table is None for table, _ in found):
+        return None
+    tables = [
+        pa.table({_ABSENT: pa.nulls(len(places))}) if table is None else table for table, places in found
+    ]
+    try:
+        stacked = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise StoreError(
+            f"{where}: {str(error).splitlines()[0]}; give a column one type over the whole gallery"
+        ) from error
+    named = stacked.select([name for name in stacked.column_names if name != _ABSENT])
+    return named.take(pa.array(np.argsort(np.concatenate([places for _, places in found]))))
+
+
+_ABSENT = "__absent__"

@@ -1,0 +1,464 @@
+"""Segments, of which a gallery's parts consist, and the records of parts and changes.
+
+A segment never changes. Values that are read from the database may be a stranger's, and are checked here.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from xbt.errors import StoreError
+from xbt.space import EmbeddingSpace
+from xbt.store.layout import Header
+
+_MAPPED_BYTES = 65_536
+"""Files from this size on are mapped; smaller ones are read, since a process can map only so many."""
+
+
+DAMAGED = "copy the gallery again, or build it again from its vectors"
+_LARGEST = 1 << 62
+APPLICATION_ID, VERSION = 0x78627467, 4
+_SCHEMA = {
+    "setting": "CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    "part": "CREATE TABLE part (number INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, space TEXT, "
+    "dim INTEGER NOT NULL, modality TEXT NOT NULL, dtype TEXT NOT NULL)",
+    "segment": "CREATE TABLE segment (number INTEGER PRIMARY KEY AUTOINCREMENT, part INTEGER NOT NULL, "
+    "count INTEGER NOT NULL, sha256 TEXT NOT NULL, described TEXT NOT NULL, store TEXT, "
+    "ids BLOB, metadata BLOB)",
+    "change": "CREATE TABLE change (version INTEGER PRIMARY KEY AUTOINCREMENT, segment INTEGER NOT NULL, "
+    "moved INTEGER NOT NULL, rows BLOB NOT NULL)",
+}
+_SETTINGS = {"identity", "generation", "index", "tuning"}
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """Description of a part.
+
+    Attributes:
+        name: Such as ``"old"`` or ``"new"``.
+        space: Space of the vectors; ``None`` where nobody knows it.
+        dim: Dimension of the vectors.
+        modality: ``"image"`` or ``"text"``.
+        dtype: ``"float16"`` or ``"float32"``, on disk.
+        number: Its number in the database.
+    """
+
+    name: str
+    space: EmbeddingSpace | None
+    dim: int
+    modality: str
+    dtype: str
+    number: int = 0
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any], path: Path) -> Self:
+        """Read a row of the database, which may be a stranger's.
+
+        Args:
+            row: Values of the table ``part``.
+            path: The database, for the message.
+
+        Raises:
+            StoreError: If a value cannot be used.
+        """
+        number, name, space, dim, modality, dtype = row
+        try:
+            part_name(name)
+            known = None if space is None else EmbeddingSpace.from_dict(json.loads(space))
+            if not is_count(number, 1) or not is_count(dim, 1) or (known is not None and known.dim != dim):
+                raise ValueError(f"a part has the number {number!r} and the dimension {dim!r}")
+            Header(modality, known, dtype, dim)
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise damaged(path, f"its part {name!r} cannot be read: {error}") from error
+        return cls(name, known, dim, modality, dtype, number)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Rows of a segment that are no longer searched there.
+
+    Attributes:
+        segment: Number of the segment.
+        rows: (n,) row numbers within it.
+        moved: Whether their items are searched in the new part; otherwise they are removed.
+    """
+
+    segment: int
+    rows: NDArray[np.int64]
+    moved: bool = False
+
+    @classmethod
+    def from_row(cls, row: Sequence[Any], path: Path) -> Self:
+        """Read a row of the table ``change``; as :meth:`PartRecord.from_row`."""
+        version, segment, moved, data = row
+        if moved not in (0, 1) or not isinstance(data, bytes) or not data or len(data) % 8:
+            raise damaged(path, f"its change {version} cannot be read")
+        return cls(segment, np.frombuffer(data, "<i8").astype(np.int64), bool(moved))
+
+
+def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
+    """Read the ids of a segment, which may be a stranger's.
+
+    Raises:
+        StoreError: If they are no list with one string a row.
+    """
+    try:
+        names = json.loads(data.decode("utf-8"))
+        whole = isinstance(names, list) and len(names) == count and all(type(each) is str for each in names)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"the ids of a segment cannot be read: {error}") from error
+    if not whole:
+        raise damaged(path, f"a segment of {count} rows has other ids than one string a row")
+    found: list[str] = names
+    return found
+
+
+def is_count(value: Any, least: int) -> bool:
+    """Whether a value of the database is an integer from ``least`` on."""
+    return type(value) is int and least <= value < _LARGEST
+
+
+def part_name(name: str) -> str:
+    """Check a part's name, which becomes part of file names.
+
+    Raises:
+        StoreError: If it is not made of letters, digits and underscores.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,100}", name):
+        raise StoreError(
+            f"a part's name is made of letters, digits and underscores, such as 'new', got {name!r}"
+        )
+    return name
+
+
+def damaged(path: Path, reason: str) -> StoreError:
+    """Error for a database that holds other things than a gallery writes."""
+    return StoreError(f"{path} is damaged or no gallery's ({reason}); {DAMAGED}")
+
+
+class Segment(Protocol):
+    """Rows that never change.
+
+    Attributes:
+        number: Its number within the gallery; later segments have higher ones.
+        count: Rows.
+        own: Whether the rows are the gallery's, and not those of a store that is only read.
+    """
+
+    number: int
+    count: int
+    own: bool
+
+    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Rows ``start`` … ``stop − 1``, which must not be written to."""
+        ...
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows by number, in the order asked for."""
+        ...
+
+    def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
+        """Columns of rows in the order asked for; ``None`` if there are no columns."""
+        ...
+
+    def column_types(self) -> dict[str, pa.DataType]:
+        """Types of the columns."""
+        ...
+
+
+@dataclass(frozen=True)
+class MemorySegment:
+    """Rows of a gallery in memory."""
+
+    number: int
+    rows: NDArray[np.float32]
+    table: pa.Table | None
+    own: bool = True
+
+    @property
+    def count(self) -> int:  # type: ignore[override]
+        """See :class:`Segment`."""
+        return len(self.rows)
+
+    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Segment`."""
+        return self.rows[start:stop]
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See :class:`Segment`."""
+        taken: NDArray[np.float32] = self.rows[rows]
+        return taken
+
+    def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
+        """See :class:`Segment`."""
+        return None if self.table is None else self.table.take(pa.array(rows))
+
+    def column_types(self) -> dict[str, pa.DataType]:
+        """See :class:`Segment`."""
+        return {} if self.table is None else {field.name: field.type for field in self.table.schema}
+
+
+def npy_header(dtype: str, count: int, dim: int) -> bytes:
+    """The header of a segment's file: that of a ``.npy`` file of version 1.0, in 128 bytes."""
+    code = {"float16": "<f2", "float32": "<f4"}[dtype]
+    text = f"{{'descr': '{code}', 'fortran_order': False, 'shape': ({count}, {dim}), }}"
+    return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode("ascii") + b"\n"
+
+
+class FileSegment:
+    """Rows of a ``.npy`` file of the gallery, mapped; the file may be removed meanwhile.
+
+    Args:
+        number: See :class:`Segment`.
+        path: The file.
+        dtype: ``"float16"`` or ``"float32"``.
+        shape: Rows and dimension, as the gallery knows them.
+        read_metadata: Reads the Parquet bytes of the columns; ``None`` if there are none.
+
+    Raises:
+        StoreError: If the file is missing, or has another size or header than it was written with.
+    """
+
+    own = True
+
+    def __init__(
+        self,
+        number: int,
+        path: Path,
+        dtype: str,
+        shape: tuple[int, int],
+        read_metadata: Callable[[int], bytes] | None = None,
+    ) -> None:
+        self.number, self.path, self.count = number, path, shape[0]
+        self.shape = dtype, shape
+        self._read_metadata = read_metadata
+        self._types: dict[str, pa.DataType] | None = None
+        header, width = npy_header(dtype, *shape), np.dtype(dtype).itemsize
+        size = len(header) + shape[0] * shape[1] * width
+        if not path.is_file():
+            raise StoreError(f"{path} is missing, which holds {self.count} rows of the gallery; {DAMAGED}")
+        try:
+            with path.open("rb") as file:
+                found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise StoreError(f"{path} has {found} bytes instead of {size}; {DAMAGED}")
+                # A private map can be handed to torch, which warns of memory that cannot be written to.
+                mapped = size >= _MAPPED_BYTES
+                data: Any = (
+                    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else bytearray(file.read())
+                )
+        except (OSError, ValueError) as error:
+            if isinstance(error, StoreError):
+                raise
+            reason = getattr(error, "strerror", None) or error
+            raise StoreError(f"{path} cannot be read ({reason}); {DAMAGED}") from error
+        if bytes(data[: len(header)]) != header:
+            raise StoreError(f"{path} has another header than was written; {DAMAGED}")
+        self._map = data if mapped else None
+        self._rows: NDArray[np.floating] = np.frombuffer(
+            data, np.dtype(dtype).newbyteorder("<"), -1, len(header)
+        ).reshape(shape)
+
+    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`Segment`."""
+        rows = self._checked(self._rows[start:stop], start)
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)  # pages that were read count as the process's memory
+        return rows
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See :class:`Segment`."""
+        return self._checked(self._rows[rows], rows)
+
+    def _checked(self, found: NDArray[np.floating], numbers: int | NDArray[np.int64]) -> NDArray[np.float32]:
+        rows = widened(found)
+        require_finite(rows, self.path, numbers)
+        return rows
+
+    def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
+        """See :class:`Segment`."""
+        if self._read_metadata is None:
+            return None
+        return self._parquet(lambda file: file.read()).take(pa.array(rows))
+
+    def column_types(self) -> dict[str, pa.DataType]:
+        """See :class:`Segment`."""
+        if self._types is None:
+            schema = () if self._read_metadata is None else self._parquet(lambda file: file.schema_arrow)
+            self._types = {field.name: field.type for field in schema}
+        return self._types
+
+    def _parquet(self, read: Callable[[pq.ParquetFile], Any]) -> Any:
+        assert self._read_metadata is not None
+        data = self._read_metadata(self.number)
+        try:
+            with pq.ParquetFile(pa.BufferReader(data)) as file:
+                if file.metadata.num_rows != self.count:
+                    raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows instead of {self.count}")
+                return read(file)
+        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise StoreError(
+                f"the metadata of {self.path} in the gallery's database is damaged ({said}); {DAMAGED}"
+            ) from error
+
+
+def widened(rows: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Copy rows as float32; torch widens float16 several times as fast as numpy."""
+    if rows.dtype == np.float16 and rows.dtype.isnative:
+        result: NDArray[np.float32] = torch.from_numpy(rows).float().numpy()
+        return result
+    return rows.astype(np.float32)
+
+
+def require_finite(rows: NDArray[np.float32], path: Path, numbers: int | NDArray[np.int64]) -> None:
+    """Refuse rows with NaN or infinity, which no search orders; quick where there are none.
+
+    Args:
+        rows: (n, dim).
+        path: File or directory that they are from, for the message.
+        numbers: Their numbers there, or the first of them.
+
+    Raises:
+        StoreError: If there is one; the message names the file and the row.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        if np.isfinite(rows.sum(dtype=np.float32)):
+            return
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        row = numbers + int(bad[0]) if isinstance(numbers, int) else int(numbers[bad[0]])
+        raise StoreError(
+            f"{path} has NaN or infinite values in row {row}; remove the row, or embed its item again"
+        )
+
+
+def prepare_database(db: sqlite3.Connection, mode: str) -> None:
+    """Make a new database that of a gallery, with empty tables."""
+    db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+    db.execute(f"PRAGMA user_version={VERSION}")
+    db.execute(f"PRAGMA journal_mode={mode}")
+    for statement in _SCHEMA.values():
+        db.execute(statement)
+
+
+def check_schema(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse a database that is no gallery, of another version, or with anything beside a gallery's tables.
+
+    Raises:
+        StoreError: If it is one.
+    """
+    application, version = (
+        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+    )
+    if application != APPLICATION_ID:
+        raise damaged(path, "it is no database of a gallery")
+    if version != VERSION:
+        raise StoreError(
+            f"{path} is of format version {version}, and this xbt reads version {VERSION}; build the gallery "
+            "again from its vectors"
+        )
+    found = {}
+    for kind, name, statement in db.execute("SELECT type, name, sql FROM sqlite_schema LIMIT 50"):
+        if not str(name).startswith("sqlite_") or kind not in ("table", "index"):
+            found[name] = statement if kind == "table" else kind
+    if found != _SCHEMA:
+        odd = sorted(str(name) for name in found.keys() ^ _SCHEMA.keys()) or ["another schema"]
+        raise damaged(path, f"it has or lacks {odd[0]!r}")
+
+
+def read_settings(db: sqlite3.Connection, path: Path) -> dict[str, str]:
+    """Read the settings of a gallery; raises as :func:`check_schema`."""
+    settings = dict(db.execute("SELECT key, value FROM setting LIMIT 50").fetchall())
+    whole = settings.keys() == _SETTINGS and all(isinstance(value, str) for value in settings.values())
+    if not whole or not re.fullmatch(r"[0-9]{1,18}", settings["generation"]):
+        raise damaged(path, f"its settings are {sorted(map(str, settings))}")
+    return settings
+
+
+def ascending(rows: Iterable[Any], last: int, path: Path) -> Iterator[Any]:
+    """Rows whose numbers rise; a damaged tree could otherwise be read for ever."""
+    for row in rows:
+        if not is_count(row[0], last + 1):
+            raise damaged(path, f"number {row[0]!r} follows {last}")
+        last = row[0]
+        yield row
+
+
+def check_parts(parts: Sequence[PartRecord], path: Path) -> None:
+    """Refuse parts that no gallery has together; raises as :func:`check_schema`."""
+    names = [part.name for part in parts]
+    if not 1 <= len(parts) <= 2 or len(set(names)) < len(names):
+        raise damaged(path, f"its parts are {names}")
+
+
+class Rows:
+    """Numbered rows over several segments; immutable.
+
+    Args:
+        segments: In order.
+        dim: Dimension of the vectors.
+    """
+
+    def __init__(self, segments: Sequence[Segment], dim: int) -> None:
+        self.segments, self.dim = tuple(segments), dim
+        self.starts = np.cumsum([0, *(each.count for each in segments)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read vectors by row number.
+
+        Args:
+            rows: (n,) row numbers.
+
+        Returns:
+            (n, dim) float32, in the order asked for; it must not be written to.
+        """
+        if not len(rows):
+            return np.zeros((0, self.dim), np.float32)
+        if rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
+            return self._slice(int(rows[0]), int(rows[-1]) + 1)
+        result = np.empty((len(rows), self.dim), np.float32)
+        for number, places, numbers in self.by_segment(rows):
+            result[places] = self.segments[number].take(numbers)
+        return result
+
+    def by_segment(
+        self, rows: NDArray[np.int64]
+    ) -> Iterable[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
+        """Group rows: position of the segment, places in ``rows``, and row numbers within the segment."""
+        order = np.argsort(rows, kind="stable")
+        owners = np.searchsorted(self.starts, rows[order], side="right") - 1
+        borders = np.flatnonzero(np.diff(owners, prepend=-1, append=-1))
+        for first, last in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+            number, places = int(owners[first]), order[first:last]
+            yield number, places, rows[places] - self.starts[number]
+
+    def _slice(self, start: int, stop: int) -> NDArray[np.float32]:
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.starts, stop, side="left"))
+        found = [
+            self.segments[number].slice(
+                max(start - int(self.starts[number]), 0),
+                min(stop, int(self.starts[number + 1])) - int(self.starts[number]),
+            )
+            for number in range(first, last)
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)

@@ -1,0 +1,351 @@
+"""Stores that a gallery reads where they are: their rows, their identity, and their place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
+from pathlib import Path, PurePath
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from xbt.errors import DataError, StoreError
+from xbt.index.segments import PartRecord, damaged, require_finite
+from xbt.store import EmbeddingStore, FileRecord, ShardRecord, find_faults
+from xbt.store.layout import MANIFEST, metadata_file, read_manifest, vectors_file
+from xbt.store.metadata import read_columns, read_types
+from xbt.store.shards import ID
+
+_IDS_AT_ONCE = 65_536
+_UNIT_ERROR = 0.01
+"""Length by which a row may differ from 1 in a space of unit rows; float16 rounds by a tenth of it."""
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class StoreRecord:
+    """Place and identity of a store whose first rows are a segment.
+
+    Attributes:
+        path: Where it was, absolute.
+        nearby: Its path from the gallery's directory, where it lies beside the gallery: both may be moved.
+        digest: Identifies those rows; see :func:`digest`.
+    """
+
+    path: str
+    nearby: str | None
+    digest: str
+
+    @classmethod
+    def of(cls, store: EmbeddingStore, rows: int, gallery: Path) -> Self:
+        """Describe the first rows of a store."""
+        path = store.path.resolve()
+        return cls(str(path), cls.nearby_path(path, gallery), digest(store, rows))
+
+    @staticmethod
+    def nearby_path(path: Path, gallery: Path) -> str | None:
+        """A store's path from the gallery's directory, if it lies beside the gallery."""
+        directory = gallery.resolve()
+        if not path.is_relative_to(directory.parent):
+            return None
+        return Path(os.path.relpath(path, directory)).as_posix()
+
+    @classmethod
+    def from_json(cls, text: Any, path: Path) -> Self:
+        """Read :meth:`to_json`'s text, which may be a stranger's.
+
+        Args:
+            text: A value of the database.
+            path: The database, for the message.
+
+        Raises:
+            StoreError: If it is another text, or a path in it has places that no gallery writes.
+        """
+        try:
+            return cls(**json.loads(text))._checked()
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise damaged(path, f"the store of a segment cannot be read: {error}") from error
+
+    def _checked(self) -> Self:
+        nearby = () if self.nearby is None else PurePath(self.nearby).parts
+        beside = nearby[1:] if nearby[:1] == ("..",) else nearby
+        whole = PurePath(self.path).is_absolute() and not PurePath(self.nearby or "").is_absolute()
+        if not whole or ".." in (*beside, *PurePath(self.path).parts):
+            raise ValueError(f"the path {self.path!r} or {self.nearby!r} leaves its folder")
+        if not _DIGEST.fullmatch(self.digest):
+            raise ValueError(f"it has the digest {self.digest!r}")
+        return self
+
+    def to_json(self) -> str:
+        """A text for the database."""
+        return json.dumps(vars(self))
+
+    def find(self, gallery: Path, moved: Mapping[str, Path]) -> Path:
+        """Where the store is now: where the user says, beside the gallery, or where it was.
+
+        Args:
+            gallery: The gallery's directory.
+            moved: New paths by those that are on record.
+
+        Raises:
+            StoreError: If it is in none of these places.
+        """
+        if self.path in moved:
+            return moved[self.path]
+        nearby = [] if self.nearby is None else [Path(os.path.normpath(gallery.resolve() / self.nearby))]
+        for path in (*nearby, Path(self.path)):
+            if path.is_dir():
+                return path
+        raise StoreError(
+            f"there is no store at {self.path}, of which the gallery at {gallery} was made; put it back, "
+            f"or say where it is now: Gallery.open(path, stores={{{self.path!r}: 'its new path'}})"
+        )
+
+
+def require_known(moved: Mapping[str, Path], db: sqlite3.Connection, path: Path) -> None:
+    """Refuse new places of stores that the gallery was not made of.
+
+    Args:
+        moved: New places by the paths on record.
+        db: The gallery's database.
+        path: Its file, for the message.
+
+    Raises:
+        StoreError: If there is one.
+    """
+    texts = db.execute("SELECT store FROM segment WHERE store IS NOT NULL").fetchall()
+    known = [StoreRecord.from_json(text, path).path for (text,) in texts]
+    for was in moved:
+        if was not in known:
+            raise StoreError(
+                f"stores= names {was!r}, but the gallery at {path.parent} was made of no such store; it was "
+                f"made of {', '.join(known) or 'none'}"
+            )
+
+
+def note_places(db: sqlite3.Connection, gallery: Path, moved: dict[str, Path]) -> None:
+    """Write down where stores are now, so that a user need not say it again.
+
+    Args:
+        db: The gallery's database, in a transaction.
+        gallery: The gallery's directory.
+        moved: New places by the paths on record, which it is brought in line with.
+    """
+    query = "SELECT number, store FROM segment WHERE store IS NOT NULL"
+    for number, text in db.execute(query).fetchall():
+        record = StoreRecord.from_json(text, gallery)
+        with suppress(StoreError):  # of a store that is gone the record stays as it is
+            now = record.find(gallery, moved).resolve()
+            found = replace(record, path=str(now), nearby=StoreRecord.nearby_path(now, gallery))
+            if found != record:
+                db.execute("UPDATE segment SET store = ? WHERE number = ?", (found.to_json(), number))
+                if record.path in moved:
+                    moved[str(now)] = moved.pop(record.path)
+
+
+def digest(store: EmbeddingStore, rows: int) -> str:
+    """Identify the first rows of a store; appending to it changes nothing.
+
+    A store of ours knows the checksums of its files. Of a folder that clip-retrieval wrote, the files' sizes
+    and the ids are taken: vectors that are replaced by as many others under the same ids are not noticed.
+
+    Args:
+        store: The store.
+        rows: How many rows, which end with a shard.
+
+    Returns:
+        A SHA-256, hexadecimal, which differs from that of other rows.
+    """
+    ends = accumulate(shard.count for shard in store.shards)
+    covered = [shard for shard, end in zip(store.shards, ends, strict=True) if end <= rows]
+    counted = sum(shard.count for shard in covered)
+    plain = [shard.to_dict(with_extra=False) for shard in covered]
+    what = hashlib.sha256(json.dumps([rows - counted, *plain], sort_keys=True).encode("ascii"))
+    if any(not file.sha256 for shard in covered for file in shard.files.values()):
+        for start in range(0, counted, _IDS_AT_ONCE):
+            ids = store.read_ids(start, min(start + _IDS_AT_ONCE, counted))
+            what.update(json.dumps(ids).encode("ascii"))
+    return what.hexdigest()
+
+
+def require_usable(store: EmbeddingStore) -> None:
+    """Refuse a store with rows that could not be searched rightly; every row is read.
+
+    Args:
+        store: The store.
+
+    Raises:
+        DataError: If a row has NaN or infinity, or another length than 1 although the space has unit rows.
+            The message names the file and the row.
+    """
+    unit = store.space is not None and store.space.normalisation == "unit"
+    start = 0
+    for shard in store.shards:
+        path = store.path / vectors_file(store.modality, shard.name)
+        for first in range(0, shard.count, _IDS_AT_ONCE):
+            rows = store.read(start + first, start + min(first + _IDS_AT_ONCE, shard.count))
+            try:
+                require_finite(rows, path, first)
+            except StoreError as error:
+                raise DataError(str(error)) from None
+            lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+            wrong = np.flatnonzero(np.abs(lengths - 1) > _UNIT_ERROR) if unit else ()
+            if len(wrong):
+                raise DataError(
+                    f"{path} has a row of length {lengths[wrong[0]]:.3g} in row {first + int(wrong[0])}, but "
+                    f"the rows of the space {store.space} have length 1; normalise the rows, or give a space "
+                    "with normalisation='none'"
+                )
+        start += shard.count
+
+
+class StoreSegment:
+    """The first rows of a store, which is only read; rows that it gets later on are not seen."""
+
+    own = False
+
+    def __init__(
+        self, number: int, path: Path, part: PartRecord, count: int, record: StoreRecord, gallery: Path
+    ) -> None:
+        """Open the store.
+
+        Args:
+            number: See :class:`~xbt.index.parts.Segment`.
+            path: The store.
+            part: The part that it belongs to.
+            count: Rows that are the gallery's.
+            record: Identifies the rows.
+            gallery: The gallery's directory.
+
+        Raises:
+            StoreError: If it is missing, damaged, or another one than it was.
+            SpaceMismatchError: If it holds vectors of another space than the part.
+        """
+        self._seen = self._compared = _stamp(path)  # before it is read: a later change is read again
+        self.store = EmbeddingStore.open(path, part.modality, part.space)
+        self.number, self.count = number, count
+        if len(self.store) < count:
+            raise StoreError(
+                f"{path} has {len(self.store)} rows, but the gallery was made of {count}; copy it again"
+            )
+        if self.store.dim != part.dim or digest(self.store, count) != record.digest:
+            raise StoreError(
+                f"the store at {path} is not the one that the gallery at {gallery} was made of: its first "
+                f"{count} rows are others; put the old store back, or build the gallery again"
+            )
+
+    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
+        """See :class:`~xbt.index.parts.Segment`."""
+        with self._same_store():
+            rows = self.store.read(start, stop)
+        require_finite(rows, self.store.path, start)
+        return rows
+
+    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """See :class:`~xbt.index.parts.Segment`."""
+        with self._same_store():
+            found = self.store.rows(rows)
+        require_finite(found, self.store.path, rows)
+        return found
+
+    def read_ids(self) -> list[str]:
+        """The ids of all rows."""
+        with self._same_store():
+            return self.store.read_ids(0, self.count)
+
+    def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
+        """See :class:`~xbt.index.parts.Segment`; every shard that has one of the rows is read."""
+        if not self.store.columns:
+            return None
+        tables, placed, first = [], [np.zeros(0, np.int64)], 0
+        with self._same_store():
+            for shard in self.store.shards:
+                own = np.flatnonzero((rows >= first) & (rows < first + shard.count))
+                if len(own):
+                    table = read_columns(self.store.path / metadata_file(shard.name), None)
+                    tables.append(table.take(pa.array(rows[own] - first)))
+                    placed.append(own)
+                first += shard.count
+        table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+        table = table.take(pa.array(np.argsort(np.concatenate(placed))))
+        columns = [name for name in table.column_names if name != ID]
+        return table.select(columns) if columns else None
+
+    def column_types(self) -> dict[str, pa.DataType]:
+        """See :class:`~xbt.index.parts.Segment`; of each column the type in the first shard that has it."""
+        types: dict[str, pa.DataType] = {}
+        for shard in self.store.shards if self.store.columns else ():
+            types = {**read_types(self.store.path / metadata_file(shard.name)), **types}
+        types.pop(ID, None)
+        return types
+
+    def faults(self) -> list[str]:
+        """List damage, a sentence each; every byte is read."""
+        try:
+            self._compared = ()
+            self._require_same()
+        except StoreError as error:
+            return [str(error)]
+        return find_faults(self.store.path, self.store.modality)
+
+    def require_there(self) -> None:
+        """Refuse to go on with a store that has lost its manifest.
+
+        Raises:
+            StoreError: If it has, or another store is in its place.
+        """
+        self._require_same()
+
+    @contextmanager
+    def _same_store(self) -> Iterator[None]:
+        """Around reading: files are opened when they are needed, and may be another store's by then."""
+        try:
+            yield
+        finally:
+            self._require_same()
+
+    def _require_same(self) -> None:
+        """Refuse another store that was put in the place of the one that was opened."""
+        now = _stamp(self.store.path)
+        if now == self._compared or not self._seen:  # a folder that clip-retrieval wrote has no manifest
+            return
+        if now:
+            if not _begins_with(read_manifest(self.store.path / MANIFEST).shards, self.store.shards):
+                raise StoreError(
+                    f"{self.store.path} was replaced by another store while it was open; open the "
+                    "gallery again"
+                )
+            self._compared = now
+        elif self.store.path.is_dir():  # if it is gone as a whole, the files that are still open are read
+            raise StoreError(
+                f"{self.store.path} has lost its {MANIFEST} while the gallery was open; put the store back, "
+                "or open the gallery again"
+            )
+
+
+def _begins_with(shards: Iterable[ShardRecord], known: Iterable[ShardRecord]) -> bool:
+    """Whether a store has the shards that were known, and perhaps more after them."""
+    before = [_files_of(shard) for shard in known]
+    return [_files_of(shard) for shard in islice(shards, len(before))] == before
+
+
+def _files_of(shard: ShardRecord) -> tuple[str, int, dict[str, FileRecord]]:
+    return shard.name, shard.count, dict(shard.files)
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Changes whenever a manifest does, since it is replaced as a whole."""
+    try:
+        about = (path / MANIFEST).stat()
+    except OSError:
+        return ()
+    return about.st_ino, about.st_size, about.st_mtime_ns

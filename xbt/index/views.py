@@ -1,0 +1,141 @@
+"""Part of a gallery as it was at one moment, ready to be searched by any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence, Set
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xbt.errors import StoreError
+from xbt.index.exact_search import MISSING, OVERFETCH, ExactRows, Gather, rescore
+from xbt.index.faiss_index import ApproximateIndex
+from xbt.index.protocol import Hits
+from xbt.space import EmbeddingSpace
+
+ROWS_AT_ONCE = 65_536
+"""Rows that are read at once where all are read from disk."""
+
+
+@dataclass(frozen=True)
+class PartView:
+    """A part as it was at one moment; immutable, so that any number of threads may search it.
+
+    Attributes:
+        name: Name of the part.
+        space: Space of its vectors, if it is known.
+        dim: Their dimension.
+        ids: By row number; the list may have grown since.
+        masked: (n,) bool: rows that are not to be found.
+        count: Items that are searched.
+        exact: Rows that are compared one by one: all, or those that the index does not have. ``None`` if all
+            are read from disk, a block at a time, since an index is wanted and there is none.
+        index: Proposes others, if there is one.
+        gather: Reads vectors by row number.
+        segments: Names of the segments.
+        trusted: Spaces that are known to be the part's.
+        due: Whether an index is to be made.
+    """
+
+    name: str
+    space: EmbeddingSpace | None
+    dim: int
+    ids: list[str]
+    masked: NDArray[np.bool_]
+    count: int
+    exact: ExactRows | None
+    index: ApproximateIndex | None
+    gather: Gather
+    segments: tuple[str, ...]
+    trusted: Collection[EmbeddingSpace]
+    due: bool = False
+
+    def hits(self, queries: NDArray[np.float32], k: int) -> Hits:
+        """As :meth:`search`, with ids.
+
+        Raises:
+            StoreError: Also if fewer than k rows are found, as where a file was altered.
+        """
+        scores, rows = self.search(queries, k)
+        if rows.size and rows.min() < 0:
+            raise StoreError(
+                f"the part {self.name!r} has rows that cannot be scored; see verify() for the faults of its files"
+            )
+        names = self.ids
+        return Hits([[names[row] for row in found] for found in rows.tolist()], scores)
+
+    def without(self, ids: Set[str]) -> PartView:
+        """The view without some items; it is searched row by row, read from disk."""
+        hidden = np.array([item in ids for item in self.ids[: len(self.masked)]], np.bool_)
+        masked = self.masked | hidden
+        count = len(masked) - int(np.count_nonzero(masked))
+        return replace(self, masked=masked, count=count, exact=None, index=None, due=False)
+
+    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The k best rows of every query.
+
+        Without an index, scores and order are exact. An index proposes k and a few candidates, whose scores
+        are then computed from the stored vectors, so that scores are always true inner products; a query for
+        which it finds fewer than k is searched exactly.
+
+        Args:
+            queries: (n, dim), checked.
+            k: From 0 to :attr:`count`.
+
+        Returns:
+            (n, k) scores, descending, and row numbers.
+
+        Raises:
+            StoreError: If a segment that has to be read is damaged or gone.
+        """
+        if k == 0:
+            return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        if self.exact is None:
+            return self.scan(queries, k)
+        if self.index is None:
+            return self.exact.search(queries, k)
+        wanted = self.index.proposals * k + OVERFETCH
+        proposed = self.index.propose(queries, wanted, self.masked)
+        _, recent = self.exact.candidates(queries, min(k + OVERFETCH, self.exact.count))
+        candidates = np.concatenate([proposed, recent], axis=1)
+        short = (candidates != MISSING).sum(axis=1) < k
+        padding = max(0, k - candidates.shape[1])
+        candidates = np.pad(candidates, ((0, 0), (0, padding)), constant_values=MISSING)
+        scores, rows = rescore(queries, candidates, k, self.gather)
+        if short.any():
+            scores[short], rows[short] = self.scan(queries[short], k)
+        return scores, rows
+
+    def scan(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Search exactly over the stored rows, block by block; it takes the memory of one of them."""
+        best_scores, best = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
+        rows = np.flatnonzero(~self.masked)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            numbers = rows[start : start + ROWS_AT_ONCE]
+            some = ExactRows(self.dim).grown(self.gather(numbers), numbers)
+            found = some.search(queries, min(k, some.count))
+            scores = np.concatenate([best_scores, found[0]], axis=1)
+            both = np.concatenate([best, found[1]], axis=1)
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            best_scores, best = (np.take_along_axis(each, order, axis=1) for each in (scores, both))
+        return best_scores, best
+
+
+def search_views(views: Sequence[PartView], queries: NDArray[np.float32], k: int) -> Hits:
+    """Search disjoint sets of a part's rows as one.
+
+    Args:
+        views: Of one part.
+        queries: (n, dim), checked.
+        k: Rows a query; fewer are returned where there are fewer.
+
+    Returns:
+        The best rows, equal scores in the order of the part.
+    """
+    found = [view.search(queries, min(k, view.count)) for view in views]
+    scores, rows = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
+    order = np.lexsort((rows, -scores))[:, :k]
+    names, rows = views[0].ids, np.take_along_axis(rows, order, axis=1)
+    ids = [[names[row] for row in line] for line in rows.tolist()]
+    return Hits(ids, np.take_along_axis(scores, order, axis=1))
