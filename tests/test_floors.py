@@ -23,6 +23,7 @@ FLOORS = [
         "probe",
         "space",
         "store",
+        "batches",
         "bench",
         "losses",
     },
@@ -30,7 +31,7 @@ FLOORS = [
     {"evaluation", "embedding", "backbones"},
     {"projections"},
     {"compatible", "gallery"},
-    {"training", "report", "serve", "backfilling", "evaluation_job", "choosing_job", "sharing"},
+    {"training", "report", "serve", "backfilling", "evaluation_job", "sharing"},
     {"demo", "cli"},
     {"__main__"},
 ]

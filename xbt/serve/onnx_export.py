@@ -16,7 +16,7 @@ from xbt.errors import ConfigError, XbtError
 from xbt.projections import Projection
 from xbt.projections.base import Modality
 from xbt.projections.ensemble import QueryEnsemble
-from xbt.projections.forward_map import ForwardMap
+from xbt.projections.forward import ForwardMap
 from xbt.serve.files import whole_file
 from xbt.serve.onnx_graph import QueryGraph, example_inputs
 from xbt.serve.optional import optional

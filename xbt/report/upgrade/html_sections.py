@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element
 
-from xbt.projections.decision import CandidateScore
+from xbt.projections.auto.decision import CandidateScore
 from xbt.report.upgrade.cost import Cost
 from xbt.report.upgrade.html_elements import Child, element, listed, scrolling_table
 from xbt.report.upgrade.result import UpgradeReport
@@ -58,11 +58,11 @@ def method_section(report: UpgradeReport) -> Element:
     """What to query with, why, and what else was tried."""
     decision = report.measured.decision
     parts: list[Child] = [listed(report.method)]
-    if decision.scores:
+    if decision.candidates:
         tables = [
-            _candidates(direction, [each for each in decision.scores if each.direction == direction])
+            _candidates(direction, [each for each in decision.candidates if each.direction == direction])
             for direction in report.measured.directions
-            if any(each.direction == direction for each in decision.scores)
+            if any(each.direction == direction for each in decision.candidates)
         ]
         note = element(
             "p",

@@ -18,7 +18,7 @@ from xbt.evaluation import (
     recovered_gain,
 )
 from xbt.projections import Decision, PairVectors
-from xbt.projections.auto import MIN_IMAGES
+from xbt.projections.auto.choose import MIN_IMAGES
 from xbt.report.upgrade.choosing import choose_method
 from xbt.report.upgrade.config import UpgradeReportConfig
 from xbt.report.upgrade.sample import Sample
