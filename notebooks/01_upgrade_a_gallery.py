@@ -138,12 +138,12 @@ pairs = xbt.PairVectors(
 )
 
 # %% [markdown]
-# With them, `auto` tries several projections and ways to mix their queries with the old ones, and deploys what is
+# With them, `choose_projection` tries several projections and ways to mix their queries with the old ones, and deploys what is
 # shown to be better on pictures that it was not fitted to. Where nothing is, the old query stays.
 
 # %%
-decision = xbt.fit_projection(
-    new_captions, old_captions, method="auto", pairs=pairs, new_space=new.space, old_space=old.space
+decision = xbt.choose_projection(
+    new_captions, old_captions, pairs=pairs, new_space=new.space, old_space=old.space
 )
 print(str(decision).split("\n\n")[0])  # print(decision) shows every candidate
 

@@ -109,7 +109,7 @@ def contend(
     projections = fit_all(new_texts, old_texts)
     rotation = projections["procrustes"]
     half, fitted = xbt.QueryEnsemble.midpoint(rotation.old_dim), fit_ensemble(chosen_by, rotation).ensemble
-    decision = xbt.fit_projection(new_texts, old_texts, "auto", pairs=chosen_by)
+    decision = xbt.choose_projection(new_texts, old_texts, pairs=chosen_by)
     contenders = {name: queries_of(projection, measured_on) for name, projection in projections.items()}
     contenders["procrustes + half old"] = queries_of(rotation, measured_on, half)
     contenders["procrustes + fitted ensemble"] = queries_of(rotation, measured_on, fitted)
@@ -189,7 +189,7 @@ for name in WORLDS:
     new_side, old_side, support, test = draw_world(name)
     rotation = xbt.fit_projection(new_side, old_side)
     half = xbt.QueryEnsemble.midpoint(rotation.old_dim)
-    decisions[name] = xbt.fit_projection(new_side, old_side, "auto", pairs=support)
+    decisions[name] = xbt.choose_projection(new_side, old_side, pairs=support)
     queries = {
         "procrustes": queries_of(rotation, test),
         "procrustes + half old": queries_of(rotation, test, half),
@@ -236,7 +236,7 @@ for rule in rules:
 
 # %%
 new_side, old_side, support, test = draw_world("worse")
-fallback = xbt.fit_projection(new_side, old_side, "auto", pairs=support, use_old=False)
+fallback = xbt.choose_projection(new_side, old_side, pairs=support, use_old=False)
 print(str(fallback).split("\n\n")[0])
 
 # %%

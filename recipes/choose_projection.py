@@ -9,14 +9,15 @@ which no gain is shown stays with the old query. The result is a compatible enco
 Not supported: several processes.
 """
 
-from xbt.choosing_job import ChooseProjectionConfig, run_choice
+from xbt.cli.fit import run_fit
+from xbt.cli.fit_config import FitConfig
 from xbt.config import run_recipe
 
 
-def main(config: ChooseProjectionConfig) -> None:
+def main(config: FitConfig) -> None:
     """Chooses and prints."""
-    print(run_choice(config))
+    print(run_fit(config))
 
 
 if __name__ == "__main__":
-    run_recipe(main, ChooseProjectionConfig)
+    run_recipe(main, FitConfig)

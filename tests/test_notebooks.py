@@ -212,9 +212,13 @@ def test_the_models_for_own_use_exist():
 
 # What each must have shown by its last cell; the words are looked for in what it prints.
 SHOWN = {
-    "01_upgrade_a_gallery": ("is needed", "auto chose", "new/old (auto)", "criterion"),
+    "01_upgrade_a_gallery": ("is needed", "chose procrustes", "new/old (auto)", "criterion"),
     "02_text_to_image_search_before_and_after": ("only after the upgrade", "new/old", "new/new", "criterion"),
-    "03_which_projection": ("auto chose", "the old query alone", "auto: worse than the old query in 0 of 10"),
+    "03_which_projection": (
+        "chose procrustes",
+        "the old query alone",
+        "auto: worse than the old query in 0 of 10",
+    ),
     "04_backfill_while_serving": ("nothing backfilled", "new-photo-0", "damaged files: []"),
     "05_compatible_backbones": ("old/old", "Procrustes", "BT²", "OCA", "BCT", "update gain"),
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from xbt.projections import PairVectors as PairVectors
     from xbt.projections import Projection as Projection
     from xbt.projections import QueryEnsemble as QueryEnsemble
+    from xbt.projections import choose_projection as choose_projection
     from xbt.projections import fit_projection as fit_projection
     from xbt.space import EmbeddingSpace as EmbeddingSpace
     from xbt.store import EmbeddingStore as EmbeddingStore
@@ -37,6 +38,7 @@ _HOMES = {
     "QueryEnsemble": "xbt.projections",
     "SpaceMismatchError": "xbt.errors",
     "XbtError": "xbt.errors",
+    "choose_projection": "xbt.projections",
     "evaluate_retrieval": "xbt.evaluation",
     "fit_projection": "xbt.projections",
     "load_encoder": "xbt.encoders",

@@ -11,22 +11,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from xbt.batches import SeededBatches
 from xbt.bench import Spread, Timings, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.losses import RELATIONAL_ROWS
-from xbt.projections.objective import TextLoss, TextProjectionObjective
-from xbt.projections.residual import ResidualProjection
+from xbt.projections.objective import NoisyVectors, TextLoss, TextProjectionObjective
+from xbt.projections.residual import STAGE1, ResidualProjection
 from xbt.projections.sources import random_access
-from xbt.projections.trainer import Schedule, TextBatches, train
+from xbt.projections.trainer import FitSchedule, train
 
 BARE, TRAINING = "matrix products", "training"
 LOSSES = {"": TextLoss(), ", relational loss too": TextLoss(relational_weight=100.0)}
-"""By what is said of them: the loss of stage 1 as it is by default, and that of ``fit_xbt``."""
+"""The loss of stage 1 without and with its relational term, by what is added to the name."""
 
 
 @dataclass
@@ -159,19 +161,23 @@ def bare_products(config: ProjectionTrainingBenchmark, loss: TextLoss) -> Callab
 
 
 def training(config: ProjectionTrainingBenchmark, loss: TextLoss) -> Callable[[], object]:
-    """``steps`` steps as :func:`xbt.projections.xbt_projection.fit_xbt` makes them."""
+    """``steps`` steps as :func:`xbt.projections.residual.fit_xbt` makes them."""
     new, old = (normalize(torch.randn(config.rows, dim), dim=1) for dim in (config.new_dim, config.old_dim))
-    schedule = Schedule(
-        config.steps, config.batch_size, 1e-3, eval_every=config.steps, seed=config.seed, device=config.device
+    schedule = FitSchedule(
+        steps=config.steps,
+        batch_size=config.batch_size,
+        eval_every=config.steps,
+        seed=config.seed,
+        device=config.device,
     )
     projection = ResidualProjection.seeded(config.new_dim, config.old_dim, config.seed, config.hidden_dim)
     projection.weight.requires_grad_(False)
     objective = TextProjectionObjective(projection, loss)
-    rows = random_access(new, old)
-    positions = torch.arange(config.rows).numpy()
+    data = NoisyVectors(random_access(new, old), np.arange(config.rows), config.seed, STAGE1.noise)
+    draws = SeededBatches(config.rows, config.batch_size, config.seed, 0, config.steps)
 
     def run() -> object:
-        return train(objective, TextBatches(rows, positions, schedule, noise=1.0), schedule, lambda: 0.0)
+        return train(objective, map(data.__getitems__, draws), schedule, lambda: 0.0)
 
     return run
 

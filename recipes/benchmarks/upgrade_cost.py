@@ -22,19 +22,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
+from xbt.batches import SeededBatches
 from xbt.bench import Spread, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.data import CaptionSource, read_captions
 from xbt.encoders import DualEncoder
 from xbt.encoders.open_clip_encoder import OpenClipEncoder
 from xbt.errors import ConfigError, TruncationWarning
-from xbt.projections import ResidualProjection
+from xbt.projections import ResidualProjection, Stage1Options
+from xbt.projections.objective import NoisyVectors, TextProjectionObjective
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
-from xbt.training import TextProjectionConfig, TrainArgs
-from xbt.training.batches import SeededBatches
+from xbt.training import TrainArgs
 from xbt.training.clip import read_model_config
-from xbt.training.text_projection import NoisyVectors, TextProjectionObjective
 from xbt.training.text_vectors import TextVectors
 
 OLD_TEXT, NEW_TEXT, NEW_IMAGE, FIT, STEP = "old text", "new text", "new image", "fit", "step"
@@ -188,12 +188,12 @@ def make_step(config: UpgradeCostBenchmark, new_dim: int, old_dim: int, folder: 
         stores.append(EmbeddingStore.create(folder / name, modality="text", space=EmbeddingSpace(name, dim)))
         stores[-1].append(rows, [str(row) for row in range(len(rows))])
     new, old = stores
-    settings = TextProjectionConfig(new_store="new", old_store="old", output_dir="run")
+    settings = Stage1Options()
     objective = TextProjectionObjective(ResidualProjection(new_dim, old_dim), settings).to(config.device)
     objective.projection.get_parameter("weight").requires_grad_(False)
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=TrainArgs().lr, fused=True)
-    batches = NoisyVectors(TextVectors(new, old), np.arange(len(new)), settings.noise, config.seed)
+    batches = NoisyVectors(TextVectors(new, old), np.arange(len(new)), config.seed, settings.noise)
     draws = iter(SeededBatches(len(new), config.batch_size, config.seed, 0, 10**9))
 
     def step() -> None:

@@ -89,7 +89,7 @@ def test_from_captions_and_the_seed_of_a_trained_method(run, encoders, captions,
 def test_a_choice_by_pairs_is_the_recipe_s(run, encoders, captions, pairs, specs, tmp_path):
     said = run("fit", *encoders, *captions, *pairs, "--output_dir", tmp_path / "out")
     assert said.status == 0, said.err
-    assert said.out.startswith("auto chose ")
+    assert said.out.startswith("chose ")
     assert said.out.endswith(f"compatible encoder: {tmp_path / 'out' / 'compatible'}\n")
     assert "checking images" in said.err
     record = json.loads((tmp_path / "out" / "decision.json").read_text())

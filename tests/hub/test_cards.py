@@ -20,9 +20,9 @@ from xbt.evaluation.cells import Cell, RetrievalReport
 from xbt.heads import OCAHead, make_head
 from xbt.hub import CardData, SavedPartError, public_name
 from xbt.projections import LinearProjection, QueryEnsemble, fit_projection
+from xbt.projections.base import described_method
 from xbt.projections.ensemble import Nlerp
 from xbt.projections.fitting import METHODS
-from xbt.projections.papers import told_method
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
@@ -277,11 +277,11 @@ def test_a_card_of_ones_own_is_kept(projection, report, tmp_path):
 def test_every_method_tells_its_paper():
     vectors = torch.nn.functional.normalize(torch.randn(40, 6), dim=1)
     for method in METHODS:
-        assert "not recorded" not in told_method(method, "linear")
+        assert "not recorded" not in described_method(method, "linear")
     fitted = fit_projection(vectors, vectors[:, :4], method="ridge")
     assert fitted.method == "ridge"
     assert "Hoerl & Kennard" in str(fitted.generate_model_card())
-    assert "was not recorded" in told_method(None, "linear")
+    assert "was not recorded" in described_method(None, "linear")
 
 
 def test_names_cannot_break_out_of_the_page(tmp_path):

@@ -8,10 +8,10 @@ import shutil
 import numpy as np
 import pytest
 from galleries import assert_finds, make_space, names, unit
+from xbt.index.contents import Contents
 
 from xbt.errors import DataError, SpaceMismatchError, StoreError
 from xbt.index import Gallery
-from xbt.index.contents import Contents
 
 
 @pytest.fixture

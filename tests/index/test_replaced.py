@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 from galleries import as_items, assert_finds, make_space, names, unit
+from xbt.index.layout import GalleryRecord, _checksum
 
 from xbt.errors import StoreError
 from xbt.index import Gallery
 from xbt.index import home as home_module
-from xbt.index.layout import GalleryRecord, _checksum
 from xbt.index.segments import StoredSegment
 from xbt.store import EmbeddingStore
 

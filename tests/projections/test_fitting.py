@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,17 @@ from torch.nn.functional import normalize
 
 import xbt.projections
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.projections import LinearProjection, PairStatistics, PairVectors, Projection, fit_projection
-from xbt.projections.fitting import CLOSED_FORMS, METHODS, options_of
+from xbt.projections import (
+    FitSchedule,
+    LinearProjection,
+    PairStatistics,
+    PairVectors,
+    Projection,
+    Stage1Options,
+    fit_projection,
+)
+from xbt.projections.fitting import CLOSED_FORMS, METHODS, grouped_options, option_names
+from xbt.projections.residual import MLP_SCHEDULE
 from xbt.projections.statistics import TERMS
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
@@ -73,7 +83,34 @@ def test_unknown_methods_and_options():
         fit_projection(new, old, "ridge", alpha=3.0)
     with pytest.raises(ConfigError, match="'identity' cannot use pairs"):
         fit_projection(new, old, "identity", pairs=as_pairs())
-    assert options_of("procrustes") == ["pairs", "pairs_weight", "centring", "scale"]
+    assert option_names("procrustes") == ["pairs", "pairs_weight", "centring", "scale"]
+    with pytest.raises(ConfigError, match="'auto' is not known"):
+        fit_projection(new, old, "auto")
+
+
+def test_options_of_a_schedule_or_a_loss_go_by_their_own_names():
+    new, old = related(40, 10, 6)
+    options = grouped_options("xbt", {"noise": 0.2, "steps": 3, "pairs_weight": 0.5})
+    assert options["stage1"] == Stage1Options(noise=0.2)
+    assert options["schedule"] == FitSchedule(steps=3)
+    assert options["pairs_weight"] == 0.5
+    assert grouped_options("mlp", {"lr": 0.1})["schedule"] == replace(MLP_SCHEDULE, lr=0.1)
+    given = {"schedule": FitSchedule(steps=9, lr=0.5), "steps": 2}
+    assert grouped_options("lambda_orthogonal", given) == {"schedule": FitSchedule(steps=2, lr=0.5)}
+    assert {"noise", "hidden_dim", "steps", "device", "pairs"} <= set(option_names("xbt"))
+    by_name = fit_projection(new, old, "xbt", noise=0.5, hidden_dim=4, steps=2, eval_every=1)
+    whole = fit_projection(
+        new,
+        old,
+        "xbt",
+        stage1=Stage1Options(noise=0.5, hidden_dim=4),
+        schedule=FitSchedule(steps=2, eval_every=1),
+    )
+    assert torch.equal(by_name.mlp[0].weight, whole.mlp[0].weight)
+    with pytest.raises(ConfigError, match=r"'mlp' has no option 'noise'; it has hidden_dim, steps"):
+        fit_projection(new, old, "mlp", noise=1.0)
+    with pytest.raises(ConfigError, match="steps must be at least 0, got -1"):
+        fit_projection(new, old, "mlp", steps=-1)
 
 
 @pytest.mark.parametrize("method", [name for name in CLOSED_FORMS if name != "identity"])
@@ -136,8 +173,8 @@ def test_stores_of_other_items_are_refused(tmp_path):
 @pytest.mark.parametrize("method", CLOSED_FORMS)
 def test_saved_and_loaded(method, tmp_path):
     new, old = related(40, 10, 6)
-    options = {"centring": "modality"} if "centring" in options_of(method) else {}
-    pairs = {"pairs": as_pairs()} if "pairs" in options_of(method) else {}
+    options = {"centring": "modality"} if "centring" in option_names(method) else {}
+    pairs = {"pairs": as_pairs()} if "pairs" in option_names(method) else {}
     projection = fit_projection(new, old, method, **pairs, **options)
     projection.save_pretrained(tmp_path)
     loaded = Projection.from_pretrained(tmp_path)
@@ -238,7 +275,7 @@ def test_what_does_not_pair_is_an_error(method):
         fit_projection(new[:0], old[:0], method)
     with pytest.raises(DataError, match="floating point"):
         fit_projection(new.long(), old, method)
-    if "pairs" in options_of(method):
+    if "pairs" in option_names(method):
         with pytest.raises(SpaceMismatchError, match=r"9 \(new\) and 6 \(old\)"):
             fit_projection(new, old, method, pairs=as_pairs(12, 9, 6))
 

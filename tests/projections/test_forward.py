@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,8 @@ from sklearn.linear_model import Ridge
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.projections import Projection, fit_procrustes
-from xbt.projections.forward import fit_forward
-from xbt.projections.forward_map import ForwardMap
+from xbt.projections import FitSchedule, Projection, fit_procrustes
+from xbt.projections.forward import FCT_SCHEDULE, ForwardMap, fit_forward
 from xbt.space import EmbeddingSpace
 
 
@@ -58,12 +59,12 @@ def test_a_rotation_is_found_again():
 
 def test_fct_learns_what_no_line_can(bent):
     old, side, new = bent
-    errors = {}
+    errors, schedule = {}, replace(FCT_SCHEDULE, steps=200, lr=3e-3)
     for name, information in (("without", None), ("with", side)):
         part = None if information is None else information[:700]
         rest = None if information is None else information[700:]
         for method in ("ridge", "fct"):
-            fitted = fit_forward(old[:700], new[:700], part, method=method, hidden_dim=32, steps=200, lr=3e-3)
+            fitted = fit_forward(old[:700], new[:700], part, method=method, hidden_dim=32, schedule=schedule)
             errors[method, name] = error(fitted, old[700:], new[700:], rest)
     assert errors["fct", "without"] < 0.95 * errors["ridge", "without"]
     assert errors["fct", "with"] < 0.7 * errors["ridge", "with"]
@@ -72,10 +73,12 @@ def test_fct_learns_what_no_line_can(bent):
 
 def test_fct_keeps_the_closed_form_if_no_step_is_better(bent):
     old, _, new = bent
-    fitted = fit_forward(old, new, method="fct", steps=3, lr=0.0, eval_every=1, hidden_dim=8)
+    fitted = fit_forward(
+        old, new, method="fct", hidden_dim=8, schedule=FitSchedule(steps=3, lr=0.0, eval_every=1)
+    )
     ridge = fit_forward(old, new, method="ridge")
     torch.testing.assert_close(fitted(old), ridge(old), atol=1e-6, rtol=0)
-    begun = ForwardMap.starting_at(ridge.weight.detach(), 0, 16, seed=0)
+    begun = ForwardMap.from_linear(ridge.weight.detach(), 0, 16, seed=0)
     torch.testing.assert_close(begun(old), ridge(old), atol=1e-6, rtol=0)
 
 
@@ -83,8 +86,9 @@ def test_fct_keeps_the_closed_form_if_no_step_is_better(bent):
 def test_saved_and_loaded(bent, tmp_path, method):
     old, side, new = bent
     spaces = (EmbeddingSpace("old-model", dim=8), EmbeddingSpace("new-model", dim=10))
-    options = {"old_space": spaces[0], "new_space": spaces[1], "hidden_dim": 16, "steps": 60}
-    fitted = fit_forward(old, new, side, method=method, **options)
+    schedule = replace(FCT_SCHEDULE, steps=60)
+    fitted = fit_forward(old, new, side, method=method, hidden_dim=16, schedule=schedule)
+    fitted.set_spaces(*spaces)
     fitted.save_pretrained(tmp_path / method)
     loaded = Projection.from_pretrained(tmp_path / method)
     assert isinstance(loaded, ForwardMap)
@@ -98,7 +102,8 @@ def test_saved_and_loaded(bent, tmp_path, method):
 def test_the_same_seed_gives_the_same_map_and_leaves_torch_alone(bent):
     old, _, new = bent
     before = torch.random.get_rng_state()
-    one, two = (fit_forward(old, new, method="fct", hidden_dim=8, steps=20, eval_every=5) for _ in range(2))
+    schedule = replace(FCT_SCHEDULE, steps=20, eval_every=5)
+    one, two = (fit_forward(old, new, method="fct", hidden_dim=8, schedule=schedule) for _ in range(2))
     assert torch.equal(one(old), two(old))
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -123,4 +128,4 @@ def test_what_is_refused(bent):
     with pytest.raises(SpaceMismatchError, match="as many rows of side information"):
         fitted(old[1:], side=side)
     with pytest.raises(SpaceMismatchError, match="takes vectors of dimension 8"):
-        fit_forward(old, new, method="fct", hidden_dim=4, steps=0)(new)
+        fit_forward(old, new, method="fct", schedule=FitSchedule(steps=0))(new)

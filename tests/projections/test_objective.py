@@ -9,12 +9,20 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from xbt.batches import Draw
 from xbt.errors import ConfigError
 from xbt.losses import contrastive_loss, cosine_loss, relational_loss
 from xbt.projections import LinearProjection, ResidualProjection
-from xbt.projections.objective import TextLoss, TextProjectionObjective, add_noise, check_noise
-from xbt.projections.start import ProcrustesStart
-from xbt.projections.trainer import Schedule, TextBatches
+from xbt.projections.objective import (
+    NoisyVectors,
+    Stage1Options,
+    TextLoss,
+    TextProjectionObjective,
+    add_noise,
+)
+from xbt.projections.procrustes import ProcrustesStart
+
+WEIGHTS = ("cosine_weight", "contrastive_weight", "relational_weight")
 
 
 class Rows:
@@ -37,8 +45,8 @@ def unit(n, dim, shift=0.0):
 
 def noisy_batch(z, noise, family, mean=None):
     """The whole of ``z`` once with noise, next to the rows it was drawn from."""
-    schedule = Schedule(1, len(z), 0.1)
-    batch = TextBatches(Rows(z, z), np.arange(len(z)), schedule, noise, family, mean)()
+    data = NoisyVectors(Rows(z, z), np.arange(len(z)), 0, noise, family, mean)
+    batch = data.__getitems__([Draw(0, position, position) for position in range(len(z))])
     return batch["old"], batch["new"]
 
 
@@ -86,7 +94,9 @@ def test_noise_by_hand():
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 100.0), (2.0, 0.0, 0.0), (0.0, 0.5, 0.0), (0.0, 0.0, 3.0)])
 def test_loss_is_the_weighted_sum(weights):
     projection = LinearProjection.from_weight(torch.randn(5, 7))
-    objective = TextProjectionObjective(projection, TextLoss(*weights, temperature=0.1))
+    objective = TextProjectionObjective(
+        projection, TextLoss(**dict(zip(WEIGHTS, weights, strict=True)), temperature=0.1)
+    )
     new, old = unit(20, 7), unit(20, 5)
     loss, parts = objective({"new": new, "old": old})
     predicted = projection(new)
@@ -112,7 +122,7 @@ def test_centred_projection_by_hand_and_saved(tmp_path):
         for name, dim in (("new_mean", 4), ("old_mean", 3), ("new_image_mean", 4), ("old_image_mean", 3))
     }
     start = ProcrustesStart(torch.randn(3, 4), means)
-    projection.begin_at(start.rotation, start.means)
+    projection.init_from(start.rotation, start.means)
     with torch.no_grad():
         projection.scale.fill_(0.7)
     z = torch.randn(6, 4)
@@ -130,7 +140,7 @@ def test_centred_projection_by_hand_and_saved(tmp_path):
 
 def test_images_without_means_of_their_own_take_those_of_the_texts():
     projection = ResidualProjection.seeded(4, 3, seed=0, centred=True)
-    projection.begin_at(torch.randn(3, 4), {"new_mean": torch.randn(4), "old_mean": torch.randn(3)})
+    projection.init_from(torch.randn(3, 4), {"new_mean": torch.randn(4), "old_mean": torch.randn(3)})
     z = torch.randn(6, 4)
     assert torch.equal(projection(z, "image"), projection(z, "text"))
 
@@ -140,10 +150,10 @@ def test_images_without_means_of_their_own_take_those_of_the_texts():
     [
         (lambda: TextLoss(cosine_weight=-1.0), "cosine_weight must be a number of at least 0, got -1"),
         (lambda: TextLoss(relational_weight=math.nan), "relational_weight"),
-        (lambda: TextLoss(0.0, 0.0, 0.0), "are all 0"),
+        (lambda: TextLoss(**dict.fromkeys(WEIGHTS, 0.0)), "are all 0"),
         (lambda: TextLoss(temperature=2.0), r"temperature must lie in \[0.01, 1\], got 2"),
-        (lambda: check_noise(-0.1, "gaussian"), "noise must not be negative or infinite, got -0.1"),
-        (lambda: check_noise(1.0, "pink", "--"), "--noise_family 'pink' is not known; there is gaussian"),
+        (lambda: Stage1Options(noise=-0.1), "noise must not be negative or infinite, got -0.1"),
+        (lambda: Stage1Options(noise_family="pink"), "noise_family 'pink' is not known; there is gaussian"),
         (lambda: ResidualProjection(3, 3, -1), "hidden_dim must not be negative, got -1"),
     ],
 )

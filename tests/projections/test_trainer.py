@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import normalize
 
+from xbt.batches import Draw
 from xbt.errors import ConfigError, DataError
 from xbt.projections import LinearProjection
+from xbt.projections.objective import NoisyVectors
 from xbt.projections.pairs import PairVectors
-from xbt.projections.trainer import Schedule, TextBatches, pairs_score, split, text_hits, text_score, train
+from xbt.projections.trainer import FitSchedule, fit_trained, pairs_score, split, text_hits, train
 
 
 class Rows:
@@ -38,7 +42,7 @@ class Line(nn.Module):
 
 
 def schedule(**changes):
-    return Schedule(
+    return FitSchedule(
         **{"steps": 10, "batch_size": 4, "lr": 0.5, "warmup_steps": 2, "eval_every": 2, **changes}
     )
 
@@ -47,23 +51,43 @@ def run(line, values, **changes):
     """Trains with held-out scores that are given."""
     scores = iter(values)
     factor = {"factor": torch.tensor(changes.pop("factor", 1.0))}
-    return train(line, lambda: factor, schedule(**changes), lambda: next(scores))
+    return train(line, itertools.repeat(factor), schedule(**changes), lambda: next(scores))
+
+
+def drawn(positions, **changes):
+    """The rows of every batch, as a fit with a schedule sees them."""
+    batches = []
+
+    def objective(projection, pairs):
+        def forward(batch):
+            batches.append(batch)
+            return projection.weight.sum(), {}
+
+        module = nn.Module()
+        module.projection, module.forward = projection, forward
+        return module
+
+    start = LinearProjection(2, 2)
+    plan = schedule(weight_decay=0.0, **changes)
+    rows = Rows(len(positions))
+    fit_trained(rows, lambda *_: start, objective, plan, score=lambda *_: 0.0)
+    return batches
 
 
 def test_an_epoch_shows_every_row_once_and_pairs_stay_together():
-    batches = TextBatches(Rows(), np.arange(10), schedule(batch_size=5))
-    drawn = [batches() for _ in range(4)]
-    rows = [batch["new"][:, 0].tolist() for batch in drawn]
-    assert sorted(rows[0] + rows[1]) == sorted(rows[2] + rows[3]) == list(range(10))
+    batches = drawn(range(15), batch_size=6, steps=4)  # three of the fifteen are held out
+    rows = [batch["new"][:, 0].tolist() for batch in batches]
+    assert sorted(rows[0] + rows[1]) == sorted(rows[2] + rows[3])
+    assert len(set(rows[0] + rows[1])) == 12
     assert rows[0] != rows[2]
-    assert all(torch.equal(batch["new"], -batch["old"]) for batch in drawn)
-    again = TextBatches(Rows(), np.arange(10), schedule(batch_size=5))
-    assert all(torch.equal(again()["new"], batch["new"]) for batch in drawn)
+    assert all(torch.equal(batch["new"], -batch["old"]) for batch in batches)
+    again = drawn(range(15), batch_size=6, steps=4)
+    assert all(torch.equal(one["new"], two["new"]) for one, two in zip(batches, again, strict=True))
 
 
 def test_fewer_rows_than_a_batch_are_taken_whole():
-    batch = TextBatches(Rows(), np.array([2, 7, 9]), schedule(batch_size=64))()
-    assert sorted(batch["new"][:, 0].tolist()) == [2, 7, 9]
+    (batch,) = drawn(range(10), batch_size=64, steps=1)
+    assert len(set(batch["new"][:, 0].tolist())) == 8
 
 
 def test_the_best_step_is_kept_and_a_tie_keeps_the_earlier():
@@ -97,6 +121,11 @@ def test_step_zero_is_left_only_for_a_gain_above_its_error():
     # As many broken as fixed, but for one.
     shuffled = torch.cat([torch.zeros(20), torch.ones(171), torch.zeros(1)])
     assert run(Line(), [hits(192, 171), *[shuffled] * 5]).best_step == 0
+    # Found both ways: the ways of one text are one item.
+    ways = [
+        torch.stack([hits(192, found), hits(192, found)], dim=1) for found in (150, 153, 150, 150, 150, 153)
+    ]
+    assert run(Line(), ways).best_step == 0
     assert run(Line(), [hits(1, 0), *[hits(1, 1)] * 5]).best_step == 0
 
 
@@ -109,7 +138,7 @@ def test_the_last_step_is_judged_and_training_converges():
 
 def test_learning_rate():
     plan = schedule(steps=12, warmup_steps=2, lr=1.0)
-    rates = [plan.lr_at(step) for step in range(13)]
+    rates = [plan.lr_factor(step) for step in range(13)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[7] == pytest.approx(0.5)
     assert rates[12] == pytest.approx(0)
@@ -128,7 +157,8 @@ def test_global_generators_are_left_alone():
     before = torch.get_rng_state()
     np.random.seed(5)
     state = np.random.get_state()[1].copy()
-    TextBatches(Rows(), np.arange(10), schedule(), noise=0.5)()
+    data = NoisyVectors(Rows(), np.arange(10), 0, noise=0.5)
+    data.__getitems__([Draw(0, position, position) for position in range(4)])
     run(Line(), [0.0] * 6)
     split(100, 10, 0)
     assert torch.equal(torch.get_rng_state(), before)
@@ -147,10 +177,9 @@ def test_split_holds_out_at_most_a_fifth():
 def test_scores_by_hand():
     vectors = normalize(torch.randn(20, 6), dim=1)
     identity = LinearProjection(6, 6)
-    assert text_score(identity, vectors, vectors) == 1
+    assert text_hits(identity, vectors, vectors).mean() == 1
     # Equal vectors tie, which counts against us; the other way round one row is nearest to all.
-    assert text_score(identity, vectors, torch.ones(20, 6)) == pytest.approx((0 + 1 / 20) / 2)
-    assert text_hits(identity, vectors, torch.ones(20, 6)).tolist().count(0.5) == 1
+    assert text_hits(identity, vectors, torch.ones(20, 6)).sum(dim=0).tolist() == [0, 1]
     pairs = PairVectors(vectors, vectors, vectors[:10], torch.arange(20) % 10, vectors[:10])
     assert (
         pairs_score(identity, pairs) > 0.5

@@ -9,7 +9,7 @@ import open_clip
 import pytest
 
 from xbt.backfill import BackfillConfig
-from xbt.choosing_job import ChooseProjectionConfig
+from xbt.cli.fit_config import FitConfig
 from xbt.config import parse_config
 from xbt.demo import DemoConfig
 from xbt.embedding import EmbedConfig
@@ -42,7 +42,7 @@ def config_class(recipe: str) -> type:
         "evaluate_retrieval": EvaluationConfig,
         "export_gallery": ExportConfig,
         "backfill": BackfillConfig,
-        "choose_projection": ChooseProjectionConfig,
+        "choose_projection": FitConfig,
         "upgrade_report": UpgradeReportConfig,
         "quickstart": DemoConfig,
     }

@@ -9,7 +9,7 @@ import torch
 
 from xbt.errors import ConfigError
 from xbt.evaluation import Cell, Interval
-from xbt.projections.selection import Judgement
+from xbt.projections.auto.selection import GainTest
 from xbt.report import FailUnder
 from xbt.report.measure import ALONE, NEW, OLD, UPGRADED
 from xbt.report.verdict import check_thresholds, give_verdict, outcome_of
@@ -28,7 +28,7 @@ def hits(share):
     return torch.where(torch.arange(COUNT) % 100 < round(100 * share), 0, 50)
 
 
-def world(old, new, alone=None, full=None, deployed=True, needs_old=False, n_chosen=COUNT, judgements=None):
+def world(old, new, alone=None, full=None, deployed=True, needs_old=False, n_chosen=COUNT, gain_tests=None):
     """What :class:`Measured` shows, of shares of hits by direction."""
     cells = {OLD: old, UPGRADED: new, **({ALONE: alone} if alone else {}), **({NEW: full} if full else {})}
     cells = {name: cell(name, **{d: hits(share) for d, share in of.items()}) for name, of in cells.items()}
@@ -37,7 +37,7 @@ def world(old, new, alone=None, full=None, deployed=True, needs_old=False, n_cho
         return SimpleNamespace(
             deployed=lambda direction: deployed,
             ensemble=SimpleNamespace(needs_old=lambda direction: needs),
-            judgements=judgements or {},
+            gain_tests=gain_tests or {},
         )
 
     return SimpleNamespace(
@@ -96,8 +96,8 @@ def test_no_gain_says_no():
     assert "gain nothing that is worth it" in found.sentence
 
 
-def judgement(direction, estimate, low, high):
-    return Judgement(direction, False, "why", Interval(estimate, low, high))
+def gain_test(direction, estimate, low, high):
+    return GainTest(direction, False, "why", Interval(estimate, low, high))
 
 
 @pytest.mark.parametrize(
@@ -105,12 +105,12 @@ def judgement(direction, estimate, low, high):
     [((-0.01, 0.005), "no"), ((-0.05, -0.01), "no"), ((-0.01, 0.03), "unknown")],
 )
 def test_where_the_old_query_stays_the_choice_tells_why(ends, answer):
-    judged = {d: judgement(d, sum(ends) / 2, *ends) for d in BOTH}
-    found = verdict(world(BOTH, BOTH, deployed=False, judgements=judged))
+    judged = {d: gain_test(d, sum(ends) / 2, *ends) for d in BOTH}
+    found = verdict(world(BOTH, BOTH, deployed=False, gain_tests=judged))
     assert found.answer == answer
     assert "so that the old query stays" in found.sentence
     # What counts as worth it decides between the two.
-    assert verdict(world(BOTH, BOTH, deployed=False, judgements=judged), worthwhile=4.0).answer == "no"
+    assert verdict(world(BOTH, BOTH, deployed=False, gain_tests=judged), worthwhile=4.0).answer == "no"
 
 
 @pytest.mark.parametrize("n_chosen", [3, 19])
@@ -133,9 +133,9 @@ def test_a_gain_in_one_direction_and_an_open_one():
 
 
 def test_outcomes_of_judgements():
-    assert outcome_of(Judgement.unknown("T2I", "nothing"), 1.0) == "open"
-    assert outcome_of(judgement("T2I", -0.02, -0.03, -0.01), 1.0) == "loss"
-    assert outcome_of(Judgement("T2I", True, "", Interval(0.02, 0.01, 0.03)), 1.0) == "gain"
+    assert outcome_of(GainTest.unknown("T2I", "nothing"), 1.0) == "open"
+    assert outcome_of(gain_test("T2I", -0.02, -0.03, -0.01), 1.0) == "loss"
+    assert outcome_of(GainTest("T2I", True, "", Interval(0.02, 0.01, 0.03)), 1.0) == "gain"
 
 
 def test_thresholds_on_gains_and_on_what_is_recovered():

@@ -26,7 +26,7 @@ from xbt.projections import (
     fit_projection,
 )
 from xbt.projections.combinations import _MODES, Adaptive, Linear, Nlerp, Slerp
-from xbt.projections.forward_map import ForwardMap
+from xbt.projections.forward import ForwardMap
 from xbt.serve import export_onnx, onnx_export
 from xbt.serve.onnx_export import CONTRACT
 from xbt.space import EmbeddingSpace
@@ -39,7 +39,7 @@ def linear():
 def residual():
     made = ResidualProjection.seeded(24, 16, 0, centred=True, image_means=True)
     means = {"new_mean": 24, "old_mean": 16, "new_image_mean": 24, "old_image_mean": 16}
-    made.begin_at(torch.randn(16, 24), {name: torch.randn(dim) for name, dim in means.items()})
+    made.init_from(torch.randn(16, 24), {name: torch.randn(dim) for name, dim in means.items()})
     torch.nn.init.constant_(made.scale, 0.7)
     return made.eval()
 

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from xbt.training.batches import Draw, SeededBatches, gaussian_noise
+from xbt.batches import Draw, SeededBatches, gaussian_noise
 
 
 def rows(batches):

@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 
 from xbt.backbones import ImagePreprocessing
+from xbt.batches import Draw, SeededBatches
 from xbt.data import LabelledSource, load_labelled
 from xbt.errors import DataError
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
-from xbt.training.batches import Draw, SeededBatches
 from xbt.training.labelled_batches import LabelledBatches, leave_out_unreadable
 
 AUGMENTED = ImagePreprocessing(16, augmentation="crop_flip")

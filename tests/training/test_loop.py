@@ -13,9 +13,8 @@ from torch.nn.utils.parametrizations import orthogonal
 from xbt.errors import DataError
 from xbt.run_dir import RunDirectory
 from xbt.training import BackboneTraining, TrainArgs
-from xbt.training.loop import TrainingLoop, make_accelerator
-from xbt.training.loop_state import TrainedTensors
-from xbt.training.optimizers import make_optimizer
+from xbt.training.args import make_optimizer
+from xbt.training.loop import TrainedTensors, TrainingLoop, make_accelerator
 
 
 class Killed(Exception):
@@ -205,7 +204,7 @@ def test_the_chosen_optimizer_trains(tmp_path):
     net, loop = start(tmp_path, args=args)
     by_hand = Net()
     by_hand.load_state_dict(net.state_dict())
-    from xbt.training.batches import SeededBatches
+    from xbt.batches import SeededBatches
 
     draws = next(iter(SeededBatches(40, 8, 0, 0, 1)))
     loss, _ = by_hand(Pictures().__getitems__(draws))

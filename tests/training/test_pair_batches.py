@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from xbt.batches import Draw
 from xbt.data import make_scenes
 from xbt.encoders import load_encoder
 from xbt.store import EmbeddingStore
 from xbt.training import pair_batches
-from xbt.training.batches import Draw
 from xbt.training.pair_batches import PairBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")

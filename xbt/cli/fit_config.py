@@ -9,7 +9,14 @@ from xbt.data import CaptionSource, PairSource
 from xbt.errors import ConfigError
 
 AUTO, CLOSED_FORM = "auto", "procrustes"
-_AUTO_ALONE = {"thorough": False, "use_old": True, "confidence": 0.95, "folds": 5}
+_AUTO_ALONE = {
+    "thorough": False,
+    "use_old": True,
+    "ks": [1, 5, 10],
+    "confidence": 0.95,
+    "every_k": False,
+    "folds": 5,
+}
 
 
 @dataclass
@@ -28,7 +35,7 @@ class FitConfig:
     old: str | None = None
     """The encoder that embedded the gallery; needed for captions and pairs."""
     new: str | None = None
-    """The encoder that shall query it; needed for captions and pairs."""
+    """The encoder that will query it; needed for captions and pairs."""
     captions: CaptionSource | None = None
     """The text corpus to fit to, or ..."""
     old_store: str | None = None
@@ -47,8 +54,12 @@ class FitConfig:
     """auto: also try the trained projections, which takes minutes."""
     use_old: bool = True
     """auto: whether the old query tower may run at search time, beside the new one."""
+    ks: list[int] = field(default_factory=lambda: [1, 5, 10])
+    """auto: cut-offs that count, on average; [1] judges by R@1 alone."""
     confidence: float = 0.95
     """auto: one-sided confidence with which a direction must gain to be deployed."""
+    every_k: bool = False
+    """auto: whether every k must gain with that confidence, not their mean alone."""
     folds: int = 5
     """auto: folds of fitting and of judging."""
     seed: int = 0
@@ -85,11 +96,11 @@ class FitConfig:
 
     @property
     def chosen_method(self) -> str:
-        """The method, where none is named by what there is to judge by."""
+        """The method; where none is named, auto with pairs and else Procrustes."""
         return self.method or (CLOSED_FORM if self.pairs is None else AUTO)
 
     @property
-    def is_plain_choice(self) -> bool:
-        """Whether this is what ``recipes/choose_projection.py`` does."""
-        plain = self.captions is not None and self.pairs is not None and not self.options
-        return plain and self.chosen_method == AUTO
+    def selection(self) -> dict[str, Any]:
+        """Options of auto, by name; see :class:`~xbt.projections.SelectionOptions`."""
+        own = {name: getattr(self, name) for name in (*_AUTO_ALONE, "seed")}
+        return {**own, "ks": tuple(self.ks), **self.options}

@@ -34,7 +34,7 @@ def embed(config: EmbedConfig) -> Outcome:
 
 def fit(config: FitConfig) -> Outcome:
     """Fits or chooses."""
-    from xbt.cli.fit_job import run_fit
+    from xbt.cli.fit import run_fit
 
     result = run_fit(config)
     return Outcome(result.to_dict(), str(result))

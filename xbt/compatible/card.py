@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from xbt.encoders import has_lora
 from xbt.encoders.repositories import hub_repository
 from xbt.hub import LOCAL, CardData, CardFacts, public_name, quoted
-from xbt.projections.papers import told_method
+from xbt.projections.base import described_method
 
 if TYPE_CHECKING:
     from xbt.compatible.encoder import CompatibleEncoder
@@ -82,7 +82,7 @@ def _ensemble(encoder: CompatibleEncoder, old: str) -> str:
 
 
 def _method(encoder: CompatibleEncoder) -> str:
-    told = f"Projection: {told_method(encoder.projection.method, encoder.projection.kind)}"
+    told = f"Projection: {described_method(encoder.projection.method, encoder.projection.kind)}"
     if has_lora(encoder.new):
         told += (
             "\n\nThe new model was fine-tuned behind it with LoRA (Hu et al., 2021, "

@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from xbt.projections.auto import choose_projection
+from xbt.projections.auto.candidates import Candidate, default_candidates
+from xbt.projections.auto.choose import choose_projection
+from xbt.projections.auto.decision import Decision
+from xbt.projections.auto.selection import SelectionOptions
 from xbt.projections.base import LinearProjection, Projection
-from xbt.projections.candidates import Candidate, default_candidates
-from xbt.projections.decision import Decision
+from xbt.projections.baselines import fit_identity, fit_mean_shift
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.projections.ensemble_fit import fit_ensemble
 from xbt.projections.fitting import fit_projection
-from xbt.projections.forward import fit_forward
-from xbt.projections.forward_map import ForwardMap
+from xbt.projections.forward import ForwardMap, fit_forward
 from xbt.projections.head_projection import HeadProjection
-from xbt.projections.identity import fit_identity
 from xbt.projections.lambda_orthogonal import fit_lambda_orthogonal
-from xbt.projections.low_rank import fit_low_rank
-from xbt.projections.mean_shift import fit_mean_shift
-from xbt.projections.mlp import fit_mlp
+from xbt.projections.objective import Stage1Options, TextLoss
 from xbt.projections.pair_tuning import tune_on_pairs
 from xbt.projections.pairs import PairVectors
 from xbt.projections.procrustes import fit_procrustes, procrustes_rotation, procrustes_rotation_of_chunks
-from xbt.projections.residual import ResidualProjection
-from xbt.projections.ridge import fit_ridge
+from xbt.projections.residual import ResidualProjection, fit_mlp, fit_xbt
+from xbt.projections.ridge import fit_low_rank, fit_ridge
 from xbt.projections.statistics import PairStatistics
-from xbt.projections.whitened_procrustes import fit_whitened_procrustes
-from xbt.projections.xbt_projection import fit_xbt
+from xbt.projections.trainer import FitSchedule
+from xbt.projections.whitened import fit_whitened_procrustes
 
 __all__ = [
     "Candidate",
     "Decision",
+    "FitSchedule",
     "ForwardMap",
     "HeadProjection",
     "LinearProjection",
@@ -37,6 +36,9 @@ __all__ = [
     "Projection",
     "QueryEnsemble",
     "ResidualProjection",
+    "SelectionOptions",
+    "Stage1Options",
+    "TextLoss",
     "choose_projection",
     "default_candidates",
     "fit_ensemble",

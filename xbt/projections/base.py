@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xbt.errors import DataError, SpaceMismatchError
-from xbt.hub import CONFIG_NAME, WEIGHTS_NAME, CardData, CardFacts, Naming, SharedPart
-from xbt.projections import saving
+from xbt.encoders.repositories import hub_repository
+from xbt.errors import DataError, SpaceMismatchError, XbtError
+from xbt.heads.saving import known_head
+from xbt.hub import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CardData,
+    CardFacts,
+    Naming,
+    SavedConfig,
+    SavedPartError,
+    SharedPart,
+    build_and_load,
+    check_digests,
+    digests,
+    public_name,
+    quoted,
+    save_weights,
+    write_config,
+)
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors, as_floating, require_finite, unit_rows
+from xbt.version import __version__
 
 Modality = Literal["text", "image"]
 
@@ -138,14 +158,14 @@ class Projection(nn.Module, SharedPart):
         return rows
 
     def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        saving.save(self, directory, naming)
+        _write_projection(self, directory, naming)
 
     def _facts(self, card: CardData) -> CardFacts:
-        return saving.facts(self, card)
+        return _card_facts(self, card)
 
     @classmethod
     def _read(cls, directory: Path, device: str | torch.device) -> Self:
-        return saving.load(directory, cls, cls._kinds).to(device)
+        return _read_projection(directory, cls, cls._kinds).to(device)
 
 
 def _is_extreme(rows: Tensor) -> bool:
@@ -227,3 +247,178 @@ class LinearProjection(Projection):
     def options(self) -> dict[str, Any]:
         """See :meth:`Projection.options`."""
         return {"bias": self.bias is not None, "image_bias": self.image_bias is not None}
+
+
+ProjectionT = TypeVar("ProjectionT", bound="Projection")
+
+_KEYS = ("xbt_version", "kind", "new_dim", "old_dim", "options", "new_space", "old_space")
+_LATER = ("method", "sha256")
+_APART = ("self", "new_dim", "old_dim", "new_space", "old_space")
+
+_SNIPPET = """import torch
+from xbt import Projection
+
+projection = Projection.from_pretrained({{source}})
+new_vectors = torch.randn(2, {new_dim})  # here: what the new model made of two queries
+queries = projection(new_vectors)  # (2, {old_dim}) unit rows: search the old gallery with them"""
+
+_LIMITS = (
+    "It maps vectors of the one model named above, at that revision and with that preprocessing; vectors of "
+    "any other model come out as noise.",
+    "Queries are not better than the old gallery's vectors allow; what the old model never saw cannot be "
+    "found.",
+    "It was judged, if at all, on the data named under Results; measure it on your own before you rely on "
+    "it.",
+)
+
+
+def _write_projection(projection: Projection, directory: Path, naming: Naming) -> None:
+    """Write config and weights."""
+    save_weights(projection, directory / WEIGHTS_NAME)
+    spaces = {"new_space": projection.new_space, "old_space": projection.old_space}
+    config = {
+        "xbt_version": __version__,
+        "kind": projection.kind,
+        **({"method": projection.method} if projection.method else {}),
+        "new_dim": projection.new_dim,
+        "old_dim": projection.old_dim,
+        "options": projection.options(),
+        **{
+            key: each.to_dict() | {"model": naming(each.model)} if each else None
+            for key, each in spaces.items()
+        },
+        "sha256": digests(directory, [WEIGHTS_NAME]),
+    }
+    write_config(directory / CONFIG_NAME, config)
+
+
+def _read_projection(
+    directory: Path, asked: type[ProjectionT], kinds: Mapping[str, type[Projection]]
+) -> ProjectionT:
+    """Build the projection that :func:`_write_projection` wrote and load its weights, strictly.
+
+    Args:
+        directory: Where it was saved.
+        asked: The class it must be of.
+        kinds: Every class, by its kind.
+
+    Raises:
+        SavedPartError: If a file is missing, damaged, changed, of another kind, or does not fit the other.
+    """
+    file = directory / CONFIG_NAME
+    config = SavedConfig(file)
+    kind = config.values.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise SavedPartError(
+            f"{file} is of kind {kind!r}, not a projection; the known kinds are {', '.join(sorted(kinds))}"
+        )
+    chosen = kinds[kind]
+    if not issubclass(chosen, asked):
+        raise SavedPartError(f"{directory} holds a {chosen.__name__}, not a {asked.__name__}")
+    values = config.known(_KEYS, _LATER)
+    known = [name for name in inspect.signature(chosen.__init__).parameters if name not in _APART]
+    options = config.only(values["options"], known, "options")
+    if "head_options" in options:
+        _, options["head_options"] = known_head(
+            config, options.get("head", ""), options["head_options"], "options.head_options"
+        )
+    spaces = {key: config.space(key) for key in ("new_space", "old_space")}
+    new_dim, old_dim = values["new_dim"], values["old_dim"]
+    try:
+        projection = build_and_load(
+            directory / WEIGHTS_NAME, lambda: chosen(new_dim, old_dim, **options, **spaces), file
+        )
+    except SavedPartError:
+        raise
+    except XbtError as error:
+        raise SavedPartError(f"{file} cannot be used: {error}") from error
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise SavedPartError(f"{file} lacks or misnames a key: {error}") from error
+    check_digests(directory, values.get("sha256"))
+    method = values.get("method")
+    projection.method = method if isinstance(method, str) else None
+    return projection
+
+
+def _card_facts(projection: Projection, card: CardData) -> CardFacts:
+    """Facts for the model card of a projection."""
+    spaces = {"new": projection.new_space, "old": projection.old_space}
+    names = {
+        side: quoted(public_name(space.model)) if space else f"the {side} model"
+        for side, space in spaces.items()
+    }
+    base = card.base or (projection.new_space.model if projection.new_space else "")
+    return CardFacts(
+        title="A projection into the space of an older model",
+        summary=(
+            f"A {type(projection).__name__} made with xbt: it maps vectors of {names['new']} "
+            f"({projection.new_dim}-d) into the space of {names['old']} ({projection.old_dim}-d), so that a "
+            "gallery which the old model embedded can be searched with the new one. Nothing in that gallery "
+            "needs to be embedded again. One map serves texts and images."
+        ),
+        snippet=_SNIPPET.format(new_dim=projection.new_dim, old_dim=projection.old_dim),
+        method=described_method(projection.method, projection.kind),
+        limits=_LIMITS,
+        spaces=spaces,
+        base=hub_repository(base),
+        tags=("clip", "projection"),
+        pipeline_tag="feature-extraction",
+    )
+
+
+_METHODS = {
+    "identity": "The new vectors as they are, cut or filled up with zeros; nothing was fitted.",
+    "mean_shift": (
+        "The new vectors moved by the difference of both models' means: query drift compensation (Goswami et "
+        "al., 2025, [arXiv 2506.00037](https://arxiv.org/abs/2506.00037))."
+    ),
+    "procrustes": (
+        'The rotation that brings the new vectors nearest to the old ones, in closed form (Schönemann, "A '
+        'generalized solution of the orthogonal Procrustes problem", Psychometrika, 1966).'
+    ),
+    "ridge": (
+        'Regularised least squares, in closed form (Hoerl & Kennard, "Ridge Regression: Biased Estimation '
+        'for Nonorthogonal Problems", 1970).'
+    ),
+    "low_rank": (
+        "Reduced-rank regression, in closed form (Izenman, 1975), of the form of Drift-Adapter's low-rank "
+        "map (Vejendla, 2025, [arXiv 2509.23471](https://arxiv.org/abs/2509.23471))."
+    ),
+    "whitened_procrustes": (
+        'A rotation between whitened vectors, in closed form (Artetxe, Labaka & Agirre, "Generalizing and '
+        'Improving Bilingual Word Embedding Mappings with a Multi-Step Framework of Linear Transformations", '
+        "2018)."
+    ),
+    "lambda_orthogonal": (
+        "An affine map trained from the Procrustes rotation on under a λ-orthogonality constraint (Ricci, "
+        "Biondi, Pernici et al., NeurIPS 2025, [arXiv 2509.16664](https://arxiv.org/abs/2509.16664))."
+    ),
+    "mlp": (
+        "A residual MLP trained from the Procrustes rotation on: Drift-Adapter (Vejendla, EMNLP 2025, "
+        "[arXiv 2509.23471](https://arxiv.org/abs/2509.23471))."
+    ),
+    "xbt": (
+        "XBT's projection, pretrained on text (Jang & Lim, \"Towards Cross-modal Backward-compatible "
+        'Representation Learning for Vision-Language Models", ICCV 2025, '
+        "[arXiv 2405.14715](https://arxiv.org/abs/2405.14715)); its architecture here is xbt's own."
+    ),
+}
+_KINDS = {
+    "linear": "One matrix, with an offset if there is one; how it was fitted was not recorded.",
+    "residual": f"{_METHODS['xbt']} A rotation plus a gated residual MLP.",
+    "head": (
+        "The head of a model that is born compatible: BT² (Zhou et al., ICCV 2023, "
+        "[arXiv 2211.03989](https://arxiv.org/abs/2211.03989)), OCA (Ricci et al., 2024, "
+        "[arXiv 2408.08793](https://arxiv.org/abs/2408.08793)) or BCT (Shen et al., CVPR 2020, "
+        "[arXiv 2003.11942](https://arxiv.org/abs/2003.11942)); its config says which."
+    ),
+    "forward": (
+        'A forward map, from old vectors to the new space (Ramanujan et al., "Forward Compatible Training '
+        'for Large-Scale Embedding Retrieval Systems", CVPR 2022).'
+    ),
+}
+
+
+def described_method(method: str | None, kind: str) -> str:
+    """Sentence on how a projection was made, with its paper, as far as it is known."""
+    return _METHODS.get(method or "", _KINDS.get(kind, "How it was made was not recorded."))

@@ -185,7 +185,7 @@ class Adaptive(Combination):
     Attributes:
         bias: b, the weight's logit before anything is known of the query.
         similarity: s, what the agreement of both queries adds to it.
-        confidence: c, what the new query being surer than the old one adds to it; 0 needs no reference.
+        confidence: c, the weight of the confidence gap between new and old query; 0 needs no reference.
     """
 
     mode: ClassVar[str] = "adaptive"
@@ -203,17 +203,17 @@ class Adaptive(Combination):
 
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """See :meth:`Combination.shares`."""
-        surer = None
+        confidence_gap = None
         if self.confidence:
             reference = tensors["reference"].to(old.dtype)
-            surer = confidence(new, reference) - confidence(old, reference)
-        beta = self.weights((old * new).sum(dim=-1, keepdim=True), surer)
+            confidence_gap = confidence(new, reference) - confidence(old, reference)
+        beta = self.weights((old * new).sum(dim=-1, keepdim=True), confidence_gap)
         return 1 - beta, beta
 
-    def weights(self, cosines: Tensor, surer: Tensor | None) -> Tensor:
+    def weights(self, cosines: Tensor, confidence_gap: Tensor | None) -> Tensor:
         """β of every query, from the cosine of its two vectors and the difference of their confidences."""
         logits = self.bias + self.similarity * cosines
-        return torch.sigmoid(logits if surer is None else logits + self.confidence * surer)
+        return torch.sigmoid(logits if confidence_gap is None else logits + self.confidence * confidence_gap)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,9 @@ from xbt.projections.combinations import (
     Slerp,
     confidence,
 )
-from xbt.projections.duplicates import clusters_of
 from xbt.projections.ensemble import QueryEnsemble
+from xbt.projections.near_duplicates import clusters_of, fold_of_clusters
 from xbt.projections.pairs import PairVectors
-from xbt.projections.selection import fold_of_clusters
 from xbt.vectors import unit_rows
 
 Objective = Callable[[Tensor], float]
@@ -43,7 +42,7 @@ _CONFIDENCES = (0.0, -1.0, -0.5, 0.5, 1.0)
 _FOLDS = 5
 
 
-class Candidate(NamedTuple):
+class TriedCombination(NamedTuple):
     """A combination that was tried, and how well it did."""
 
     combination: Combination
@@ -60,9 +59,9 @@ class EnsembleFit:
     """
 
     ensemble: QueryEnsemble
-    candidates: dict[str, list[Candidate]]
+    candidates: dict[str, list[TriedCombination]]
 
-    def best(self, direction: str) -> Candidate:
+    def best(self, direction: str) -> TriedCombination:
         """The candidate that was chosen for a direction."""
         return _best(self.candidates[direction])
 
@@ -111,7 +110,7 @@ def fit_ensemble(
             f"the ensemble's candidates are {odd or 'none at all'}, but linear ones come from tune_on_pairs; "
             "give nlerp, slerp or adaptive ones"
         )
-    scored: dict[str, list[Candidate]] = {}
+    scored: dict[str, list[TriedCombination]] = {}
     chosen: dict[str, Combination] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
     fold_of: NDArray[np.int64] | None = None
@@ -121,7 +120,7 @@ def fit_ensemble(
         reference = gallery_reference(
             pairs.gallery(direction) if given is None else given, seed, pairs.dims[1]
         )
-        surer = None
+        confidence_gap = None
         if any(isinstance(each, Adaptive) and each.confidence for each in tried):
             fold_of = _folds_of(pairs, seed) if fold_of is None else fold_of
             of_new, of_old = (
@@ -130,10 +129,12 @@ def fit_ensemble(
                 else confidence(queries, reference)
                 for queries in (unit_rows(new), pairs.queries(direction)[1])
             )
-            surer = of_new - of_old
-        ranks = rank_combinations(pairs, direction, new, tried, surer)
+            confidence_gap = of_new - of_old
+        ranks = rank_combinations(pairs, direction, new, tried, confidence_gap)
         measure = objective or mean_recall
-        scored[direction] = [Candidate(c, float(measure(r))) for c, r in zip(tried, ranks, strict=True)]
+        scored[direction] = [
+            TriedCombination(c, float(measure(r))) for c, r in zip(tried, ranks, strict=True)
+        ]
         chosen[direction] = _best(scored[direction]).combination
         needed = chosen[direction].tensors(pairs.dims[1])
         tensors[direction] = dict.fromkeys(needed, reference)
@@ -213,7 +214,7 @@ def _plainness(candidate: Combination) -> tuple[float, ...]:
     return tuple(key for number in numbers for key in (abs(number), number))
 
 
-def _best(candidates: Sequence[Candidate]) -> Candidate:
+def _best(candidates: Sequence[TriedCombination]) -> TriedCombination:
     # max keeps the first of equals.
     return max(candidates, key=lambda each: each.score)
 
@@ -274,7 +275,7 @@ def rank_combinations(
     direction: str,
     new: Tensor,
     candidates: Sequence[Combination],
-    surer: Tensor | None = None,
+    confidence_gap: Tensor | None = None,
     matrices: Mapping[str, Tensor] | None = None,
     rows: Tensor | None = None,
 ) -> list[Tensor]:
@@ -285,7 +286,7 @@ def rank_combinations(
         direction: ``"T2I"`` or ``"I2T"``.
         new: (n_queries, old_dim) projected new queries.
         candidates: Combinations to try.
-        surer: (n_queries, 1) by how much the new query is surer than the old one, for those with a
+        confidence_gap: (n_queries, 1) confidence of the new query less that of the old one, for those with a
             confidence term.
         matrices: What :class:`Linear` ones add: ``"new_matrix"``, and ``"old_matrix"`` if they have it.
         rows: (n_queries,) booleans, the queries to rank; by default all.
@@ -296,7 +297,7 @@ def rank_combinations(
     old, answers = pairs.queries(direction)[1], _padded(pairs.positives(direction))
     if rows is not None:
         old, answers, new = old[rows], answers[rows], new[rows]
-        surer = None if surer is None else surer[rows]
+        confidence_gap = None if confidence_gap is None else confidence_gap[rows]
     # BLAS may round one inner product differently in different columns; scored once, equal rows tie.
     gallery, column_of_row = torch.unique(pairs.gallery(direction), dim=0, return_inverse=True)
     copies = torch.bincount(column_of_row)
@@ -313,7 +314,9 @@ def rank_combinations(
             added = (extra + u @ matrices["old_matrix"].T if "old_matrix" in matrices else extra) @ gallery.T
         own = column_of_row[answers[part].clamp_min(0)]
         for found, candidate in zip(ranks, candidates, strict=True):
-            first, second = _score_weights(candidate, u, a, cosines, None if surer is None else surer[part])
+            first, second = _score_weights(
+                candidate, u, a, cosines, None if confidence_gap is None else confidence_gap[part]
+            )
             scores = torch.addcmul(first * of_old, second.expand(len(u), 1), of_new)
             if isinstance(candidate, Linear) and added is not None:
                 scores += added
@@ -322,11 +325,11 @@ def rank_combinations(
 
 
 def _score_weights(
-    candidate: Combination, old: Tensor, new: Tensor, cosines: Tensor, surer: Tensor | None
+    candidate: Combination, old: Tensor, new: Tensor, cosines: Tensor, confidence_gap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """What the scores of u and of v are multiplied with."""
     if isinstance(candidate, Adaptive):
-        beta = candidate.weights(cosines, surer if candidate.confidence else None)
+        beta = candidate.weights(cosines, confidence_gap if candidate.confidence else None)
         return 1 - beta, beta
     visible = candidate.visible(new)
     first, second = candidate.shares(old, visible, {})

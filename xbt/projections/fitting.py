@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 from xbt.errors import ConfigError
 from xbt.projections.base import LinearProjection, Projection
-from xbt.projections.identity import fit_identity, identity_from
+from xbt.projections.baselines import fit_identity, fit_mean_shift, identity_from, mean_shift_from
 from xbt.projections.lambda_orthogonal import fit_lambda_orthogonal
-from xbt.projections.low_rank import fit_low_rank, low_rank_from
-from xbt.projections.mean_shift import fit_mean_shift, mean_shift_from
-from xbt.projections.mlp import fit_mlp
 from xbt.projections.pairs import PairVectors
 from xbt.projections.procrustes import fit_procrustes, procrustes_from
-from xbt.projections.ridge import fit_ridge, ridge_from
+from xbt.projections.residual import fit_mlp, fit_xbt
+from xbt.projections.ridge import fit_low_rank, fit_ridge, low_rank_from, ridge_from
 from xbt.projections.sources import Source
-from xbt.projections.whitened_procrustes import fit_whitened_procrustes, whitened_procrustes_from
-from xbt.projections.xbt_projection import fit_xbt
+from xbt.projections.whitened import fit_whitened_procrustes, whitened_procrustes_from
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 
-if TYPE_CHECKING:
-    from xbt.projections.decision import Decision
-
-AUTO = "auto"
+_APART = ("new", "old", "pairs")
 
 METHODS: dict[str, Callable[..., Projection]] = {
     "identity": fit_identity,
@@ -51,18 +46,6 @@ CLOSED_FORMS: dict[str, Callable[..., LinearProjection]] = {
 """Those that need the vectors' statistics alone: functions from :class:`PairStatistics` and the options."""
 
 
-@overload
-def fit_projection(
-    new: Source,
-    old: Source,
-    method: Literal["auto"],
-    *,
-    pairs: PairVectors | None = None,
-    new_space: EmbeddingSpace | None = None,
-    old_space: EmbeddingSpace | None = None,
-    **options: Any,
-) -> Decision: ...
-@overload
 def fit_projection(
     new: Source,
     old: Source,
@@ -72,88 +55,94 @@ def fit_projection(
     new_space: EmbeddingSpace | None = None,
     old_space: EmbeddingSpace | None = None,
     **options: Any,
-) -> Projection: ...
-def fit_projection(
-    new: Source,
-    old: Source,
-    method: str = "procrustes",
-    *,
-    pairs: PairVectors | None = None,
-    new_space: EmbeddingSpace | None = None,
-    old_space: EmbeddingSpace | None = None,
-    **options: Any,
-) -> Projection | Decision:
-    """Fits a projection to vectors of the same items under both models.
+) -> Projection:
+    """Fit a projection to vectors of the same items under both models.
+
+    To have the method chosen by held-out retrieval, see :func:`~xbt.projections.choose_projection`.
 
     Args:
         new: Vectors of the new model: (n, new_dim) rows, a store, or an iterable of (k, new_dim) chunks.
         old: Vectors of the old model, row by row for the same items; its chunks need not have the same sizes.
-        method: The name of a method; each has a file in ``xbt/projections/`` with its formula and options.
-            ``"auto"`` tries several and decides (:func:`~xbt.projections.auto.choose_projection`).
+        method: The name of a method; :data:`METHODS` has their functions, with formula and options.
         pairs: Image–text pairs under both models, for methods that can use them.
-        new_space: The space ``new`` lives in, attached to the result; that of the store, if ``new`` is one.
-        old_space: The space ``old`` lives in, likewise.
-        **options: The method's own options.
+        new_space: The space of ``new``, attached to the result; that of the store, if ``new`` is one.
+        old_space: The space of ``old``, likewise.
+        **options: The method's own options. Those of its schedule, loss or stage 1 may be given by their own
+            names: ``steps=300`` is ``schedule=FitSchedule(steps=300)`` with the method's other defaults.
 
     Returns:
-        A projection whose forward takes (n, new_dim) vectors and returns (n, old_dim) unit rows; of
-        ``"auto"`` the :class:`~xbt.projections.decision.Decision`, which holds projection and ensemble.
+        A projection whose forward takes (n, new_dim) vectors and returns (n, old_dim) unit rows.
 
     Raises:
         ConfigError: If the method or an option is not known or cannot be used.
         DataError: If the vectors are empty, not paired, or hold NaN.
         SpaceMismatchError: If a space is not that of the store, or its dimension not that of the vectors.
     """
-    if method == AUTO:
-        from xbt.projections.auto import choose_projection  # which fits its candidates by this module
-
-        check_keywords("projection method 'auto'", options, choose_projection)
-        return choose_projection(new, old, pairs=pairs, new_space=new_space, old_space=old_space, **options)
-    check_options(method, options)
+    options = grouped_options(method, options)
     if pairs is not None:
-        if "pairs" not in options_of(method):
+        if "pairs" not in _parameters(method):
             raise ConfigError(f"projection method {method!r} cannot use pairs; leave them out")
         options["pairs"] = pairs
-    spaces = _space_of(new, new_space, "new"), _space_of(old, old_space, "old")
+    spaces = space_of(new, new_space, "new"), space_of(old, old_space, "old")
     projection = METHODS[method](new, old, **options)
     projection.set_spaces(*spaces)
     projection.method = method
     return projection
 
 
-def check_options(method: str, options: Iterable[str]) -> None:
-    """Refuses options that a method does not have.
+def grouped_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a method as its function takes them: fields of a schedule or a loss within their object.
+
+    Args:
+        method: The method.
+        options: By name.
 
     Raises:
-        ConfigError: If the method or an option is not known; the message lists those there are.
+        ConfigError: If the method or an option is not known, or a value cannot be used; the message lists
+            the options there are.
     """
     if method not in METHODS:
-        known = ", ".join(sorted([*METHODS, AUTO]))
-        raise ConfigError(f"projection method {method!r} is not known; there is {known}")
-    check_keywords(f"projection method {method!r}", options, METHODS[method])
+        raise ConfigError(f"projection method {method!r} is not known; there is {', '.join(sorted(METHODS))}")
+    own = {name: each for name, each in _parameters(method).items() if name not in _APART}
+    groups = {name: each.default for name, each in own.items() if is_dataclass(each.default)}
+    holder = {each.name: name for name, group in groups.items() for each in fields(group)}
+    taken: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in own:
+            taken[name] = value
+        elif name not in holder:
+            known = [*(each for each in own if each not in groups), *holder]
+            there = f"it has {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"projection method {method!r} has no option {name!r}; {there}")
+    for name, group in groups.items():
+        changes = {key: value for key, value in options.items() if holder.get(key) == name and key not in own}
+        if changes:
+            taken[name] = replace(taken.get(name, group), **changes)
+    return taken
 
 
-def check_keywords(what: str, options: Iterable[str], fit: Callable[..., object]) -> None:
-    """Refuses keywords that a function does not take, or that have a place of their own.
+def option_names(method: str) -> list[str]:
+    """Names of a method's own options, ``"pairs"`` among them where it can use pairs."""
+    found = []
+    for name, each in _parameters(method).items():
+        if is_dataclass(each.default):
+            found += [part.name for part in fields(each.default)]
+        elif name not in ("new", "old"):
+            found.append(name)
+    return found
+
+
+def space_of(source: Source, given: EmbeddingSpace | None, side: str) -> EmbeddingSpace | None:
+    """The space of a source: as given, or that of a store; the two must not contradict each other.
 
     Raises:
-        ConfigError: If there is one; the message lists those there are.
+        SpaceMismatchError: If they do.
     """
-    apart = ("new", "old", "pairs", "new_space", "old_space")
-    known = [name for name in inspect.signature(fit).parameters if name not in apart]
-    for name in options:
-        if name not in known:
-            there = f"it has {', '.join(known)}" if known else "it has none"
-            raise ConfigError(f"{what} has no option {name!r}; {there}")
-
-
-def options_of(method: str) -> list[str]:
-    """Names of a method's own options, ``"pairs"`` among them where it can use pairs."""
-    return [name for name in inspect.signature(METHODS[method]).parameters if name not in ("new", "old")]
-
-
-def _space_of(source: Source, given: EmbeddingSpace | None, side: str) -> EmbeddingSpace | None:
     stored = source.space if isinstance(source, EmbeddingStore) else None
     if given is not None and stored is not None:
         given.require(stored, f"the {side} vectors")
     return given or stored
+
+
+def _parameters(method: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(METHODS[method]).parameters

@@ -1,28 +1,31 @@
-"""Forward maps: stored old vectors rewritten into the new space, for who has lost the originals.
+"""Forward maps: stored old vectors mapped into the new space, for use when the originals are lost.
 
-Everything else here leaves the stored vectors alone and maps the queries. Where vectors may be rewritten and
-their images or texts are gone, so that nothing can be embedded anew, the map runs the other way.
+Every other map here leaves the stored vectors alone and maps the queries. Where vectors may be rewritten, and
+their images or texts are gone so that nothing can be embedded again, the map runs the other way.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from xbt.errors import ConfigError, DataError
-from xbt.projections.base import Projection
-from xbt.projections.forward_map import ForwardMap
+from xbt.errors import ConfigError, DataError, SpaceMismatchError
+from xbt.projections.base import LinearProjection, Modality, Projection
+from xbt.projections.pairs import PairVectors
 from xbt.projections.procrustes import fit_procrustes
 from xbt.projections.ridge import fit_ridge
 from xbt.projections.sources import random_access
-from xbt.projections.trainer import Batch, Schedule, TextBatches, split, train
+from xbt.projections.trainer import FitSchedule, Positions, fit_trained
 from xbt.space import EmbeddingSpace
-from xbt.vectors import Vectors, as_vectors
+from xbt.vectors import Vectors, as_vectors, unit_rows
 
 ForwardMethod = Literal["procrustes", "ridge", "fct"]
+
+
+FCT_SCHEDULE = FitSchedule(steps=500, lr=5e-4, weight_decay=3e-5, eval_every=50)
 
 
 def fit_forward(
@@ -33,26 +36,18 @@ def fit_forward(
     method: ForwardMethod = "procrustes",
     regularisation: float | None = None,
     hidden_dim: int = 512,
-    steps: int = 500,
-    batch_size: int = 1024,
-    lr: float = 5e-4,
-    weight_decay: float = 3e-5,
-    eval_every: int = 50,
-    held_out: int = 2000,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    old_space: EmbeddingSpace | None = None,
-    new_space: EmbeddingSpace | None = None,
+    schedule: FitSchedule = FCT_SCHEDULE,
 ) -> Projection:
-    """Fits a map from old vectors, and maybe side information ψ stored beside them, to the new space.
+    """Fit a map from old vectors, and maybe side information ψ stored beside them, to the new space.
 
     ``"procrustes"`` is the rotation and ``"ridge"`` the regularised least-squares map of the same names, with
     the roles of both models exchanged. ``"fct"`` starts at the ridge map and trains
 
         L = mean ‖ h(o, ψ) − z_new ‖²
 
-    with the architecture of :class:`~xbt.projections.forward_map.ForwardMap` (FCT; Ramanujan et al., CVPR
-    2022). It keeps step 0 unless a later step is better on held-out items.
+    with the architecture of :class:`ForwardMap` (FCT; Ramanujan et al., CVPR 2022). A later step is kept only
+    for a clear gain on held-out items (:class:`~xbt.projections.trainer.StepSelection`); else the ridge map
+    of all items is returned.
 
     Args:
         old: (n, d_old) vectors of the old model.
@@ -61,20 +56,12 @@ def fit_forward(
         method: One of the three; a rotation cannot use side information.
         regularisation: λ of the ridge map; see :func:`~xbt.projections.ridge.fit_ridge`.
         hidden_dim: Width of FCT's mixer; the paper's is 2,048, for 10⁶ items.
-        steps: Steps; see :class:`~xbt.projections.trainer.Schedule` for these and what follows.
-        batch_size: Items per step.
-        lr: Peak learning rate.
-        weight_decay: Of the matrices.
-        eval_every: Steps between evaluations.
-        held_out: Items held out; at most a fifth.
-        seed: Fixes the result on a given machine.
-        device: Where to train.
-        old_space: The space of ``old``, attached to the result as the space that comes in.
-        new_space: The space of ``new``, attached as the space that goes out.
+        schedule: How to train FCT.
 
     Returns:
         A projection whose input is the old model's: a matrix, or with side information or ``"fct"`` a
-        :class:`~xbt.projections.forward_map.ForwardMap`, called as ``forward_map(old, side=side)``.
+        :class:`ForwardMap`, called as ``forward_map(old, side=side)``. Attach the spaces with
+        ``set_spaces(old_space, new_space)``, the one that comes in first.
 
     Raises:
         ConfigError: If an option cannot be used.
@@ -84,6 +71,8 @@ def fit_forward(
         raise ConfigError(f"forward method {method!r} is not known; there is procrustes, ridge, fct")
     if method == "procrustes" and side is not None:
         raise ConfigError("the method 'procrustes' cannot use side information; use 'ridge' or 'fct'")
+    if method == "fct" and hidden_dim < 1:
+        raise ConfigError(f"hidden_dim is {hidden_dim}, but the mixer of 'fct' needs a width of at least 1")
     incoming, target = as_vectors(old, "old vectors").float(), as_vectors(new, "new vectors").float()
     extra = None if side is None else as_vectors(side, "side information").float()
     for name, rows in (("new vectors", target), ("side information", extra)):
@@ -93,67 +82,175 @@ def fit_forward(
                 "give both of the same items"
             )
     joined = incoming if extra is None else torch.cat([incoming, extra], dim=1)
-    made: Projection
     if method == "procrustes":
-        made = fit_procrustes(joined, target)
-    elif method == "ridge":
-        made = fit_ridge(joined, target, regularisation=regularisation)
-        if extra is not None:
-            made = ForwardMap.starting_at(made.weight.detach(), extra.shape[1], 0, seed)
-    else:
-        schedule = Schedule(steps, batch_size, lr, 50, weight_decay, 1.0, eval_every, held_out, seed, device)
-        side_dim = 0 if extra is None else extra.shape[1]
-        made = _trained(joined, target, side_dim, hidden_dim, regularisation, schedule)
-    made.set_spaces(old_space, new_space)
-    return made.eval()
+        return fit_procrustes(joined, target)
 
+    def ridge(positions: Positions | None) -> LinearProjection:
+        chosen = slice(None) if positions is None else positions
+        return fit_ridge(joined[chosen], target[chosen], regularisation=regularisation)
 
-def _trained(
-    joined: Tensor,
-    target: Tensor,
-    side_dim: int,
-    hidden_dim: int,
-    regularisation: float | None,
-    schedule: Schedule,
-) -> ForwardMap:
-    """FCT from the ridge map of the items it trains on; the ridge map of all of them if no step is better."""
-    if hidden_dim < 1:
-        raise ConfigError(f"hidden_dim is {hidden_dim}, but the mixer of 'fct' needs a width of at least 1")
+    if method == "ridge" and extra is None:
+        return ridge(None)
+    side_dim = 0 if extra is None else extra.shape[1]
 
-    def start(rows: Tensor, targets: Tensor, width: int) -> ForwardMap:
-        weight = fit_ridge(rows, targets, regularisation=regularisation).weight.detach()
-        return ForwardMap.starting_at(weight, side_dim, width, schedule.seed)
+    def start(positions: Positions | None, pairs: PairVectors | None) -> ForwardMap:
+        # The closed form of all items is left without the mixer, which would add nothing.
+        width = 0 if positions is None else hidden_dim
+        return ForwardMap.from_linear(ridge(positions).weight.detach(), side_dim, width, schedule.seed)
 
-    if schedule.steps:
-        chosen, kept_out = split(len(joined), schedule.held_out, schedule.seed, "items")
-        projection = start(joined[chosen], target[chosen], hidden_dim)
-        batches = TextBatches(random_access(joined, target), chosen, schedule)
-        held = joined[kept_out].to(schedule.device), target[kept_out].to(schedule.device)
-
-        def score() -> float:
-            with torch.no_grad():
-                return -float(_error(projection, *held))
-
-        with torch.enable_grad():
-            outcome = train(_Objective(projection), batches, schedule, score)
-        if outcome.best_step:
-            return projection.cpu()
-    return start(joined, target, 0)
+    if method == "ridge":
+        return start(None, None).eval()
+    return fit_trained(
+        random_access(joined, target), start, lambda made, _: _Objective(made), schedule, score=_closeness
+    )
 
 
 class _Objective(nn.Module):
-    """The mean squared error of a forward map, for the trainer."""
+    """The mean squared error of a forward map."""
 
     def __init__(self, projection: ForwardMap) -> None:
         super().__init__()
         self.projection = projection
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        # The trainer's batches call what comes in new and what goes out old.
-        loss = _error(self.projection, batch["new"], batch["old"])
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        # Batches name the vectors that come in "new" and those that go out "old".
+        loss = _errors(self.projection, batch["new"], batch["old"]).mean()
         return loss, {"error": loss.detach()}
 
 
-def _error(projection: ForwardMap, joined: Tensor, target: Tensor) -> Tensor:
-    """Mean ‖h − z‖² over the items; both are unit rows."""
-    return (normalize(projection.mapped(joined), dim=-1) - target).square().sum(dim=1).mean()
+def _errors(projection: ForwardMap, joined: Tensor, target: Tensor) -> Tensor:
+    """(n,) ‖h − z‖² per item; both are unit rows."""
+    return (normalize(projection.mapped(joined), dim=-1) - target).square().sum(dim=1)
+
+
+@torch.no_grad()
+def _closeness(projection: ForwardMap, joined: Tensor, target: Tensor) -> Tensor:
+    """(n,) negative errors of held-out items."""
+    device = projection.linear.weight.device
+    return -_errors(projection, joined.to(device), target.to(device)).cpu()
+
+
+class ForwardMap(Projection):
+    """h(o, ψ) = normalise(W [o ‖ ψ] + M(P₁ o ‖ P₂ ψ)): old vectors and side information to the new space.
+
+    The architecture of forward-compatible training (FCT; Ramanujan et al., "Forward Compatible Training for
+    Large-Scale Embedding Retrieval Systems", CVPR 2022): a branch each for the old vector and for the side
+    information, d → 2d → 2·new_dim, and a mixer 4·new_dim → hidden → hidden → new_dim. Three things are
+    ours. It is a residual beside a linear map, so that step 0 is a closed form. Layers are normalised by
+    item and not by batch, so that an item's vector does not depend on what else is in its batch. And without
+    side information there is one branch, where FCT puts the old vector into both.
+
+    It is a :class:`Projection` that runs the other way: what comes in are vectors of the *old* model, so that
+    ``new_dim`` is the old model's dimension and ``old_dim`` the new one's.
+
+    Args:
+        new_dim: Dimension of the vectors that come in.
+        old_dim: Dimension of the vectors that go out.
+        side_dim: Dimension of the side information; 0 if there is none.
+        hidden_dim: Width of the mixer; 0 leaves the linear map alone.
+        new_space: The space of the vectors that come in.
+        old_space: The space of those that go out.
+
+    Raises:
+        ConfigError: If a width is negative.
+
+    Attributes:
+        linear: W, (old_dim, new_dim + side_dim) without offset.
+    """
+
+    kind = "forward"
+
+    def __init__(
+        self,
+        new_dim: int,
+        old_dim: int,
+        side_dim: int = 0,
+        hidden_dim: int = 0,
+        new_space: EmbeddingSpace | None = None,
+        old_space: EmbeddingSpace | None = None,
+    ) -> None:
+        super().__init__(new_dim, old_dim, new_space, old_space)
+        for name, width in (("side_dim", side_dim), ("hidden_dim", hidden_dim)):
+            if width < 0:
+                raise ConfigError(f"{name} must not be negative, got {width}; 0 leaves that part out")
+        self.side_dim, self.hidden_dim = side_dim, hidden_dim
+        self.linear = nn.Linear(new_dim + side_dim, old_dim, bias=False)
+        widths = [width for width in (new_dim, side_dim) if width] if hidden_dim else []
+        self.branches = nn.ModuleList(
+            nn.Sequential(*_layer(width, 2 * width), *_layer(2 * width, 2 * old_dim)) for width in widths
+        )
+        self.mixer: nn.Sequential | None = None
+        if hidden_dim:
+            inside = [*_layer(2 * old_dim * len(widths), hidden_dim), *_layer(hidden_dim, hidden_dim)]
+            self.mixer = nn.Sequential(*inside, nn.Linear(hidden_dim, old_dim))
+
+    @classmethod
+    def from_linear(cls, weight: Tensor, side_dim: int, hidden_dim: int, seed: int) -> ForwardMap:
+        """Begins at a linear map; the mixer's last layer is zero.
+
+        Args:
+            weight: (old_dim, new_dim + side_dim) matrix.
+            side_dim: How many of its columns belong to the side information, the last ones.
+            hidden_dim: Width of the mixer.
+            seed: Fixes the rest; torch's global generator stays as it was.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = cls(weight.shape[1] - side_dim, weight.shape[0], side_dim, hidden_dim)
+        with torch.no_grad():
+            made.linear.weight.copy_(weight)
+            if made.mixer is not None:
+                for parameter in made.mixer[-1].parameters():
+                    parameter.zero_()
+        return made
+
+    def forward(
+        self, vectors: Vectors, modality: Modality | None = None, side: Tensor | None = None
+    ) -> Tensor:
+        """Maps (n, new_dim) old vectors to (n, old_dim) unit rows of the new model's space.
+
+        Args:
+            vectors: (n, new_dim) vectors of the old model.
+            modality: Taken for the sake of the contract; there is one map for both.
+            side: (n, side_dim) side information of the same items, where the map was fitted with it.
+
+        Raises:
+            SpaceMismatchError: If a dimension is not the map's, or side information is missing.
+        """
+        there = 0 if side is None else side.shape[-1]
+        if there != self.side_dim:
+            raise SpaceMismatchError(
+                f"the map takes side information of dimension {self.side_dim}, got {there}; give what was "
+                "stored beside the old vectors, of the kind that the map was fitted with"
+            )
+        if side is None:
+            return super().forward(vectors, modality)
+        vectors = self._taken(vectors)
+        if vectors.shape != (*side.shape[:-1], self.new_dim):
+            raise SpaceMismatchError(
+                f"the map takes vectors of dimension {self.new_dim} and as many rows of side information, "
+                f"got the shapes {tuple(vectors.shape)} and {tuple(side.shape)}"
+            )
+        return unit_rows(self.mapped(torch.cat([vectors, side], dim=-1)))
+
+    def project(self, vectors: Tensor, modality: Modality | None = None) -> Tensor:
+        """(n, new_dim) → (n, old_dim), before normalisation; only without side information."""
+        return self.mapped(vectors)
+
+    def mapped(self, joined: Tensor) -> Tensor:
+        """(n, new_dim + side_dim), old vector then side information → (n, old_dim), not normalised."""
+        output: Tensor = self.linear(joined)
+        if self.mixer is None:
+            return output
+        parts = (joined[..., : self.new_dim], joined[..., self.new_dim :])
+        branches = [branch(part) for branch, part in zip(self.branches, parts, strict=False)]
+        correction: Tensor = self.mixer(torch.cat(branches, dim=-1))
+        return output + correction
+
+    def options(self) -> dict[str, Any]:
+        """See :meth:`Projection.options`."""
+        return {"side_dim": self.side_dim, "hidden_dim": self.hidden_dim}
+
+
+def _layer(width: int, out: int) -> tuple[nn.Module, ...]:
+    return nn.Linear(width, out), nn.LayerNorm(out), nn.ReLU()

@@ -1,4 +1,4 @@
-"""λ-orthogonality: an affine map that may leave the orthogonal ones as far as λ allows."""
+"""λ-orthogonality: an affine map that may leave the orthogonal maps as far as λ allows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from xbt.errors import ConfigError
 from xbt.projections.base import LinearProjection
 from xbt.projections.objective import TextLoss, TextProjectionObjective
+from xbt.projections.pairs import PairVectors
+from xbt.projections.procrustes import procrustes_start
 from xbt.projections.sources import Source, random_access
-from xbt.projections.start import procrustes_start
-from xbt.projections.trainer import Schedule, TextBatches, split, text_hits, train
+from xbt.projections.trainer import FitSchedule, Positions, fit_trained
 
 
 class LambdaOrthogonalObjective(nn.Module):
@@ -50,53 +51,34 @@ def distance_from_orthogonal(weight: Tensor) -> Tensor:
     return distance
 
 
+LOSS, SCHEDULE = TextLoss(contrastive_weight=0.0), FitSchedule(steps=500, weight_decay=0.0)
+
+
 def fit_lambda_orthogonal(
     new: Source,
     old: Source,
     *,
     lam: float = 1.0,
     orthogonality_weight: float = 10.0,
-    cosine_weight: float = 1.0,
-    contrastive_weight: float = 0.0,
-    relational_weight: float = 0.0,
-    temperature: float = 0.05,
-    steps: int = 500,
-    batch_size: int = 1024,
-    lr: float = 1e-3,
-    warmup_steps: int = 50,
-    grad_clip: float = 1.0,
-    eval_every: int = 100,
-    held_out: int = 2000,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
+    loss: TextLoss = LOSS,
+    schedule: FitSchedule = SCHEDULE,
 ) -> LinearProjection:
-    """Trains an affine map φ(z) = normalise(W z + b) under a λ-orthogonality constraint.
+    """Train an affine map φ(z) = normalise(W z + b) under a λ-orthogonality constraint.
 
     After Ricci, Biondi, Pernici et al., "λ-orthogonality regularization for compatible representation
     learning", NeurIPS 2025, arXiv 2509.16664. Its exact regulariser was not verified: the hinge of
-    :class:`LambdaOrthogonalObjective` is ours. λ = 0 keeps W orthogonal but for what the penalty's weight
-    cannot hold, λ = ∞ lets it go. W starts at the Procrustes rotation and b at 0; a later step is kept only
-    if it is certainly better on held-out rows (:func:`~xbt.projections.trainer.train`), and else the
-    Procrustes rotation of all rows is returned.
+    :class:`LambdaOrthogonalObjective` is ours. λ = 0 keeps W orthogonal as far as the penalty's weight can,
+    λ = ∞ sets it free. W starts at the Procrustes rotation and b at 0. A later step is kept only for a clear
+    gain on held-out rows (:class:`~xbt.projections.trainer.StepSelection`); else the Procrustes rotation of
+    all rows is returned.
 
     Args:
         new: Vectors of the new model: (n, new_dim) tensor, array or store. Rows are used as they are.
         old: Vectors of the old model for the same items; unit rows.
-        lam: λ ≥ 0, the Frobenius norm of G − I that costs nothing; ``inf`` for none that does.
-        orthogonality_weight: w, how much what is beyond costs.
-        cosine_weight: Weight of the cosine loss.
-        contrastive_weight: Weight of the contrastive loss.
-        relational_weight: Weight of the relational loss.
-        temperature: Temperature of the contrastive loss at the start.
-        steps: Steps, see :class:`~xbt.projections.trainer.Schedule` for these and what follows.
-        batch_size: Rows per step.
-        lr: Peak learning rate.
-        warmup_steps: Steps of warm-up.
-        grad_clip: Largest gradient norm.
-        eval_every: Steps between evaluations.
-        held_out: Rows held out.
-        seed: Fixes the result on a given machine.
-        device: Where to train.
+        lam: λ ≥ 0, the Frobenius norm of G − I that costs nothing; ``inf`` turns the penalty off.
+        orthogonality_weight: w, the cost of what is beyond λ.
+        loss: Weights of the losses on the vectors.
+        schedule: How to train.
 
     Returns:
         The map as matrix and bias, (old_dim, new_dim) and (old_dim,), on the CPU; without bias if step 0 was
@@ -110,19 +92,16 @@ def fit_lambda_orthogonal(
         raise ConfigError(
             f"lam and orthogonality_weight must be at least 0, got {lam} and {orthogonality_weight}"
         )
-    settings = TextLoss(cosine_weight, contrastive_weight, relational_weight, temperature)
-    schedule = Schedule(
-        steps, batch_size, lr, warmup_steps, 0.0, grad_clip, eval_every, held_out, seed, device
-    )
     rows = random_access(new, old)
-    if steps:
-        chosen, kept_out = split(len(rows), held_out, seed)
-        start = procrustes_start(rows, chosen).rotation
-        projection = LinearProjection.from_weight(start, torch.zeros(len(start)))
-        objective = LambdaOrthogonalObjective(projection, settings, lam, orthogonality_weight)
-        new_rows, old_rows = rows.take(kept_out)
-        batches = TextBatches(rows, chosen, schedule)
-        outcome = train(objective, batches, schedule, lambda: text_hits(projection, new_rows, old_rows))
-        if outcome.best_step:
-            return projection.cpu().eval()
-    return LinearProjection.from_weight(procrustes_start(rows).rotation)
+
+    def start(positions: Positions | None, pairs: PairVectors | None) -> LinearProjection:
+        rotation = procrustes_start(rows, positions).rotation
+        # Only what is trained has an offset; the rotation alone can be folded into the encoder.
+        return LinearProjection.from_weight(
+            rotation, None if positions is None else torch.zeros(len(rotation))
+        )
+
+    def objective(projection: LinearProjection, pairs: PairVectors | None) -> nn.Module:
+        return LambdaOrthogonalObjective(projection, loss, lam, orthogonality_weight)
+
+    return fit_trained(rows, start, objective, schedule)

@@ -1,77 +1,103 @@
-"""The loss that every trained map shares, and the noise that makes a map of texts bear images as well."""
+"""Losses of the trained maps, and the noise that prepares a map of texts for images."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
+from torch.utils.data import Dataset
 
+from xbt.batches import Draw, gaussian_noise
 from xbt.errors import ConfigError
 from xbt.losses import Temperature, contrastive_loss, cosine_loss, relational_loss
 from xbt.projections.base import Projection
+from xbt.projections.pairs import PairVectors
+from xbt.projections.sources import PairedVectors
 
 NOISE_FAMILIES = ("gaussian", "uniform", "centred")
 
 
-class LossSettings(Protocol):
-    """What :class:`TextProjectionObjective` reads; any configuration that has these will do."""
-
-    @property
-    def cosine_weight(self) -> float:
-        """Weight of the cosine loss."""
-
-    @property
-    def contrastive_weight(self) -> float:
-        """Weight of the contrastive loss."""
-
-    @property
-    def relational_weight(self) -> float:
-        """Weight of the relational loss."""
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the contrastive loss at the start."""
-
-
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class TextLoss:
-    """Weights of the three losses, and the temperature at the start; see :class:`TextProjectionObjective`.
+    """Weights of the three losses on texts; see :class:`TextProjectionObjective`.
 
     Raises:
         ConfigError: If a weight is negative, all are zero, or the temperature lies outside [0.01, 1].
     """
 
     cosine_weight: float = 1.0
+    """Weight of the cosine loss."""
     contrastive_weight: float = 1.0
+    """Weight of the contrastive loss."""
     relational_weight: float = 0.0
+    """Weight of the relational loss, which keeps the similarities between captions; around 100 it counts
+    as much as the others."""
     temperature: float = 0.05
+    """Temperature of the contrastive loss at the start; it is learned."""
+
+    flag: ClassVar[str] = ""
+    """What the command line puts before a field's name; for messages."""
 
     def __post_init__(self) -> None:
         names = ("cosine_weight", "contrastive_weight", "relational_weight")
         weights = {name: getattr(self, name) for name in names}
         for name, weight in weights.items():
-            if not 0 <= weight < float("inf"):
-                raise ConfigError(f"{name} must be a number of at least 0, got {weight}")
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"{self.flag}{name} must be a number of at least 0, got {weight}")
         if not any(weights.values()):
-            raise ConfigError(f"{', '.join(names)} are all 0, so there is nothing to train for; raise one")
+            raise ConfigError(
+                f"{', '.join(self.flag + name for name in names)} are all 0, so there is nothing to train "
+                "for; raise one"
+            )
         if not 0.01 <= self.temperature <= 1:
-            raise ConfigError(f"temperature must lie in [0.01, 1], got {self.temperature}")
+            raise ConfigError(f"{self.flag}temperature must lie in [0.01, 1], got {self.temperature}")
 
 
-def check_noise(noise: float, family: str, prefix: str = "") -> None:
-    """Checks a noise's expected norm and its family.
+@dataclass(kw_only=True)
+class Stage1Options(TextLoss):
+    """Architecture, noise and loss of stage 1, with the defaults of ``fit_xbt`` and of the recipe alike.
 
     Raises:
-        ConfigError: If the norm is negative or infinite, or the family is not known.
+        ConfigError: If a value cannot be used.
     """
-    if not 0 <= noise < float("inf"):
-        raise ConfigError(f"{prefix}noise must not be negative or infinite, got {noise}")
-    if family not in NOISE_FAMILIES:
-        raise ConfigError(
-            f"{prefix}noise_family {family!r} is not known; there is {', '.join(NOISE_FAMILIES)}"
-        )
+
+    relational_weight: float = 100.0
+    """Weight of the relational loss, which keeps the similarities between captions; around 100 it counts
+    as much as the others."""
+    noise: float = 1.0
+    """Expected norm of the noise added to the unit-length inputs."""
+    noise_family: str = "gaussian"
+    """gaussian, uniform (LinCIR: each caption's noise is scaled by U(0, 1)) or centred (C3: noise about the
+    mean caption, which the projection then subtracts by itself)."""
+    hidden_dim: int = 0
+    """Width of the projection's MLP; 0 means twice the new model's dimension."""
+    train_rotation: bool = False
+    """Also train the rotation W; it then need not stay orthogonal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.noise < math.inf:
+            raise ConfigError(f"{self.flag}noise must not be negative or infinite, got {self.noise}")
+        if self.noise_family not in NOISE_FAMILIES:
+            raise ConfigError(
+                f"{self.flag}noise_family {self.noise_family!r} is not known; there is "
+                f"{', '.join(NOISE_FAMILIES)}"
+            )
+        if self.hidden_dim < 0:
+            raise ConfigError(
+                f"{self.flag}hidden_dim must not be negative, got {self.hidden_dim}; 0 means twice new_dim"
+            )
+
+    @property
+    def centred(self) -> bool:
+        """Whether the projection subtracts means."""
+        return self.noise_family == "centred"
 
 
 def add_noise(
@@ -121,6 +147,51 @@ def add_noise(
     return noisy
 
 
+class NoisyVectors(Dataset[dict[str, Tensor]]):
+    """Pairs of text vectors, the new side with noise that depends on (seed, step, position) alone.
+
+    Any number of processes that take slices of a batch therefore see what one process sees alone.
+
+    Args:
+        rows: The texts' vectors.
+        positions: (n,) int64, which of them to train on.
+        seed: Fixes the noise.
+        noise: Expected norm of the noise.
+        noise_family: Which noise; see :func:`add_noise`.
+        mean: (new_dim,) the mean new vector, for the family ``"centred"``.
+    """
+
+    def __init__(
+        self,
+        rows: PairedVectors,
+        positions: NDArray[np.int64],
+        seed: int,
+        noise: float = 0.0,
+        noise_family: str = "gaussian",
+        mean: Tensor | None = None,
+    ) -> None:
+        self.rows, self.positions, self.noise, self.seed = rows, positions, noise, seed
+        self.uniform = noise_family == "uniform"
+        self.mean = mean.detach().cpu().clone() if mean is not None and noise_family == "centred" else None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        """``{"new": (k, new_dim), "old": (k, old_dim)}`` float32 of a slice of a batch."""
+        new, old = self.rows.take(self.positions[[draw.item for draw in draws]])
+        return {"new": self._noisy(new, draws) if self.noise else new, "old": old}
+
+    def _noisy(self, new: Tensor, draws: list[Draw]) -> Tensor:
+        dim = new.shape[1]
+        if not self.uniform:
+            return add_noise(new, gaussian_noise(draws, dim, self.seed), self.noise, mean=self.mean)
+        # One more normal value per caption, through its distribution function, is uniform and seeded too.
+        normal = gaussian_noise(draws, dim + 1, self.seed) * (dim + 1) ** 0.5
+        uniform = torch.special.ndtr(normal[:, dim:])
+        return add_noise(new, normal[:, :dim] * dim**-0.5, self.noise, uniform)
+
+
 class TextProjectionObjective(nn.Module):
     """The loss of stage 1 over a batch of text vectors.
 
@@ -139,7 +210,7 @@ class TextProjectionObjective(nn.Module):
         settings: The weights and the temperature at the start, which is learned.
     """
 
-    def __init__(self, projection: Projection, settings: LossSettings) -> None:
+    def __init__(self, projection: Projection, settings: TextLoss) -> None:
         super().__init__()
         self.projection = projection
         self.temperature = Temperature(settings.temperature)
@@ -162,3 +233,85 @@ class TextProjectionObjective(nn.Module):
             loss = loss + self.relational_weight * relational
             parts["relational"] = relational.detach()
         return loss, parts
+
+
+_LOGITS = 2**24
+"""Upper bound on the scores of one direction in a step, 64 MiB of them."""
+
+
+class JointObjective(nn.Module):
+    """The loss on texts and the loss on image–text pairs, weighted.
+
+        L       = (1 − ω) · L_text + ω · (L_T2I + L_I2T + L_image)
+        L_T2I   = mean over texts t of   −log softmaxⱼ(⟨φ(t), gⱼ⟩ / τ) at t's image
+        L_I2T   = mean over images i of  −log Σ_{j of i} softmaxⱼ(⟨φ(i), hⱼ⟩ / τ)
+        L_image = mean over images i of  1 − cos(φ(i), gᵢ)
+
+    with gⱼ the old image and hⱼ the old text vectors of *all* pairs: the queries are new, the galleries old
+    and fixed. An image's texts are all right answers, so their probabilities are summed (MIL-NCE, Miech et
+    al., CVPR 2020). Without new image vectors only L_T2I remains. The queries of a step are drawn at random.
+
+    Args:
+        text: The loss on texts, and with it φ.
+        pairs: The pairs.
+        weight: ω.
+        temperature: τ.
+        batch_size: Queries per direction and step, fewer where the gallery is large.
+        seed: Fixes which.
+    """
+
+    old_images: Tensor
+    old_texts: Tensor
+    new_texts: Tensor
+    owner: Tensor
+    new_images: Tensor | None
+
+    def __init__(
+        self,
+        text: TextProjectionObjective,
+        pairs: PairVectors,
+        weight: float,
+        temperature: float,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.text, self.weight, self.logit_scale = text, weight, 1 / temperature
+        for name, rows in (
+            ("old_images", pairs.old_images),
+            ("old_texts", pairs.old_texts),
+            ("new_texts", pairs.new_texts),
+            ("owner", pairs.image_of_text),
+            ("new_images", pairs.new_images),
+        ):
+            self.register_buffer(name, rows, persistent=False)
+        self.batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts for a batch of paired text vectors."""
+        loss, parts = self.text(batch)
+        if self.weight == 0:
+            return loss, parts
+        found = {"t2i": self._text_to_image()}
+        if self.new_images is not None:
+            found["i2t"], found["image"] = self._image_to_text(self.new_images)
+        total = (1 - self.weight) * loss + self.weight * torch.stack(list(found.values())).sum()
+        return total, {**parts, **{name: part.detach() for name, part in found.items()}}
+
+    def _text_to_image(self) -> Tensor:
+        chosen = self._draw(len(self.new_texts), len(self.old_images))
+        queries = self.text.projection(self.new_texts[chosen], "text")
+        return cross_entropy(self.logit_scale * queries @ self.old_images.T, self.owner[chosen])
+
+    def _image_to_text(self, new_images: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = self._draw(len(new_images), len(self.old_texts))
+        queries = self.text.projection(new_images[chosen], "image")
+        scores = self.logit_scale * queries @ self.old_texts.T
+        right = scores.masked_fill(self.owner != chosen[:, None], -torch.inf)
+        loss = (scores.logsumexp(dim=1) - right.logsumexp(dim=1)).mean()
+        return loss, cosine_loss(queries, self.old_images[chosen])
+
+    def _draw(self, count: int, gallery: int) -> Tensor:
+        size = max(1, min(self.batch_size, count, _LOGITS // gallery))
+        return torch.randperm(count, generator=self._generator)[:size].to(self.owner.device)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from xbt.errors import DataError
 from xbt.projections.base import LinearProjection
 from xbt.projections.closed_form import (
     Centring,
@@ -19,7 +23,7 @@ from xbt.projections.closed_form import (
     square_rounding,
 )
 from xbt.projections.pairs import PairVectors
-from xbt.projections.sources import Source
+from xbt.projections.sources import BLOCK_ROWS, PairedVectors, Source
 from xbt.projections.statistics import PairStatistics, Term
 
 
@@ -61,7 +65,7 @@ def fit_procrustes(
     Returns:
         A projection, with offsets if it is centred. Its ``filled`` tells how many directions the vectors do
         not determine, as where there are fewer rows than dimensions; they are cut or filled up as by
-        :func:`~xbt.projections.identity.fit_identity`, and carry next to nothing of the vectors.
+        :func:`~xbt.projections.baselines.fit_identity`, and carry next to nothing of the vectors.
 
     Raises:
         ConfigError: If an option cannot be used.
@@ -127,3 +131,71 @@ def _scales(weight: Tensor, problem: Problem) -> Tensor:
     squares = ((weight @ problem.stats.term("new_gram")) * weight).sum(dim=1)
     # Nothing is known of the length of a coordinate that is always 0.
     return torch.where(squares > square_rounding(problem.raw, "new_gram"), products / squares, 1.0)
+
+
+@dataclass(frozen=True)
+class ProcrustesStart:
+    """The Procrustes rotation, and the means it was taken about.
+
+    Attributes:
+        rotation: (old_dim, new_dim) float32 matrix W.
+        means: ``new_mean`` and ``old_mean``, and of images ``new_image_mean`` and ``old_image_mean``; empty
+            if nothing was centred.
+    """
+
+    rotation: Tensor
+    means: dict[str, Tensor] = field(default_factory=dict)
+
+
+def procrustes_start(
+    rows: PairedVectors,
+    positions: NDArray[np.int64] | None = None,
+    *,
+    centred: bool = False,
+    pairs: PairVectors | None = None,
+    pairs_weight: float = 0.0,
+) -> ProcrustesStart:
+    """Solves the Procrustes problem over texts, and over pairs' images where they are given.
+
+    With N, O the texts' vectors under both models and M, G those of the images, each row maybe less its mean,
+
+        C = (1 − ω) Nᵀ O / n + ω Mᵀ G / m = P Σ Qᵀ,      Wᵀ = P Qᵀ
+
+    See :func:`~xbt.projections.procrustes.fit_procrustes`; here rows may be taken in any order.
+
+    Args:
+        rows: The texts' vectors.
+        positions: (n,) int64, which of them to use; ``None`` uses all.
+        centred: Whether to take the means off; images have means of their own where ``pairs`` has them.
+        pairs: Image–text pairs; their texts are not looked at.
+        pairs_weight: ω in [0, 1).
+
+    Returns:
+        The rotation and the means.
+
+    Raises:
+        DataError: If there are no rows, or new and old vectors say nothing of each other.
+    """
+    positions = np.arange(len(rows)) if positions is None else positions
+    if len(positions) == 0:
+        raise DataError("new and old vectors are empty: there are 0 rows; give at least one pair")
+    terms: tuple[Term, ...] = ("cross", "sums") if centred else ("cross",)
+    texts = PairStatistics.from_chunks(_chunks(rows, positions), terms)
+    images = None
+    if pairs is not None and pairs.new_images is not None and (centred or pairs_weight > 0):
+        images = PairStatistics.of_images(pairs, terms)
+    centring: Centring = "none" if not centred else "joint" if images is None else "modality"
+    weight = 0.0 if images is None else pairs_weight
+    rotation = procrustes_from(texts, images, pairs_weight=weight, centring=centring).weight.detach()
+    means: dict[str, Tensor] = {}
+    if centred:
+        means |= zip(("new_mean", "old_mean"), texts.means, strict=True)
+        if images is not None:
+            means |= zip(("new_image_mean", "old_image_mean"), images.means, strict=True)
+    return ProcrustesStart(rotation, {name: mean.float() for name, mean in means.items()})
+
+
+def _chunks(rows: PairedVectors, positions: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+    ordered = np.sort(positions)  # in row order: sequential reads of stores
+    for start in range(0, len(ordered), BLOCK_ROWS):
+        yield rows.take(ordered[start : start + BLOCK_ROWS])

@@ -1,4 +1,4 @@
-"""XBT's φ: a rotation plus a gated residual MLP."""
+"""Residual projections: a rotation plus an MLP, as XBT's stage 1 and Drift-Adapter train it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,20 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from xbt.errors import ConfigError
+from xbt.errors import ConfigError, SpaceMismatchError
 from xbt.projections.base import Modality, Projection
+from xbt.projections.closed_form import PAIRS_WEIGHT
+from xbt.projections.objective import (
+    JointObjective,
+    NoisyVectors,
+    Stage1Options,
+    TextLoss,
+    TextProjectionObjective,
+)
+from xbt.projections.pairs import PairVectors
+from xbt.projections.procrustes import procrustes_start
+from xbt.projections.sources import PairedVectors, Source, random_access
+from xbt.projections.trainer import FitSchedule, Positions, Run, fit_trained
 from xbt.space import EmbeddingSpace
 
 
@@ -21,7 +33,7 @@ class ResidualProjection(Projection):
     well. The architecture of its φ is not public; this one is ours. The residual form makes step 0 of
     training equal to the best closed-form map, which is known to carry over from text to images; the scalar
     gate s lets training leave it only as far as the held-out data rewards. With s fixed at 1 it is
-    Drift-Adapter's residual MLP; see :func:`~xbt.projections.mlp.fit_mlp`.
+    Drift-Adapter's residual MLP; see :func:`~xbt.projections.residual.fit_mlp`.
 
     A centred one knows the mean text vector of both models, μ and ν, and maps
 
@@ -35,7 +47,7 @@ class ResidualProjection(Projection):
         new_dim: Dimension of the vectors that come in.
         old_dim: Dimension of the vectors that go out.
         hidden_dim: Width of the MLP; 0 means 2 · new_dim.
-        centred: Whether there are means, zero until :meth:`begin_at`.
+        centred: Whether there are means, zero until :meth:`init_from`.
         image_means: Whether images have means of their own; only where ``centred``.
         new_space: The space the projection maps from.
         old_space: The space the projection maps to.
@@ -109,8 +121,8 @@ class ResidualProjection(Projection):
                     layer.bias.uniform_(-bound, bound, generator=generator)
         return projection
 
-    def begin_at(self, rotation: Tensor, means: Mapping[str, Tensor]) -> Self:
-        """Takes over a closed form; see :class:`~xbt.projections.start.ProcrustesStart`.
+    def init_from(self, rotation: Tensor, means: Mapping[str, Tensor]) -> Self:
+        """Takes over a closed form; see :class:`~xbt.projections.procrustes.ProcrustesStart`.
 
         Args:
             rotation: (old_dim, new_dim) matrix W.
@@ -142,3 +154,164 @@ class ResidualProjection(Projection):
             "centred": self.new_mean is not None,
             "image_means": self.new_image_mean is not None,
         }
+
+
+MLP_SCHEDULE = FitSchedule(steps=500)
+STAGE1, STAGE1_SCHEDULE = Stage1Options(), FitSchedule()
+
+
+def fit_mlp(
+    new: Source, old: Source, *, hidden_dim: int = 256, schedule: FitSchedule = MLP_SCHEDULE
+) -> ResidualProjection:
+    """Train φ(z) = normalise(W z + W₂ · GELU(W₁ z + b₁) + b₂) to the old vectors by their cosine.
+
+    The residual MLP of Drift-Adapter (Vejendla, EMNLP 2025, arXiv 2509.23471), which trains it on the squared
+    error; between unit rows that is twice the cosine loss. Everything is trained, W too. W starts at the
+    Procrustes rotation and W₂, b₂ at 0, so that step 0 is that rotation. A later step is kept only for a
+    clear gain on held-out rows (:class:`~xbt.projections.trainer.StepSelection`); else the rotation is fitted
+    to all rows. Neither noise nor pairs: it is a baseline that knows one modality.
+
+    Args:
+        new: Vectors of the new model: (n, new_dim) tensor, array or store. Rows are used as they are.
+        old: Vectors of the old model for the same items; unit rows.
+        hidden_dim: Width of the MLP.
+        schedule: How to train.
+
+    Returns:
+        The map new_dim → old_dim, on the CPU.
+
+    Raises:
+        ConfigError: If an option cannot be used.
+        DataError: If vectors cannot be used or are too few, or the loss is not finite.
+    """
+    rows = random_access(new, old)
+    loss = TextLoss(contrastive_weight=0.0)
+
+    def start(positions: Positions | None, pairs: PairVectors | None) -> ResidualProjection:
+        closed = procrustes_start(rows, positions)
+        projection = ResidualProjection.seeded(*rows.dims, schedule.seed, hidden_dim)
+        projection.init_from(closed.rotation, closed.means)
+        with torch.no_grad():
+            projection.scale.fill_(1.0)
+            for parameter in projection.mlp[2].parameters():
+                parameter.zero_()
+        projection.scale.requires_grad_(False)
+        return projection
+
+    return fit_trained(rows, start, lambda projection, _: TextProjectionObjective(projection, loss), schedule)
+
+
+def fit_xbt(
+    new: Source,
+    old: Source,
+    *,
+    pairs: PairVectors | None = None,
+    pairs_weight: float | None = None,
+    stage1: Stage1Options = STAGE1,
+    schedule: FitSchedule = STAGE1_SCHEDULE,
+) -> ResidualProjection:
+    """Train φ(z) = normalise(W z + s · MLP(z)) from the closed form on, and keep it only if it is better.
+
+    See :class:`ResidualProjection` for φ and its paper, and
+    :class:`~xbt.projections.objective.TextProjectionObjective` for the loss on texts, L_text. With pairs,
+
+        L = (1 − ω) · L_text + ω · L_pairs
+
+    whose second part is in :class:`~xbt.projections.objective.JointObjective`: retrieval itself, of old
+    vectors by projected new ones. Step 0 (s = 0) is the Procrustes rotation, with ω over the pairs' images
+    too (:func:`~xbt.projections.procrustes.procrustes_start`). A later step is kept if it is better on what
+    was held out: captions, found by their own vector, by a clear gain
+    (:class:`~xbt.projections.trainer.StepSelection`), or with pairs their images, found across modalities. If
+    none is, the closed form of all vectors is returned, and ``scale`` is 0.
+
+    ``recipes/pretrain_text_projection.py`` is the same fit with several processes, checkpoints and a log.
+    Whether the result beats the closed form depends on the two models: see
+    ``recipes/benchmarks/projections.py``, or let :func:`~xbt.projections.choose_projection` find out.
+
+    Args:
+        new: Vectors of the new model for texts: (n, new_dim) tensor, array or store, used as they are.
+        old: Vectors of the old model for the same texts; unit rows.
+        pairs: Image–text pairs under both models. Without new image vectors only text queries are trained.
+        pairs_weight: ω in [0, 1); ``None`` means 0.33 with pairs. At 0 they only choose the step.
+        stage1: Architecture, noise and loss. The temperature is learned on texts, and fixed on pairs.
+        schedule: How to train.
+
+    Returns:
+        The map new_dim → old_dim, on the CPU.
+
+    Raises:
+        ConfigError: If an option cannot be used.
+        DataError: If vectors cannot be used or are too few, or the loss is not finite.
+        SpaceMismatchError: If the pairs' dimensions are not those of the texts.
+    """
+    rows = random_access(new, old)
+    weight = _checked_weight(pairs, pairs_weight, rows.dims)
+    return fit_stage1(rows, stage1, schedule, pairs=pairs, pairs_weight=weight)
+
+
+def fit_stage1(
+    rows: PairedVectors,
+    stage1: Stage1Options,
+    schedule: FitSchedule,
+    *,
+    pairs: PairVectors | None = None,
+    pairs_weight: float = 0.0,
+    run: Run | None = None,
+) -> ResidualProjection:
+    """Stage 1 on any rows and by any loop; :func:`fit_xbt` and the recipe both call it.
+
+    Args:
+        rows: The texts' vectors under both models; unit rows.
+        stage1: Architecture, noise and loss.
+        schedule: How to train.
+        pairs: Image–text pairs.
+        pairs_weight: ω.
+        run: The loop; by default the one in memory.
+
+    Returns:
+        The map, on the CPU in evaluation mode.
+
+    Raises:
+        DataError: As :func:`fit_xbt`.
+    """
+
+    def start(positions: Positions | None, seen: PairVectors | None) -> ResidualProjection:
+        closed = procrustes_start(
+            rows, positions, centred=stage1.centred, pairs=seen, pairs_weight=pairs_weight
+        )
+        means = {"centred": stage1.centred, "image_means": "new_image_mean" in closed.means}
+        projection = ResidualProjection.seeded(*rows.dims, schedule.seed, stage1.hidden_dim, **means)
+        return projection.init_from(closed.rotation, closed.means)
+
+    def objective(projection: ResidualProjection, seen: PairVectors | None) -> nn.Module:
+        projection.weight.requires_grad_(stage1.train_rotation)
+        text = TextProjectionObjective(projection, stage1)
+        if seen is None:
+            return text
+        return JointObjective(
+            text, seen, pairs_weight, stage1.temperature, schedule.batch_size, schedule.seed
+        )
+
+    def data(projection: ResidualProjection, positions: Positions) -> NoisyVectors:
+        mean = projection.new_mean
+        return NoisyVectors(rows, positions, schedule.seed, stage1.noise, stage1.noise_family, mean)
+
+    projection = fit_trained(rows, start, objective, schedule, pairs=pairs, data=data, run=run)
+    projection.weight.requires_grad_(True)
+    return projection
+
+
+def _checked_weight(pairs: PairVectors | None, weight: float | None, dims: tuple[int, int]) -> float:
+    if pairs is None:
+        if weight:
+            raise ConfigError(f"pairs_weight is {weight}, but there are no pairs to weigh; give pairs")
+        return 0.0
+    if pairs.dims != dims:
+        raise SpaceMismatchError(
+            f"the pairs map {pairs.dims[0]} → {pairs.dims[1]} dimensions, the texts {dims[0]} → {dims[1]}; "
+            "embed both with the same two models"
+        )
+    weight = PAIRS_WEIGHT if weight is None else weight
+    if not 0 <= weight < 1:
+        raise ConfigError(f"pairs_weight must lie in [0, 1), got {weight}")
+    return weight

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,6 +22,19 @@ Source = Tensor | NDArray[np.floating] | EmbeddingStore | Iterable[Vectors]
 
 BLOCK_ROWS = 8_192
 NEW, OLD = "new vectors", "old vectors"
+
+
+class PairedVectors(Protocol):
+    """Vectors of the same items under both models that can be read in any order."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Dimension of the new and of the old vectors."""
+
+    def take(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """(k, new_dim) and (k, old_dim) float32 vectors of some items, in the order of the positions."""
 
 
 def paired_chunks(new: Source, old: Source, rows: int = BLOCK_ROWS) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xbt.projections.auto import MIN_IMAGES
+from xbt.projections.auto.choose import MIN_IMAGES
 from xbt.report.curve import MIN_ITEMS
 from xbt.report.measure import OLD, Measured
 from xbt.report.sample import Sample

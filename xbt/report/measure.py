@@ -25,9 +25,9 @@ from xbt.evaluation import (
 )
 from xbt.evaluation.cells import DIRECTIONS
 from xbt.projections import Decision, PairVectors, QueryEnsemble, choose_projection, fit_projection
-from xbt.projections.auto import MIN_IMAGES
-from xbt.projections.candidates import NEW_ALONE
-from xbt.projections.selection import Judgement
+from xbt.projections.auto.candidates import NEW_ALONE
+from xbt.projections.auto.choose import MIN_IMAGES
+from xbt.projections.auto.selection import GainTest
 from xbt.report.config import UpgradeReportConfig
 from xbt.report.sample import Sample
 
@@ -60,7 +60,7 @@ def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) ->
     """Chooses by a part of the sample.
 
     Args:
-        chosen: That part. With fewer images than :data:`~xbt.projections.auto.MIN_IMAGES` Procrustes is
+        chosen: That part. With fewer images than :data:`~xbt.projections.auto.choose.MIN_IMAGES` Procrustes is
             fitted to the corpus, or without one to the part's own texts, and its query is mixed in equal
             parts with the old one.
         config: Cut-offs, confidence and what may be tried.
@@ -97,7 +97,7 @@ def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) ->
         ensemble,
         _TAKEN,
         "own captions",
-        {each: Judgement.unknown(each, "the sample is too small to choose by") for each in DIRECTIONS},
+        {each: GainTest.unknown(each, "the sample is too small to choose by") for each in DIRECTIONS},
         (),
         len(chosen),
         len(new),  # type: ignore[arg-type]  # a sample's corpus is never a stream

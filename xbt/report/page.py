@@ -88,7 +88,7 @@ def _candidates(report: UpgradeReport) -> dict[str, tuple[list[str], list[list[s
     """Columns and rows of the table of candidates, for each direction that has any."""
     tables = {}
     for direction in report.measured.directions:
-        scores = [score for score in report.measured.decision.scores if score.direction == direction]
+        scores = [score for score in report.measured.decision.candidates if score.direction == direction]
         if not scores:
             continue
         columns = [direction, *(f"R@{k}" for k in scores[0].recall), "combined by"]

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from xbt.errors import ConfigError
 from xbt.evaluation import Interval, differences, recovered_gain
-from xbt.projections.auto import MIN_IMAGES
-from xbt.projections.selection import Judgement, judge
+from xbt.projections.auto.choose import MIN_IMAGES
+from xbt.projections.auto.selection import GainTest, run_gain_test
 from xbt.report.config import FailUnder
 from xbt.report.measure import ALONE, NEW, OLD, UPGRADED, Measured
 
@@ -96,7 +96,7 @@ def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed:
     """Judges what was measured.
 
     A direction gains if the interval of its mean gain over the ks lies above 0 and no single k loses, on
-    queries that had no say in the choice; :func:`xbt.projections.selection.judge` is what decides. If not,
+    queries that took no part in the choice (:func:`xbt.projections.auto.selection.run_gain_test`). If not,
     there is no gain where the interval lies below ``worthwhile``: what would be worth it is excluded. Where
     the old query stayed because no gain was shown, the interval is that of the choice itself.
 
@@ -127,20 +127,20 @@ def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed:
     return Verdict(answer, sentence, judged, alone)
 
 
-def outcome_of(judgement: Judgement, worthwhile: float) -> Outcome:
-    """What a judgement says of a direction.
+def outcome_of(gain_test: GainTest, worthwhile: float) -> Outcome:
+    """What a gain_test says of a direction.
 
     Args:
-        judgement: On queries that had no say in the choice.
+        gain_test: On queries that had no say in the choice.
         worthwhile: Points of R@k that would be worth it.
     """
-    if judgement.pooled is None:
+    if gain_test.pooled is None:
         return "open"
-    if judgement.met:
+    if gain_test.met:
         return "gain"
-    if judgement.pooled.high < 0:
+    if gain_test.pooled.high < 0:
         return "loss"
-    if 100 * judgement.pooled.high < worthwhile:
+    if 100 * gain_test.pooled.high < worthwhile:
         return "no gain"
     return "open"
 
@@ -153,14 +153,14 @@ def _judge(
     deployed = decision.deployed(direction)
     if not deployed:
         # The old query stays, so that the cell is that of the old query: only the choice tells why.
-        judgement = decision.judgements[direction]
-        found = outcome_of(judgement, worthwhile)
+        gain_test = decision.gain_tests[direction]
+        found = outcome_of(gain_test, worthwhile)
         # A candidate that loses is never deployed: nothing is lost.
         outcome: Outcome = "no gain" if found == "loss" else found
-        return DirectionVerdict(outcome, False, judgement.why, judgement.pooled)
+        return DirectionVerdict(outcome, False, gain_test.why, gain_test.pooled)
     new, old = measured.cells[cell].ranks[direction], measured.cells[OLD].ranks[direction]
-    judgement = judge(direction, new, old, measured.ks, measured.groups[direction], confidence, seed)
-    return DirectionVerdict(outcome_of(judgement, worthwhile), True, judgement.why, judgement.pooled)
+    gain_test = run_gain_test(direction, new, old, measured.ks, measured.groups[direction], confidence, seed)
+    return DirectionVerdict(outcome_of(gain_test, worthwhile), True, gain_test.why, gain_test.pooled)
 
 
 def _answer(

@@ -17,7 +17,7 @@ from xbt.optional import optional
 from xbt.projections import Projection
 from xbt.projections.base import Modality
 from xbt.projections.ensemble import QueryEnsemble
-from xbt.projections.forward_map import ForwardMap
+from xbt.projections.forward import ForwardMap
 from xbt.serve.files import whole_file
 from xbt.serve.onnx_graph import QueryGraph, example_inputs
 from xbt.space import EmbeddingSpace

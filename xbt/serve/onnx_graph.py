@@ -22,11 +22,11 @@ class WholeAdaptive(Adaptive):
 
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """See :meth:`Combination.shares`."""
-        surer = None
+        confidence_gap = None
         if self.confidence:
             reference = tensors["reference"]
-            surer = _confidence(new, reference) - _confidence(old, reference)
-        beta = self.weights((old * new).sum(dim=-1, keepdim=True), surer)
+            confidence_gap = _confidence(new, reference) - _confidence(old, reference)
+        beta = self.weights((old * new).sum(dim=-1, keepdim=True), confidence_gap)
         return 1 - beta, beta
 
 

@@ -1,33 +1,24 @@
-"""Settings that every training recipe shares."""
+"""Settings that every training recipe shares, and the optimiser they ask for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import nn
 
 from xbt.errors import ConfigError
+from xbt.projections.trainer import Schedule, parameter_groups
 
 
 @dataclass
-class TrainArgs:
+class TrainArgs(Schedule):
     """How long, how fast and how safely to train."""
 
-    steps: int = 1000
-    """Number of optimiser steps."""
     batch_size: int = 256
     """Global batch size: the batch is split over the processes, and negatives are gathered across them."""
-    lr: float = 1e-3
-    """Peak learning rate of AdamW; linear warm-up, then cosine decay to zero."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices; biases, norms, gates, rotations and temperatures have none."""
-    warmup_steps: int = 50
-    """Steps of linear warm-up."""
-    grad_clip: float = 1.0
-    """Largest gradient norm; 0 turns clipping off."""
-    seed: int = 0
-    """Fixes initialisation, order of the data, noise and choice of captions."""
-    eval_every: int = 100
-    """Steps between evaluations on held-out data; step 0 and the last step are always evaluated."""
     checkpoint_every: int = 200
     """Steps between checkpoints; 0 writes none."""
     keep_checkpoints: int = 2
@@ -39,23 +30,14 @@ class TrainArgs:
     num_workers: int = 0
     """Worker processes that load and preprocess data, per training process."""
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 0),
-            ("batch_size", 1),
-            ("warmup_steps", 0),
-            ("eval_every", 1),
-            ("checkpoint_every", 0),
-            ("keep_checkpoints", 1),
-            ("log_every", 1),
-            ("num_workers", 0),
-            ("seed", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--training.{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("lr", "weight_decay", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"--training.{name} must not be negative, got {getattr(self, name)}")
+    flag: ClassVar[str] = "--training."
+    minimum: ClassVar[Mapping[str, int]] = {
+        **Schedule.minimum,
+        "checkpoint_every": 0,
+        "keep_checkpoints": 1,
+        "log_every": 1,
+        "num_workers": 0,
+    }
 
 
 @dataclass
@@ -108,3 +90,26 @@ class BackboneTraining(TrainArgs):
             epochs=None,
             warmup_epochs=None,
         )
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], args: TrainArgs, no_decay: Iterable[str] = ()
+) -> torch.optim.Optimizer:
+    """AdamW, or what :class:`~xbt.training.args.BackboneTraining` names.
+
+    Args:
+        parameters: What to train, by name.
+        args: Learning rate, weight decay and, for backbones, the optimiser.
+        no_decay: Names (or parts of names) of matrices that get no weight decay, as vectors and scalars do.
+
+    Returns:
+        The optimiser. ``adam`` adds the weight decay to the gradient, as the papers of backbones do;
+        ``adamw`` keeps the two apart.
+    """
+    groups = parameter_groups(parameters, args.weight_decay, no_decay)
+    kind = args.optimizer if isinstance(args, BackboneTraining) else "adamw"
+    if kind == "sgd":
+        assert isinstance(args, BackboneTraining)
+        return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, fused=True)
+    make = torch.optim.Adam if kind == "adam" else torch.optim.AdamW
+    return make(groups, lr=args.lr, fused=True)

@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from xbt.backbones import ImagePreprocessing
+from xbt.batches import Draw
 from xbt.data import LabelledImages
 from xbt.errors import DataError, ImageError
 from xbt.run_dir import write_json
 from xbt.store import EmbeddingStore
-from xbt.training.batches import Draw
 
 _NAMED, _THREADS, _ROWS_AT_ONCE = 5, 4, 4096
 

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed, tqdm
+from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, set_seed, tqdm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
+from xbt.batches import SeededBatches
 from xbt.config import config_to_dict, flatten
 from xbt.errors import ConfigError, DataError
+from xbt.projections.trainer import Score, StepSelection, mean_score
 from xbt.run_dir import RunDirectory
-from xbt.training.args import TrainArgs
-from xbt.training.batches import SeededBatches
-from xbt.training.loop_state import LoopState as LoopState
-from xbt.training.loop_state import TrainedTensors
-from xbt.training.optimizers import lr_factor, make_optimizer
+from xbt.training.args import TrainArgs, make_optimizer
 
 _WEIGHTS = "trainable.safetensors"
 
@@ -58,8 +57,8 @@ class TrainingLoop:
     """Trains a module whose forward takes a batch and returns ``(loss, metrics)``.
 
     Requirements: parameters that require gradients are what is trained, and with the buffers beside them
-    (:class:`~xbt.training.loop_state.TrainedTensors`) what is checkpointed and selected; the dataset's
-    ``__getitems__`` takes a list of :class:`~xbt.training.batches.Draw` and returns a batch.
+    (:class:`~xbt.training.loop.TrainedTensors`) what is checkpointed and selected; the dataset's
+    ``__getitems__`` takes a list of :class:`~xbt.batches.Draw` and returns a batch.
 
     Args:
         accelerator: From :func:`make_accelerator`.
@@ -67,8 +66,8 @@ class TrainingLoop:
         args: Training settings; ``batch_size`` must not exceed the dataset's length.
         module: The module to train.
         dataset: The training data.
-        evaluate: Returns held-out metrics, of which ``"score"`` decides (higher is better; a tie keeps the
-            earlier step); ``None`` keeps the last step.
+        evaluate: Returns held-out metrics, of which ``"score"`` decides: a number, or one for each held-out
+            item (:class:`~xbt.projections.trainer.StepSelection`); ``None`` keeps the last step.
         after_step: Called after every optimiser step and after a checkpoint is loaded.
         no_decay: Names (or parts of names) of matrices that get no weight decay.
     """
@@ -81,7 +80,7 @@ class TrainingLoop:
         module: nn.Module,
         dataset: Dataset[Any],
         *,
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Callable[[], Mapping[str, Score]] | None = None,
         after_step: Callable[[], None] | None = None,
         no_decay: Iterable[str] = (),
     ) -> None:
@@ -91,7 +90,7 @@ class TrainingLoop:
         self.state = LoopState(history=[])
         self.trained = TrainedTensors(module)
         optimizer = make_optimizer(self.trained.parameters, args, no_decay)
-        schedule = LambdaLR(optimizer, lambda step: lr_factor(step, args))
+        schedule = LambdaLR(optimizer, lambda step: args.lr_factor(step))
         self.model, self.optimizer, self.scheduler = accelerator.prepare(module, optimizer, schedule)
         accelerator.register_for_checkpointing(self.state)
         accelerator.register_save_state_pre_hook(self._save_trainable)
@@ -193,11 +192,11 @@ class TrainingLoop:
         self.trained.agree()
         # Every process takes the main one's numbers: a last-digit difference must not split their choices.
         metrics = broadcast_object_list([self.evaluate()])[0]
+        means = {name: mean_score(value) for name, value in metrics.items()}
         assert self.state.history is not None
-        self.state.history.append({"step": float(self.state.step), **metrics})
-        self.accelerator.log({f"held_out/{k}": v for k, v in metrics.items()}, step=self.state.step)
-        if metrics["score"] > self.state.best_score:
-            self.state.best_score, self.state.best_step = metrics["score"], self.state.step
+        self.state.history.append({"step": float(self.state.step), **means})
+        self.accelerator.log({f"held_out/{k}": v for k, v in means.items()}, step=self.state.step)
+        if self.state.improves(self.state.step, metrics["score"]):
             self.state.best_weights = self.trained.copy()
 
     def _checkpoint(self) -> None:
@@ -245,3 +244,96 @@ def _as_is(batch: Any) -> Any:
 
 def _trackable(value: Any) -> Any:
     return value if isinstance(value, int | float | str | bool) else str(value)
+
+
+@dataclass
+class LoopState(StepSelection):
+    """Progress of a run: what a checkpoint keeps besides weights, optimiser and schedule.
+
+    Attributes:
+        step: Steps done.
+        best_weights: What training changes (:class:`TrainedTensors`), as it was at the best step. Where
+            nothing is held out, the last step is the best.
+        history: One entry per evaluation.
+    """
+
+    step: int = 0
+    best_weights: dict[str, Tensor] | None = None
+    history: list[dict[str, float]] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Values for Accelerate's checkpoints."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the values of one of Accelerate's checkpoints."""
+        vars(self).update(state)
+
+
+class TrainedTensors:
+    """The tensors of a module that training changes.
+
+    They are its parameters that require gradients and the persistent buffers of what is trained: batch norm's
+    running statistics above all, without which the weights alone are another model. A buffer counts as
+    trained where the module that owns it has a trained parameter of its own or, if it has no parameters at
+    all, where the module that holds it has one. Frozen layers, and constants such as class prototypes, are
+    left out: they are read again from their source.
+
+    Attributes:
+        parameters: The trained parameters by name.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._owners = dict(_owners_of_trained_buffers(module))
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The buffers by name, looked up anew: a module that moves to a device gets others."""
+        return {name: owner.get_buffer(name.rpartition(".")[2]) for name, owner in self._owners.items()}
+
+    def copy(self) -> dict[str, Tensor]:
+        """All of them, copied to the CPU."""
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self._all.items()}
+
+    def set(self, values: dict[str, Tensor], source: str = "the kept weights") -> None:
+        """Puts values of :meth:`copy` back.
+
+        Args:
+            values: By name.
+            source: Where they come from, for the error.
+
+        Raises:
+            DataError: If one is missing or has another shape.
+        """
+        with torch.no_grad():
+            for name, tensor in self._all.items():
+                if name not in values or values[name].shape != tensor.shape:
+                    raise DataError(
+                        f"{source} does not fit the model at {name!r}; it was written by another version of "
+                        "xbt, so start afresh with --overwrite true"
+                    )
+                tensor.copy_(values[name])
+
+    def agree(self) -> None:
+        """Gives every process the main one's buffers: statistics of its own share of the data differ."""
+        for buffer in self.buffers.values():
+            broadcast(buffer, from_process=0)
+
+    @property
+    def _all(self) -> dict[str, Tensor]:
+        return {**self.parameters, **self.buffers}
+
+
+def _owners_of_trained_buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    holders = {id(child): parent for parent in module.modules() for child in parent.children()}
+    for prefix, owner in module.named_modules():
+        own = list(owner.parameters(recurse=False))
+        holder = holders.get(id(owner))
+        if holder is not None and next(owner.parameters(), None) is None:
+            own = list(holder.parameters())
+        if not any(parameter.requires_grad for parameter in own):
+            continue
+        for name, _ in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, owner

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from xbt.batches import Draw
 from xbt.data import ImageTextPairs
 from xbt.encoders import DualEncoder
 from xbt.store import EmbeddingStore
-from xbt.training.batches import Draw
 
 CACHE_BYTES = 512 * 2**20
 """Preprocessed pixels kept in memory per process: small sets are decoded once, large ones as they come."""

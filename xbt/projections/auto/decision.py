@@ -1,4 +1,4 @@
-"""What ``method="auto"`` decided, for people, for files, and for use."""
+"""Decision of a choice: what is deployed, the evidence, and the scores it gives."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from xbt.evaluation import Interval
 from xbt.evaluation.cells import DIRECTIONS
+from xbt.projections.auto.selection import GainTest
 from xbt.projections.base import Modality, Projection
 from xbt.projections.combinations import Combination
 from xbt.projections.ensemble import QueryEnsemble
-from xbt.projections.selection import Judgement
+from xbt.vectors import Vectors, as_vectors, unit_rows
 from xbt.version import __version__
 
 Evidence = Literal["pairs", "text groups", "own captions"]
@@ -34,7 +35,7 @@ class CandidateScore:
     """What one candidate reached with its best setting, on queries its fit had not seen.
 
     The setting was chosen on the same queries, so the best candidate's figures flatter it;
-    :attr:`Decision.judgements` do not. Without pairs all candidates are shown with one setting, and the
+    :attr:`Decision.gain_tests` do not. Without pairs all candidates are shown with one setting, and the
     figures are of finding texts by texts.
 
     Attributes:
@@ -54,7 +55,7 @@ class CandidateScore:
 
 @dataclass(frozen=True)
 class Decision:
-    """The choice of ``method="auto"``, with the evidence.
+    """The choice of :func:`~xbt.projections.choose_projection`, with the evidence.
 
     Attributes:
         projection: The chosen candidate's map.
@@ -62,9 +63,9 @@ class Decision:
             shown to be better.
         name: The chosen candidate.
         evidence: What it was judged on.
-        judgements: Per direction whether the choice is deployed, and why, by queries whose own ranks had no
+        gain_tests: Per direction whether the choice is deployed, and why, by queries whose own ranks had no
             say in it.
-        scores: What every candidate reached.
+        candidates: What every candidate reached, and the old query, on held-out queries.
         n_images: Images (or groups of texts) it was judged on.
         n_texts: Texts it was judged on.
         confidence: One-sided confidence that was asked for.
@@ -77,8 +78,8 @@ class Decision:
     ensemble: QueryEnsemble
     name: str
     evidence: Evidence
-    judgements: Mapping[str, Judgement]
-    scores: tuple[CandidateScore, ...]
+    gain_tests: Mapping[str, GainTest]
+    candidates: tuple[CandidateScore, ...]
     n_images: int
     n_texts: int
     confidence: float
@@ -94,8 +95,40 @@ class Decision:
         """
         return self.ensemble.needs_new(direction)
 
+    @property
+    def needs_old(self) -> bool:
+        """Whether the old encoder runs on queries of any direction."""
+        return any(self.ensemble.needs_old(direction) for direction in self.gain_tests)
+
     @torch.no_grad()
-    def queries(self, new: Tensor | None, old: Tensor | None, direction: str) -> Tensor:
+    def scores(
+        self, direction: str, new_queries: Vectors | None, old_queries: Vectors | None, gallery: Vectors
+    ) -> Tensor:
+        """Score queries against the old gallery exactly as what would be deployed does.
+
+        Where the old query is kept these are the scores of old/old; there ``new_queries`` may be ``None``.
+
+        Args:
+            direction: ``"T2I"`` for text queries, ``"I2T"`` for image queries.
+            new_queries: (n, new_dim) vectors of the queries under the new model.
+            old_queries: (n, old_dim) vectors of the same queries under the old model; may be ``None`` where
+                the ensemble does not need them.
+            gallery: (m, old_dim) vectors of the old gallery.
+
+        Returns:
+            (n, m) cosines of the combined queries and the gallery rows, of the wider float type of both.
+
+        Raises:
+            DataError: If there is no such direction, a vector that is needed is not given, or one holds NaN.
+            SpaceMismatchError: If a dimension is not that of its space.
+        """
+        queries = self.queries(new_queries, old_queries, direction)
+        rows = unit_rows(as_vectors(gallery, "gallery vectors", self.projection.old_dim))
+        dtype = torch.promote_types(queries.dtype, rows.dtype)
+        return queries.to(dtype) @ rows.to(queries.device, dtype).T
+
+    @torch.no_grad()
+    def queries(self, new: Vectors | None, old: Vectors | None, direction: str) -> Tensor:
         """The query vectors to search the old gallery with.
 
         Args:
@@ -110,8 +143,13 @@ class Decision:
             DataError, SpaceMismatchError: As :meth:`QueryEnsemble.forward`.
         """
         modality: Modality = "text" if direction == "T2I" else "image"
-        projected = None if new is None else self.projection(new, modality)
-        queries: Tensor = self.ensemble(old, projected, direction)
+        projected = None
+        if new is not None and self.deployed(direction):
+            projected = self.projection(new, modality)
+        own = None if old is None else as_vectors(old, "old queries", self.projection.old_dim)
+        if projected is not None and own is not None:
+            own = own.to(projected.device)
+        queries: Tensor = self.ensemble(own, projected, direction)
         return queries
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,14 +168,14 @@ class Decision:
                 direction: {
                     "deployed": self.deployed(direction),
                     "combination": self.ensemble.combination(direction).to_dict(),
-                    "gain_shown": judgement.met,
-                    "why": judgement.why,
-                    "mean_gain": list(judgement.pooled) if judgement.pooled else None,
-                    "gain": {f"R@{k}": each.to_dict() for k, each in judgement.differences.items()},
-                    "old_recall": {f"R@{k}": value for k, value in judgement.old_recall.items()},
-                    "recall": {f"R@{k}": value for k, value in judgement.recall.items()},
+                    "gain_shown": gain_test.met,
+                    "why": gain_test.why,
+                    "mean_gain": list(gain_test.pooled) if gain_test.pooled else None,
+                    "gain": {f"R@{k}": each.to_dict() for k, each in gain_test.differences.items()},
+                    "old_recall": {f"R@{k}": value for k, value in gain_test.old_recall.items()},
+                    "recall": {f"R@{k}": value for k, value in gain_test.recall.items()},
                 }
-                for direction, judgement in self.judgements.items()
+                for direction, gain_test in self.gain_tests.items()
             },
             "candidates": [
                 {
@@ -147,7 +185,7 @@ class Decision:
                     "recall": {f"R@{k}": list(value) for k, value in score.recall.items()},
                     "chosen": score.chosen,
                 }
-                for score in self.scores
+                for score in self.candidates
             ],
         }
 
@@ -161,11 +199,13 @@ class Decision:
         return path
 
     def __str__(self) -> str:
+        count = len({score.name for score in self.candidates if score.combination is not None})
+        judged = f"{self.n_texts:,} texts"
+        if self.evidence == "pairs":
+            judged = f"{self.n_images:,} images and {judged}"
         lines = [
-            f"auto chose {self.name}",
-            f"judged on {self.n_images:,} images and {self.n_texts:,} texts ({_MEANING[self.evidence]})"
-            if self.evidence == "pairs"
-            else f"judged on {self.n_texts:,} texts ({_MEANING[self.evidence]})",
+            f"chose {self.name} of {count} candidates",
+            f"judged on {judged} ({_MEANING[self.evidence]})",
         ]
         if self.n_joined:
             lines.append(
@@ -176,24 +216,28 @@ class Decision:
             lines.append(
                 f"{self.n_left_out:,} texts of the corpus are among these, and were left out of the fits"
             )
+        lines += [self._of_direction(direction) for direction in DIRECTIONS]
         for direction in DIRECTIONS:
-            judgement = self.judgements[direction]
-            what = (
-                str(self.ensemble.combination(direction))
-                if self.deployed(direction)
-                else "the old query alone"
-            )
-            lines.append(f"{direction}: {what}; {judgement.why}")
-        for direction in DIRECTIONS:
-            rows = [score for score in self.scores if score.direction == direction]
+            rows = [score for score in self.candidates if score.direction == direction]
             if rows:
                 lines += ["", *_table(direction, rows)]
         return "\n".join(lines)
 
+    def _of_direction(self, direction: str) -> str:
+        """What is deployed in a direction, what that changes, and why, on one line."""
+        test = self.gain_tests[direction]
+        query = f"deploy {self.ensemble.combination(direction)}"
+        if not self.deployed(direction):
+            query = "keep the old query alone"
+        changes = ", ".join(
+            f"R@{k} {100 * old:.1f} → {100 * test.recall[k]:.1f}" for k, old in test.old_recall.items()
+        )
+        return f"{direction}: {query}; {changes + '; ' if changes else ''}{test.why}"
+
 
 def _table(direction: str, rows: list[CandidateScore]) -> list[str]:
     """R@k in percent with 95 % intervals, a row per candidate, the chosen one with a star."""
-    heads = [direction, *(f"R@{k}" for k in rows[0].recall), "with"]
+    heads = [direction, *(f"R@{k}" for k in rows[0].recall), "query"]
     cells = [heads] + [
         [
             f"{'* ' if row.chosen else '  '}{row.name}",

@@ -1,4 +1,4 @@
-"""fit_xbt: it begins at the closed form, improves on what is held out, and else returns the closed form."""
+"""Trained residual maps: they start at the closed form, and a later step is kept only if it is better."""
 
 from __future__ import annotations
 
@@ -6,19 +6,28 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import orthogonal_procrustes
-from torch.nn.functional import normalize
+from torch.nn.functional import gelu, normalize
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.projections import Projection, fit_procrustes
-from xbt.projections.objective import TextLoss, TextProjectionObjective
-from xbt.projections.pair_objective import JointObjective
+from xbt.projections import Projection, ResidualProjection, fit_procrustes, fit_projection
+from xbt.projections.objective import JointObjective, TextLoss, TextProjectionObjective
 from xbt.projections.pairs import PairVectors
-from xbt.projections.trainer import pairs_score, text_score
-from xbt.projections.xbt_projection import fit_xbt
+from xbt.projections.trainer import pairs_score, text_hits
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 
 QUICK = {"hidden_dim": 64, "batch_size": 128, "lr": 3e-3, "warmup_steps": 5, "eval_every": 20, "noise": 0.2}
+
+
+MLP_QUICK = {"hidden_dim": 32, "batch_size": 256, "lr": 3e-3, "warmup_steps": 5, "eval_every": 25}
+
+
+def fit_xbt(new, old, **options):
+    return fit_projection(new, old, "xbt", **options)
+
+
+def fit_mlp(new, old, **options):
+    return fit_projection(new, old, "mlp", **options)
 
 
 def texts(n=900, new_dim=24, old_dim=16, seed=0):
@@ -91,7 +100,8 @@ def test_training_improves_what_was_never_seen(family):
     closed = fit_xbt(new[:1200], old[:1200], steps=0)
     trained = fit_xbt(new[:1200], old[:1200], steps=200, noise_family=family, **QUICK)
     assert trained.scale != 0
-    assert text_score(trained, new[1200:], old[1200:]) > text_score(closed, new[1200:], old[1200:]) + 0.05
+    before, after = (text_hits(each, new[1200:], old[1200:]).mean() for each in (closed, trained))
+    assert after > before + 0.05
     if family != "centred":
         torch.testing.assert_close(trained.weight, closed.weight, atol=0.2, rtol=0)
         assert fit_xbt(new, old, steps=40, train_rotation=True, **QUICK).weight.requires_grad
@@ -180,6 +190,7 @@ def test_dimensions_of_one(dims):
     old[:, 0] += 2 * new[:, 0]
     projection = fit_xbt(normalize(new, dim=1), normalize(old, dim=1), steps=5, **QUICK)
     assert projection(new).isfinite().all()
+    assert fit_mlp(normalize(new, dim=1), normalize(old, dim=1), steps=5, **MLP_QUICK)(new).isfinite().all()
     torch.testing.assert_close(projection(new).norm(dim=1), torch.ones(40))
 
 
@@ -202,6 +213,8 @@ def test_constant_rows_keep_the_closed_form():
         ({"pairs_weight": 0.5}, ConfigError, "pairs_weight is 0.5, but there are no pairs"),
         ({"pairs_weight": 1.0, "pairs": 20}, ConfigError, r"pairs_weight must lie in \[0, 1\), got 1"),
         ({"pairs": 4}, DataError, "at least 5 images in the pairs"),
+        ({"hidden_dim": -3}, ConfigError, "hidden_dim must not be negative, got -3"),
+        ({"steps": -1}, ConfigError, "steps must be at least 0"),
         (
             {"pairs": 20, "new_dim": 20},
             SpaceMismatchError,
@@ -227,3 +240,38 @@ def test_streams_are_refused():
     new, old = texts(50)
     with pytest.raises(ConfigError, match="stream"):
         fit_xbt(iter([new]), iter([old]))
+
+
+def test_without_steps_the_mlp_is_the_procrustes_rotation():
+    for rows in (texts(), texts(1), texts(7)):
+        projection = fit_mlp(*rows, steps=0)
+        assert isinstance(projection, ResidualProjection)
+        assert projection.hidden_dim == 256
+        torch.testing.assert_close(projection(rows[0]), fit_procrustes(*rows)(rows[0]))
+
+
+def test_training_the_mlp_improves_what_was_never_seen():
+    new, old = texts(1500)
+    start = fit_mlp(new[:1200], old[:1200], steps=0)
+    trained = fit_mlp(new[:1200], old[:1200], steps=150, **MLP_QUICK)
+    before, after = (text_hits(each, new[1200:], old[1200:]).mean() for each in (start, trained))
+    assert after > before + 0.05
+    assert not torch.equal(trained.weight, start.weight)
+    first, _, second = trained.mlp
+    correction = gelu(new @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    expected = new @ trained.weight.T + correction
+    torch.testing.assert_close(trained(new), normalize(expected, dim=1))
+    wrecked = fit_mlp(new, old, steps=20, **{**MLP_QUICK, "lr": 30.0})
+    torch.testing.assert_close(wrecked(new), fit_procrustes(new, old)(new))
+
+
+def test_seed_fixes_every_byte_of_the_mlp_and_it_is_saved(tmp_path):
+    new, old = texts(300)
+    before = torch.get_rng_state()
+    first, second, other = (fit_mlp(new, old, steps=25, seed=seed, **MLP_QUICK) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name])
+    assert not torch.equal(first.mlp[0].weight, other.mlp[0].weight)
+    first.save_pretrained(tmp_path)
+    assert torch.equal(Projection.from_pretrained(tmp_path)(new), first(new))

@@ -13,9 +13,9 @@ from xbt.data.vector_worlds import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation import best_positive_ranks
 from xbt.projections import PairVectors, Projection, QueryEnsemble, fit_projection
-from xbt.projections.auto import choose_projection
-from xbt.projections.candidates import Candidate, Fitter, default_candidates
-from xbt.projections.combinations import Nlerp
+from xbt.projections.auto.candidates import Candidate, Fitter, default_candidates
+from xbt.projections.auto.choose import choose_projection
+from xbt.projections.combinations import Linear, Nlerp, Slerp
 from xbt.projections.fitting import CLOSED_FORMS
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
@@ -25,6 +25,7 @@ QUICK = [
     Candidate("procrustes", {"pairs_weight": 0.33}),
     Candidate("procrustes", {"pairs_weight": 0.33}, 30.0),
 ]
+BOTH = ("T2I", "I2T")
 TEXTS = [Candidate("procrustes"), Candidate("ridge")]
 
 
@@ -56,7 +57,7 @@ def test_a_better_model_is_deployed_and_gains_on_other_queries(better):
     decision, test = better
     for direction in ("T2I", "I2T"):
         assert decision.deployed(direction)
-        assert decision.judgements[direction].met
+        assert decision.gain_tests[direction].met
         assert mean_gain(decision, test, direction) > 0.03
 
 
@@ -64,7 +65,7 @@ def test_what_it_promises_is_what_it_keeps(better):
     """The honest estimate of the gain lies near what other queries show (both have errors of ~2 points)."""
     decision, test = better
     for direction in ("T2I", "I2T"):
-        promised = decision.judgements[direction].pooled.estimate
+        promised = decision.gain_tests[direction].pooled.estimate
         # The two galleries differ in size, and gains with it.
         assert abs(promised - mean_gain(decision, test, direction)) < 0.07
 
@@ -113,8 +114,8 @@ def test_pairs_without_new_images_judge_text_queries_alone():
     decision = choose_projection(made.corpus_new, made.corpus_old, pairs=texts)
     assert decision.deployed("T2I")
     assert not decision.deployed("I2T")
-    assert "no I2T queries" in decision.judgements["I2T"].why
-    assert decision.judgements["I2T"].pooled is None
+    assert "no I2T queries" in decision.gain_tests["I2T"].why
+    assert decision.gain_tests["I2T"].pooled is None
 
 
 def test_the_texts_of_the_pairs_may_be_all_there_is():
@@ -125,7 +126,7 @@ def test_the_texts_of_the_pairs_may_be_all_there_is():
     gallery, positives = few.gallery("T2I"), few.positives("T2I")
     flattering = float((best_positive_ranks(leaking, gallery, positives) < 1).double().mean())
     honest = choose_projection(None, None, pairs=few, candidates=alone, use_old=False)
-    (shown,) = (s for s in honest.scores if s.name == "procrustes" and s.direction == "T2I")
+    (shown,) = (s for s in honest.candidates if s.name == "procrustes" and s.direction == "T2I")
     assert flattering > shown.recall[1].estimate + 0.1
     decision = choose_projection(None, None, pairs=support, candidates=QUICK)
     assert decision.deployed("I2T")
@@ -156,17 +157,17 @@ def test_text_groups_are_no_evidence_about_images(use_old):
         assert decision.n_images == 100, "a fifth of the 500 groups is held out"
         assert "images were not seen" in str(decision)
         for direction in ("T2I", "I2T"):
-            judgement = decision.judgements[direction]
-            assert not judgement.met
-            assert judgement.pooled is None
-            assert "no evidence" in judgement.why
+            gain_test = decision.gain_tests[direction]
+            assert not gain_test.met
+            assert gain_test.pooled is None
+            assert "no evidence" in gain_test.why
             assert decision.deployed(direction) is accepted
             if not accepted:
                 assert mean_gain(decision, test, direction) == 0
         if accepted:
             expected = Nlerp(0.5) if use_old else Nlerp(1.0)
             assert set(decision.ensemble.directions.values()) == {expected}
-    shown = {score.name: score for score in decision.scores if score.direction == "T2I"}
+    shown = {score.name: score for score in decision.candidates if score.direction == "T2I"}
     assert shown[decision.name].chosen
     assert shown[decision.name].combination == expected
     low, estimate = shown["procrustes"].recall[1].low, shown["procrustes"].recall[1].estimate
@@ -182,7 +183,7 @@ def test_without_evidence_the_old_query_stays_unless_that_is_accepted():
         assert decision.evidence == "own captions"
         assert decision.deployed("T2I") is accepted
         assert decision.deployed("I2T") is accepted
-        assert "no evidence" in decision.judgements["T2I"].why
+        assert "no evidence" in decision.gain_tests["T2I"].why
         assert decision.name == "procrustes", "ridge finds texts no better by more than the error"
 
 
@@ -208,7 +209,7 @@ def test_copies_of_photos_do_not_speak_for_each_other():
         made.corpus_new, made.corpus_old, pairs=pairs, candidates=QUICK[1:], use_old=False
     )
     assert not decision.deployed("T2I")
-    assert decision.judgements["T2I"].pooled.estimate < 0.02
+    assert decision.gain_tests["T2I"].pooled.estimate < 0.02
     assert decision.n_joined == 300
     assert "300 of these images are near-duplicates of others or share a text" in str(decision)
 
@@ -254,7 +255,7 @@ def test_texts_of_the_pairs_are_left_out_of_the_corpus(kind, tmp_path):
         made.corpus_new, made.corpus_old, pairs=few, candidates=candidates, use_old=False
     )
     assert expected.n_left_out == 0
-    for ours, theirs in zip(found.scores, expected.scores, strict=True):
+    for ours, theirs in zip(found.candidates, expected.candidates, strict=True):
         for k in (1, 5, 10):
             assert ours.recall[k].estimate == pytest.approx(theirs.recall[k].estimate, abs=0.02)
     with pytest.raises(DataError, match="all 300 texts of the corpus are texts that the fits are judged on"):
@@ -266,9 +267,9 @@ def test_every_k_may_be_asked_for():
     options = {"pairs": support, "candidates": QUICK[:1]}
     plain = choose_projection(made.corpus_new, made.corpus_old, **options)
     asked = choose_projection(made.corpus_new, made.corpus_old, every_k=True, **options)
-    for direction, judgement in asked.judgements.items():
-        lows = [each.gain.low for each in judgement.differences.values()]
-        assert judgement.met == (min(lows) > 0 and plain.judgements[direction].met)
+    for direction, gain_test in asked.gain_tests.items():
+        lows = [each.gain.low for each in gain_test.differences.values()]
+        assert gain_test.met == (min(lows) > 0 and plain.gain_tests[direction].met)
     assert plain.deployed("T2I")
     assert not asked.deployed("I2T")
 
@@ -276,7 +277,16 @@ def test_every_k_may_be_asked_for():
 def test_the_decision_can_be_printed_saved_and_loaded(better, tmp_path):
     decision, test = better
     shown = str(decision)
-    for word in ("auto chose", "T2I", "I2T", "old query", "R@1", "* procrustes", "95 % confidence"):
+    for word in (
+        "chose procrustes",
+        "of 3 candidates",
+        "T2I",
+        "I2T",
+        "old query",
+        "R@1",
+        "* procrustes",
+        "95 % confidence",
+    ):
         assert word in shown
     decision.save(tmp_path)
     record = json.loads((tmp_path / "decision.json").read_text())
@@ -290,13 +300,53 @@ def test_the_decision_can_be_printed_saved_and_loaded(better, tmp_path):
     torch.testing.assert_close(again.queries(new, old, "T2I"), decision.queries(new, old, "T2I"))
 
 
-def test_it_is_a_method_of_fit_projection(better):
-    decision, _ = better
-    made, support, _ = world("much better")
-    again = fit_projection(made.corpus_new, made.corpus_old, "auto", pairs=support, candidates=QUICK)
-    assert again.to_dict() == decision.to_dict()
-    with pytest.raises(ConfigError, match="'auto' has no option 'colour'; it has pair_texts, text_groups"):
-        fit_projection(made.corpus_new, made.corpus_old, "auto", colour=1)
+def test_scores_are_those_of_what_would_be_deployed(better):
+    """Every query written out in numpy: mixed by its rule, or the old one alone."""
+    decision, test = better
+    generator = torch.Generator().manual_seed(0)
+    matrices = {name: 0.1 * torch.randn(48, 48, generator=generator) for name in ("old_matrix", "new_matrix")}
+    mixtures = {
+        "linear": QueryEnsemble(48, dict.fromkeys(BOTH, Linear(0.4)), dict.fromkeys(BOTH, matrices)),
+        "nlerp": QueryEnsemble(48, {"T2I": Nlerp(0.3), "I2T": Nlerp(0.0)}),
+        "slerp": QueryEnsemble(48, {"T2I": Slerp(0.4), "I2T": Slerp(1.0)}),
+    }
+
+    def unit(rows):
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    weight = decision.projection.weight.detach().double().numpy()
+    for direction in ("T2I", "I2T"):
+        new, old = test.queries(direction)
+        gallery = 3 * test.gallery(direction)  # lengths do not count
+        u, v = unit(old.double().numpy()), unit(new.double().numpy() @ weight.T)
+        angle = np.arccos((u * v).sum(axis=1, keepdims=True))
+        linear = u @ matrices["old_matrix"].double().numpy().T + v @ matrices["new_matrix"].double().numpy().T
+        expected = {
+            "linear": unit(0.6 * u + 0.4 * v + linear),
+            "nlerp": unit(0.7 * u + 0.3 * v) if direction == "T2I" else u,
+            "slerp": unit(np.sin(0.6 * angle) * u + np.sin(0.4 * angle) * v) if direction == "T2I" else v,
+        }
+        for name, queries in expected.items():
+            deployed = replace(decision, ensemble=mixtures[name])
+            scores = deployed.scores(direction, new.numpy(), old, gallery.double())
+            assert scores.shape == (len(new), len(gallery))
+            wanted = queries @ unit(gallery.double().numpy()).T
+            np.testing.assert_allclose(scores.numpy(), wanted, atol=2e-6, rtol=0)
+    kept = replace(decision, ensemble=mixtures["nlerp"])
+    assert not kept.deployed("I2T")
+    new, old = test.queries("I2T")
+    without = kept.scores("I2T", None, old, test.old_texts)
+    assert torch.equal(without, kept.scores("I2T", new, old, test.old_texts))
+    for arguments, error, message in (
+        (("T2T", None, old, test.old_texts), DataError, "no direction 'T2T'"),
+        (("I2T", None, old, test.new_texts), SpaceMismatchError, "gallery vectors has dimension 64, but 48"),
+        (("T2I", None, old, test.old_texts), DataError, "need the projected new query vectors"),
+        (("I2T", new, None, test.old_texts), DataError, "need the old query vectors"),
+        (("T2I", new, old[:-1], test.old_images), DataError, "give both for each query"),
+        (("I2T", None, new, test.old_texts), SpaceMismatchError, "old queries has dimension 64, but 48"),
+    ):
+        with pytest.raises(error, match=message):
+            kept.scores(*arguments)
 
 
 def test_the_same_seed_decides_the_same(better):
@@ -370,6 +420,7 @@ def test_what_it_cannot_do_is_refused():
     refused("needs the pairs' new_images", candidates=QUICK, pairs=replace(support, new_images=None))
     refused("both given", text_groups=torch.zeros(300))
     refused("confidence is 0.5", confidence=0.5)
+    refused("no option 'colour'; it has thorough, use_old", colour=1)
     refused("folds is 1", folds=1)
     refused("folds is 201, more than the 200 images", folds=201)
     refused("fewer than 20", DataError, pairs=support.subset(range(19)))

@@ -9,15 +9,15 @@ import torch
 from xbt.evaluation import bootstrap_interval, hits_at
 from xbt.evaluation.significance import cautious_interval
 from xbt.projections import PairVectors
-from xbt.projections.selection import (
-    Choice,
-    Contender,
+from xbt.projections.auto.selection import (
+    CandidateRanks,
+    Selection,
     best_by_texts,
     choose,
-    fold_of_clusters,
-    honest_ranks,
-    judge,
+    out_of_fold_ranks,
+    run_gain_test,
 )
+from xbt.projections.near_duplicates import fold_of_clusters
 
 KS = (1, 5)
 QUERIES = 400
@@ -31,7 +31,7 @@ def ranks(hits_at_1, seed=0, exact=True):
 
 
 def contender(name, **settings):
-    return Contender(name, {"T2I": settings})
+    return CandidateRanks(name, {"T2I": settings})
 
 
 GROUPS = {"T2I": torch.arange(QUERIES) // 2}
@@ -42,7 +42,7 @@ OLD = {"T2I": ranks(0.3)}
 def test_the_highest_mean_wins_and_ties_go_to_the_first():
     same = ranks(0.6, 1)
     contenders = [contender("a", x=ranks(0.4, 2)), contender("b", y=same, z=same), contender("c", z=same)]
-    assert choose(contenders, OLD, KS, GROUPS) == Choice("b", {"T2I": "y"})
+    assert choose(contenders, OLD, KS, GROUPS) == Selection("b", {"T2I": "y"})
 
 
 def test_a_high_mean_that_loses_at_one_k_is_not_eligible():
@@ -58,34 +58,34 @@ def test_only_the_rows_that_count_are_looked_at():
     good = torch.where(torch.arange(QUERIES) < 100, 0, 9)
     contenders = [contender("a", x=ranks(0.35, 5)), contender("b", x=good)]
     first = {"T2I": torch.arange(QUERIES) < 100}
-    assert choose(contenders, OLD, KS, GROUPS, first).contender == "b"
+    assert choose(contenders, OLD, KS, GROUPS, first).candidate == "b"
     rest = {"T2I": ~first["T2I"]}
-    assert choose(contenders, OLD, KS, GROUPS, rest).contender == "a"
+    assert choose(contenders, OLD, KS, GROUPS, rest).candidate == "a"
 
 
 def test_honest_ranks_do_not_flatter_chance():
     """Many contenders without any gain: the best looks better than the old one, the honest ranks do not."""
     noise = [contender(f"n{seed}", x=ranks(0.3, 100 + seed, False)) for seed in range(60)]
     best = choose(noise, OLD, KS, GROUPS)
-    flattering = next(each for each in noise if each.name == best.contender).ranks["T2I"]["x"]
-    honest = honest_ranks(noise, OLD, KS, GROUPS, FOLD_OF)["T2I"]
+    flattering = next(each for each in noise if each.name == best.candidate).ranks["T2I"]["x"]
+    honest = out_of_fold_ranks(noise, OLD, KS, GROUPS, FOLD_OF)["T2I"]
     shares = [float((each < 1).double().mean()) for each in (flattering, honest)]
     assert shares[0] > 0.34
     assert shares[1] < 0.33
-    assert not judge("T2I", honest, OLD["T2I"], KS, GROUPS["T2I"]).met
-    assert judge("T2I", flattering, OLD["T2I"], KS, GROUPS["T2I"]).met, "which is what nesting is for"
+    assert not run_gain_test("T2I", honest, OLD["T2I"], KS, GROUPS["T2I"]).met
+    assert run_gain_test("T2I", flattering, OLD["T2I"], KS, GROUPS["T2I"]).met, "which is what nesting is for"
 
 
 def test_honest_ranks_are_those_of_the_other_folds_choice():
     """Fold by fold by hand."""
     contenders = [contender("a", x=ranks(0.45, 6)), contender("b", x=ranks(0.45, 7), y=ranks(0.45, 8))]
     fold_of_group = fold_of_clusters(np.arange(QUERIES // 2), 4, 9)
-    found = honest_ranks(contenders, OLD, KS, GROUPS, fold_of_group)["T2I"]
+    found = out_of_fold_ranks(contenders, OLD, KS, GROUPS, fold_of_group)["T2I"]
     fold_of = torch.from_numpy(fold_of_group)[GROUPS["T2I"]]
     for fold in range(4):
         own = fold_of == fold
         choice = choose(contenders, OLD, KS, GROUPS, {"T2I": ~own})
-        source = next(each for each in contenders if each.name == choice.contender)
+        source = next(each for each in contenders if each.name == choice.candidate)
         assert torch.equal(found[own], source.ranks["T2I"][choice.settings["T2I"]][own])
 
 
@@ -113,7 +113,7 @@ def test_folds_hold_whole_clusters():
 
 
 def test_a_clear_gain_is_met_and_says_so():
-    found = judge("T2I", ranks(0.5, 1), OLD["T2I"], KS, GROUPS["T2I"])
+    found = run_gain_test("T2I", ranks(0.5, 1), OLD["T2I"], KS, GROUPS["T2I"])
     assert found.met
     assert "with 95 % confidence" in found.why
     assert found.pooled.low > 0
@@ -121,7 +121,7 @@ def test_a_clear_gain_is_met_and_says_so():
 
 
 def test_no_gain_is_not_met():
-    found = judge("T2I", ranks(0.31, 1), OLD["T2I"], KS, GROUPS["T2I"])
+    found = run_gain_test("T2I", ranks(0.31, 1), OLD["T2I"], KS, GROUPS["T2I"])
     assert not found.met
     assert "does not exclude a loss" in found.why
 
@@ -129,7 +129,7 @@ def test_no_gain_is_not_met():
 def test_a_gain_on_average_with_a_loss_at_one_k_is_not_met():
     hits = np.random.default_rng(3).random(QUERIES)
     trade = torch.from_numpy(np.where(hits < 0.2, 0, np.where(hits < 0.95, 3, 9)))
-    found = judge("T2I", trade, OLD["T2I"], KS, GROUPS["T2I"])
+    found = run_gain_test("T2I", trade, OLD["T2I"], KS, GROUPS["T2I"])
     assert found.pooled.low > 0
     assert not found.met
     assert "a loss at R@1" in found.why
@@ -152,13 +152,13 @@ def test_every_k_is_asked_for_on_request():
     for seed in range(12):
         new, old = perhaps_losing_at_1(seed)
         for every_k in met:
-            found = judge("T2I", new, old, (1, 5, 10), torch.arange(300), every_k=every_k)
+            found = run_gain_test("T2I", new, old, (1, 5, 10), torch.arange(300), every_k=every_k)
             met[every_k] += found.met
             why.append(found.why)
     assert met[False] >= 6, "which is why docstrings promise nothing of a single k"
     assert met[True] == 0
     assert any("but that does not exclude a loss at R@1" in each for each in why)
-    gains = judge("T2I", ranks(0.5, 1), OLD["T2I"], KS, GROUPS["T2I"], every_k=True)
+    gains = run_gain_test("T2I", ranks(0.5, 1), OLD["T2I"], KS, GROUPS["T2I"], every_k=True)
     assert gains.met
     assert all(each.gain.low > 0 for each in gains.differences.values())
 
@@ -192,22 +192,22 @@ def test_text_retrieval_keeps_what_is_first_unless_a_gain_is_shown():
     groups = {"T2I": torch.arange(QUERIES), "I2T": torch.arange(QUERIES)}
 
     def both(name, hits, seed):
-        return Contender(name, {direction: {"x": ranks(hits, seed)} for direction in groups})
+        return CandidateRanks(name, {direction: {"x": ranks(hits, seed)} for direction in groups})
 
     first = both("first", 0.4, 2)
     noise = [both(f"noise {seed}", 0.405, 10 + seed) for seed in range(5)]
-    assert best_by_texts([first, *noise], "x", KS, groups).contender == "first"
+    assert best_by_texts([first, *noise], "x", KS, groups).candidate == "first"
     better = both("better", 0.55, 3)
     found = best_by_texts([first, *noise, better, both("again", 0.552, 4)], "x", KS, groups)
-    assert found == Choice("better", {"T2I": "x", "I2T": "x"})
+    assert found == Selection("better", {"T2I": "x", "I2T": "x"})
 
 
 @pytest.mark.slow
 def test_error_rate_where_nothing_is_gained():
-    """Two models of the same quality: at most 5 % of the judgements may say otherwise (300 trials)."""
+    """Two models of the same quality: at most 5 % of the gain_tests may say otherwise (300 trials)."""
     met = 0
     for seed in range(300):
         old, new = (ranks(0.3, start + seed, False) for start in (1000, 5000))
-        met += judge("T2I", new, old, KS, torch.arange(QUERIES), seed=seed).met
+        met += run_gain_test("T2I", new, old, KS, torch.arange(QUERIES), seed=seed).met
     assert met <= 25
     assert met > 0, "a test that never errs is not one of 95 % confidence"

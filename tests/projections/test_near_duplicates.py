@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from xbt.data.vector_worlds import WORLDS, make_vector_world
 from xbt.projections import PairVectors
-from xbt.projections.duplicates import TextFinder, clusters_of
+from xbt.projections.near_duplicates import TextFinder, clusters_of
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_of_more_images_than_can_be_compared_exact_copies_are_found(monkeypatch)
     pairs = twice(pairs_of())
     old, new = pairs.old_images.clone(), pairs.new_images.clone()
     old[100:110], new[100:110] = old[:10], new[:10]
-    monkeypatch.setattr("xbt.projections.duplicates.MAX_COMPARED", 199)
+    monkeypatch.setattr("xbt.projections.near_duplicates.MAX_COMPARED", 199)
     clusters = clusters_of(replace(pairs, old_images=old, new_images=new), 5)
     expected = np.arange(200)
     expected[100:110] = np.arange(10)
@@ -136,7 +136,7 @@ def test_of_more_images_than_can_be_compared_exact_copies_are_found(monkeypatch)
 def test_images_are_compared_in_blocks(monkeypatch):
     torch.manual_seed(0)
     pairs = twice(pairs_of())
-    monkeypatch.setattr("xbt.projections.duplicates._BLOCK_ROWS", 7)
+    monkeypatch.setattr("xbt.projections.near_duplicates._BLOCK_ROWS", 7)
     assert np.array_equal(clusters_of(pairs, 5), np.tile(np.arange(100), 2))
 
 

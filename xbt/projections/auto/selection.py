@@ -14,14 +14,17 @@ that gap at ``folds`` times the cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xbt.errors import ConfigError
 from xbt.evaluation import Difference, Interval, bootstrap_interval, compare_ranks, hits_at
+from xbt.evaluation.retrieval import check_ks
 from xbt.evaluation.significance import cautious_interval, means_and_errors
 
 Setting = str
@@ -31,8 +34,65 @@ _MARGIN = 0.5
 """Standard errors by which every k must gain for a setting to be eligible."""
 
 
+@dataclass(kw_only=True)
+class SelectionOptions:
+    """Options of a choice: what may be tried, what counts as a gain, and how it is tested.
+
+    Raises:
+        ConfigError: If a value cannot be used.
+    """
+
+    thorough: bool = False
+    """Also try the trained projections, which takes minutes."""
+    use_old: bool = True
+    """Whether the old query tower may run at search time. If not, the choice is between the new query alone
+    and, where that is not better, staying with the old model."""
+    pair_texts: bool = False
+    """Whether the texts of the pairs join the corpus, fold by fold. It helps where the corpus is small, and
+    takes a fit per fold for every candidate."""
+    accept_unverified: bool = False
+    """Deploy the mean of both queries (without use_old the new query alone) in directions without
+    evidence."""
+    ks: tuple[int, ...] = (1, 5, 10)
+    """Cut-offs that count, together: a direction must gain on average over them, and none may lose more than
+    its standard error. (1,) judges by R@1 alone."""
+    confidence: float = 0.95
+    """One-sided confidence with which a direction must gain to be deployed. Where nothing is to be gained on
+    average over the ks, a direction is deployed with a chance of at most 1 - confidence; see
+    :func:`run_gain_test`."""
+    folds: int = 5
+    """Folds of fitting and of judging."""
+    every_k: bool = False
+    """Whether every k must gain with that confidence on its own, so that a loss at any of them is as unlikely
+    as one on average; many a true gain is then not deployed."""
+    seed: int = 0
+    """Fixes folds and bootstrap."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Make the options from some of their fields by name.
+
+        Raises:
+            ConfigError: If a name is not known; the message lists those there are.
+        """
+        known = [each.name for each in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"the choice has no option {name!r}; it has {', '.join(known)}")
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        self.ks = check_ks(self.ks)
+        if not 0.5 < self.confidence < 1:
+            raise ConfigError(
+                f"confidence is {self.confidence}, but must lie between 0.5 and 1, such as 0.95"
+            )
+        if self.folds < 2:
+            raise ConfigError(f"folds is {self.folds}, but must be at least 2")
+
+
 @dataclass(frozen=True)
-class Contender:
+class CandidateRanks:
     """One projection and what its queries reach with every setting.
 
     Attributes:
@@ -46,15 +106,15 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A contender and one of its settings per direction."""
+class Selection:
+    """A candidate and one of its settings per direction."""
 
-    contender: str
+    candidate: str
     settings: Mapping[str, Setting]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class GainTest:
     """What a direction gains over the old query, by queries whose own ranks had no say in the choice.
 
     Attributes:
@@ -77,37 +137,37 @@ class Judgement:
     recall: Mapping[int, float] = field(default_factory=dict)
 
     @classmethod
-    def unknown(cls, direction: str, why: str) -> Judgement:
-        """The judgement where there is nothing to judge by."""
+    def unknown(cls, direction: str, why: str) -> GainTest:
+        """The gain_test where there is nothing to judge by."""
         return cls(direction, False, why, None)
 
 
 def choose(
-    contenders: Sequence[Contender],
+    candidates: Sequence[CandidateRanks],
     old_ranks: Mapping[str, Tensor],
     ks: tuple[int, ...],
     groups: Mapping[str, Tensor],
     rows: Mapping[str, Tensor] | None = None,
-) -> Choice:
-    """The contender and the settings with the highest mean R@k, among those that gain at every k.
+) -> Selection:
+    """The candidate and the settings with the highest mean R@k, among those that gain at every k.
 
     A high mean can hide a loss at one k, which the criterion forbids. A setting is therefore eligible if
     every k gains at least half a standard error over the old query; of the eligible ones the highest mean
     over the ks wins. Where none is eligible, the one whose worst k is best, in standard errors, stands for
-    the contender. The contender with the highest mean over all directions wins; a direction counts with the
+    the candidate. The candidate with the highest mean over all directions wins; a direction counts with the
     old query's recall where nothing is eligible. Ties go to what comes first: list from simple to elaborate.
 
     Args:
-        contenders: At least one, with the same directions each.
+        candidates: At least one, with the same directions each.
         old_ranks: Per direction the rank of every query under the old model.
         ks: Cut-offs, each of the same weight.
         groups: Per direction the image of every query.
         rows: Per direction which queries count, (n_queries,) booleans; by default all.
     """
-    best: tuple[float, Choice] | None = None
-    for contender in contenders:
+    best: tuple[float, Selection] | None = None
+    for candidate in candidates:
         settings, total = {}, 0.0
-        for direction, by_setting in contender.ranks.items():
+        for direction, by_setting in candidate.ranks.items():
             counted = slice(None) if rows is None else rows[direction]
             old = hits_at(old_ranks[direction][counted], ks).double()
             owner = groups[direction][counted]
@@ -125,7 +185,7 @@ def choose(
                 total += float(old.mean())
             settings[direction] = chosen[3]
         if best is None or total > best[0] + 1e-12:
-            best = total, Choice(contender.name, settings)
+            best = total, Selection(candidate.name, settings)
     assert best is not None
     return best[1]
 
@@ -137,20 +197,20 @@ def _standardised_gains(change: Tensor, owner: Tensor) -> Tensor:
 
 
 def best_by_texts(
-    contenders: Sequence[Contender],
+    candidates: Sequence[CandidateRanks],
     setting: Setting,
     ks: tuple[int, ...],
     groups: Mapping[str, Tensor],
     confidence: float = 0.95,
     seed: int = 0,
-) -> Choice:
-    """The contender that finds texts best, where there is nothing else to go by.
+) -> Selection:
+    """The candidate that finds texts best, where there is nothing else to go by.
 
     What is listed first stays ahead unless the gain of another in R@k, averaged over ks and directions, is
     above 0 with the given one-sided confidence (paired bootstrap); so do the closed forms before the trained.
 
     Args:
-        contenders: At least one.
+        candidates: At least one.
         setting: The one by which they are compared.
         ks: Cut-offs, each of the same weight.
         groups: Per direction the group of every query.
@@ -159,20 +219,20 @@ def best_by_texts(
     """
     owner = torch.cat(list(groups.values()))
 
-    def hits(contender: Contender) -> Tensor:
-        ranks = torch.cat([contender.ranks[direction][setting] for direction in groups])
+    def hits(candidate: CandidateRanks) -> Tensor:
+        ranks = torch.cat([candidate.ranks[direction][setting] for direction in groups])
         return hits_at(ranks, ks).double().mean(dim=1)
 
-    best = contenders[0]
-    for contender in contenders[1:]:
-        gain = hits(contender) - hits(best)
+    best = candidates[0]
+    for candidate in candidates[1:]:
+        gain = hits(candidate) - hits(best)
         if bootstrap_interval(gain, owner, 2 * confidence - 1, seed=seed).low > 0:
-            best = contender
-    return Choice(best.name, dict.fromkeys(groups, setting))
+            best = candidate
+    return Selection(best.name, dict.fromkeys(groups, setting))
 
 
-def honest_ranks(
-    contenders: Sequence[Contender],
+def out_of_fold_ranks(
+    candidates: Sequence[CandidateRanks],
     old_ranks: Mapping[str, Tensor],
     ks: tuple[int, ...],
     groups: Mapping[str, Tensor],
@@ -181,7 +241,7 @@ def honest_ranks(
     """Ranks of every query under the choice that is made by the ranks of the other folds' queries.
 
     Args:
-        contenders: At least one.
+        candidates: At least one.
         old_ranks: Per direction the rank of every query under the old model.
         ks: Cut-offs.
         groups: Per direction the image, or the cluster of images, of every query.
@@ -190,21 +250,21 @@ def honest_ranks(
     Returns:
         Per direction (n_queries,) int64 ranks.
     """
-    by_name = {contender.name: contender for contender in contenders}
+    by_name = {candidate.name: candidate for candidate in candidates}
     result = {direction: torch.zeros(len(owner), dtype=torch.int64) for direction, owner in groups.items()}
     for fold in np.unique(fold_of):
         own = {
             direction: torch.from_numpy(fold_of[owner.numpy()] == fold) for direction, owner in groups.items()
         }
         others = {direction: ~rows for direction, rows in own.items()}
-        choice = choose(contenders, old_ranks, ks, groups, others)
+        choice = choose(candidates, old_ranks, ks, groups, others)
         for direction, rows in own.items():
-            ranks = by_name[choice.contender].ranks[direction][choice.settings[direction]]
+            ranks = by_name[choice.candidate].ranks[direction][choice.settings[direction]]
             result[direction][rows] = ranks[rows]
     return result
 
 
-def judge(
+def run_gain_test(
     direction: str,
     new_ranks: Tensor,
     old_ranks: Tensor,
@@ -213,7 +273,7 @@ def judge(
     confidence: float = 0.95,
     seed: int = 0,
     every_k: bool = False,
-) -> Judgement:
+) -> GainTest:
     """Whether the new queries beat the old ones with confidence.
 
     Two things are asked for. The gain in R@k, averaged over the ks, must be above 0 with the given one-sided
@@ -233,7 +293,7 @@ def judge(
 
     Args:
         direction: For the message.
-        new_ranks: (n,) ranks from :func:`honest_ranks`.
+        new_ranks: (n,) ranks from :func:`out_of_fold_ranks`.
         old_ranks: (n,) ranks of the old query.
         ks: Cut-offs.
         groups: (n,) the image, or the cluster of images, of every query.
@@ -261,7 +321,7 @@ def judge(
         why += f", but a loss at {_named(losing)}"
     elif open_ks:
         why += f", but that does not exclude a loss at {_named(open_ks)}"
-    return Judgement(
+    return GainTest(
         direction,
         pooled.low > 0 and not losing and not open_ks,
         why,
@@ -270,24 +330,6 @@ def judge(
         {k: float((old_ranks < k).double().mean()) for k in ks},
         {k: float((new_ranks < k).double().mean()) for k in ks},
     )
-
-
-def fold_of_clusters(clusters: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
-    """(n_images,) the fold of every image.
-
-    Folds hold whole clusters, and as many of them each as can be. Where every image is a cluster of its own,
-    they are those of :meth:`PairVectors.folds`.
-
-    Args:
-        clusters: (n_images,) the first image of every image's cluster.
-        folds: How many, at most as many as there are clusters.
-        seed: Fixes them.
-    """
-    order = np.random.default_rng(seed).permutation(len(clusters))
-    place = np.empty(len(clusters), dtype=np.int64)
-    for fold, part in enumerate(np.array_split(order[clusters[order] == order], folds)):
-        place[part] = fold
-    return place[clusters]
 
 
 def _named(ks: Sequence[int]) -> str:

@@ -72,6 +72,24 @@ def clusters_of(pairs: PairVectors, folds: int) -> NDArray[np.int64]:
     return first
 
 
+def fold_of_clusters(clusters: NDArray[np.int64], folds: int, seed: int) -> NDArray[np.int64]:
+    """Draw the (n_images,) fold of every image.
+
+    Folds hold whole clusters, and as many of them each as can be. Where every image is a cluster of its own,
+    they are those of :meth:`PairVectors.folds`.
+
+    Args:
+        clusters: (n_images,) the first image of every image's cluster.
+        folds: How many, at most as many as there are clusters.
+        seed: Fixes them.
+    """
+    order = np.random.default_rng(seed).permutation(len(clusters))
+    place = np.empty(len(clusters), dtype=np.int64)
+    for fold, part in enumerate(np.array_split(order[clusters[order] == order], folds)):
+        place[part] = fold
+    return place[clusters]
+
+
 class TextFinder:
     """Finds texts that are equal to known ones under both models, whatever the precision they came in.
 

@@ -1,4 +1,4 @@
-"""The choosing recipe's job on tiny models: what it writes can be loaded and searches as it was judged."""
+"""The choice from files on tiny models: what it writes can be loaded and searches as it was judged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 
-from xbt.choosing_job import ChooseProjectionConfig, embed_pairs, run_choice
+from xbt.cli.fit import embed_pairs, run_fit
+from xbt.cli.fit_config import FitConfig
 from xbt.compatible import CompatibleEncoder
 from xbt.data import CaptionSource, PairSource, make_scenes
 from xbt.encoders import load_encoder
@@ -32,16 +33,16 @@ def config(specs, tmp_path, **changes):
         "output_dir": str(tmp_path / "out"),
         **changes,
     }
-    return ChooseProjectionConfig(*specs, **values)
+    return FitConfig(old=specs[0], new=specs[1], **values)
 
 
 def test_what_is_saved_makes_the_decision_s_queries(specs, tmp_path):
-    decision = run_choice(config(specs, tmp_path))
+    decision = run_fit(config(specs, tmp_path)).decision
     out = tmp_path / "out"
     record = json.loads((out / "decision.json").read_text())
     assert record["evidence"] == "pairs"
     assert record["n_images"] == 24
-    assert (out / "decision.txt").read_text().startswith("auto chose ")
+    assert (out / "decision.txt").read_text().startswith("chose ")
     assert {"config.yaml", "versions.json"} <= {path.name for path in out.iterdir()}
     old, new = (load_encoder(spec) for spec in specs)
     upgraded = CompatibleEncoder.from_pretrained(out / "compatible")
@@ -71,7 +72,7 @@ def test_images_of_the_pairs_are_not_all_decoded_at_once(specs, monkeypatch):
 
 
 def test_the_evaluation_takes_it(specs, tmp_path):
-    run_choice(config(specs, tmp_path))
+    run_fit(config(specs, tmp_path))
     report = run_evaluation(
         EvaluationConfig(
             *specs,
@@ -85,9 +86,9 @@ def test_the_evaluation_takes_it(specs, tmp_path):
 
 
 def test_which_ks_count_is_a_setting(specs, tmp_path):
-    decision = run_choice(config(specs, tmp_path, ks=[1, 3], every_k=True))
-    assert set(decision.judgements["T2I"].differences) == {1, 3}
-    assert "k = 1, 3" in decision.judgements["T2I"].why
+    decision = run_fit(config(specs, tmp_path, ks=[1, 3], every_k=True)).decision
+    assert set(decision.gain_tests["T2I"].differences) == {1, 3}
+    assert "k = 1, 3" in decision.gain_tests["T2I"].why
 
 
 def test_captions_of_the_pairs_do_not_count_as_corpus(specs, tmp_path):
@@ -95,10 +96,10 @@ def test_captions_of_the_pairs_do_not_count_as_corpus(specs, tmp_path):
     same = tmp_path / "captions.txt"
     same.write_text("\n".join(make_scenes(24).texts), encoding="utf-8")
     with pytest.raises(ConfigError, match="every caption is one of the pairs' own"):
-        run_choice(config(specs, tmp_path, captions=CaptionSource(str(same)), pairs=pairs))
+        run_fit(config(specs, tmp_path, captions=CaptionSource(str(same)), pairs=pairs))
 
 
 def test_several_processes_are_refused(specs, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
-        run_choice(config(specs, tmp_path))
+        run_fit(config(specs, tmp_path))

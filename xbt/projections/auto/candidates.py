@@ -14,8 +14,8 @@ from torch import Tensor
 from xbt.errors import DataError
 from xbt.projections.base import Projection
 from xbt.projections.combinations import Adaptive, Combination, Linear, Nlerp
-from xbt.projections.duplicates import TextFinder
-from xbt.projections.fitting import CLOSED_FORMS, check_options, fit_projection
+from xbt.projections.fitting import CLOSED_FORMS, fit_projection, grouped_options
+from xbt.projections.near_duplicates import TextFinder
 from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source, paired_chunks, random_access
 from xbt.projections.statistics import TERMS, PairStatistics
@@ -147,7 +147,7 @@ class Fitter:
             XbtError: As the method's own fit.
         """
         options = dict(candidate.options)
-        check_options(candidate.method, options)
+        grouped_options(candidate.method, options)
         images = pairs if candidate.needs_image_vectors else None
         depends = pairs is not None and (self.pair_texts or images is not None)
         key = f"{candidate.method} {sorted(options.items())}"

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from xbt.choosing_job import ChooseProjectionConfig, embed_pairs, encoder_if_needed, run_choice
 from xbt.cli.fit_config import AUTO, FitConfig
 from xbt.compatible import CompatibleEncoder
-from xbt.data import load_readable_pairs, read_captions
+from xbt.data import ImageTextPairs, load_readable_pairs, read_captions
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError
-from xbt.projections import Decision, PairVectors, Projection, fit_projection
-from xbt.projections.fitting import check_options, options_of
+from xbt.evaluation.cells import LazyImages
+from xbt.projections import (
+    Decision,
+    PairVectors,
+    Projection,
+    SelectionOptions,
+    choose_projection,
+    fit_projection,
+)
+from xbt.projections.fitting import grouped_options, option_names
 from xbt.projections.sources import Source
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
@@ -26,11 +34,11 @@ CAPTION = "caption"
 
 @dataclass(frozen=True)
 class FitResult:
-    """What was fitted and where it is.
+    """Result of a fit and where it is saved.
 
     Attributes:
         method: By which method.
-        items: Items the projection was fitted to; ``None`` where the decision tells.
+        items: Items the projection was fitted to.
         dims: Dimension of the new and of the old vectors.
         decision: The choice of ``auto``.
         projection: Directory of the projection.
@@ -38,7 +46,7 @@ class FitResult:
     """
 
     method: str
-    items: int | None
+    items: int
     dims: tuple[int, int]
     decision: Decision | None
     projection: Path
@@ -73,29 +81,31 @@ class FitResult:
 
 @dataclass(frozen=True)
 class _Material:
-    """What is fitted, to what, and by what.
+    """Vectors and encoders of a fit.
 
     Attributes:
         sides: Vectors of the same items of the new and of the old model.
         items: How many.
         pairs: Of both models.
         encoders: The new and the old encoder, where they are named.
+        skipped: Images of the pairs that cannot be decoded.
     """
 
     sides: tuple[Source, Source]
     items: int
     pairs: PairVectors | None
     encoders: tuple[DualEncoder | None, DualEncoder | None]
+    skipped: list[dict[str, str]] = field(default_factory=list)
 
 
 def run_fit(config: FitConfig) -> FitResult:
-    """Fits or chooses a projection and saves it, with the encoder that uses it where that is named.
+    """Fit or choose a projection and save it, with the encoder that uses it where that is named.
 
     Args:
         config: What to do.
 
     Returns:
-        What was fitted and where it is; print it.
+        The result; print it.
 
     Raises:
         XbtError: If an encoder, a store, the captions, the pairs or a setting cannot be used.
@@ -103,47 +113,44 @@ def run_fit(config: FitConfig) -> FitResult:
     Warns:
         UserWarning: If images were left out because they cannot be decoded.
     """
-    if config.is_plain_choice:
-        return _chosen_as_the_recipe_does(config)
-    method, options = config.chosen_method, dict(config.options)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a projection is fitted in one process; launch it with --num_processes 1")
+    method = config.chosen_method
+    # Wrong options are refused before anything is loaded or embedded.
+    options = config.selection if method == AUTO else _method_options(config)
     if method == AUTO:
-        own = {name: getattr(config, name) for name in ("thorough", "use_old", "confidence", "folds", "seed")}
-        options = {**own, **options}
-    else:
-        check_options(method, options)
-        if "seed" in options_of(method):
-            options.setdefault("seed", config.seed)
+        SelectionOptions.of(options)
     run = RunDirectory(config.output_dir, config, config.overwrite)
     material = _gather(config)
-    new, old = material.encoders
+    new_space, old_space = (None if encoder is None else encoder.space for encoder in material.encoders)
+    new, old = material.sides
+    if method == AUTO:
+        decision = choose_projection(
+            new, old, pairs=material.pairs, new_space=new_space, old_space=old_space, **options
+        )
+        run.prepare()
+        return _save(run, method, material, decision.projection, decision)
     fitted = fit_projection(
-        *material.sides,
-        method,
-        pairs=material.pairs,
-        new_space=None if new is None else new.space,
-        old_space=None if old is None else old.space,
-        **options,
+        new, old, method, pairs=material.pairs, new_space=new_space, old_space=old_space, **options
     )
     run.prepare()
-    return _save(run, method, material, fitted)
+    return _save(run, method, material, fitted, None)
 
 
-def _chosen_as_the_recipe_does(config: FitConfig) -> FitResult:
-    """The choice of ``recipes/choose_projection.py``, with the same files."""
-    names = ChooseProjectionConfig.__dataclass_fields__
-    # What the command line has no flag for is one of the method's options, and then this is no plain choice.
-    given = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    decision = run_choice(ChooseProjectionConfig(**given))
-    compatible = Path(config.output_dir) / "compatible"
-    projection = decision.projection
-    dims = projection.new_dim, projection.old_dim
-    return FitResult(AUTO, None, dims, decision, compatible / "projection", compatible)
+def _method_options(config: FitConfig) -> dict[str, Any]:
+    """The method's options, with the config's seed where the method has one."""
+    method, options = config.chosen_method, dict(config.options)
+    grouped_options(method, options)
+    if "seed" in option_names(method):
+        options.setdefault("seed", config.seed)
+    return options
 
 
 def _gather(config: FitConfig) -> _Material:
-    """Loads encoders, and opens or embeds what the projection is fitted to."""
+    """Load encoders, and open or embed the vectors to fit to."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pairs = None if config.pairs is None else load_readable_pairs(config.pairs, progress=True)[0]
+    readable = None if config.pairs is None else load_readable_pairs(config.pairs, progress=True)
+    pairs, rejected = readable or (None, [])
     taken = set() if pairs is None else set(pairs.texts)
     corpus, stores = None, None
     if config.captions is not None:
@@ -160,16 +167,17 @@ def _gather(config: FitConfig) -> _Material:
                 f"has {len(stores[1])}, but both must be of the same items"
             )
     new, old = (None if spec is None else load_encoder(spec, device) for spec in (config.new, config.old))
+    skipped = [{"id": each.id, "reason": each.reason} for each in rejected]
     vectors = None if pairs is None or new is None or old is None else embed_pairs(pairs, new, old)
     if stores is not None:
         _require_spaces(stores, (new, old))
         sides, count = _without(stores, taken)
-        return _Material(sides, count, vectors, (new, old))
+        return _Material(sides, count, vectors, (new, old), skipped)
     assert corpus is not None
     assert new is not None
     assert old is not None
     embedded = new.encode_texts(corpus, progress=True), old.encode_texts(corpus, progress=True)
-    return _Material(embedded, len(corpus), vectors, (new, old))
+    return _Material(embedded, len(corpus), vectors, (new, old), skipped)
 
 
 def _require_spaces(
@@ -207,20 +215,32 @@ def _without(
     return (first.rows(rows), stores[1].rows(rows)), len(rows)
 
 
-def _save(run: RunDirectory, method: str, material: _Material, fitted: Projection | Decision) -> FitResult:
-    """Writes the projection, and what makes queries of it."""
+def embed_pairs(pairs: ImageTextPairs, new: DualEncoder, old: DualEncoder) -> PairVectors:
+    """Embed pairs with both models; images are decoded batch by batch, for each of them."""
+    images = LazyImages(pairs)
+    (new_texts, new_images), (old_texts, old_images) = (
+        (encoder.encode_texts(list(pairs.texts), progress=True), encoder.encode_images(images, progress=True))
+        for encoder in (new, old)
+    )
+    owners = torch.tensor([int(rows[0]) for rows in pairs.positives_t2i])
+    return PairVectors(new_texts, old_texts, old_images, owners, new_images)
+
+
+def _save(
+    run: RunDirectory, method: str, material: _Material, projection: Projection, decision: Decision | None
+) -> FitResult:
+    """Write the projection, the decision, and the encoder that makes queries with them."""
     new, old = material.encoders
-    decision = fitted if isinstance(fitted, Decision) else None
-    projection = fitted.projection if isinstance(fitted, Decision) else fitted
-    if decision is not None:
-        decision.save(run.path)
-        (run.path / "decision.txt").write_text(f"{decision}\n", encoding="utf-8")
-    else:
+    if decision is None:
         projection.save_pretrained(run.path / "projection")
+    else:
+        decision.save(run.path)
+        run.write_json("decision.json", {**decision.to_dict(), "skipped_images": material.skipped})
+        (run.path / "decision.txt").write_text(f"{decision}\n", encoding="utf-8")
     compatible = None
     if new is not None and projection.old_space is not None:
         ensemble = None if decision is None else decision.ensemble
-        beside = None if decision is None or old is None else encoder_if_needed(decision, old)
+        beside = old if decision is not None and decision.needs_old else None
         compatible = run.path / "compatible"
         CompatibleEncoder(new, projection, ensemble, beside).save_pretrained(compatible)
     dims = projection.new_dim, projection.old_dim
