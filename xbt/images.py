@@ -43,7 +43,7 @@ def is_url(text: str) -> bool:
 
 
 class ListedPath(str):
-    """A path that knows the folder it was listed from, by which a lost file is told from a lost disk.
+    """A path that knows the folder it was listed from, which tells a lost file from a lost disk.
 
     It is refused when it leads out of that folder: such a name comes from a file that somebody else wrote.
 
@@ -262,7 +262,7 @@ def blame_the_system(error: Exception, what: str) -> None:
         ) from error
     if isinstance(error, OSError) and error.errno in _NOT_THE_IMAGE:
         raise DataError(
-            f"{what} cannot be read: {error.strerror}, which is no fault of the image; mend that, or take "
+            f"{what} cannot be read: {error.strerror}, which is no fault of the image; fix that, or take "
             "the image away if it is the only one, and run the same command again"
         ) from error
 

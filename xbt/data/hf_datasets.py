@@ -43,7 +43,7 @@ def open_dataset(source: str, subset: str | None = None, split: str | None = Non
 
 
 def open_rows(source: str, subset: str | None, split: str | None, split_column: str | None) -> Any:
-    """Opens the wanted rows of a data set whose splits are its own, or are told by a column.
+    """Opens the wanted rows of a data set whose splits are its own, or are named by a column.
 
     A data set with a single split and a column ``split`` is Karpathy's file as a table: the column then has
     the last word, for its one split may be called ``"test"`` and hold the training images as well.
@@ -73,9 +73,9 @@ def open_rows(source: str, subset: str | None, split: str | None, split_column: 
     if split_column is None:
         return _choose_split(opened, source, split)
     rows = _choose_split(opened, source, ALL_SPLITS)
-    told = [str(value) for value in read_column(rows, split_column, source)]
-    wanted = choose_splits(split, sorted(set(told)), f"{source}, column {split_column!r},")
-    return rows.select([row for row, name in enumerate(told) if name in wanted])
+    named = [str(value) for value in read_column(rows, split_column, source)]
+    wanted = choose_splits(split, sorted(set(named)), f"{source}, column {split_column!r},")
+    return rows.select([row for row, name in enumerate(named) if name in wanted])
 
 
 def _telling_column(opened: Any, split: str | None) -> str | None:

@@ -88,7 +88,7 @@ def load_labelled(source: LabelledSource | str) -> LabelledImages:
     Raises:
         ConfigError: If an option does not apply to this kind of source.
         DataError: If the source cannot be read or holds no image, a label is missing or no class of the data
-            set, or more classes are asked for than there are; the message names the place and the mend.
+            set, or more classes are asked for than there are; the message names the place and the fix.
 
     Example:
         >>> load_labelled("flowers/")

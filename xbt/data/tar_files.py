@@ -59,8 +59,8 @@ def find_tars(source: str) -> list[FoundTar]:
             files, path = fsspec.core.url_to_fs(pattern)
             if set(path) & set("*?[") and not files.exists(path):
                 local = "://" not in pattern
-                for name, told in sorted(files.glob(path, detail=True).items()):
-                    places.append(_Place(name if local else files.unstrip_protocol(name), files, name, told))
+                for name, info in sorted(files.glob(path, detail=True).items()):
+                    places.append(_Place(name if local else files.unstrip_protocol(name), files, name, info))
             else:
                 places.append(_Place(pattern, files, path, {}))
         # Thousands of questions over a network, where its file system can be asked several at once.
@@ -91,7 +91,7 @@ class _Place(NamedTuple):
     url: str
     files: Any
     path: str
-    told: dict[str, Any]
+    info: dict[str, Any]
 
 
 def _state(place: _Place) -> str:
@@ -100,12 +100,12 @@ def _state(place: _Place) -> str:
         if isinstance(place.files, LocalFileSystem):
             status = Path(place.path).stat()
             return f"{status.st_size} {status.st_mtime_ns}"
-        known = place.told.get("size") is not None
-        told = place.told if known else place.files.info(place.path)
+        known = place.info.get("size") is not None
+        info = place.info if known else place.files.info(place.path)
     except FileNotFoundError:
         return ""
-    stamp = next((told[key] for key in _STAMPS if told.get(key) is not None), "")
-    return f"{told.get('size')} {stamp}"
+    stamp = next((info[key] for key in _STAMPS if info.get(key) is not None), "")
+    return f"{info.get('size')} {stamp}"
 
 
 def _expand_braces(pattern: str) -> list[str]:

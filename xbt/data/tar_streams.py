@@ -35,7 +35,7 @@ _MOST_IN_A_ROW = 8
 class TarStream:
     """The members of one tar in their order; each can be read until the next is asked for.
 
-    Whatever goes wrong on the way to the tar's bytes is told apart from what is wrong with them where it
+    Whatever goes wrong on the way to the tar's bytes is kept apart from what is wrong with them where it
     happens: the kinds of error do not tell, for a damaged file and a broken network share some.
     """
 

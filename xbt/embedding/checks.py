@@ -64,7 +64,7 @@ def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> 
             f"{job['source']} has changed since {path} was begun ({_count(there)} then, {_count(job)} now, "
             "or others in their place); choose another directory, or pass --overwrite true to start afresh"
         )
-    # Jobs of earlier versions were cut as they were told.
+    # Jobs of earlier versions were cut by their shard size.
     return {**job, "items_per_shard": there.get("items_per_shard", there["shard_size"])}
 
 

@@ -214,7 +214,7 @@ def _load(config: EmbedConfig, team: Team) -> DualEncoder:
 
 
 def choose_workers(encoder: DualEncoder, cores: int) -> int:
-    """How many processes shall decode ahead, for each one that embeds and has so many cores."""
+    """Number of processes that decode ahead, for each one that embeds and has so many cores."""
     if encoder.device.type != "cpu":
         return min(cores, 16)
     # On a CPU the model needs the cores itself; one process that reads ahead pays as soon as there are two.

@@ -48,9 +48,9 @@ def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int
         def lines(key: str = key, word: str = word) -> Iterator[str]:
             nonlocal count
             for record in committed.values():
-                for item, told in record.extra.get(key, ()):
+                for item, text in record.extra.get(key, ()):
                     count += 1
-                    yield json.dumps({"id": item, word: told}, ensure_ascii=False) + "\n"
+                    yield json.dumps({"id": item, word: text}, ensure_ascii=False) + "\n"
 
         write_lines(path / name, lines())
         counts.append(count)

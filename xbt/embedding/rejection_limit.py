@@ -53,5 +53,5 @@ class RejectionLimit:
         )
         raise DataError(
             f"{self.rejected} of {self.entries} items were rejected ({why}), more than the share "
-            f"{self.share:g} of --max_rejected; mend the source and {again}, or raise --max_rejected"
+            f"{self.share:g} of --max_rejected; fix the source and {again}, or raise --max_rejected"
         )

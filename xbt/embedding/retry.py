@@ -46,7 +46,7 @@ def refuse_streams(source: ItemSource) -> None:
     if source.length is None:
         raise ConfigError(
             f"--retry_rejected cannot be used with {source.name}: it is a stream, whose items are not found "
-            "again by their ids; embed it anew with --overwrite true"
+            "again by their ids; embed it again with --overwrite true"
         )
 
 

@@ -82,7 +82,7 @@ def _embed_texts(
     team: Team, shards: Iterator[Batch], encoder: DualEncoder, writer: _Writer, batch_size: int, workers: int
 ) -> None:
     # A shard at a time: the encoder itself sorts texts by length and batches them.
-    told = False
+    said = False
     for shard in shards:
         if team.stopped:
             return
@@ -93,9 +93,9 @@ def _embed_texts(
         for warning in caught:
             # That texts were cut is said of the first shard where it happened, not of each of thousands.
             cut = issubclass(warning.category, TruncationWarning)
-            if not (cut and told):
+            if not (cut and said):
                 warnings.warn(f"shard {shard.shard}: {warning.message}", warning.category, stacklevel=2)
-            told = told or cut
+            said = said or cut
         writer.add(shard, vectors, range(len(texts)))
 
 
