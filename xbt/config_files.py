@@ -64,7 +64,7 @@ def _groups(config_class: type[Any], prefix: str = "") -> dict[str, type[Any]]:
 
 def _allow_only(classes: set[type[Any]]) -> None:
     """Lets jsonargparse import the config's own classes, by any name it has for them, and no others."""
-    allowed = set()
+    allowed: set[str] = set()
     for each in classes:
         module = each.__module__.split(".")
         names = [".".join([*module[:end], each.__qualname__]) for end in range(1, len(module) + 1)]
