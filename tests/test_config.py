@@ -128,9 +128,7 @@ def test_nothing_is_imported_for_other_strings(trap, flags, capsys):
         parse_config(Sources, flags)
 
 
-@pytest.mark.parametrize(
-    "text", ["options: {a: &a [x, x], b: *a}", "- a", "b", "[" * 5_000, "a: " + "b" * 2**20]
-)
+@pytest.mark.parametrize("text", ["a: &a [*a]", "- a", "b", "[" * 5_000, "a: " + "b" * 2**20])
 def test_odd_yaml_is_one_sentence(tmp_path, text):
     (tmp_path / "odd.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"odd\.yaml .*; (write|give|fix)"):
@@ -138,12 +136,10 @@ def test_odd_yaml_is_one_sentence(tmp_path, text):
 
 
 def test_strings_in_yaml_stay_strings(tmp_path):
-    (tmp_path / "a.yaml").write_text(
-        "captions: {source: '1e-3', column: 'no'}\noptions: {a: 1e-3, b: '1e-3'}"
-    )
+    (tmp_path / "a.yaml").write_text("captions: {source: '1e-3', column: 'no'}\noptions: {a: 1e-3}")
     read = parse_config(Sources, ["--config", str(tmp_path / "a.yaml")])
     assert read.captions == CaptionSource("1e-3", column="no")
-    assert read.options == {"a": 0.001, "b": "1e-3"}
+    assert read.options == {"a": 0.001}
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", "simplecache::s3://b", "s3:/b"])

@@ -18,7 +18,8 @@ from jsonargparse import get_loader, set_parsing_settings
 
 from xbt.errors import ConfigError, XbtError
 
-_MAX_CONFIG_BYTES = 1 << 20
+_MAX_CONFIG_BYTES = 1 << 18
+_MAX_ALIASES = 16
 _MAX_DEPTH = 50
 _CLASS_PATH = "class_path"
 
@@ -64,7 +65,7 @@ def _groups(config_class: type[Any], prefix: str = "") -> dict[str, type[Any]]:
 
 def _allow_only(classes: set[type[Any]]) -> None:
     """Lets jsonargparse import the config's own classes, by any name it has for them, and no others."""
-    allowed = set()
+    allowed: set[str] = set()
     for each in classes:
         module = each.__module__.split(".")
         names = [".".join([*module[:end], each.__qualname__]) for end in range(1, len(module) + 1)]
@@ -137,17 +138,21 @@ def _read_yaml(file: str, config_class: type[Any]) -> str:
         return yaml.dump(plain, Dumper=_QuotingDumper, width=sys.maxsize)
     except XbtError:
         raise
+    except RecursionError as error:
+        raise ConfigError(f"--config {file} has a value that holds itself; write it out") from error
     except (yaml.YAMLError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config {file} is not valid YAML ({reason}); fix the file") from error
 
 
 def _refuse_bombs(text: str, file: str) -> None:
-    depth = 0
+    depth = aliases = 0
     for event in yaml.parse(text, yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            # A few lines of aliases of aliases stand for billions of values.
-            raise ConfigError(f"--config {file} has an alias (*name); write the value in its place")
+        aliases += isinstance(event, yaml.AliasEvent)
+        if aliases > _MAX_ALIASES:  # a few lines of aliases of aliases stand for billions of values
+            raise ConfigError(
+                f"--config {file} has too many aliases (*name); write the values in their place"
+            )
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
             raise ConfigError(f"--config {file} is nested too deeply; write fewer levels")

@@ -419,7 +419,7 @@ def test_options_that_do_not_apply(made, tmp_path):
         load_pairs(str(lines))
 
 
-def test_the_mend_is_of_the_source_s_kind(made, tmp_path):
+def test_the_fix_is_of_the_source_s_kind(made, tmp_path):
     silent = [replace(photo, captions=[" "]) for photo in made]
     for source in (write_karpathy(tmp_path / "a", silent), write_wds(tmp_path / "b", silent)):
         with pytest.raises(DataError, match=r"none of the 6 images .* has a caption; give a source that has"):

@@ -96,5 +96,6 @@ def _read(file: str) -> bytes:
     if sys.stdin is None:  # closed by whoever started this process
         return b""
     if isinstance(sys.stdin, TextIOWrapper):  # whose own decoder depends on the locale
-        return sys.stdin.buffer.read(_MAX_BYTES + 1)
+        data: bytes = sys.stdin.buffer.read(_MAX_BYTES + 1)
+        return data
     return sys.stdin.read().encode("utf-8", "surrogatepass")

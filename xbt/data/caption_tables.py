@@ -176,7 +176,8 @@ def _delimiter(lines: list[Line], path: Path, required: bool) -> str | None:
             )
         return None
     if not count:
-        return _refuse_nameless(lines, path)
+        _refuse_nameless(lines, path)
+        return None
     number, line = others[0]
     raise DataError(
         f"{path}, line {number}: {line[:60]!r} does not begin with an image's name and a delimiter, as "

@@ -161,7 +161,9 @@ def _shards(files: Any, base: str, where: str) -> int:
     """How many shards a split has: what nshards.txt says, if they are all there."""
     told = (_read_text(files, f"{base}/nshards.txt") or "").strip()
     if not told.isdecimal() or len(told) > _MOST_DIGITS or int(told) < 1:
-        raise DataError(f"{where}/nshards.txt says {told[:40]!r} where the number of tars should be; mend it")
+        raise DataError(
+            f"{where}/nshards.txt says {told[:40]!r} where the number of tars should be; correct it"
+        )
     count = int(told)
     present = {str(path).rsplit("/", 1)[-1] for path in files.glob(f"{base}/*.tar")}
     # Counted by the tars that are there: the number may be any.
@@ -176,7 +178,7 @@ def _shards(files: Any, base: str, where: str) -> int:
     if len(present) > count:
         raise DataError(
             f"{where}/nshards.txt says {count} tars, but {len(present)} are there; take the surplus away or "
-            "mend the number"
+            "correct the number"
         )
     return count
 
@@ -193,9 +195,11 @@ def _add_shard(pairs: TarredPairs, tar: str, name: str) -> None:
         places: list[tuple[int, int]] = []
         for sample in read_samples(tar, "image"):
             if sample.fault == missing("image"):
-                raise DataError(f"{tar}, sample {sample.key}: a caption file without a picture; mend the tar")
+                raise DataError(
+                    f"{tar}, sample {sample.key}: a caption file without a picture; write the tar again"
+                )
             if sample.fault is not None:
-                raise DataError(f"{tar}, sample {sample.key}: {sample.fault}; mend the tar")
+                raise DataError(f"{tar}, sample {sample.key}: {sample.fault}; write the tar again")
             places.append(sample.place)
             pairs.ids.append(readable(f"{name}/{sample.key}"))
             pairs.captions.append(captions.get(sample.key, []))
@@ -213,7 +217,7 @@ def _captions(tar: str) -> Iterator[tuple[str, list[str]]]:
         if sample.fault == missing("caption"):
             continue  # an image without captions, as other formats have them too
         if sample.fault is not None:
-            raise DataError(f"{tar}, sample {sample.key}: {sample.fault}; mend the tar")
+            raise DataError(f"{tar}, sample {sample.key}: {sample.fault}; write the tar again")
         try:
             text = sample.read().decode("utf-8")
         except UnicodeDecodeError as error:
