@@ -111,7 +111,8 @@ def test_unit_rows_leave_usual_rows_as_torch_does_and_zeros_as_zeros():
     [
         torch.ones(2, 3).to("meta"), torch.eye(3).to_sparse(), torch.ones(2, 3, dtype=torch.complex64),
         np.ones((2, 3), np.complex128), np.ma.masked_array(np.ones((2, 3)), mask=np.eye(2, 3)),
-        [[1.0], [1.0, 2.0]], [["a"]], None, {"a": 1.0}, [[10**400]], np.full((2, 3), np.longdouble("1e4000")), np.array([["a"]]), iter([1.0]),
+        [[1.0], [1.0, 2.0]], [["a"]], None, {"a": 1.0}, [[10**400]],
+        np.full((2, 3), np.longdouble("1e4000")), np.array([["a"]]), iter([1.0]),
     ],
     ids=lambda given: str(given)[:20],
 )  # fmt: skip

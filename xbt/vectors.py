@@ -32,7 +32,7 @@ def unit_rows(rows: Tensor) -> Tensor:
     Returns:
         (…, dim) rows of length 1 in the same dtype; a row of zeros stays zero.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a graph is for vectors of usual lengths
+    if torch.compiler.is_compiling():  # a graph is for vectors of usual lengths
         return torch.nn.functional.normalize(rows, dim=-1)
     # Divided by a power of two first, which rounds nothing: usual rows come out as they would without.
     largest = rows.detach().abs().amax(dim=-1, keepdim=True)

@@ -131,7 +131,7 @@ class Projection(nn.Module, SharedPart):
 
     def _watched(self, rows: Tensor) -> bool:
         """Tells where a branch on values would break a graph, or make a training step or a GPU wait."""
-        graph = rows.requires_grad or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        graph = rows.requires_grad or torch.compiler.is_compiling()
         return self.training or graph or rows.device.type != "cpu"
 
     def _taken(self, vectors: Vectors) -> Tensor:

@@ -142,14 +142,14 @@ def _rows(items: Items) -> Iterator[tuple[str, str, str | None]]:
         metadata = [None] * len(items.ids) if items.metadata is None else items.metadata.to_pylist()
     except (ValueError, OverflowError, TypeError, pa.ArrowException) as error:
         raise DataError(
-            f"the metadata of the items from {items.ids[0]!r} on have no JSON form ({error}); make a store with "
-            "plain values"
+            f"the metadata of the items from {items.ids[0]!r} on have no JSON form ({error}); make a store "
+            "with plain values"
         ) from error
     for item, vector, values in zip(items.ids, items.vectors, metadata, strict=True):
         if "\0" in item or not _is_unicode(item):
             raise DataError(
-                f"the id {item!r} holds the character NUL or half a character, which PostgreSQL does not; rename "
-                "it"
+                f"the id {item!r} holds the character NUL or half a character, which PostgreSQL does not; "
+                "rename it"
             )
         yield item, vector_text(vector), None if values is None else _json(values, item)
 

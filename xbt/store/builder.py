@@ -57,7 +57,7 @@ class StoreBuilder:
 
     The directory is on a file system that all of them see. The main process calls :meth:`prepare` before the
     others start; then every process calls :meth:`write` for the shards that are its own (no shard has two
-    writers); at the end the main process calls :meth:`finish`. A shard is committed once its record stands
+    writers); at the end the main process calls :meth:`finish`. A shard is committed once its record is
     in ``in_progress/``, the store once its manifest does: a job killed at any moment is run again, asks
     :meth:`committed` what is there, and writes the rest.
 

@@ -43,7 +43,7 @@ class ColumnTypes:
                 try:
                     self._types[name] = self._wider(name, kind, path)
                 except pa.ArrowException:
-                    faults.append(f"{path}: {self._mismatch(name, kind)}; write it anew with one type")
+                    faults.append(f"{path}: {self._mismatch(name, kind)}; write it again with one type")
             self._files[path] = None
         return faults
 

@@ -75,7 +75,7 @@ class ShardRecord:
         count: Its rows.
         files: By path relative to the store, each file's size and checksum.
         extra: JSON that the writer kept beside the shard, such as the items it had to leave out. In a
-            finished store it stands in ``extra.jsonl``; see ``EmbeddingStore.extra``.
+            finished store it is in ``extra.jsonl``; see ``EmbeddingStore.extra``.
     """
 
     name: str
@@ -232,7 +232,7 @@ def is_shard_name(name: Any) -> bool:
 
 
 def shard_key(name: str) -> tuple[int, ...]:
-    """Where a shard stands: its name read as numbers."""
+    """The place of a shard in the order: its name read as numbers."""
     return tuple(int(part) for part in name.split("_"))
 
 

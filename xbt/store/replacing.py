@@ -37,7 +37,7 @@ _NEW = "new"
 def drop_rows(
     path: Path, header: Header, shard: ShardRecord, rows: Sequence[int], extra: Mapping[str, Any]
 ) -> None:
-    """Writes a committed shard anew without some of its rows; the main process alone does this.
+    """Writes a committed shard again without some of its rows; the main process alone does this.
 
     Args:
         path: The store's directory.
