@@ -83,7 +83,7 @@ def photos(tmp_path, old, old_vectors):
     (folder / names[7]).write_bytes(b"no image")
     (folder / names[30]).unlink()
     entries = [
-        {"filename": name, "split": "test", "sentences": [{"raw": told} for told in captions]}
+        {"filename": name, "split": "test", "sentences": [{"raw": caption} for caption in captions]}
         for name, captions in zip(names, SCENES.captions, strict=True)
     ]
     (tmp_path / "dataset.json").write_text(json.dumps({"images": entries, "dataset": "scenes"}))

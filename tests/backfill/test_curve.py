@@ -47,7 +47,7 @@ def test_a_better_model_pays_and_a_part_of_noise_does_not(sample):
     groups = torch.tensor([row[0] for row in sample[4]])
     point = stopping_point(scores, order, merge, step=20, groups=groups)
     assert point.items > 0
-    # From item 40 on new vectors are drawn anew, and nothing is found by them.
+    # From item 40 on the new vectors are random, and nothing is found by them.
     noisy = sample[3].clone()
     late = order[40:]
     noisy[late] = torch.nn.functional.normalize(torch.randn(40, noisy.shape[1]), dim=1)
@@ -57,7 +57,7 @@ def test_a_better_model_pays_and_a_part_of_noise_does_not(sample):
 
 
 def test_the_whole_gallery_if_every_step_pays():
-    """Under the old model nothing is told apart, under the new one everything is."""
+    """The old model separates nothing, the new one everything."""
     eye, same = torch.eye(12), torch.ones(12, 12) / 12**0.5
     scores = MixedScores(same, eye, same, eye, [[row] for row in range(12)])
     point = stopping_point(scores, torch.arange(12), AffineMerge(2.0, 0.0), step=4)

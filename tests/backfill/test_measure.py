@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
-from backfills import COUNT, SCENES, lines, order_of, others, scenes
+from backfills import COUNT, SCENES, order_of, others, scenes
 
 from xbt.backfill import load_merge, run_backfill
 from xbt.backfill.curve import stopping_point
 from xbt.backfill.measure import CurvePoint, gain_at, ranks_in, stopping_position
-from xbt.backfill.records import JsonLines
-from xbt.errors import DataError, StoreError
 from xbt.index import Hits
 from xbt.index.ranks import MixedScores
 
@@ -59,21 +56,3 @@ def test_ties_count_against_us():
     found = Hits(ids[:3], scores)
     assert ranks_in(found, ["b", "a", "x"]) == [1, 1, 10]
     assert ranks_in(Hits(ids[3:], scores[:1, :1]), ["x"]) == [10]
-
-
-def test_lines_grow_and_forget_a_line_that_was_cut(tmp_path):
-    path = tmp_path / "lines.jsonl"
-    made = JsonLines(path)
-    made.append([])
-    assert not path.exists()
-    made.append([{"id": "a\nü"}, {"id": "b"}])
-    path.write_bytes(path.read_bytes() + b'{"id"')
-    again = JsonLines(path)
-    assert again.entries == [{"id": "a\nü"}, {"id": "b"}]
-    again.append([{"id": "c"}])
-    assert lines(path) == [{"id": "a\nü"}, {"id": "b"}, {"id": "c"}]
-    path.write_bytes(b"{}\nno\n")
-    with pytest.raises(DataError, match="line 2, is no JSON"):
-        JsonLines(path)
-    with pytest.raises(StoreError, match="cannot be written"):
-        JsonLines(tmp_path / "nowhere" / "lines.jsonl").append([{}])

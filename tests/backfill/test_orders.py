@@ -1,4 +1,4 @@
-"""Backfill orders: permutations, known answers, and what the learnt ones find on worlds of vectors."""
+"""Backfill orders: permutations, known answers, and the gain of the learned ones on synthetic data."""
 
 from __future__ import annotations
 
@@ -189,8 +189,8 @@ def test_spread_out_by_brute_force():
 def test_rehearsed_order_beats_the_random_one(world):
     support, test, sample, _ = world
     merge = fit_kind("affine", MixedScores(*support))
-    learnt = fit_rehearsed_order(*support, merge, **sample)
-    order = learnt.order(test[2])
+    learned = fit_rehearsed_order(*support, merge, **sample)
+    order = learned.order(test[2])
     assert is_permutation(order, 120)
     scores = MixedScores(*test)
     ours = backfill_curve(scores, order, merge).area
@@ -198,7 +198,7 @@ def test_rehearsed_order_beats_the_random_one(world):
     assert ours > np.mean(random)
     assert ours > backfill_curve(scores, order.flip(0), merge).area
     assert torch.equal(order, fit_rehearsed_order(*support, merge, **sample).order(test[2]))
-    assert set(learnt.to_dict()["weights"]) == set(FEATURES)
+    assert set(learned.to_dict()["weights"]) == set(FEATURES)
     assert fit_rehearsed_order(*support, merge, spreads=[3.0], **sample).spread == 3.0
 
 
@@ -232,8 +232,8 @@ def test_what_is_refused(world):
         fit_rehearsed_order(
             *support, merge, sample_old=sample["sample_old"][1:], sample_new=sample["sample_new"]
         )
-    learnt = fit_rehearsed_order(*support, merge, spreads=[0.0], **sample)
+    learned = fit_rehearsed_order(*support, merge, spreads=[0.0], **sample)
     with pytest.raises(DataError, match="single item"):
-        learnt.order(test[2][:1])
+        learned.order(test[2][:1])
     with pytest.raises(SpaceMismatchError, match="dimension"):
-        learnt.order(test[3])
+        learned.order(test[3])

@@ -41,7 +41,7 @@ def test_a_full_disk_leaves_what_was_there(store, tmp_path, name):
     child.start()
     message = answers.get(timeout=60)
     child.join()
-    assert "there is no room for" in message
+    assert "there is no space for" in message
     assert "(File too large" in message
     assert {path: path.read_bytes() for path in place.iterdir()} == before
 
@@ -53,7 +53,7 @@ def test_a_model_that_cannot_be_saved_leaves_what_was_there(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.onnx.ONNXProgram.save", full)
-    with pytest.raises(StoreError, match=r"there is no room for .*query.onnx \(No space left on device\)"):
+    with pytest.raises(StoreError, match=r"there is no space for .*query.onnx \(No space left on device\)"):
         export_onnx(LinearProjection(3, 2), tmp_path / "query.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["query.onnx"]
     assert (tmp_path / "query.onnx").read_bytes() == b"before"

@@ -103,7 +103,7 @@ class Gain(NamedTuple):
 
     @property
     def pays(self) -> bool:
-        """Whether it is more than its standard error."""
+        """True if the gain is more than its standard error."""
         return self.gain > self.standard_error
 
 

@@ -88,7 +88,7 @@ def load_merge(
 
 
 def is_merge_of(gallery: Path, old_space: EmbeddingSpace | None, new_space: EmbeddingSpace) -> bool:
-    """Whether a gallery has a merge, and it is one of these spaces."""
+    """Check if a gallery has a merge, and it is one of these spaces."""
     try:
         load_merge(gallery, old_space, new_space)
     except (DataError, SpaceMismatchError):

@@ -40,7 +40,7 @@ def vector_names(index: VectorIndex) -> tuple[str, str]:
 
 
 def is_complete(index: VectorIndex, space: EmbeddingSpace) -> bool:
-    """Whether an index has vectors of the new space alone: it was backfilled and compacted.
+    """Check if an index has vectors of the new space alone: it was backfilled and compacted.
 
     Raises:
         SpaceMismatchError: If it has a second vector, of another space.

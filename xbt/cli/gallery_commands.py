@@ -1,4 +1,4 @@
-"""The commands that make, fill and look after galleries."""
+"""The commands that make, fill and maintain galleries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xbt.store.layout import MANIFEST
 
 
 def create(config: CreateConfig) -> Outcome:
-    """Makes a gallery."""
+    """Make a gallery."""
     space = None if config.encoder is None else load_encoder(config.encoder).space
     gallery = Gallery.create(
         config.gallery,
@@ -101,7 +101,7 @@ def verify(config: GalleryConfig) -> Outcome:
 
 
 def compact(config: GalleryConfig) -> Outcome:
-    """Frees the room of items that nobody finds any more."""
+    """Free the disk space of removed and moved items."""
     path = Path(config.gallery).expanduser()
     gallery = Gallery.open(path)
     before = size_of(path)

@@ -438,7 +438,7 @@ class QdrantIndex:
         return len(fresh) + len(late)
 
     def _is_second(self, space: EmbeddingSpace | None) -> bool:
-        """Whether vectors of a space are those of the second model, and not of the first."""
+        """Check if vectors of a space are those of the second model, and not of the first."""
         if space is None or self.new_space is None:
             return False
         return self.new_space.same_as(space) and not self.space.same_as(space)

@@ -73,7 +73,7 @@ def connect(location: Any, options: dict[str, Any]) -> Any:
 
 
 def is_local(client: Any) -> bool:
-    """Whether a client is Qdrant's local mode, which searches exactly and takes no search parameters."""
+    """Check if a client is Qdrant's local mode, which searches exactly and takes no search parameters."""
     local = optional("qdrant_client.local.qdrant_local", "serve")
     return isinstance(client._client, local.QdrantLocal)
 

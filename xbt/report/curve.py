@@ -1,4 +1,4 @@
-"""What recall to expect while the gallery is backfilled."""
+"""Expected recall while the gallery is backfilled."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from xbt.report.sample import Sample
 
 FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 MAX_SCORES = 2**23
-"""Query–item pairs that the curve is computed from at most."""
+"""Maximum number of query–item pairs for the curve."""
 MAX_REHEARSAL = 2**20
-"""The same for rehearsing the order, which holds some 80 bytes for each."""
+"""The same for rehearsing the order, which takes about 80 bytes a pair."""
 SAMPLE_QUERIES = 1000
-"""Texts of the corpus that stand for a log of queries."""
+"""Number of texts of the corpus that serve as a query log."""
 MIN_ITEMS = 40
-"""Fewest images on either side: with fewer, a curve is noise."""
+"""Minimum number of images on either side; with fewer, a curve is noise."""
 
 
 @dataclass(frozen=True)
 class ExpectedCurve:
-    """Recall of text queries in a gallery of which a part is backfilled.
+    """Recall of text queries in a partly backfilled gallery.
 
     Attributes:
         fractions: Of the images.
         recall: By order, the mean of R@k over the ks with its 95 % bootstrap interval at each fraction.
-        merge: How both parts' scores are compared.
-        n_queries: Texts that it was measured with.
+        merge: How the scores of both sides are compared.
+        n_queries: Number of texts that it was measured with.
     """
 
     fractions: tuple[float, ...]
@@ -59,41 +59,41 @@ class ExpectedCurve:
 
 
 def expect_curve(chosen: Sample, measured: Measured, seed: int) -> ExpectedCurve | None:
-    """Backfills the images that measure, in thought, at random and in the rehearsed order.
+    """Simulate the backfill of the measured images, in random and in rehearsed order.
 
-    Merge and order are learnt from the part of the sample that chose the method.
+    Merge and order are learned from the half of the sample that chose the method.
 
     Args:
-        chosen: The part that chose.
-        measured: The other part and the method.
-        seed: Fixes what is drawn.
+        chosen: The half that chose.
+        measured: The other half and the method.
+        seed: Seeds the draws.
 
     Returns:
         The curve; ``None`` if images have no new vectors or there are too few of them.
     """
     if measured.pairs.new_images is None or min(len(chosen), len(measured.pairs)) < MIN_ITEMS:
         return None
-    learnt = _limited(chosen.pairs, MAX_REHEARSAL)
+    learned = _limited(chosen.pairs, MAX_REHEARSAL)
     tested = _limited(measured.pairs, MAX_SCORES)
-    old_learnt, old_tested = (_old_queries(measured, pairs) for pairs in (learnt, tested))
+    old_learned, old_tested = (_old_queries(measured, pairs) for pairs in (learned, tested))
     merge = fit_merge(
-        old_learnt,
-        learnt.new_texts,
-        learnt.old_images,
-        _new(learnt),
-        learnt.positives("T2I"),
+        old_learned,
+        learned.new_texts,
+        learned.old_images,
+        _new(learned),
+        learned.positives("T2I"),
         kinds=("affine", "isotonic", "raw"),
-        groups=learnt.groups("T2I"),
+        groups=learned.groups("T2I"),
         ks=measured.ks,
         seed=seed,
     )
-    asked = _unlabelled(chosen, measured, seed) or (old_learnt, learnt.new_texts)
+    asked = _unlabelled(chosen, measured, seed) or (old_learned, learned.new_texts)
     rehearsed = fit_rehearsed_order(
-        old_learnt,
-        learnt.new_texts,
-        learnt.old_images,
-        _new(learnt),
-        learnt.positives("T2I"),
+        old_learned,
+        learned.new_texts,
+        learned.old_images,
+        _new(learned),
+        learned.positives("T2I"),
         merge,
         sample_old=asked[0],
         sample_new=asked[1],
@@ -107,15 +107,15 @@ def expect_curve(chosen: Sample, measured: Measured, seed: int) -> ExpectedCurve
         "rehearsed": rehearsed.order(tested.old_images),
     }
     groups = tested.groups("T2I")
-    found = {
+    recall = {
         name: _points(backfill_curve(scores, order, merge, fractions=FRACTIONS, ks=measured.ks), groups)
         for name, order in orders.items()
     }
-    return ExpectedCurve(FRACTIONS, found, merge, len(scores))
+    return ExpectedCurve(FRACTIONS, recall, merge, len(scores))
 
 
 def _limited(pairs: PairVectors, most: int) -> PairVectors:
-    """The first images, as many as keep queries × images within a bound."""
+    """The first images, so many that queries × images stay within a bound."""
     per_image = len(pairs.image_of_text) / len(pairs)
     count = int(min(len(pairs), max(MIN_ITEMS, (most / per_image) ** 0.5)))
     return pairs if count == len(pairs) else pairs.subset(range(count))

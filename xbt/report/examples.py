@@ -1,4 +1,4 @@
-"""Which queries an upgrade mends and which it breaks, with what they find before and after."""
+"""Queries that an upgrade fixes or breaks, with their results before and after."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Flips:
     """The best and the worst changes of a direction.
 
     Attributes:
-        k: The k at which a query counts as mended or broken.
+        k: The k at which a query counts as fixed or broken.
         fixed: Queries that miss at k with the old model and hit with the new one, the greatest leap first.
         broken: Queries that hit with the old model and miss with the new one, the deepest fall first.
     """
@@ -65,11 +65,11 @@ class Flips:
 
 
 def find_flips(measured: Measured, count: int) -> dict[str, Flips]:
-    """Finds the best and the worst changes per direction, one query of an image at most.
+    """Find the best and the worst changes per direction, at most one query an image.
 
     Args:
         measured: The cells.
-        count: How many of each kind.
+        count: Number of each kind.
 
     Returns:
         By direction; results are those of an exact search.

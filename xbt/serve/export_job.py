@@ -32,7 +32,7 @@ class ExportConfig:
     modality: str | None = None
     """image or text; needed only for a clip-retrieval folder that holds both."""
     interchange: bool = True
-    """Whether to write .npy and Parquet."""
+    """Write .npy and Parquet."""
     pgvector: PgvectorTable | None = None
     """The table that the SQL makes; without it there is no SQL."""
     overwrite: bool = False
@@ -69,7 +69,7 @@ def run_export(config: ExportConfig) -> str:
 
 
 def open_source(path: str, modality: str | None = None) -> Source:
-    """Opens a gallery to be read, or a store.
+    """Open a gallery for reading, or a store.
 
     Raises:
         DataError, StoreError: If there is neither, or it cannot be read.

@@ -37,7 +37,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             raise StoreError(
-                f"there is no room for {path} ({reason}); free some space or raise the limit and export again"
+                f"there is no space for {path} ({reason}); free some space and export again"
             ) from error
         raise StoreError(
             f"{path} cannot be written ({reason}); choose a directory you may write to"

@@ -1,4 +1,4 @@
-"""A store or gallery as files that everything reads: one .npy of vectors, and Parquet with the ids."""
+"""Export of a store or gallery as common files: one .npy of vectors, and Parquet with the ids."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ID, VECTOR = "id", "vector"
 
 
 def export_interchange(source: Source, directory: str | Path, part: str | None = None) -> int:
-    """Writes ``vectors.npy``, ``items.parquet`` and ``about.json``.
+    """Write ``vectors.npy``, ``items.parquet`` and ``about.json``.
 
     Row i of the array belongs to row i of the table, which has the columns ``id`` (string), ``vector``
     (fixed_size_list<float>[dim]) and those of the metadata; one of these that is called ``vector`` becomes
-    ``metadata_vector``. The space stands in ``about.json``, which is written last, and in the table's own
+    ``metadata_vector``. The space is in ``about.json``, which is written last, and in the table's own
     metadata under ``xbt``.
 
     Args:

@@ -42,7 +42,7 @@ def export_onnx(
     modality: Modality = "text",
     ensemble: QueryEnsemble | None = None,
 ) -> dict[str, Any]:
-    """Writes what stands between the encoders and the old gallery as an ONNX model.
+    """Write the map between the encoders and the old gallery as an ONNX model.
 
     Its inputs are ``new_vectors`` (n, new_dim) and, where an ensemble needs them, ``old_vectors``
     (n, old_dim): unit rows as the encoders give them. Its output ``queries`` (n, old_dim) are unit rows in
@@ -122,7 +122,7 @@ def _traced(graph: QueryGraph, projection: Projection, names: list[str]) -> Any:
         )
     assert program is not None
     for node in program.model.graph.all_nodes():
-        node.metadata_props.clear()  # where each operation stands in our files, on this machine
+        node.metadata_props.clear()  # local file names and line numbers
     return program
 
 

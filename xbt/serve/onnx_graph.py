@@ -31,7 +31,7 @@ class WholeAdaptive(Adaptive):
 
 
 class _HeadMap(nn.Module):
-    """The map of a :class:`HeadProjection` without what stands around it in training."""
+    """The map of a :class:`HeadProjection` without its training parts."""
 
     def __init__(self, projection: HeadProjection) -> None:
         super().__init__()

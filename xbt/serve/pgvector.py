@@ -18,7 +18,7 @@ from xbt.index.items import Items, Portion, Source, portion
 from xbt.serve.files import whole_file
 
 MAX_DIM, MAX_INDEXED_DIM = 16_000, 2_000
-"""What pgvector's type ``vector`` holds, and what its indices take."""
+"""Maximum dimensions of pgvector's type ``vector``, and of its indexes."""
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
 _ESCAPES = str.maketrans({"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"})
@@ -30,7 +30,7 @@ class PgvectorTable:
     """The table that an export makes: ``id`` text, the vectors, and ``metadata`` as jsonb."""
 
     table: str = "items"
-    """Its name, maybe with a schema in front (public.items)."""
+    """Its name, with or without a schema (public.items)."""
     column: str = "embedding"
     """Name of the column of vectors."""
     statement: Literal["copy", "insert"] = "copy"
@@ -38,10 +38,10 @@ class PgvectorTable:
     rows_at_once: int = 500
     """Rows in one INSERT."""
     index: bool = False
-    """Whether to end with an HNSW index for the inner product."""
+    """Add an HNSW index for the inner product at the end."""
 
     def __post_init__(self) -> None:
-        """Refuses names that are not plain, and values that are not known."""
+        """Refuse names that are not plain, and unknown values."""
         for name in (*self.table.split("."), self.column):
             if not _NAME.fullmatch(name):
                 raise ConfigError(
@@ -63,10 +63,10 @@ class PgvectorTable:
 def export_pgvector(
     source: Source, path: str | Path, options: PgvectorTable | None = None, part: str | None = None
 ) -> int:
-    """Writes SQL that makes a table of a store's or gallery's items, in one transaction.
+    """Write SQL that makes a table of a store's or gallery's items, in one transaction.
 
-    The space stands as JSON in the comment of the vectors' column. Numbers are written with as many digits as
-    float32 needs to be read back the same.
+    The space is written as JSON into the comment of the vectors' column. Numbers have as many digits as it
+    takes to read the same float32 back.
 
     Args:
         source: An ``EmbeddingStore`` or a ``Gallery``, with its metadata.
@@ -87,9 +87,9 @@ def export_pgvector(
     chosen = portion(source, part)
     limit = MAX_INDEXED_DIM if table.index else MAX_DIM
     if chosen.dim > limit:
-        does, mend = ("indexes", "leave out the index") if table.index else ("holds", "reduce them first")
+        does, fix = ("indexes", "leave out the index") if table.index else ("holds", "reduce them first")
         raise ConfigError(
-            f"the vectors have {chosen.dim} dimensions, but pgvector {does} at most {limit}; {mend}"
+            f"the vectors have {chosen.dim} dimensions, but pgvector {does} at most {limit}; {fix}"
         )
     file, count = Path(path).expanduser(), 0
     with whole_file(file) as partial, partial.open("w", encoding="utf-8", newline="\n") as out:
@@ -105,7 +105,7 @@ def export_pgvector(
 
 
 def vector_text(row: NDArray[np.float32]) -> str:
-    """A vector as pgvector reads it, ``[0.1,0.2]``, which gives the same float32 numbers back."""
+    """Format a vector for pgvector, ``[0.1,0.2]``, so that it is read back as the same float32 numbers."""
     return f"[{','.join(row.astype(np.float32).astype(str))}]"
 
 
