@@ -200,8 +200,8 @@ def _without(
     first = stores[0]
     if not taken or CAPTION not in first.columns:
         return stores, len(first)
-    told = first.metadata([CAPTION])[CAPTION].to_pylist()
-    rows = np.array([row for row, text in enumerate(told) if text not in taken], np.int64)
+    captions = first.metadata([CAPTION])[CAPTION].to_pylist()
+    rows = np.array([row for row, text in enumerate(captions) if text not in taken], np.int64)
     if not len(rows):
         raise ConfigError(
             "every caption of the stores is one of the pairs' own; give stores of other captions"

@@ -51,7 +51,7 @@ class TriedCombination(NamedTuple):
 
 @dataclass(frozen=True)
 class EnsembleFit:
-    """What :func:`fit_ensemble` found.
+    """Result of :func:`fit_ensemble`.
 
     Attributes:
         ensemble: With the best combination of every direction.
@@ -79,7 +79,7 @@ def fit_ensemble(
     """Tries a grid of combinations on pairs and keeps the best one of each direction.
 
     Ties are decided for the simpler candidate: the earlier mode, the share nearest to one half, the smaller
-    coefficients. To be told what the choice is worth, measure it on other pairs.
+    coefficients. To know what the choice is worth, measure it on other pairs.
 
     Args:
         pairs: The pairs to choose on; the directions they have are fitted.
@@ -89,9 +89,9 @@ def fit_ensemble(
             likewise), ``"adaptive"`` (b and s) and ``"adaptive_confidence"`` (b, s and c).
         candidates: Combinations to try in place of the grids, those that win a tie first.
         objective: By default the mean of R@1, R@5 and R@10 (:func:`mean_recall`).
-        references: Per direction, gallery rows by which confidence is told, none of them an answer to the
+        references: Per direction, gallery rows used to estimate query confidence, without answers to the
             pairs' queries. By default the ensemble gets the pairs' own gallery, and while the candidates are
-            compared every query's confidence is told by those fifths of it that do not hold its answer: in
+            compared every query's confidence is estimated on the fifths of it without its answer: in
             use, too, answers are not in the reference. Of more than 4,096 rows a sample is taken.
         seed: Of that sample, and of the fifths.
 
@@ -220,7 +220,7 @@ def _best(candidates: Sequence[TriedCombination]) -> TriedCombination:
 
 
 def gallery_reference(gallery: Tensor, seed: int = 0, dim: int | None = None) -> Tensor:
-    """At most 4,096 unit rows of a gallery, in its order, by which the confidence of queries is told.
+    """At most 4,096 unit rows of a gallery, in its order, to estimate the confidence of queries.
 
     Raises:
         SpaceMismatchError: If the rows are not of the dimension ``dim``.
@@ -244,13 +244,13 @@ def confidence_by_folds(
     seed: int = 0,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """How sure every query is, told by the gallery items of the other folds, among which no answer is.
+    """Confidence of every query, estimated on the gallery items of the other folds, without its answer.
 
     Args:
         pairs: The pairs.
         direction: ``"T2I"`` or ``"I2T"``.
         queries: (n_queries, old_dim) unit rows.
-        fold_of: (n_images,) the fold of every image. Where there is one alone, it is told by itself.
+        fold_of: (n_images,) the fold of every image. A single fold is estimated on itself.
         seed: Fixes the sample of a large gallery.
         rows: (n_queries,) booleans, whose confidence is asked for; by default that of all.
 
@@ -327,7 +327,7 @@ def rank_combinations(
 def _score_weights(
     candidate: Combination, old: Tensor, new: Tensor, cosines: Tensor, confidence_gap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What the scores of u and of v are multiplied with."""
+    """Factors of the scores of u and of v."""
     if isinstance(candidate, Adaptive):
         beta = candidate.weights(cosines, confidence_gap if candidate.confidence else None)
         return 1 - beta, beta

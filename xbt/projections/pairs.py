@@ -1,4 +1,4 @@
-"""Image–text pairs as vectors under both models: what a map can be tuned, selected and judged on."""
+"""Image–text pairs as vectors under both models, to tune, select and judge maps."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class PairVectors:
         return self.new_images, self.old_images
 
     def gallery(self, direction: str) -> Tensor:
-        """What the queries of a direction are searched in: the old images, or the old texts.
+        """The rows that the queries of a direction are searched in: the old images, or the old texts.
 
         Raises:
             DataError: If there is no such direction.
