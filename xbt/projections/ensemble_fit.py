@@ -294,13 +294,11 @@ def rank_combinations(
     Returns:
         Per candidate (number of queries ranked,) int64 ranks, from 0 for the best.
     """
-    old, answers = pairs.queries(direction)[1], _padded(pairs.positives(direction))
+    old = pairs.queries(direction)[1]
+    gallery, row_of_item, copies, answers = pairs.searched(direction)
     if rows is not None:
         old, answers, new = old[rows], answers[rows], new[rows]
         confidence_gap = None if confidence_gap is None else confidence_gap[rows]
-    # BLAS may round one inner product differently in different columns; scored once, equal rows tie.
-    gallery, column_of_row = torch.unique(pairs.gallery(direction), dim=0, return_inverse=True)
-    copies = torch.bincount(column_of_row)
     step = max(1, _SCORE_BYTES // (gallery.element_size() * len(gallery)))
     ranks: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(old), step):
@@ -312,7 +310,7 @@ def rank_combinations(
         if matrices:
             extra = v @ matrices["new_matrix"].T
             added = (extra + u @ matrices["old_matrix"].T if "old_matrix" in matrices else extra) @ gallery.T
-        own = column_of_row[answers[part].clamp_min(0)]
+        own = row_of_item[answers[part].clamp_min(0)]
         for found, candidate in zip(ranks, candidates, strict=True):
             first, second = _score_weights(
                 candidate, u, a, cosines, None if confidence_gap is None else confidence_gap[part]
@@ -339,14 +337,6 @@ def _score_weights(
 def _folds_of(pairs: PairVectors, seed: int) -> NDArray[np.int64]:
     clusters = clusters_of(pairs, min(_FOLDS, len(pairs)))
     return fold_of_clusters(clusters, min(_FOLDS, len(np.unique(clusters))), seed)
-
-
-def _padded(positives: Sequence[Sequence[int]]) -> Tensor:
-    """(n_queries, most positives) gallery rows, filled up with -1."""
-    rows = torch.full((len(positives), max(map(len, positives))), -1)
-    for number, own in enumerate(positives):
-        rows[number, : len(own)] = torch.tensor(own)
-    return rows
 
 
 def _count(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor) -> Tensor:
