@@ -25,7 +25,7 @@ class SeededBatches(BatchSampler):
     """Yields the global batches of steps ``first_step`` … ``last_step − 1``.
 
     Every epoch is a permutation seeded by (seed, epoch), and its incomplete last batch is left out. A run
-    continued at step k therefore sees what an uninterrupted run sees from step k on, whatever came before,
+    continued at step k therefore sees what an uninterrupted run sees from step k on,
     and N processes that take slices of a batch see together what one process sees alone.
 
     Args:

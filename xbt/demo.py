@@ -88,6 +88,9 @@ def run_demo(config: DemoConfig) -> RetrievalReport:
             captions=CaptionSource("scenes", limit=config.captions, seed=config.seed + _STAGE1),
             output_dir=str(out / "stage1"),
             training=replace(config.stage1, seed=config.seed + _STAGE1),
+            # Maps of the scenes' captions carry over to images with less than the default noise.
+            noise=0.3,
+            relational_weight=0.0,
             overwrite=config.overwrite,
         )
     )

@@ -19,6 +19,7 @@ from xbt.heads import (
     BT2Loss,
     ClassificationLoss,
     CompatibleHead,
+    EpochSchedule,
     OCAHead,
     OCALoss,
     PlainHead,
@@ -166,7 +167,8 @@ class Trainer:
         for layer in head.modules():  # drawn by this seed, whenever the head was made
             if isinstance(layer, nn.Linear) and not hasattr(layer, "parametrizations"):
                 layer.reset_parameters()
-        fit_on_vectors(module, head, loss, inputs, teachers or targets, epochs=self.config.epochs, seed=seed)
+        schedule = EpochSchedule(epochs=self.config.epochs, seed=seed)
+        fit_on_vectors(module, head, loss, inputs, teachers or targets, schedule=schedule)
 
         def vectors(rows: Tensor, space: str) -> Tensor:
             with torch.no_grad():

@@ -10,11 +10,12 @@ import torch
 from backfills import SCENES
 from cli.conftest import TEXTS
 
+from xbt.cli.fit_config import FitConfig
 from xbt.compatible import CompatibleEncoder
 from xbt.data import read_captions
 from xbt.data.captions import CaptionSource
 from xbt.evaluation_job import EvaluationConfig, run_evaluation
-from xbt.projections import Projection, fit_projection
+from xbt.projections import Projection, SelectionOptions, fit_projection
 from xbt.store import EmbeddingStore
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
@@ -86,7 +87,12 @@ def test_from_captions_and_the_seed_of_a_trained_method(run, encoders, captions,
     assert_equal_maps(Projection.from_pretrained(tmp_path / "out" / "projection"), expected)
 
 
-def test_a_choice_by_pairs_is_the_recipe_s(run, encoders, captions, pairs, specs, tmp_path):
+def test_the_choice_has_the_defaults_of_choose_projection():
+    config = FitConfig("out", new_store="new", old_store="old", method="auto")
+    assert SelectionOptions.of(config.selection) == SelectionOptions()
+
+
+def test_a_choice_by_pairs_can_be_repeated_and_evaluated(run, encoders, captions, pairs, specs, tmp_path):
     said = run("fit", *encoders, *captions, *pairs, "--output_dir", tmp_path / "out")
     assert said.status == 0, said.err
     assert said.out.startswith("chose ")
@@ -147,7 +153,7 @@ def test_the_projection_alone_is_evaluated_as_well(run, encoders, stores, specs,
         (["--captions.source", "scenes"], "give --old and --new as well"),
         (["--captions.source", "scenes", "--old_store", "x", "--new_store", "y"], "both were given"),
         (["STORES", "--pairs.source", "scenes"], "--pairs.source is embedded by both encoders"),
-        (["STORES", "--method", "magic"], "'magic' is not known"),
+        (["STORES", "--method", "magic"], "--method 'magic' is not known; there is auto, identity, "),
         (["STORES", "--options.noize", "1"], "no option 'noize'"),
         (["STORES", "--folds", "3"], "--folds is for --method auto"),
         (["STORES", "--method", "auto", "--folds", "1"], "folds is 1"),

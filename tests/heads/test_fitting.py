@@ -10,9 +10,20 @@ import torch
 from torch import nn
 
 from xbt.errors import ConfigError, DataError
-from xbt.heads import BT2Head, BT2Loss, ClassificationLoss, PlainHead, Targets, class_prototypes
-from xbt.heads import fit_on_vectors as fit
-from xbt.heads.fitting import _Settings
+from xbt.heads import (
+    BT2Head,
+    BT2Loss,
+    ClassificationLoss,
+    EpochSchedule,
+    PlainHead,
+    Targets,
+    class_prototypes,
+    fit_on_vectors,
+)
+
+
+def fit(*arguments, **schedule):
+    return fit_on_vectors(*arguments, schedule=EpochSchedule(**schedule))
 
 
 def toy(n=120, n_classes=4):
@@ -71,7 +82,7 @@ def test_weight_decay_leaves_the_rotations_alone(orthogonal_map):
 
 
 def test_the_rate_warms_up_and_falls_to_nothing():
-    settings = _Settings(1, 1, 1.0, 0.0, 0)
+    settings = EpochSchedule(lr=1.0)
     rates = [settings.lr_at(step, 100) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5] == 1.0

@@ -22,6 +22,7 @@ from xbt.heads import (
     BT2Head,
     BT2Loss,
     ClassificationLoss,
+    EpochSchedule,
     OCAHead,
     OCALoss,
     PlainHead,
@@ -62,7 +63,7 @@ def fit(head, loss, seed, n_classes, old=None, new=None):
     inputs, labels = rows_of(seed, n_classes)
     targets = Targets(labels, old and old.embed(inputs), new and new.embed(inputs))
     model = Model(head)
-    fit_on_vectors(model.network, head, loss, inputs, targets, seed=seed)
+    fit_on_vectors(model.network, head, loss, inputs, targets, schedule=EpochSchedule(seed=seed))
     return model
 
 

@@ -40,12 +40,12 @@ def settings(tmp_path, steps=20, lr=3e-3, **changes):
 
 
 def toy_vectors(n=1000, new_dim=24, old_dim=16, seed=0):
-    """New vectors that are a stretched, noisy view of the old ones: more than a rotation can undo."""
+    """New vectors that are a bent, noisy view of the old ones: more than a rotation can undo."""
     generator = torch.Generator().manual_seed(seed)
     old = normalize(torch.randn(n, old_dim, generator=generator), dim=1)
     frame = torch.linalg.qr(torch.randn(max(new_dim, old_dim), old_dim, generator=generator))[0][:new_dim]
-    stretched = (old * torch.logspace(0, -2, old_dim)) @ frame.T
-    return TextVectors(normalize(stretched + 0.05 * torch.randn(n, new_dim, generator=generator), dim=1), old)
+    bent = torch.tanh(4 * old * torch.logspace(0, -1.5, old_dim)) @ frame.T
+    return TextVectors(normalize(bent + 0.03 * torch.randn(n, new_dim, generator=generator), dim=1), old)
 
 
 def train(config, vectors):

@@ -24,7 +24,7 @@ from xbt.projections import (
     choose_projection,
     fit_projection,
 )
-from xbt.projections.fitting import grouped_options, option_names
+from xbt.projections.fitting import METHODS, grouped_options, option_names
 from xbt.projections.sources import Source
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
@@ -140,6 +140,9 @@ def run_fit(config: FitConfig) -> FitResult:
 def _method_options(config: FitConfig) -> dict[str, Any]:
     """The method's options, with the config's seed where the method has one."""
     method, options = config.chosen_method, dict(config.options)
+    if method not in METHODS:
+        known = ", ".join(sorted([AUTO, *METHODS]))
+        raise ConfigError(f"--method {method!r} is not known; there is {known}")
     grouped_options(method, options)
     if "seed" in option_names(method):
         options.setdefault("seed", config.seed)
@@ -200,8 +203,8 @@ def _without(
     first = stores[0]
     if not taken or CAPTION not in first.columns:
         return stores, len(first)
-    told = first.metadata([CAPTION])[CAPTION].to_pylist()
-    rows = np.array([row for row, text in enumerate(told) if text not in taken], np.int64)
+    captions = first.metadata([CAPTION])[CAPTION].to_pylist()
+    rows = np.array([row for row, text in enumerate(captions) if text not in taken], np.int64)
     if not len(rows):
         raise ConfigError(
             "every caption of the stores is one of the pairs' own; give stores of other captions"

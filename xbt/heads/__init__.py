@@ -5,7 +5,7 @@ from __future__ import annotations
 from xbt.heads.base import CompatibleHead, HeadOutput, make_head
 from xbt.heads.bct import BCTHead, BCTLoss
 from xbt.heads.bt2 import BT2Head, BT2Loss
-from xbt.heads.fitting import fit_on_vectors
+from xbt.heads.fitting import EpochSchedule, fit_on_vectors
 from xbt.heads.folded import FoldedHead
 from xbt.heads.independent import ClassificationLoss, PlainHead
 from xbt.heads.objective import HeadLoss, Targets
@@ -19,6 +19,7 @@ __all__ = [
     "BT2Loss",
     "ClassificationLoss",
     "CompatibleHead",
+    "EpochSchedule",
     "FoldedHead",
     "HeadLoss",
     "HeadOutput",

@@ -17,86 +17,28 @@ from xbt.vectors import as_vectors
 _WARM_UP = 0.05
 
 
-def fit_on_vectors(
-    module: nn.Module | None,
-    head: CompatibleHead,
-    loss: HeadLoss,
-    inputs: Tensor,
-    targets: Targets,
-    *,
-    epochs: int = 30,
-    batch_size: int = 64,
-    lr: float = 2e-3,
-    weight_decay: float = 0.0,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = False,
-) -> CompatibleHead:
-    """Trains a head, and what stands before it, in place.
+@dataclass(frozen=True)
+class EpochSchedule:
+    """Length and speed of :func:`fit_on_vectors`, counted in passes over the rows.
 
-    For precomputed features, of which an epoch takes a moment;
-    :func:`xbt.training.train_compatible_backbone` trains on images, with checkpoints and many processes.
-    Adam; the learning rate warms up over 5 % of the steps and then falls to zero along a cosine. Every epoch
-    is a permutation, whose incomplete last batch is left out.
-
-    Args:
-        module: Any backbone (n, d) → (n, head.in_dim), or ``None`` where the head reads the inputs.
-        head: The head.
-        loss: Its loss.
-        inputs: (n, d) features.
-        targets: Of all n rows.
+    Attributes:
         epochs: Passes over the rows.
-        batch_size: Rows a step, all of them if there are fewer.
-        lr: Peak learning rate.
+        batch_size: Rows per step, all of them if there are fewer.
+        lr: Peak learning rate; it warms up over 5 % of the steps, then falls to zero along a cosine.
         weight_decay: Of all but ``head.no_decay``.
         seed: Fixes the order of the rows; initial weights are the caller's.
         device: Where to train; module and head end there.
-        progress: Whether to show a bar.
-
-    Returns:
-        The head, in evaluation mode, as is the module.
 
     Raises:
-        ConfigError: If an option cannot be used.
-        DataError: If the rows do not pair or are not finite, or the loss is not.
+        ConfigError: If a value cannot be used.
     """
-    settings = _Settings(epochs, batch_size, lr, weight_decay, seed)
-    inputs = as_vectors(inputs, "inputs").to(device)
-    targets = _moved(targets, len(inputs), device)
-    whole = nn.ModuleList([head, loss] if module is None else [head, loss, module]).to(device).train()
-    optimizer = torch.optim.Adam(_groups(whole, head.no_decay, weight_decay), lr=lr)
-    size = min(batch_size, len(inputs))
-    per_epoch = len(inputs) // size
-    shuffle = torch.Generator().manual_seed(seed)
-    for epoch in tqdm(range(epochs), desc="epochs", disable=not progress):
-        order = torch.randperm(len(inputs), generator=shuffle).to(device)
-        total = torch.zeros((), device=device)
-        for number in range(per_epoch):
-            rows = order[number * size : (number + 1) * size]
-            features = inputs[rows] if module is None else module(inputs[rows])
-            value, _ = loss(head(features), _taken(targets, rows))
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr_at(epoch * per_epoch + number, epochs * per_epoch)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            total += value.detach()
-        if not bool(torch.isfinite(total)):
-            raise DataError(
-                f"the loss is NaN or infinite in epoch {epoch + 1}; lower lr (now {lr}) or look for broken "
-                "rows"
-            )
-    whole.eval()
-    return head
 
-
-@dataclass(frozen=True)
-class _Settings:
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    seed: int
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    seed: int = 0
+    device: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
@@ -106,11 +48,76 @@ class _Settings:
                 raise ConfigError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
 
     def lr_at(self, step: int, steps: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Learning rate of a step, counted from 0."""
         warm_up = math.ceil(_WARM_UP * steps)
         if step < warm_up:
             return self.lr * (step + 1) / warm_up
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+
+
+SCHEDULE = EpochSchedule()
+
+
+def fit_on_vectors(
+    module: nn.Module | None,
+    head: CompatibleHead,
+    loss: HeadLoss,
+    inputs: Tensor,
+    targets: Targets,
+    *,
+    schedule: EpochSchedule = SCHEDULE,
+    progress: bool = False,
+) -> CompatibleHead:
+    """Train a head, and the module before it, in place.
+
+    For precomputed features, of which an epoch takes a moment;
+    :func:`xbt.training.train_compatible_backbone` trains on images, with checkpoints and many processes.
+    Adam; every epoch is a permutation, whose incomplete last batch is left out.
+
+    Args:
+        module: Any backbone (n, d) → (n, head.in_dim), or ``None`` where the head reads the inputs.
+        head: The head.
+        loss: Its loss.
+        inputs: (n, d) features.
+        targets: Of all n rows.
+        schedule: How to train.
+        progress: Whether to show a bar.
+
+    Returns:
+        The head, in evaluation mode, as is the module.
+
+    Raises:
+        ConfigError: If there is nothing to train.
+        DataError: If the rows do not pair or are not finite, or the loss is not.
+    """
+    device = schedule.device
+    inputs = as_vectors(inputs, "inputs").to(device)
+    targets = _moved(targets, len(inputs), device)
+    whole = nn.ModuleList([head, loss] if module is None else [head, loss, module]).to(device).train()
+    optimizer = torch.optim.Adam(_groups(whole, head.no_decay, schedule.weight_decay), lr=schedule.lr)
+    size = min(schedule.batch_size, len(inputs))
+    per_epoch = len(inputs) // size
+    shuffle = torch.Generator().manual_seed(schedule.seed)
+    for epoch in tqdm(range(schedule.epochs), desc="epochs", disable=not progress):
+        order = torch.randperm(len(inputs), generator=shuffle).to(device)
+        total = torch.zeros((), device=device)
+        for number in range(per_epoch):
+            rows = order[number * size : (number + 1) * size]
+            features = inputs[rows] if module is None else module(inputs[rows])
+            value, _ = loss(head(features), _taken(targets, rows))
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr_at(epoch * per_epoch + number, schedule.epochs * per_epoch)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            total += value.detach()
+        if not bool(torch.isfinite(total)):
+            raise DataError(
+                f"the loss is NaN or infinite in epoch {epoch + 1}; lower lr (now {schedule.lr}) or look for "
+                "broken rows"
+            )
+    whole.eval()
+    return head
 
 
 def _groups(whole: nn.Module, no_decay: tuple[str, ...], weight_decay: float) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""What every projection shares: one map for texts and images, two spaces, one way to be saved."""
+"""Base of every projection: one map for texts and images, two spaces, one way to be saved."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Projection(nn.Module, SharedPart):
     Attributes:
         new_space: The space the projection maps from, if known.
         old_space: The space the projection maps to, if known.
-        method: The name of the method that fitted it, if known; a card tells it.
+        method: The name of the method that fitted it, if known; a model card names it.
     """
 
     kind: ClassVar[str]
@@ -228,12 +228,12 @@ class LinearProjection(Projection):
         return projection.eval()
 
     def extra_repr(self) -> str:
-        """What ``print`` shows of the map."""
+        """Dimensions of the map, for ``print``."""
         return f"{self.new_dim} → {self.old_dim}" + (f", filled={self.filled}" if self.filled else "")
 
     @property
     def foldable(self) -> bool:
-        """Whether the map is a matrix alone, so that it can be folded into the encoder's last layer.
+        """True if the map is a matrix alone, so that it can be folded into the encoder's last layer.
 
         The input is normalised; a matrix whose output is normalised does not notice, an offset would.
         """
@@ -245,7 +245,7 @@ class LinearProjection(Projection):
         return nn.functional.linear(vectors, self.weight, offset)
 
     def options(self) -> dict[str, Any]:
-        """See :meth:`Projection.options`."""
+        """Offsets: one for all, and one for images."""
         return {"bias": self.bias is not None, "image_bias": self.image_bias is not None}
 
 
@@ -407,7 +407,7 @@ _KINDS = {
     "linear": "One matrix, with an offset if there is one; how it was fitted was not recorded.",
     "residual": f"{_METHODS['xbt']} A rotation plus a gated residual MLP.",
     "head": (
-        "The head of a model that is born compatible: BT² (Zhou et al., ICCV 2023, "
+        "The head of a model trained to be backward compatible: BT² (Zhou et al., ICCV 2023, "
         "[arXiv 2211.03989](https://arxiv.org/abs/2211.03989)), OCA (Ricci et al., 2024, "
         "[arXiv 2408.08793](https://arxiv.org/abs/2408.08793)) or BCT (Shen et al., CVPR 2020, "
         "[arXiv 2003.11942](https://arxiv.org/abs/2003.11942)); its config says which."

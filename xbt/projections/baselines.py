@@ -31,7 +31,7 @@ def fit_identity(new: Source, old: Source) -> LinearProjection:
 
 
 def identity_from(texts: PairStatistics) -> LinearProjection:
-    """As :func:`fit_identity`, from statistics, of which it needs the dimensions alone."""
+    """Fit as :func:`fit_identity`, from statistics, of which it needs the dimensions alone."""
     new_dim, old_dim = texts.dims
     return LinearProjection.from_weight(torch.eye(old_dim, new_dim))
 
@@ -63,7 +63,7 @@ def fit_mean_shift(new: Source, old: Source, *, pairs: PairVectors | None = None
 
 
 def mean_shift_from(texts: PairStatistics, images: PairStatistics | None = None) -> LinearProjection:
-    """As :func:`fit_mean_shift`, from the ``sums`` of texts and maybe images.
+    """Fit as :func:`fit_mean_shift`, from the ``sums`` of texts and maybe images.
 
     Raises:
         ConfigError: If the statistics have no sums.

@@ -1,4 +1,4 @@
-"""What closed forms share: texts and images in one objective, centring, offsets, null directions.
+"""Common parts of the closed forms: texts and images in one objective, centring, offsets, null directions.
 
 Where pairs are given, their images take part: the objective is (1 − ω) times its mean over the texts plus ω
 times its mean over the images, each photo under both models. ω = 0 leaves the images out.
@@ -160,12 +160,12 @@ def linear_map(weight: Tensor, problem: Problem, filled: int = 0) -> LinearProje
 
 
 def cross_rounding(problem: Problem) -> float:
-    """How large a singular value of NᵀO can be by rounding alone; centring takes nothing off it."""
+    """Largest singular value of NᵀO that rounding alone can make; centring takes nothing off it."""
     return problem.raw.rounding * float(torch.linalg.matrix_norm(problem.raw.term("cross")))
 
 
 def square_rounding(raw: PairStatistics, gram: Literal["new_gram", "old_gram"]) -> float:
-    """How large a sum of squares along one direction can be by rounding alone."""
+    """Largest sum of squares along one direction that rounding alone can make."""
     return _ONE_DIRECTION * raw.rounding * float(raw.term(gram).diagonal().mean())
 
 
@@ -185,7 +185,7 @@ def orthogonal_factor(cross: Tensor, rounding: float) -> Factor:
     """The orthonormal factor of a matrix: from C = P Σ Qᵀ the map (P Qᵀ)ᵀ, the same on every call.
 
     Where the singular values are rounding, the data do not say where a direction belongs, and singular
-    vectors are whatever the solver leaves. There the factor is completed by the rotation nearest to
+    vectors depend on the solver. There the factor is completed by the rotation nearest to
     truncation or zero-padding between what is left of both sides (with a fixed, small generic part, where
     that is not unique): rows or columns are always orthonormal, and do not depend on the order of the
     vectors.

@@ -1,4 +1,4 @@
-"""How one old and one projected new query become one: the rules a query ensemble knows.
+"""Rules that combine one old and one projected new query into one query.
 
 With u the unit old query, v the unit projected new one and a the projected new one before normalisation:
 
@@ -32,7 +32,7 @@ from xbt.errors import ConfigError
 from xbt.vectors import unit_rows
 
 MAX_REFERENCE = 4096
-"""Most gallery rows that are kept to tell how sure a query is."""
+"""Maximum number of gallery rows that are kept to estimate the confidence of a query."""
 
 _SCORE_BYTES = 64 * 2**20
 _CANCELLED = 1e-5
@@ -50,12 +50,12 @@ class Combination(ABC):
 
     @property
     def needs_old(self) -> bool:
-        """Whether the old query counts, so that the old query tower has to run."""
+        """True if the old query counts, so that the old query tower has to run."""
         return True
 
     @property
     def needs_new(self) -> bool:
-        """Whether the new query counts."""
+        """True if the new query counts."""
         return True
 
     def tensors(self, old_dim: int) -> dict[str, tuple[int | None, int]]:
@@ -64,7 +64,7 @@ class Combination(ABC):
 
     @abstractmethod
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What u and the new query are multiplied with before they are added, (n, 1) or scalar each.
+        """Factors of u and of the new query before they are added, (n, 1) or scalar each.
 
         Args:
             old: (n, old_dim) unit rows u.
@@ -120,16 +120,16 @@ class Nlerp(Combination):
 
     @property
     def needs_old(self) -> bool:
-        """Whether the old query counts."""
+        """True if the old query counts."""
         return self.beta < 1
 
     @property
     def needs_new(self) -> bool:
-        """Whether the new query counts."""
+        """True if the new query counts."""
         return self.beta > 0
 
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """See :meth:`Combination.shares`."""
+        """Factors of both queries, (n, 1) or scalar each."""
         return old.new_tensor(1 - self.beta), old.new_tensor(self.beta)
 
 
@@ -152,23 +152,23 @@ class Slerp(Combination):
 
     @property
     def needs_old(self) -> bool:
-        """Whether the old query counts."""
+        """True if the old query counts."""
         return self.alpha < 1
 
     @property
     def needs_new(self) -> bool:
-        """Whether the new query counts."""
+        """True if the new query counts."""
         return self.alpha > 0
 
     def visible(self, new: Tensor) -> Tensor:
-        """See :meth:`Combination.visible`; with padding the rows as projected, of length 1 at most."""
+        """The new query as it enters the sum; with padding the rows as projected, of length 1 at most."""
         if not self.padded:
             return unit_rows(new)
         lengths: Tensor = new.norm(dim=-1, keepdim=True)
         return new / lengths.clamp_min(1)
 
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """See :meth:`Combination.shares`; both are divided by θ/sin θ, which the normalisation undoes."""
+        """Factors of both queries; both are divided by θ/sin θ, which the normalisation undoes."""
         unseen = (1 - new.square().sum(dim=-1, keepdim=True)).clamp_min(0)
         apart = ((old - new).square().sum(dim=-1, keepdim=True) + unseen).sqrt()
         together = ((old + new).square().sum(dim=-1, keepdim=True) + unseen).sqrt()
@@ -198,11 +198,11 @@ class Adaptive(Combination):
             _require_number(self.mode, name, value)
 
     def tensors(self, old_dim: int) -> dict[str, tuple[int | None, int]]:
-        """See :meth:`Combination.tensors`: a sample of the gallery, if confidence counts."""
+        """A sample of the gallery, if confidence counts."""
         return {"reference": (None, old_dim)} if self.confidence else {}
 
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """See :meth:`Combination.shares`."""
+        """Factors of both queries, (n, 1) or scalar each."""
         confidence_gap = None
         if self.confidence:
             reference = tensors["reference"].to(old.dtype)
@@ -235,16 +235,16 @@ class Linear(Combination):
 
     @property
     def needs_old(self) -> bool:
-        """Whether the old query counts."""
+        """True if the old query counts."""
         return self.with_old or self.beta < 1
 
     def tensors(self, old_dim: int) -> dict[str, tuple[int | None, int]]:
-        """See :meth:`Combination.tensors`: A, if it is there, and B."""
+        """The matrices A, if it is there, and B."""
         names = ("old_matrix", "new_matrix") if self.with_old else ("new_matrix",)
         return dict.fromkeys(names, (old_dim, old_dim))
 
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """See :meth:`Combination.shares`; the matrices come on top."""
+        """Factors of both queries; the matrices come on top."""
         return old.new_tensor(1 - self.beta), old.new_tensor(self.beta)
 
     def _sum(
@@ -280,7 +280,7 @@ def combination_from_dict(values: Mapping[str, Any]) -> Combination:
 
 
 def confidence(queries: Tensor, reference: Tensor) -> Tensor:
-    """(n, 1): how far the best score of each query stands out among its scores against (m, dim) rows."""
+    """(n, 1) distance of each query's best score from its mean, in standard deviations of its scores."""
     rows = max(1, _SCORE_BYTES // (reference.element_size() * len(reference)))
     parts = []
     for start in range(0, len(queries), rows):

@@ -51,7 +51,7 @@ class QueryEnsemble(nn.Module, SharedPart):
     """Old and projected new query vectors in, one query vector for the old gallery out.
 
     The gallery stays as it is; the price is the old query tower, unless the old query's vector is at hand.
-    What each mode computes stands in :mod:`xbt.projections.combinations`.
+    The formulas of the modes are in :mod:`xbt.projections.combinations`.
 
     Args:
         old_dim: Dimension of the old space.
@@ -112,7 +112,7 @@ class QueryEnsemble(nn.Module, SharedPart):
                 shape = (rows or f"2 to {MAX_REFERENCE}", dim)
                 raise DataError(f"{name} of {direction} has the shape {tuple(tensor.shape)}, not {shape}")
             if not bool(torch.isfinite(tensor).all()):
-                raise DataError(f"{name} of {direction} holds NaN or infinite values; make it anew")
+                raise DataError(f"{name} of {direction} holds NaN or infinite values; make it again")
             # A copy: two directions may be given one tensor, and safetensors refuses shared memory.
             self.register_buffer(_buffer(direction, name), tensor.clone().contiguous())
 
@@ -122,7 +122,7 @@ class QueryEnsemble(nn.Module, SharedPart):
         return cls(old_dim, dict.fromkeys(DIRECTIONS, Nlerp(0.5)), old_space=old_space)
 
     def needs_old(self, direction: str) -> bool:
-        """Whether queries of a direction need the old model's vector.
+        """True if queries of a direction need the old model's vector.
 
         Raises:
             DataError: If there is no such direction.
@@ -131,11 +131,11 @@ class QueryEnsemble(nn.Module, SharedPart):
         return self.combination(direction).needs_old
 
     def needs_new(self, direction: str) -> bool:
-        """Whether queries of a direction need the new model's vector; raises as :meth:`needs_old`."""
+        """True if queries of a direction need the new model's vector; raises as :meth:`needs_old`."""
         return self.combination(direction).needs_new
 
     def combination(self, direction: str) -> Combination:
-        """How the queries of a direction are combined; raises as :meth:`needs_old`."""
+        """The combination of a direction; raises as :meth:`needs_old`."""
         if direction not in DIRECTIONS:
             raise DataError(f"there is no direction {direction!r}; use 'T2I' or 'I2T'")
         if direction not in self.directions:
@@ -146,7 +146,7 @@ class QueryEnsemble(nn.Module, SharedPart):
         return self.directions[direction]
 
     def tensors(self, direction: str) -> dict[str, Tensor]:
-        """What the direction's combination needs beyond its numbers, by name."""
+        """Tensors that the direction's combination needs beyond its numbers, by name."""
         names = self.combination(direction).tensors(self.old_dim)
         return {name: self.get_buffer(_buffer(direction, name)) for name in names}
 

@@ -51,7 +51,7 @@ class TriedCombination(NamedTuple):
 
 @dataclass(frozen=True)
 class EnsembleFit:
-    """What :func:`fit_ensemble` found.
+    """Result of :func:`fit_ensemble`.
 
     Attributes:
         ensemble: With the best combination of every direction.
@@ -79,7 +79,7 @@ def fit_ensemble(
     """Tries a grid of combinations on pairs and keeps the best one of each direction.
 
     Ties are decided for the simpler candidate: the earlier mode, the share nearest to one half, the smaller
-    coefficients. To be told what the choice is worth, measure it on other pairs.
+    coefficients. To know what the choice is worth, measure it on other pairs.
 
     Args:
         pairs: The pairs to choose on; the directions they have are fitted.
@@ -89,9 +89,9 @@ def fit_ensemble(
             likewise), ``"adaptive"`` (b and s) and ``"adaptive_confidence"`` (b, s and c).
         candidates: Combinations to try in place of the grids, those that win a tie first.
         objective: By default the mean of R@1, R@5 and R@10 (:func:`mean_recall`).
-        references: Per direction, gallery rows by which confidence is told, none of them an answer to the
+        references: Per direction, gallery rows used to estimate query confidence, without answers to the
             pairs' queries. By default the ensemble gets the pairs' own gallery, and while the candidates are
-            compared every query's confidence is told by those fifths of it that do not hold its answer: in
+            compared every query's confidence is estimated on the fifths of it without its answer: in
             use, too, answers are not in the reference. Of more than 4,096 rows a sample is taken.
         seed: Of that sample, and of the fifths.
 
@@ -220,7 +220,7 @@ def _best(candidates: Sequence[TriedCombination]) -> TriedCombination:
 
 
 def gallery_reference(gallery: Tensor, seed: int = 0, dim: int | None = None) -> Tensor:
-    """At most 4,096 unit rows of a gallery, in its order, by which the confidence of queries is told.
+    """At most 4,096 unit rows of a gallery, in its order, to estimate the confidence of queries.
 
     Raises:
         SpaceMismatchError: If the rows are not of the dimension ``dim``.
@@ -244,13 +244,13 @@ def confidence_by_folds(
     seed: int = 0,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """How sure every query is, told by the gallery items of the other folds, among which no answer is.
+    """Confidence of every query, estimated on the gallery items of the other folds, without its answer.
 
     Args:
         pairs: The pairs.
         direction: ``"T2I"`` or ``"I2T"``.
         queries: (n_queries, old_dim) unit rows.
-        fold_of: (n_images,) the fold of every image. Where there is one alone, it is told by itself.
+        fold_of: (n_images,) the fold of every image. A single fold is estimated on itself.
         seed: Fixes the sample of a large gallery.
         rows: (n_queries,) booleans, whose confidence is asked for; by default that of all.
 
@@ -294,13 +294,11 @@ def rank_combinations(
     Returns:
         Per candidate (number of queries ranked,) int64 ranks, from 0 for the best.
     """
-    old, answers = pairs.queries(direction)[1], _padded(pairs.positives(direction))
+    old = pairs.queries(direction)[1]
+    gallery, row_of_item, copies, answers = pairs.searched(direction)
     if rows is not None:
         old, answers, new = old[rows], answers[rows], new[rows]
         confidence_gap = None if confidence_gap is None else confidence_gap[rows]
-    # BLAS may round one inner product differently in different columns; scored once, equal rows tie.
-    gallery, column_of_row = torch.unique(pairs.gallery(direction), dim=0, return_inverse=True)
-    copies = torch.bincount(column_of_row)
     step = max(1, _SCORE_BYTES // (gallery.element_size() * len(gallery)))
     ranks: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(old), step):
@@ -312,7 +310,7 @@ def rank_combinations(
         if matrices:
             extra = v @ matrices["new_matrix"].T
             added = (extra + u @ matrices["old_matrix"].T if "old_matrix" in matrices else extra) @ gallery.T
-        own = column_of_row[answers[part].clamp_min(0)]
+        own = row_of_item[answers[part].clamp_min(0)]
         for found, candidate in zip(ranks, candidates, strict=True):
             first, second = _score_weights(
                 candidate, u, a, cosines, None if confidence_gap is None else confidence_gap[part]
@@ -327,7 +325,7 @@ def rank_combinations(
 def _score_weights(
     candidate: Combination, old: Tensor, new: Tensor, cosines: Tensor, confidence_gap: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What the scores of u and of v are multiplied with."""
+    """Factors of the scores of u and of v."""
     if isinstance(candidate, Adaptive):
         beta = candidate.weights(cosines, confidence_gap if candidate.confidence else None)
         return 1 - beta, beta
@@ -339,14 +337,6 @@ def _score_weights(
 def _folds_of(pairs: PairVectors, seed: int) -> NDArray[np.int64]:
     clusters = clusters_of(pairs, min(_FOLDS, len(pairs)))
     return fold_of_clusters(clusters, min(_FOLDS, len(np.unique(clusters))), seed)
-
-
-def _padded(positives: Sequence[Sequence[int]]) -> Tensor:
-    """(n_queries, most positives) gallery rows, filled up with -1."""
-    rows = torch.full((len(positives), max(map(len, positives))), -1)
-    for number, own in enumerate(positives):
-        rows[number, : len(own)] = torch.tensor(own)
-    return rows
 
 
 def _count(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor) -> Tensor:

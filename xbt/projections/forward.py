@@ -248,7 +248,7 @@ class ForwardMap(Projection):
         return output + correction
 
     def options(self) -> dict[str, Any]:
-        """See :meth:`Projection.options`."""
+        """Dimension of the side information, and width of the mixer."""
         return {"side_dim": self.side_dim, "hidden_dim": self.hidden_dim}
 
 

@@ -1,4 +1,4 @@
-"""A head of a born-compatible model as a projection: new vectors that are compatible and stay their own."""
+"""Heads of backward-compatible models as projections into the old space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class HeadProjection(Projection):
 
     A projection serves the old gallery alone. A head's whole vector serves both: its leading dimensions are
     the compatible ones, and all of them are the new model's own. ``output="old"`` gives the first, for a
-    gallery of the old model; :meth:`full` the second, for items that are embedded anew.
+    gallery of the old model; :meth:`full` the second, for items that are embedded again.
 
     Args:
         new_dim: Dimension of the vectors that come in.
@@ -111,5 +111,5 @@ class HeadProjection(Projection):
         return chosen
 
     def options(self) -> dict[str, Any]:
-        """See :meth:`Projection.options`."""
+        """Kind and options of the head, and which part of it goes out."""
         return {"head": self.head.kind, "head_options": self.head.options(), "output": self.output}

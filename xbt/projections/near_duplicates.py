@@ -1,6 +1,6 @@
-"""Items that are the same in all but name: they must not be fitted to on one side and judged on the other.
+"""Near-duplicates of images and texts, which must not be fitted to on one side and judged on the other.
 
-A photo that was uploaded twice, or a caption that stands beside two photos, ties images together: whoever
+A photo that was uploaded twice, or a caption of two photos, ties images together: a fit that
 learns from one has seen the answer to the other, and in a bootstrap the two say no more than one. Such images
 form a cluster, of which a fold holds all or nothing and which is drawn as a whole.
 """
@@ -35,7 +35,7 @@ Links = NDArray[np.int64]
 
 
 def clusters_of(pairs: PairVectors, folds: int) -> NDArray[np.int64]:
-    """Which images of the pairs belong together.
+    """Group the images of the pairs that belong together.
 
     Images are near-duplicates where their cosine, after the mean of all images is subtracted, exceeds
     :data:`NEAR` under the old model and, if there are new image vectors, under the new one too. Without the
@@ -58,7 +58,7 @@ def clusters_of(pairs: PairVectors, folds: int) -> NDArray[np.int64]:
     if near is not None:
         near = np.concatenate([exact, near])
         attempts = [(_ALL, np.concatenate([near, texts])), ("near-duplicate images", near), *attempts]
-    for kept, links in attempts:  # noqa: B007 - which one it was is told below
+    for kept, links in attempts:  # noqa: B007 - the last one is named below
         first = _joined(len(pairs), links)
         if np.bincount(first).max() <= len(pairs) / folds:
             break
@@ -91,7 +91,7 @@ def fold_of_clusters(clusters: NDArray[np.int64], folds: int, seed: int) -> NDAr
 
 
 class TextFinder:
-    """Finds texts that are equal to known ones under both models, whatever the precision they came in.
+    """Finds texts that are equal to known ones under both models, in any float precision.
 
     Equal rows have equal inner products with any direction. A row is therefore compared only with the known
     rows whose product with one random direction is about its own: time grows with the rows alone.
@@ -125,7 +125,7 @@ class TextFinder:
         return self._first_equal(rows, keys, start) >= 0
 
     def links(self) -> Links:
-        """Which known texts are equal: each with the next one, so that a chain holds all of them."""
+        """Link the known texts that are equal: each with the next one, so that a chain holds all of them."""
         start = torch.arange(1, len(self._lowest) + 1)
         found = self._first_equal(self._rows, self._keys, start)
         has = torch.nonzero(found >= 0).flatten()

@@ -96,7 +96,7 @@ class Stage1Options(TextLoss):
 
     @property
     def centred(self) -> bool:
-        """Whether the projection subtracts means."""
+        """True if the projection subtracts means."""
         return self.noise_family == "centred"
 
 
@@ -216,7 +216,7 @@ class TextProjectionObjective(nn.Module):
         self.temperature = Temperature(settings.temperature)
         self.cosine_weight, self.contrastive_weight = settings.cosine_weight, settings.contrastive_weight
         self.relational_weight = settings.relational_weight
-        # Distributed training wants a gradient for whatever can be trained.
+        # Distributed training needs a gradient for every trained parameter.
         self.temperature.requires_grad_(bool(settings.contrastive_weight))
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

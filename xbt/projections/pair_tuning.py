@@ -1,4 +1,4 @@
-"""Teaching the combined query with labelled pairs: two small matrices on top of a projection.
+"""Tuning of the combined query on labelled pairs: two small matrices on top of a projection.
 
 The old query u and the projected new one v of a pair are fixed; what is learned is
 
@@ -115,7 +115,7 @@ def tune_matrices(
         for direction in pairs.directions
     }
     dim = pairs.dims[1]
-    # torch may have been told not to record gradients, or to compute in half precision, by who calls.
+    # The caller may have turned gradients off, or autocast to half precision on.
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
         matrices = [torch.zeros(dim, dim, requires_grad=True) for _ in range(2 if use_old else 1)]
 

@@ -1,14 +1,16 @@
-"""Image–text pairs as vectors under both models: what a map can be tuned, selected and judged on."""
+"""Image–text pairs as vectors under both models, to tune, select and judge maps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from functools import cached_property
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from xbt.errors import DataError
 from xbt.evaluation.cells import DIRECTIONS
@@ -16,6 +18,22 @@ from xbt.store import EmbeddingStore
 from xbt.vectors import Vectors, as_vectors, unit_rows
 
 _ROUNDING = 1e-6
+
+
+class Searched(NamedTuple):
+    """What the queries of a direction are searched in, prepared for ranking.
+
+    Attributes:
+        rows: (u, old_dim) the different rows of the gallery.
+        row_of_item: (m,) int64, the row of every gallery item.
+        copies: (u,) int64, how many items each row has.
+        answers: (n_queries, most answers) int64 gallery items, filled up with -1.
+    """
+
+    rows: Tensor
+    row_of_item: Tensor
+    copies: Tensor
+    answers: Tensor
 
 
 @dataclass(frozen=True)
@@ -126,13 +144,33 @@ class PairVectors:
         return self.new_images, self.old_images
 
     def gallery(self, direction: str) -> Tensor:
-        """What the queries of a direction are searched in: the old images, or the old texts.
+        """The rows that the queries of a direction are searched in: the old images, or the old texts.
 
         Raises:
             DataError: If there is no such direction.
         """
         _check_direction(direction)
         return self.old_images if direction == "T2I" else self.old_texts
+
+    def searched(self, direction: str) -> Searched:
+        """The gallery of a direction and the answers in it, prepared once for any number of rankings.
+
+        Raises:
+            DataError: If there is no such direction.
+        """
+        _check_direction(direction)
+        return self._searched[direction]
+
+    @cached_property
+    def _searched(self) -> dict[str, Searched]:
+        prepared = {}
+        for direction in DIRECTIONS:
+            # BLAS may round one inner product differently in different columns; scored once, equal rows tie.
+            rows, row_of_item = torch.unique(self.gallery(direction), dim=0, return_inverse=True)
+            positives = [torch.tensor(items) for items in self.positives(direction)]
+            answers = pad_sequence(positives, batch_first=True, padding_value=-1)
+            prepared[direction] = Searched(rows, row_of_item, torch.bincount(row_of_item), answers)
+        return prepared
 
     def groups(self, direction: str) -> Tensor:
         """(n_queries,) int64, the image of every query; queries of one image are not independent."""

@@ -85,7 +85,7 @@ def procrustes_from(
     centring: Centring = "none",
     scale: bool = False,
 ) -> LinearProjection:
-    """As :func:`fit_procrustes`, from statistics: ``cross``, with centring ``sums``, for scale ``new_gram``.
+    """Fit as :func:`fit_procrustes`, from ``cross``, with centring also ``sums``, for scale ``new_gram``.
 
     Raises:
         ConfigError: If an option cannot be used, or the statistics lack what it needs.
@@ -107,7 +107,7 @@ def procrustes_rotation(new: Source, old: Source) -> Tensor:
 
 
 def procrustes_rotation_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """As :func:`procrustes_rotation`, for pairs of chunks.
+    """Fit as :func:`procrustes_rotation`, for pairs of chunks.
 
     Args:
         chunks: At least one pair of (k, new_dim) and (k, old_dim) vectors of the same items, without NaN; k

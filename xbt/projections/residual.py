@@ -148,7 +148,7 @@ class ResidualProjection(Projection):
         return nn.functional.linear(vectors, self.weight, old_mean) + self.scale * correction
 
     def options(self) -> dict[str, Any]:
-        """See :meth:`Projection.options`."""
+        """Width of the MLP, and the means there are."""
         return {
             "hidden_dim": self.hidden_dim,
             "centred": self.new_mean is not None,

@@ -72,7 +72,7 @@ def ridge_from(
     regularisation: float | None = None,
     intercept: bool = False,
 ) -> LinearProjection:
-    """As :func:`fit_ridge`, from statistics: ``cross`` and ``new_gram``, with an intercept ``sums``.
+    """Fit as :func:`fit_ridge`, from statistics: ``cross`` and ``new_gram``, with an intercept ``sums``.
 
     With images, λ is beside the statistics scaled to the number of texts.
 
@@ -180,7 +180,7 @@ def low_rank_from(
     regularisation: float | None = None,
     intercept: bool = True,
 ) -> LinearProjection:
-    """As :func:`fit_low_rank`, from statistics: ``cross`` and ``new_gram``, with an intercept ``sums``.
+    """Fit as :func:`fit_low_rank`, from statistics: ``cross`` and ``new_gram``, with an intercept ``sums``.
 
     Raises:
         ConfigError: If an option cannot be used, or the statistics lack what it needs.

@@ -1,4 +1,4 @@
-"""What closed forms need to know of paired vectors: sums of products, gathered in one pass.
+"""Statistics of paired vectors for the closed forms: sums of products, gathered in one pass.
 
 With N the new vectors (n, new_dim) and O the old ones (n, old_dim), every closed form is a function of some
 of
@@ -170,7 +170,7 @@ class PairStatistics:
 
     @property
     def rounding(self) -> float:
-        """How large rounding can have become in a term, beside its Frobenius norm before centring.
+        """Largest error of a term by rounding, relative to its Frobenius norm before centring.
 
         Of rows that are all alike fp32 rounds all sums the same way, to nearly 1e-6; of others it is a tenth.
         """

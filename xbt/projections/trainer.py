@@ -41,7 +41,7 @@ NO_DECAY = ("projection.weight",)
 
 @dataclass
 class Schedule:
-    """How long and how fast to train.
+    """Length and speed of a training.
 
     Raises:
         ConfigError: If a value cannot be used.
@@ -190,7 +190,7 @@ def _gains(scored: Score, first: Score) -> bool:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Which step was kept.
+    """Result of :func:`train`.
 
     Attributes:
         best_step: The step that :class:`StepSelection` kept.
@@ -207,7 +207,7 @@ def train(
     schedule: FitSchedule,
     score: Callable[[], Score],
 ) -> TrainResult:
-    """Train whatever requires gradients, and leave the kept step's weights in place.
+    """Train the parameters that require gradients, and leave the kept step's weights in place.
 
     Args:
         objective: Takes a batch and returns (loss, parts); it is moved to the schedule's device.

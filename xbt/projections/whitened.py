@@ -80,7 +80,7 @@ def whitened_procrustes_from(
     centring: Centring = "joint",
     shrinkage: float = 0.3,
 ) -> LinearProjection:
-    """As :func:`fit_whitened_procrustes`, from all terms of statistics (``sums`` only with centring).
+    """Fit as :func:`fit_whitened_procrustes`, from all terms of statistics (``sums`` only with centring).
 
     Raises:
         ConfigError: If an option cannot be used, or the statistics lack what it needs.

@@ -15,7 +15,7 @@ from xbt.projections.trainer import Schedule, parameter_groups
 
 @dataclass
 class TrainArgs(Schedule):
-    """How long, how fast and how safely to train."""
+    """Length, speed, checkpoints and log of a training."""
 
     batch_size: int = 256
     """Global batch size: the batch is split over the processes, and negatives are gathered across them."""

@@ -138,7 +138,7 @@ class TrainingLoop:
         return self.state
 
     def result(self) -> dict[str, Any]:
-        """Which step was kept, the evaluations, and how many processes ran."""
+        """The step that was kept, the evaluations, and the number of processes."""
         return {
             "best_step": self.state.best_step,
             "history": self.state.history,
@@ -289,7 +289,7 @@ class TrainedTensors:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers by name, looked up anew: a module that moves to a device gets others."""
+        """The buffers by name, looked up each time: a module that moves to a device gets others."""
         return {name: owner.get_buffer(name.rpartition(".")[2]) for name, owner in self._owners.items()}
 
     def copy(self) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ class TextVectors:
         return _take(self.new, rows), _take(self.old, rows)
 
     def chunks(self, positions: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-        """New and old vectors of some texts, a few thousand at a time, in the order that disks like best."""
+        """New and old vectors of some texts, a few thousand at a time, in row order (sequential reads)."""
         ordered = np.sort(positions)
         for start in range(0, len(ordered), _ROWS_AT_ONCE):
             yield self.take(ordered[start : start + _ROWS_AT_ONCE])
@@ -98,7 +98,7 @@ def open_text_stores(new: str, old: str) -> TextVectors:
 
     Returns:
         The vectors; of texts that occur several times, where the stores know their captions, the first row.
-        (Captions are told apart by 64-bit hashes.)
+        (Captions are compared by 64-bit hashes.)
 
     Raises:
         StoreError: If a store cannot be opened, is not of texts, or does not say its space.
@@ -124,14 +124,14 @@ def _open(path: str, flag: str) -> EmbeddingStore:
 def distinct_rows(new: EmbeddingStore, old: EmbeddingStore) -> NDArray[np.int64] | None:
     """Rows of the first of equal captions, or ``None`` for all; checks on the way that the rows pair."""
     count = min(len(new), len(old))
-    told = [store for store in (new, old) if CAPTION in store.columns]
-    hashes = np.empty(count if told else 0, np.uint64)
+    captioned = [store for store in (new, old) if CAPTION in store.columns]
+    hashes = np.empty(count if captioned else 0, np.uint64)
     for start in range(0, count, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, count)
         ids = new.read_ids(start, stop)
         _require_same(new, old, "id", ids, old.read_ids(start, stop), start)
-        if told:
-            captions = [each.metadata([CAPTION], start, stop)[CAPTION].to_pylist() for each in told]
+        if captioned:
+            captions = [each.metadata([CAPTION], start, stop)[CAPTION].to_pylist() for each in captioned]
             _require_same(new, old, CAPTION, captions[0], captions[-1], start)
             texts = [name if text is None else text for name, text in zip(ids, captions[0], strict=True)]
             hashes[start:stop] = [_hash(text) for text in texts]
@@ -141,7 +141,7 @@ def distinct_rows(new: EmbeddingStore, old: EmbeddingStore) -> NDArray[np.int64]
             "both must be of the same texts; embed the same captions with both models"
         )
     first = np.sort(np.unique(hashes, return_index=True)[1])
-    return None if len(first) == count or not told else first
+    return None if len(first) == count or not captioned else first
 
 
 def _require_same(

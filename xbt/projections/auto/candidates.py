@@ -1,4 +1,4 @@
-"""What ``method="auto"`` chooses from: projections, and ways to combine their queries with the old ones."""
+"""Candidates of a choice: projections, and ways to combine their queries with the old ones."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ class Candidate:
 
     @property
     def uses_pairs(self) -> bool:
-        """Whether its fit looks at the pairs, so that it must be judged on pairs it has not seen."""
+        """True if its fit learns from the pairs, so that it must be judged on pairs it has not seen."""
         return self.tune_penalty is not None or self.needs_image_vectors
 
     @property
     def needs_image_vectors(self) -> bool:
-        """Whether its fit needs the pairs' images under the new model."""
+        """True if its fit needs the pairs' images under the new model."""
         return self.options.get("pairs_weight", 0) > 0 or self.options.get("centring") == "modality"
 
 
 def default_candidates(pairs: PairVectors | None, thorough: bool = False) -> list[Candidate]:
-    """What ``auto`` tries, from simple to elaborate: ties go to what comes first.
+    """Candidates by default, from simple to elaborate: ties go to the first.
 
     Args:
         pairs: The pairs there are; without any, only text-fitted candidates are tried.
@@ -133,7 +133,7 @@ class Fitter:
         self._fitted: dict[str, Projection] = {}
 
     def looks_at_pairs(self, candidate: Candidate) -> bool:
-        """Whether the candidate's fit depends on the pairs, its tuning included."""
+        """True if the candidate's fit depends on the pairs, its tuning included."""
         return self.pair_texts or candidate.uses_pairs
 
     def fit(self, candidate: Candidate, pairs: PairVectors | None) -> Projection:

@@ -144,7 +144,7 @@ def _evidence(
     text_groups: Sequence[int] | Tensor | None,
     seed: int,
 ) -> tuple[PairVectors, Evidence, tuple[Source | None, Source | None]]:
-    """What to judge on, what it is worth, and the corpus that is left to fit to."""
+    """The pairs to judge on, the kind of evidence they are, and the corpus that is left to fit to."""
     if (new is None) != (old is None):
         raise ConfigError("new and old vectors belong together; give both, or neither and pairs")
     if (new is None or old is None) and pairs is None:

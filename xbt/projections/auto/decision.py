@@ -32,7 +32,7 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class CandidateScore:
-    """What one candidate reached with its best setting, on queries its fit had not seen.
+    """Recall of one candidate with its best setting, on queries its fit had not seen.
 
     The setting was chosen on the same queries, so the best candidate's figures flatter it;
     :attr:`Decision.gain_tests` do not. Without pairs all candidates are shown with one setting, and the
@@ -63,8 +63,8 @@ class Decision:
             shown to be better.
         name: The chosen candidate.
         evidence: What it was judged on.
-        gain_tests: Per direction whether the choice is deployed, and why, by queries whose own ranks had no
-            say in it.
+        gain_tests: Per direction whether the choice is deployed, and why, by queries whose own ranks took no
+            part in it.
         candidates: What every candidate reached, and the old query, on held-out queries.
         n_images: Images (or groups of texts) it was judged on.
         n_texts: Texts it was judged on.
@@ -88,7 +88,7 @@ class Decision:
     n_left_out: int = 0
 
     def deployed(self, direction: str) -> bool:
-        """Whether queries of a direction use the new model at all; if not, the old query is used alone.
+        """True if queries of a direction use the new model at all; if not, the old query is used alone.
 
         Raises:
             DataError: If there is no such direction.
@@ -97,7 +97,7 @@ class Decision:
 
     @property
     def needs_old(self) -> bool:
-        """Whether the old encoder runs on queries of any direction."""
+        """True if the old encoder runs on queries of any direction."""
         return any(self.ensemble.needs_old(direction) for direction in self.gain_tests)
 
     @torch.no_grad()
@@ -224,7 +224,7 @@ class Decision:
         return "\n".join(lines)
 
     def _of_direction(self, direction: str) -> str:
-        """What is deployed in a direction, what that changes, and why, on one line."""
+        """One line on a direction: the query that is deployed, the change in recall, and the reason."""
         test = self.gain_tests[direction]
         query = f"deploy {self.ensemble.combination(direction)}"
         if not self.deployed(direction):

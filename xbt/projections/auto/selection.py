@@ -1,4 +1,4 @@
-"""Choosing between ways to query, and judging the choice by queries whose ranks had no say in it.
+"""Choosing between ways to query, and judging the choice by queries whose ranks took no part in it.
 
 The best of many candidates on some queries looks better there than it is. The choice is therefore judged by
 nested selection (Cawley & Talbot, "On over-fitting in model selection", JMLR 2010): for every fold the choice
@@ -115,7 +115,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class GainTest:
-    """What a direction gains over the old query, by queries whose own ranks had no say in the choice.
+    """Gain of a direction over the old query, by queries whose own ranks took no part in the choice.
 
     Attributes:
         direction: ``"T2I"`` or ``"I2T"``.
@@ -153,8 +153,8 @@ def choose(
 
     A high mean can hide a loss at one k, which the criterion forbids. A setting is therefore eligible if
     every k gains at least half a standard error over the old query; of the eligible ones the highest mean
-    over the ks wins. Where none is eligible, the one whose worst k is best, in standard errors, stands for
-    the candidate. The candidate with the highest mean over all directions wins; a direction counts with the
+    over the ks wins. Where none is eligible, the candidate gets the one whose worst k is best, in standard
+    errors. The candidate with the highest mean over all directions wins; a direction counts with the
     old query's recall where nothing is eligible. Ties go to what comes first: list from simple to elaborate.
 
     Args:
@@ -274,7 +274,7 @@ def run_gain_test(
     seed: int = 0,
     every_k: bool = False,
 ) -> GainTest:
-    """Whether the new queries beat the old ones with confidence.
+    """Test whether the new queries beat the old ones with confidence.
 
     Two things are asked for. The gain in R@k, averaged over the ks, must be above 0 with the given one-sided
     confidence (:func:`~xbt.evaluation.significance.cautious_interval`, groups drawn as wholes). And no single
