@@ -235,7 +235,7 @@ def _settings(saved: Mapping[str, Any]) -> Settings:
         _mapping(saved, "rank_pattern", _is_rank),
         _mapping(saved, "alpha_pattern", _is_alpha),
         targets,
-        all(saved.get(name) in _OFF for name in _WHERE),
+        all(saved.get(name) in (None, "", []) for name in _WHERE),  # 0 is a layer
     )
 
 
@@ -359,12 +359,16 @@ def _globs(pattern: str) -> list[tuple[bool, str]] | None:
         For each whether it begins with ``^``, and the glob; ``None`` if the pattern says more than that.
     """
     found: list[tuple[bool, str]] = []
-    anchored, glob = False, ""
+    anchored, ended, glob = False, False, ""
     # The tokens overlap nowhere, so this takes linear time.
     for token in re.findall(r"\\.?|\.[*+]?|[^\\.]", pattern, re.DOTALL):
         if token == "|":
             found.append((anchored, glob))
-            anchored, glob = False, ""
+            anchored, ended, glob = False, False, ""
+        elif ended:
+            return None
+        elif token == "$":
+            ended = True
         elif token == "^" and not glob and not anchored:
             anchored = True
         elif token[0] == ".":
@@ -373,7 +377,7 @@ def _globs(pattern: str) -> list[tuple[bool, str]] | None:
             if len(token) == 1 or token[1].isalnum():
                 return None
             glob += f"[{token[1]}]" if token[1] in "*?[" else token[1]
-        elif token in "*+?{}[]()^$":
+        elif token in "*+?{}[]()^":
             return None
         else:
             glob += token
