@@ -60,7 +60,7 @@ class TrainedTensors:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers by name, looked up anew: a module that moves to a device gets others."""
+        """The buffers by name, looked up each time: a module that moves to a device gets others."""
         return {name: owner.get_buffer(name.rpartition(".")[2]) for name, owner in self._owners.items()}
 
     def copy(self) -> dict[str, Tensor]:
