@@ -228,13 +228,13 @@ def _settings(saved: Mapping[str, Any]) -> Settings:
         if not right:
             raise ValueError(f"cannot be read: {CONFIG_FILE} has {name} {value!r:.80}")
     return Settings(
-        rank,
-        alpha,
+        saved["r"],
+        saved["lora_alpha"],
         dropout,
         rslora,
         _mapping(saved, "rank_pattern", _is_rank),
         _mapping(saved, "alpha_pattern", _is_alpha),
-        targets,
+        saved["target_modules"],
         all(saved.get(name) in (None, "", []) for name in _WHERE),  # 0 is a layer
     )
 
