@@ -54,5 +54,5 @@ def test_what_cannot_be_loaded(parts, tmp_path):
     projection.save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace(new.name, "open_clip:local-dir:/no/model"))
-    with pytest.raises(EncoderError, match=r"the new model recorded in .*/no/model.*new= to name it anew"):
+    with pytest.raises(EncoderError, match=r"the new model recorded in .*/no/model.*new= to name another"):
         load_upgraded(tmp_path)

@@ -311,6 +311,6 @@ class TestUnfit:
         config = adapter / "adapter_config.json"
         content = json.loads(config.read_text())
         config.write_text(json.dumps({**content, "init_lora_weights": "pissa"}))
-        self.refused(encoder, adapter, "'pissa', which changes the base")
+        self.refused(encoder, adapter, "init_lora_weights='pissa', which changes the base")
         config.write_text(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]}))
         self.refused(encoder, adapter, "not a LoRA")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -251,3 +252,18 @@ def test_loading_says_nothing(transformers_spec, capfd):
     load_encoder(transformers_spec)
     said = capfd.readouterr()
     assert said.out == said.err == ""
+
+
+@pytest.mark.parametrize("shard", [None, "../outside.safetensors", 7])
+def test_an_index_of_shards_names_files_of_its_folder(shard, transformers_spec, tmp_path):
+    folder = shutil.copytree(transformers_spec.removeprefix("transformers:"), tmp_path / "sharded")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    names = load_file(folder / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard or "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if shard is None:
+        expected = load_encoder(transformers_spec).encode_texts(["a dog"])
+        assert torch.equal(load_encoder(f"transformers:{folder}").encode_texts(["a dog"]), expected)
+        return
+    with pytest.raises(EncoderError, match=r"weight_map of .* must name safetensors files of that folder"):
+        load_encoder(f"transformers:{folder}")

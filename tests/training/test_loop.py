@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from accelerate.utils import DynamoBackend
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from xbt.errors import DataError
+from xbt.errors import ConfigError, DataError
 from xbt.run_dir import RunDirectory
 from xbt.training import BackboneTraining, TrainArgs
 from xbt.training.args import make_optimizer
@@ -234,3 +236,29 @@ def test_epochs_are_counted_in_steps():
 def test_refusals(change, words):
     with pytest.raises(ValueError, match=words):
         BackboneTraining(**change)
+
+
+@pytest.mark.parametrize("steps", ["2", "auto"])
+def test_a_loss_that_accelerate_would_divide_is_refused(steps, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+    with pytest.raises(ConfigError, match=f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS is {steps}, but"):
+        start(tmp_path)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    start(tmp_path)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_only_what_dynamo_can_trace_is_compiled(adapted, tmp_path, monkeypatch, capsys):
+    args = TrainArgs(steps=1, batch_size=8)
+    run = RunDirectory(tmp_path, args)
+    accelerator = make_accelerator(args, run, args, "test")
+    plugin = accelerator.state.dynamo_plugin
+    monkeypatch.setattr(plugin, "backend", DynamoBackend.EAGER)
+    net = Net()
+    if adapted:
+        net.attention = nn.ModuleDict({"layer": nn.MultiheadAttention(8, 2)})
+        net.attention = get_peft_model(net.attention, LoraConfig(r=2, target_modules=["layer"]))
+    loop = TrainingLoop(accelerator, run, args, net, Pictures())
+    assert isinstance(loop.model, torch._dynamo.OptimizedModule) is not adapted
+    assert capsys.readouterr().out.count("the model is not compiled") == int(adapted)
+    assert plugin.backend == DynamoBackend.EAGER

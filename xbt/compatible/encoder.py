@@ -352,9 +352,9 @@ class CompatibleEncoder(DualEncoder, SharedPart):
         tower = None
         if saved.needs_old and (load_old or isinstance(old, DualEncoder)):
             what = f"the old model recorded in {directory}"
-            mend = "old=, or load_old=False and old_vectors=,"
+            option = "old=, or load_old=False and old_vectors=,"
             at = access.at(saving.recorded_revision(saved.old, saved.projection.old_space))
-            tower = saving.load_model(old, saved.old, what, mend, device, foreign, at)
+            tower = saving.load_model(old, saved.old, what, option, device, foreign, at)
         return cls(new, saved.projection, saved.ensemble, tower)
 
     @classmethod

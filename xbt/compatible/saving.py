@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from xbt.encoders import DualEncoder, has_lora, load_encoder, save_lora
-from xbt.encoders.lora import CONFIG_FILE, WEIGHTS_FILE
+from xbt.encoders.lora_loading import CONFIG_FILE, WEIGHTS_FILE
 from xbt.errors import EncoderError
 from xbt.hub import (
     CARD_NAME,
@@ -169,7 +169,7 @@ def load_model(
     given: DualEncoder | str | None,
     recorded: str,
     what: str,
-    mend: str,
+    option: str,
     device: str | torch.device,
     foreign: bool = False,
     access: HubAccess = _HERE,
@@ -180,7 +180,7 @@ def load_model(
         given: An encoder, which stays where it is, or a specification; ``None`` for the recorded one.
         recorded: The recorded specification.
         what: What to call the recorded model in an error.
-        mend: The option that names it anew.
+        option: The option that names it.
         device: Where a loaded encoder goes.
         foreign: Whether the record came from the Hub: then a path in it is not followed.
         access: How the Hub is asked; its revision is that of the recorded model and not of a given one.
@@ -192,7 +192,7 @@ def load_model(
     if isinstance(given, DualEncoder):
         return given
     if given is None:
-        require_loadable(recorded, what, mend, foreign)
+        require_loadable(recorded, what, option, foreign)
     else:
         access = access.at(None)
     try:
@@ -200,4 +200,4 @@ def load_model(
     except EncoderError as error:
         if given is not None:
             raise
-        raise EncoderError(f"{what} cannot be loaded: {error}; pass {mend} to name it anew") from error
+        raise EncoderError(f"{what} cannot be loaded: {error}; pass {option} to name another") from error

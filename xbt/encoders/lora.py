@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
+from xbt.encoders.lora_loading import (
+    ADAPTABLE,
+    WEIGHTS_FILE,
+    adaptable,
+    default_pattern,
+    exact_pattern,
+    read_lora,
+)
 from xbt.encoders.quiet import brief, quiet
 from xbt.errors import ConfigError, EncoderError
-from xbt.hub import SavedPartError, read_json, read_tensors, require_file
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-
-ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.MultiheadAttention)
-"""Modules LoRA can be put on."""
+from xbt.hub import SavedPartError, read_tensors
 
 
 @dataclass
@@ -114,7 +115,7 @@ def save_lora(encoder: DualEncoder, directory: str | Path) -> None:
     module: Any = encoder.module
     config = module.peft_config["default"]
     was_inference, base = config.inference_mode, config.base_model_name_or_path
-    # A path of this machine means nothing elsewhere; what the adapter belongs to is told by who saves it.
+    # A path of this machine means nothing elsewhere; who saves it knows what it belongs to.
     config.inference_mode, config.base_model_name_or_path = True, None
     try:
         config.save_pretrained(str(folder))
@@ -142,20 +143,14 @@ def load_lora(
         raise ConfigError("a merged LoRA receives no gradients; pass merge=False to train it")
     _require_bare(encoder)
     folder = Path(directory)
-    config, state = _read(folder)
-    _require_possible(encoder, config, state, folder)
+    config = read_lora(encoder, folder)
     try:
+        state = read_tensors(folder / WEIGHTS_FILE)
         _attach(encoder, config)
-    except EncoderError as error:
-        raise EncoderError(f"the adapter in {folder} does not fit {encoder.name}: {error}") from error
+        _set(encoder, state)
+    except (SavedPartError, EncoderError) as error:
+        raise EncoderError(f"the adapter in {folder} cannot be used: {error}") from error
     module: Any = encoder.module
-    misfit = _misfit(_state(module), state)
-    if misfit:
-        encoder.module = module.unload()
-        raise EncoderError(f"the adapter in {folder} does not fit {encoder.name}: {misfit}")
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(module, state)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(trainable and ".lora_" in name)
     if merge:
@@ -173,7 +168,7 @@ def has_lora(encoder: DualEncoder) -> bool:
 
 def _require_bare(encoder: DualEncoder) -> None:
     if has_lora(encoder):
-        raise EncoderError(f"{encoder.name} has LoRA already; load the encoder anew")
+        raise EncoderError(f"{encoder.name} has LoRA already; load the encoder again")
 
 
 def _attach(encoder: DualEncoder, config: Any) -> None:
@@ -189,30 +184,44 @@ def _attach(encoder: DualEncoder, config: Any) -> None:
             # peft asks transformers for a property under its old name.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             encoder.module = get_peft_model(encoder.module, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise EncoderError(f"peft cannot put LoRA on {encoder.name}: {brief(error)}") from error
     encoder.module.train(training)
     encoder.invalidate_space()
 
 
+def _set(encoder: DualEncoder, state: dict[str, Tensor]) -> None:
+    """Fills the LoRA; where that gives weights that are no numbers, the encoder is left without LoRA."""
+    from peft import set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    module: Any = encoder.module
+    set_peft_model_state_dict(module, state)
+    for name, layer in module.named_modules():
+        if isinstance(layer, LoraLayer):
+            with torch.no_grad():
+                update = layer.get_delta_weight("default")
+            if not torch.isfinite(update).all():
+                encoder.module = module.unload()
+                raise EncoderError(f"its update of {name} holds NaN or infinite values; train it again")
+
+
 def _pattern(encoder: DualEncoder, targets: str | list[str] | None) -> str:
-    """The targets as one regular expression for full module names, whichever way they were given."""
-    if isinstance(targets, str):
-        return targets
+    """The targets as one regular expression for full module names, whichever way they were given.
+
+    It is what is saved: the encoder's own one or plain names, so that who loads it need run no other.
+    """
     if targets is not None:
-        return _endings(targets)
+        named = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
+        _matches(encoder, named)
+        return exact_pattern(_named(encoder, named))
     for tower, pattern in encoder.lora_targets.items():
         if not _named(encoder, pattern):
             raise EncoderError(
                 f"the {tower} tower of {encoder.name} has no attention that LoRA knows; set "
                 f"lora.target_modules to modules it has, such as {_examples(encoder)}"
             )
-    return "|".join(encoder.lora_targets.values())
-
-
-def _endings(targets: Iterable[str]) -> str:
-    # Not left to peft as a list: it keeps that as a set, whose order in the saved file is random.
-    return rf"(.*\.)?({'|'.join(re.escape(target) for target in sorted(targets))})"
+    return default_pattern(encoder)
 
 
 def _named(encoder: DualEncoder, pattern: str) -> dict[str, nn.Module]:
@@ -227,10 +236,9 @@ def _matches(encoder: DualEncoder, pattern: str) -> list[nn.Module]:
             f"lora.target_modules '{pattern}' matches no module of {encoder.name}, which has, for example, "
             f"{_examples(encoder)}"
         )
+    fit = adaptable(encoder)
     for name, module in found.items():
-        parent = encoder.module.get_submodule(name.rpartition(".")[0])
-        # nn.MultiheadAttention reads its output projection's weight without calling it.
-        if not isinstance(module, ADAPTABLE) or isinstance(parent, nn.MultiheadAttention):
+        if name not in fit:
             inner = ", whose parent must be named instead" if isinstance(module, ADAPTABLE) else ""
             raise EncoderError(
                 f"lora.target_modules '{pattern}' matches {name} of {encoder.name}, a {type(module).__name__}"
@@ -252,99 +260,3 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     # By default peft would ask the Hub whether the vocabulary was resized.
     state: dict[str, Tensor] = get_peft_model_state_dict(module, save_embedding_layers=False)
     return state
-
-
-def _read(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The settings that matter for inference, and the weights, of a saved LoRA."""
-    from peft import LoraConfig
-
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise EncoderError(f"{folder} has no {file}, so it is not a saved LoRA")
-    try:
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            require_file(folder / file, folder)
-        saved = read_json(folder / CONFIG_FILE)
-        state = read_tensors(folder / WEIGHTS_FILE)
-    except SavedPartError as error:
-        raise EncoderError(f"the adapter in {folder} cannot be read: {error}") from error
-    if saved.get("peft_type") != "LORA":
-        raise EncoderError(f"the adapter in {folder} is of type {saved.get('peft_type')}, not a LoRA")
-    began = saved.get("init_lora_weights", True)
-    if began not in (True, False, "gaussian", "orthogonal"):
-        raise EncoderError(
-            f"the adapter in {folder} was initialised by '{began}', which changes the base model; convert it "
-            "to a plain LoRA first"
-        )
-    for name, least in (("r", 1), ("lora_alpha", None), ("lora_dropout", None)):
-        value = saved.get(name, 0.0 if name == "lora_dropout" else None)
-        if not _is_number(value, least):
-            raise EncoderError(f"the adapter in {folder} cannot be read: {CONFIG_FILE} has {name} {value!r}")
-    try:
-        targets = saved["target_modules"]
-        plain = LoraConfig(
-            r=saved["r"],
-            lora_alpha=saved["lora_alpha"],
-            lora_dropout=saved.get("lora_dropout", 0.0),
-            use_rslora=saved.get("use_rslora", False),
-            rank_pattern=saved.get("rank_pattern") or {},
-            alpha_pattern=saved.get("alpha_pattern") or {},
-            target_modules=targets if isinstance(targets, str) else _endings(targets),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise EncoderError(f"the adapter in {folder} cannot be read: {CONFIG_FILE} {brief(error)}") from error
-    return plain, state
-
-
-def _require_possible(encoder: DualEncoder, config: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """Refuses a rank that the weights there are cannot have, before peft makes matrices of that rank.
-
-    Every adapted matrix gets two of at least rank · its longer side elements together.
-    """
-    try:
-        sides = [
-            max(weight.shape) for weight in map(_adapted_weight, _matches(encoder, config.target_modules))
-        ]
-    except EncoderError:
-        return  # said better by what follows
-    except re.error as error:
-        raise EncoderError(f"the adapter in {folder} cannot be read: its target_modules {error}") from error
-    ranks = [config.r, *config.rank_pattern.values()]
-    if not all(_is_number(rank, 1) for rank in ranks):
-        raise EncoderError(f"the adapter in {folder} cannot be read: it has the ranks {ranks}")
-    there = sum(tensor.numel() for tensor in state.values())
-    needed = config.r * sum(sides) if len(ranks) == 1 else max(ranks) * min(sides)
-    if needed > 8 * there:  # another model's adapter is told apart by what follows
-        raise EncoderError(
-            f"the adapter in {folder} does not fit {encoder.name}: its config says rank {max(ranks)}, which "
-            f"takes {needed:,} weights or more, but there are {there:,}"
-        )
-
-
-def _is_number(value: object, least: int | None) -> bool:
-    """Whether it is a finite number, and a whole one of at least ``least`` if there is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) < float("inf") and (least is None or (isinstance(value, int) and value >= least))
-
-
-def _adapted_weight(module: Any) -> Tensor:
-    weight: Tensor = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
-    return weight
-
-
-def _misfit(expected: dict[str, Tensor], given: dict[str, Tensor]) -> str:
-    """Says in words how two sets of weights differ; empty when they do not."""
-    missing = sorted(set(expected) - set(given))
-    extra = sorted(set(given) - set(expected))
-    wrong = [key for key in sorted(set(given) & set(expected)) if given[key].shape != expected[key].shape]
-    faults = []
-    if missing:
-        faults.append(f"{len(missing)} weights are missing, first {missing[0]}")
-    if extra:
-        faults.append(f"{len(extra)} are unknown to it, first {extra[0]}")
-    if wrong:
-        key = wrong[0]
-        shapes = f"{tuple(given[key].shape)} instead of {tuple(expected[key].shape)}"
-        faults.append(f"{len(wrong)} have another shape, first {key} with {shapes}")
-    return "; ".join(faults)

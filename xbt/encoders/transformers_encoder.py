@@ -15,7 +15,7 @@ from xbt.encoders.base import DualEncoder, require_side
 from xbt.encoders.loading_checks import own_file, read_plain_transformers
 from xbt.encoders.text_batches import TextTransform, Tokenized, require_known
 from xbt.errors import EncoderError
-from xbt.hub import SAFE_PATTERNS, HubAccess, fetch_repository, proportionate, split_revision
+from xbt.hub import SAFE_PATTERNS, HubAccess, fetch_repository, proportionate, read_json, split_revision
 from xbt.probe import PROBE_TEXTS
 
 SUPPORTED = ("clip", "siglip")
@@ -173,12 +173,26 @@ def load_transformers(source: str, name: str, access: HubAccess) -> Transformers
     return encoder
 
 
+def _check_shards(folder: Path, names: set[str]) -> None:
+    """Refuses an index of shards that names other files than those in the folder."""
+    if not (folder / WEIGHTS[1]).is_file():
+        return
+    named = read_json(own_file(folder / WEIGHTS[1])).get("weight_map")
+    if not isinstance(named, dict) or not {str(each) for each in named.values()} <= names:
+        raise EncoderError(
+            f"the weight_map of {folder / WEIGHTS[1]} must name safetensors files of that folder, got "
+            f"{named!r:.80}; download the model again"
+        )
+
+
 def _load_module(folder: Path, config: Any, name: str) -> nn.Module:
     weights = [own_file(each) for each in sorted(folder.glob("model*.safetensors"))]
     if not weights:
         raise EncoderError(
             f"'{name}' could not be loaded: {folder} has no {WEIGHTS[0]}; save it as safetensors"
         )
+    if not (folder / WEIGHTS[0]).is_file():
+        _check_shards(folder, {each.name for each in weights})
     # Built once without memory, to see whether the config asks for more than the weights account for.
     with proportionate(weights, folder / "config.json"), torch.device("meta"):
         AutoModel.from_config(deepcopy(config), trust_remote_code=False)

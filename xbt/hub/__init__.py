@@ -31,6 +31,7 @@ from xbt.hub.files import (
 from xbt.hub.names import LOCAL, Naming, public_name, require_loadable, settled_name
 from xbt.hub.sharing import SharedPart, warn_of_directories
 from xbt.hub.weights import (
+    Stored,
     build_and_load,
     load_weights,
     proportionate,
@@ -54,6 +55,7 @@ __all__ = [
     "SavedConfig",
     "SavedPartError",
     "SharedPart",
+    "Stored",
     "build_and_load",
     "cached_commit",
     "check_digests",

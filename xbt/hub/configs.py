@@ -17,6 +17,14 @@ from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
 _SPACE_KEYS = ("model", "revision", "dim", "normalisation", "preprocessing", "probe", "probe_version")
+_SPACE_TYPES: dict[str, Any] = {
+    "model": str,
+    "dim": int,
+    "revision": str | None,
+    "normalisation": str,
+    "preprocessing": dict | None,
+    "probe": str | None,
+}
 _dropped: ContextVar[dict[str, list[str]] | None] = ContextVar("dropped", default=None)
 
 
@@ -89,12 +97,23 @@ class SavedConfig:
         described = self.values[name]
         if described is None:
             return None
+        values = self.only(described, _SPACE_KEYS, name)
+        for key, kinds in _SPACE_TYPES.items():
+            if key in values and (not isinstance(values[key], kinds) or isinstance(values[key], bool)):
+                raise SavedPartError(
+                    f"{self.file} lacks or misnames a key: {name}.{key} is {values[key]!r:.80}; save or "
+                    "download it again"
+                )
         try:
-            return EmbeddingSpace.from_dict(self.only(described, _SPACE_KEYS, name))
-        except SavedPartError:
-            raise
+            space = EmbeddingSpace.from_dict(values)
         except (KeyError, TypeError, ValueError, OverflowError, MemoryError) as error:
             raise SavedPartError(f"{self.file} lacks or misnames a key: {name}: {error}") from error
+        if space.dim < 1 or (space.probe is not None and not space.probe.isfinite().all()):
+            raise SavedPartError(
+                f"{self.file} lacks or misnames a key: {name} has the dimension {space.dim} and a probe that "
+                "may hold NaN; save or download it again"
+            )
+        return space
 
     def _drop(self, unknown: list[str]) -> None:
         written = self.values.get("xbt_version")
@@ -113,7 +132,7 @@ class SavedConfig:
 
 @contextmanager
 def gathered_warning() -> Iterator[None]:
-    """Within it, what is left out of several configs is told in one warning, at the end."""
+    """Gathers what is left out of several configs within the block into one warning at its end."""
     if _dropped.get() is not None:
         yield
         return

@@ -120,7 +120,7 @@ def fetch_repository(
                 cache_dir=access.cache_dir,
                 token=access.token,
                 force_download=force_download,
-                # Some versions list a repository's files even where they are told to be offline.
+                # Some versions list a repository's files even where they must stay offline.
                 local_files_only=access.local_files_only or is_offline_mode(),
                 allow_patterns=list(patterns),
             )
@@ -181,9 +181,9 @@ def split_revision(source: str) -> tuple[str, str | None]:
     return repo, revision
 
 
-def is_commit(revision: str | None) -> bool:
+def is_commit(revision: object) -> bool:
     """Whether a revision is the full hash of a commit, which a branch or tag that moves is not."""
-    return revision is not None and bool(_COMMIT.fullmatch(revision))
+    return isinstance(revision, str) and bool(_COMMIT.fullmatch(revision))
 
 
 def cached_commit(

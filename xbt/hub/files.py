@@ -27,6 +27,8 @@ PART_FILES = (
 """Every file that a saved part can have: what is uploaded and downloaded, and nothing else."""
 MAX_JSON = 16 * 2**20
 """Largest JSON file that is read, in bytes; probes of two large models take a tenth of it."""
+MAX_DEPTH = 32
+"""Deepest nesting of a JSON file that is read."""
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
 _AGAIN = "save or download it again"
 
@@ -81,13 +83,27 @@ def read_json(path: Path) -> dict[str, Any]:
         raise SavedPartError(f"{path} has {size:,} bytes, but at most {MAX_JSON:,} are read of a JSON file")
     try:
         data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        _require_shallow(data)
     except RecursionError as error:
         raise SavedPartError(f"{path} is nested too deeply to be a config; {_AGAIN}") from error
+    except OSError as error:
+        raise SavedPartError(f"{path} cannot be read ({error}); {_AGAIN}") from error
     except ValueError as error:  # broken UTF-8, broken JSON, numbers of thousands of digits
         raise SavedPartError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(data, dict):
         raise SavedPartError(f"{path} must hold a JSON object, got a {type(data).__name__}")
     return data
+
+
+def _require_shallow(data: Any) -> None:
+    """Refuses what json parses, but what prints, copies or compares it would recurse into too deeply."""
+    level: list[Any] = [data] if isinstance(data, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [node for each in children for node in each if isinstance(node, dict | list)]
+        if not level:
+            return
+    raise RecursionError
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:

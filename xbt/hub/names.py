@@ -57,13 +57,13 @@ def settled_name(model: str) -> str:
     return model.replace(path, str(Path(path).expanduser().resolve()))
 
 
-def require_loadable(model: str, what: str, mend: str, foreign: bool) -> None:
+def require_loadable(model: str, what: str, option: str, foreign: bool) -> None:
     """Refuses a recorded specification that does not mean a model of this machine's owner.
 
     Args:
         model: The specification that a config records.
         what: What to call the model, such as ``"the base model recorded in DIR"``.
-        mend: The option that names it anew.
+        option: The option that names it.
         foreign: Whether the config came from the Hub, so that its paths are somebody else's.
 
     Raises:
@@ -80,7 +80,7 @@ def require_loadable(model: str, what: str, mend: str, foreign: bool) -> None:
         reason = f"is '{model}', a path of another machine, and is not followed"
     else:
         return
-    raise SavedPartError(f"{what} {reason}; pass {mend} to name it here")
+    raise SavedPartError(f"{what} {reason}; pass {option} to name it here")
 
 
 def _is_path(text: str) -> bool:

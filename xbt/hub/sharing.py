@@ -59,7 +59,7 @@ class SharedPart(ModelHubMixin, library_name="xbt"):
         Args:
             save_directory: Made if it does not exist; an earlier part in it is replaced. A ``README.md`` that
                 xbt did not write is kept.
-            card: What the card shall say besides: results, licence, data sets.
+            card: What the card also says: results, licence, data sets.
             push_to_hub: Whether to push it as well; see :meth:`push_to_hub`.
             repo_id: Where to, ``org/name``.
             **push_options: Its other options.
@@ -96,7 +96,7 @@ class SharedPart(ModelHubMixin, library_name="xbt"):
 
         Args:
             repo_id: Hub repository ``org/name``, made if it does not exist.
-            card: What the card shall say besides: results, licence, data sets.
+            card: What the card also says: results, licence, data sets.
             commit_message: The commit's summary.
             private: Whether a repository that is made is private, and one that is there must be.
             token: Hub access token that may write; by default the one of ``hf auth login`` or ``HF_TOKEN``.
@@ -182,11 +182,11 @@ class SharedPart(ModelHubMixin, library_name="xbt"):
         return make_card(self._facts(data), data, repo_id)
 
     def refresh_card(self, directory: Path, card: CardData | None = None) -> None:
-        """Writes the card of what is saved in a directory anew; one that xbt did not write is kept.
+        """Writes the card of what is saved in a directory again; one that xbt did not write is kept.
 
         Args:
             directory: Where it was saved.
-            card: What the card shall say besides.
+            card: What the card also says.
 
         Raises:
             ConfigError, SavedPartError: If the card's report cannot be read.

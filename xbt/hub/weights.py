@@ -20,6 +20,8 @@ from xbt.hub.files import require_file
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+MAX_HEADER = 4 * 2**20
+"""Longest header of a safetensors file that is parsed, in bytes; a CLIP of 1,000 tensors has a 30th of it."""
 _SPARE_BYTES = 4 * 2**20
 _SPARE_TENSORS = 10_000
 _TIMES = 8
@@ -54,8 +56,14 @@ def save_weights(module: nn.Module, path: Path) -> None:
     """Writes a module's state as safetensors.
 
     Raises:
-        SavedPartError: If a weight is NaN or infinite: such a part could not be loaded.
+        SavedPartError: If a weight is NaN or infinite, or no plain tensor: such a part could not be loaded.
     """
+    for name, tensor in module.state_dict().items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
+            raise SavedPartError(
+                f"tensor {name} of the {type(module).__name__} is on {tensor.device}, {tensor.layout} and "
+                f"{tensor.dtype}; only plain dense tensors can be saved"
+            )
     # Clones, because safetensors refuses tensors that share memory.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
     _require_finite(state, f"the {type(module).__name__}")
@@ -66,13 +74,25 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Names, shapes and types of the tensors of a safetensors file, none of which is read.
 
     Raises:
-        SavedPartError: If the file is missing or links elsewhere, or its header and its size do not agree.
+        SavedPartError: If the file is missing or links elsewhere, its header is longer than
+            :data:`MAX_HEADER`, or its header and its size do not agree.
     """
     require_file(path)
     try:
+        with path.open("rb") as start:
+            # The format begins with the header's length: 8 bytes, little-endian.
+            length = int.from_bytes(start.read(8), "little")
+        # A header longer than the file is a damaged one, which safetensors refuses without reading it.
+        if MAX_HEADER < length < path.stat().st_size:
+            raise SavedPartError(
+                f"{path} has a header of {length:,} bytes, but at most {MAX_HEADER:,} are read; a model has "
+                "far fewer tensors: save or download it again"
+            )
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {name: Stored(tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+    except SavedPartError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise SavedPartError(f"{path} is damaged ({error}); save or download it again") from error
 

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, broadcast, broadcast_object_list, set_seed, tqdm
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    DynamoBackend,
+    broadcast,
+    broadcast_object_list,
+    set_seed,
+    tqdm,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,6 +34,7 @@ from xbt.run_dir import RunDirectory
 from xbt.training.args import TrainArgs, make_optimizer
 
 _WEIGHTS = "trainable.safetensors"
+_ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str) -> Accelerator:
@@ -32,7 +42,17 @@ def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str)
 
     Batches are split, so ``batch_size`` is global. Precision, devices and processes come from
     ``accelerate launch``.
+
+    Raises:
+        ConfigError: If the batch cannot be split, or Accelerate is set to divide the loss.
     """
+    accumulated = os.environ.get(_ACCUMULATION, "1").strip()
+    if accumulated != "1":
+        # Accelerate would divide every loss by it, while every batch is a step.
+        raise ConfigError(
+            f"{_ACCUMULATION} is {accumulated}, but every batch is one step of the optimiser; unset it (in "
+            "Accelerate's config: gradient_accumulation_steps) and choose --training.batch_size"
+        )
     accelerator = Accelerator(
         log_with=args.log_with,
         project_dir=str(run.path),
@@ -91,7 +111,8 @@ class TrainingLoop:
         self.trained = TrainedTensors(module)
         optimizer = make_optimizer(self.trained.parameters, args, no_decay)
         schedule = LambdaLR(optimizer, lambda step: args.lr_factor(step))
-        self.model, self.optimizer, self.scheduler = accelerator.prepare(module, optimizer, schedule)
+        with _compiled_if_possible(accelerator, module):
+            self.model, self.optimizer, self.scheduler = accelerator.prepare(module, optimizer, schedule)
         accelerator.register_for_checkpointing(self.state)
         accelerator.register_save_state_pre_hook(self._save_trainable)
         accelerator.register_load_state_pre_hook(self._load_trainable)
@@ -236,6 +257,31 @@ class TrainingLoop:
     def _load_trainable(self, models: list[nn.Module], directory: str) -> None:
         models.clear()
         self.trained.set(load_file(Path(directory) / _WEIGHTS), f"the checkpoint {directory}")
+
+
+@contextmanager
+def _compiled_if_possible(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
+    """Keeps Accelerate from compiling a module that TorchDynamo cannot trace.
+
+    LoRA on ``nn.MultiheadAttention`` puts other tensors in the place of parameters in every forward pass.
+    """
+    plugin = accelerator.state.dynamo_plugin
+    backend = plugin.backend
+    if backend == DynamoBackend.NO or not _has_adapted_attention(module):
+        yield
+        return
+    accelerator.print("the model is not compiled: TorchDynamo cannot trace LoRA on nn.MultiheadAttention")
+    plugin.backend = DynamoBackend.NO
+    try:
+        yield
+    finally:
+        plugin.backend = backend
+
+
+def _has_adapted_attention(module: nn.Module) -> bool:
+    from peft.tuners.lora.layer import MultiheadAttention
+
+    return any(isinstance(each, MultiheadAttention) for each in module.modules())
 
 
 def _as_is(batch: Any) -> Any:
