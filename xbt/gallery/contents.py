@@ -87,6 +87,7 @@ class Contents:
             )
         same = [part for part in self.parts if part.space is not None and part.space.same_as(space)]
         if same:
+            require_space(same[0], space, what)  # warns where it is not sure
             return same[0]
         # A space that nobody knows may be this one, unless it is not sure that it is not another part's.
         unknown = next((part for part in self.parts if part.space is None and part.dim == space.dim), None)
