@@ -1,4 +1,4 @@
-"""Where a model of open_clip comes from: config, weights and tokenizer, found before anything is built."""
+"""The sources of a model of open_clip: config, weights and tokenizer, found before anything is built."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 @dataclass(frozen=True)
 class OpenClipSource:
-    """What a model is built of.
+    """The parts that a model is built of.
 
     Attributes:
         config: open_clip's description of the architecture.
@@ -94,7 +94,7 @@ class OpenClipSource:
 
 
 def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
-    """Finds, and downloads if need be, what stands after ``open_clip:`` in a specification.
+    """Finds, and downloads if need be, what follows ``open_clip:`` in a specification.
 
     Args:
         rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.

@@ -142,7 +142,7 @@ class OpenClipEncoder(DualEncoder):
 
 
 def load_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipEncoder:
-    """Loads what stands after ``open_clip:`` in a specification.
+    """Loads what follows ``open_clip:`` in a specification.
 
     Args:
         rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.

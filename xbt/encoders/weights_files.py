@@ -40,7 +40,7 @@ _LOCK = threading.Lock()
 
 
 class _Ignored:
-    """Stands for an object that no weight is made of; it keeps nothing of what it is given."""
+    """Takes the place of an object that no weight is made of; it keeps nothing of what it is given."""
 
     def __new__(cls, *_: Any) -> _Ignored:
         return object.__new__(cls)
@@ -99,7 +99,7 @@ def load_weights_file(module: nn.Module, path: Path) -> None:
 
 
 def _archive_names(path: Path) -> list[str] | None:
-    """What a zip archive holds; ``None`` for a file that is none.
+    """The names of the files in a zip archive; ``None`` for a file that is none.
 
     Raises:
         EncoderError: If the archive is damaged, holds code, or would need more memory than it has bytes.
