@@ -97,7 +97,7 @@ def _settings(processor: Any) -> dict[str, Any]:
     edge = final.get("shortest_edge")
     sides = [edge, edge] if edge else [final.get("height"), final.get("width")]
     mean, std = _normalisation(processor)
-    settings = {
+    settings: dict[str, Any] = {
         "backend": "pil",
         "size": sides,
         "interpolation": Image.Resampling(processor.resample).name.lower() if resized else None,
