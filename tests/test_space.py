@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
+from fuzzing import damaged_json, fuzzed, loads_or_refuses
+from hypothesis import given
 
-from xbt.errors import SpaceMismatchError, UnverifiedSpaceWarning
+from xbt.errors import DataError, SpaceMismatchError, UnverifiedSpaceWarning
 from xbt.probe import PROBE_TEXTS
 from xbt.space import SAME_COSINE, EmbeddingSpace
 
@@ -131,6 +133,9 @@ def test_a_refusal_says_which_tower_differs():
     settings = ({"size": [224, 224], "mean": [0.5]}, {"size": [224, 224], "mean": [0.48]})
     space = EmbeddingSpace("a", 32, settings[0], ours)
     assert space.compare(EmbeddingSpace("a", 32, settings[1], texts)).reason.endswith("in texts alone")
+    other = EmbeddingSpace("a", 32, settings[0], texts, settings={"text_cleaning": "lower"})
+    clean = EmbeddingSpace("a", 32, settings[1], ours, settings={"text_cleaning": "none"})
+    assert clean.compare(other).reason.endswith("in texts alone: text_cleaning none and lower")
     reason = space.compare(EmbeddingSpace("a", 32, settings[1], images)).reason
     assert reason.endswith("in images alone: mean [0.5] and [0.48]")
 
@@ -151,3 +156,62 @@ def test_models_without_a_text_tower_are_compared_by_images_alone():
     other = images.clone()
     other[-1] = -other[-1]
     assert not space.same_as(EmbeddingSpace("a", 32, {}, other))
+
+
+DECLARED = {
+    "activation": ({}, {"text_activation": "quick_gelu"}, {}, {"text_activation": "gelu"}),
+    "cleaning": ({}, {"text_cleaning": "lower"}, {}, {"text_cleaning": "canonicalize"}),
+    "context": ({}, {"context_length": 77}, {}, {"context_length": 64}),
+    "interpolation": ({"interpolation": "bicubic"}, {}, {"interpolation": "bilinear"}, {}),
+    "normalisation": ({"mean": [0.5] * 3}, {}, {"mean": [0.48] * 3}, {}),
+    "size": ({"size": [32, 32]}, {}, {"size": [32, 32], "resize_to": [40, 40]}, {}),
+}
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_declared_settings_that_differ_leave_agreeing_probes_unverified(name):
+    images, settings, other_images, other_settings = DECLARED[name]
+    ours = EmbeddingSpace("a", 32, images, probe(), settings=settings)
+    theirs = EmbeddingSpace("b", 32, other_images, probe(), settings=other_settings)
+    for first, second in ((ours, theirs), (theirs, EmbeddingSpace.from_dict(ours.to_dict()))):
+        found = first.compare(second)
+        assert (found.state, found.same, found.verified) == ("unverified", True, False)
+        with pytest.warns(UnverifiedSpaceWarning, match="probes agree .* but declared settings differ: "):
+            first.require(second, "x")
+    assert ours.compare(EmbeddingSpace("c", 32, {}, probe())).state == "same"  # it declares nothing
+    assert ours.compare(EmbeddingSpace("a", 32, images, probe(seed=1), settings=settings)).state == "other"
+
+
+def test_settings_that_differ_by_rounding_are_the_same():
+    ours = EmbeddingSpace("a", 32, {"mean": [0.48145466]}, probe(), settings={"context_length": 77})
+    theirs = EmbeddingSpace("a", 32, {"mean": (0.481455,)}, probe(), settings={"context_length": 77})
+    assert ours.compare(theirs).state == "same"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("dim", each) for each in (None, "8", 1.5, -1, 2**40, True)],
+        *[("probe", each) for each in (7, "ä", "AAA", "AAAA", "////" * 128)],
+        *[("model", None), ("model", "\ud83d"), ("revision", 7), ("normalisation", None)],
+        *[("preprocessing", [1]), ("settings", "none")],
+    ],
+)
+def test_malformed_json_is_one_error(key, value):
+    saved = make_space(dim=8).to_dict() | {key: value}
+    with pytest.raises(DataError, match=key):
+        EmbeddingSpace.from_dict(saved)
+
+
+def test_fuzz_json():
+    whole = make_space(dim=4).to_dict() | {"settings": {"text_cleaning": "lower"}}
+
+    @fuzzed
+    @given(damaged_json(whole))
+    def run(value):
+        space = loads_or_refuses(lambda: EmbeddingSpace.from_dict(value))
+        if space is not None:
+            loads_or_refuses(lambda: make_space(dim=4).compare(space))
+            json.dumps(space.to_dict())
+
+    run()

@@ -1,12 +1,12 @@
 """The errors xbt raises on purpose.
 
-Each message is one sentence that names the value, the place and the mend. Recipes print it and exit with
+Each message is one sentence that names the value, the place and the fix. Recipes print it and exit with
 status 2; library users catch :class:`XbtError` (a ``ValueError``) or one of its kinds.
 """
 
 
 class XbtError(ValueError):
-    """Something the user can mend: the message says what, where and how."""
+    """Something the user can fix: the message says what, where and how."""
 
 
 class ConfigError(XbtError):
@@ -38,4 +38,4 @@ class TruncationWarning(UserWarning):
 
 
 class UnverifiedSpaceWarning(UserWarning):
-    """Two spaces were taken for the same by their names alone, because one has no probe."""
+    """Two spaces were taken for the same, and it is not sure: one has no probe, or settings differ."""

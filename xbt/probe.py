@@ -1,9 +1,9 @@
-"""What every space is probed with: sixteen fixed texts and four drawn images.
+"""The probe of every space: sixteen fixed texts and four drawn images.
 
 A probe must react to whatever makes two models' vectors incomparable. The texts differ in length, subject
 and punctuation. The images are chosen against resampling: two zone plates hold every spatial frequency, one
-larger and one smaller than any CLIP's input; the others tell cropping from squashing and swapped colours or
-normalisation apart.
+larger and one smaller than any CLIP's input; the others show squashing in the place of cropping, and swapped
+colours or normalisation.
 """
 
 from __future__ import annotations

@@ -2,44 +2,59 @@
 
 Same dimension, other model is the silent failure: scores come out, and they mean nothing. A space therefore
 carries, besides names, a *probe*: the vectors its encoder gives for fixed texts and drawn images. Two spaces
-are the same when their probes agree, whatever they are called.
+are the same when their probes agree, whatever they are called. A probe does not show every difference: where
+declared settings differ although the probes agree, the answer is *unverified*.
 """
 
 from __future__ import annotations
 
 import base64
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from xbt.errors import SpaceMismatchError, UnverifiedSpaceWarning
+from xbt.errors import DataError, SpaceMismatchError, UnverifiedSpaceWarning
 from xbt.probe import PROBE_TEXTS, PROBE_VERSION
+
+MAX_DIM = 2**20
+"""Largest dimension of a space that is read."""
 
 SAME_COSINE = 0.999
 """Two probes agree when every pair of their vectors has at least this cosine."""
 
+_TEXT_SETTINGS = ("text_activation", "text_cleaning", "context_length")
+
 
 class SpaceComparison(NamedTuple):
-    """What is known of two spaces' being one.
+    """A comparison of two spaces.
 
     Attributes:
         same: Whether vectors of the two may be compared with each other.
-        verified: Whether that was measured; where a probe is missing, only names could be compared.
-        reason: Why they are told apart, or taken for the same, in a few words.
+        verified: Whether that is sure. It is not where a probe is missing, so that only names could be
+            compared, nor where probes agree but declared settings differ.
+        reason: The ground on which they are distinguished, or taken for the same, in a few words.
     """
 
     same: bool
     verified: bool
     reason: str
 
+    @property
+    def state(self) -> Literal["same", "unverified", "other"]:
+        """The answer in one word: ``require`` accepts the first, warns at the second, refuses the third."""
+        if not self.same:
+            return "other"
+        return "same" if self.verified else "unverified"
+
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingSpace:
-    """Where a model's vectors live.
+    """The space that a model's vectors live in.
 
     Attributes:
         model: The encoder's specification, such as ``"open_clip:ViT-B-32-quickgelu/openai"``.
@@ -50,6 +65,7 @@ class EmbeddingSpace:
             the encoder itself was not at hand, and then only names can be compared.
         revision: The commit of the model's Hub repository, where it is known.
         normalisation: ``"unit"`` for rows of length 1, ``"none"`` for rows as the model gives them.
+        settings: What else the vectors depend on: activations, cleaning of texts, context length.
     """
 
     model: str
@@ -58,6 +74,7 @@ class EmbeddingSpace:
     probe: Tensor | None = None
     revision: str | None = None
     normalisation: str = "unit"
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def agreement(self, other: EmbeddingSpace) -> float | None:
         """Smallest cosine between the two probes' vectors, or ``None`` where a probe is missing."""
@@ -65,11 +82,12 @@ class EmbeddingSpace:
         return None if cosines is None else float(cosines.min())
 
     def compare(self, other: EmbeddingSpace) -> SpaceComparison:
-        """Whether two spaces are the same, whether that is sure, and why.
+        """Compares two spaces: the same or not, sure or not, and the ground.
 
         Probes decide where both spaces have one: every pair of probe vectors must have a cosine of at least
-        :data:`SAME_COSINE`. Otherwise the names decide, and revision and preprocessing where both are known;
-        such an answer is never verified.
+        :data:`SAME_COSINE`. The answer is verified unless the preprocessing or settings that both declare
+        differ. Without probes the names decide, and revision and declared settings where both are known; such
+        an answer is never verified.
         """
         if self.dim != other.dim:
             return SpaceComparison(False, True, "their dimensions differ")
@@ -80,18 +98,24 @@ class EmbeddingSpace:
         if cosines is None:
             return self._compare_names(other)
         lowest = float(cosines.min())
+        differences = _differences(self._declared, other._declared)
         if lowest >= SAME_COSINE:
-            return SpaceComparison(True, True, f"their probes agree to a cosine of {lowest:.4f}")
+            agreement = f"their probes agree to a cosine of {lowest:.4f}"
+            if differences:
+                return SpaceComparison(True, False, f"{agreement}, but declared settings differ{differences}")
+            return SpaceComparison(True, True, agreement)
         reason = f"their probes agree only to a cosine of {lowest:.3f}"
         texts, images = cosines[: len(PROBE_TEXTS)], cosines[len(PROBE_TEXTS) :]
         if len(images) and float(texts.min()) >= SAME_COSINE:
-            reason += f", in images alone{_differences(self.preprocessing, other.preprocessing)}"
+            reason += f", in images alone{_differences(self._declared, other._declared, 'image')}"
         elif len(images) and float(images.min()) >= SAME_COSINE:
-            reason += ", in texts alone"
+            reason += f", in texts alone{_differences(self._declared, other._declared, 'text')}"
+        else:
+            reason += differences
         return SpaceComparison(False, True, reason)
 
     def same_as(self, other: EmbeddingSpace) -> bool:
-        """Whether vectors of the two spaces may be compared with each other; see :meth:`compare`."""
+        """True if vectors of the two spaces may be compared with each other; see :meth:`compare`."""
         return self.compare(other).same
 
     def require(self, other: EmbeddingSpace, what: str) -> None:
@@ -102,10 +126,11 @@ class EmbeddingSpace:
             what: What was offered, such as ``"the query vectors"``.
 
         Raises:
-            SpaceMismatchError: If the spaces differ; the message names both and why they are told apart.
+            SpaceMismatchError: If the spaces differ; the message names both and the ground.
 
         Warns:
-            UnverifiedSpaceWarning: If a probe is missing and the space is accepted by its name alone.
+            UnverifiedSpaceWarning: If a probe is missing and the space is accepted by its name alone, or the
+                probes agree and the declared settings differ.
         """
         found = self.compare(other)
         if not found.same:
@@ -119,6 +144,11 @@ class EmbeddingSpace:
                 UnverifiedSpaceWarning,
                 stacklevel=2,
             )
+
+    @property
+    def _declared(self) -> dict[str, Any]:
+        size = self.preprocessing.get("size")  # what images are resized to, unless they are cropped from more
+        return {**({} if size is None else {"resize_to": size}), **self.preprocessing, **self.settings}
 
     def _cosines(self, other: EmbeddingSpace) -> Tensor | None:
         ours, theirs = self.probe, other.probe
@@ -134,8 +164,8 @@ class EmbeddingSpace:
             return SpaceComparison(False, False, f"their names differ and {missing}")
         if self.revision and other.revision and self.revision != other.revision:
             return SpaceComparison(False, False, f"their revisions differ and {missing}")
-        differences = _differences(self.preprocessing, other.preprocessing)
-        if self.preprocessing and other.preprocessing and differences:
+        differences = _differences(self._declared, other._declared)
+        if differences:
             return SpaceComparison(False, False, f"{missing}{differences}")
         return SpaceComparison(True, False, f"the names are the same, but {missing}")
 
@@ -154,6 +184,7 @@ class EmbeddingSpace:
             "dim": self.dim,
             "normalisation": self.normalisation,
             "preprocessing": self.preprocessing,
+            "settings": self.settings,
             "probe": probe,
             "probe_version": PROBE_VERSION,
         }
@@ -163,34 +194,69 @@ class EmbeddingSpace:
         """Reads what :meth:`to_dict` wrote; a probe of another version cannot be compared and is dropped.
 
         Raises:
-            KeyError: If a key is missing.
-            ValueError: If a value is malformed.
+            DataError: If it is no object, or a value is missing or malformed.
         """
-        dim, encoded = data["dim"], data.get("probe")
-        probe = None
-        if not isinstance(dim, int) or isinstance(dim, bool) or not 0 < dim < 2**31:
-            raise ValueError(f"the dimension of a space is a whole number above 0, not {dim!r:.40}")
-        for key, kinds in (("model", str), ("revision", str | None), ("normalisation", str)):
-            if not isinstance(data.get(key, "unit"), kinds):
-                raise ValueError(f"{key} of a space is text, not {data[key]!r:.40}")
-        if encoded is not None and data.get("probe_version") == PROBE_VERSION:
-            values = np.frombuffer(base64.b64decode(encoded), dtype="<f2").astype(np.float32)
-            probe = torch.from_numpy(values.reshape(-1, dim))
-            if not len(probe) or not bool(torch.isfinite(probe).all()):
-                raise ValueError("the probe of a space is empty, or holds NaN or infinity")
+        if not isinstance(data, Mapping):
+            raise DataError(f"a space must be a JSON object, got a {type(data).__name__}; save it again")
+        dim = data.get("dim")
+        if not isinstance(dim, int) or isinstance(dim, bool) or not 0 <= dim <= MAX_DIM:
+            raise DataError(f"the dim of a space must be a whole number up to {MAX_DIM}, got {_shown(dim)}")
         return cls(
-            str(data["model"]),
+            _text(data, "model"),
             dim,
-            dict(data.get("preprocessing") or {}),
-            probe,
-            data.get("revision"),
-            str(data.get("normalisation", "unit")),
+            _object(data, "preprocessing"),
+            _probe(data, dim),
+            None if data.get("revision") is None else _text(data, "revision"),
+            _text({"normalisation": "unit", **data}, "normalisation"),
+            _object(data, "settings"),
         )
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """Which declared settings differ, as the end of a sentence."""
+def _text(data: Mapping[str, Any], key: str) -> str:
+    value: Any = data.get(key)
+    try:
+        return str(value.encode(), "utf-8")  # half a surrogate cannot be encoded
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise DataError(f"the {key} of a space must be text, got {_shown(value)}; save it again") from error
+
+
+def _object(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = data.get(key) or {}
+    if not isinstance(value, dict):
+        raise DataError(f"the {key} of a space must be a JSON object, got {_shown(value)}; save it again")
+    for name, setting in value.items():
+        for item in setting if isinstance(setting, list | tuple) else [setting]:
+            if item is not None and not isinstance(item, str | int | float):
+                raise DataError(
+                    f"the {key} of a space must hold plain values or lists of them, but {name:.80} holds a "
+                    f"{type(item).__name__}; save it again"
+                )
+    return dict(value)
+
+
+def _shown(value: Any) -> str:
+    # Never the content of a container: it may be nested too deeply to be shown.
+    return f"{value!a:.80}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+
+def _probe(data: Mapping[str, Any], dim: int) -> Tensor | None:
+    encoded = data.get("probe")
+    if encoded is None or data.get("probe_version") != PROBE_VERSION:
+        return None
+    try:
+        values = np.frombuffer(base64.b64decode(encoded), dtype="<f2").astype(np.float32).reshape(-1, dim)
+    except (TypeError, ValueError) as error:  # no text, no base64, no fp16 numbers, or not rows of dim
+        raise DataError(f"the probe of a space is damaged ({error}); save the space again") from error
+    if not np.isfinite(values).all():
+        raise DataError("the probe of a space holds NaN or infinite values; save the space again")
+    return torch.from_numpy(values)
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any], tower: str | None = None) -> str:
+    """The declared settings that differ, of both towers or of one, as the end of a sentence."""
     keys = [key for key in ours if key in theirs and _plain(ours[key]) != _plain(theirs[key])]
+    if tower is not None:
+        keys = [key for key in keys if (key in _TEXT_SETTINGS) == (tower == "text")]
     listed = ", ".join(f"{key} {_plain(ours[key])} and {_plain(theirs[key])}" for key in keys)
     return f": {listed}" if listed else ""
 

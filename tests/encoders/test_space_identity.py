@@ -1,4 +1,4 @@
-"""Every mix-up of two models of one dimension that users have suffered: told apart, or harmless."""
+"""Every mix-up of two models of one dimension that users have suffered: refused, or harmless."""
 
 from __future__ import annotations
 

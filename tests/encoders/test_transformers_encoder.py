@@ -224,7 +224,7 @@ def test_missing_or_broken_json(model, tmp_path, name, content):
         (tmp_path / name).unlink()
     else:
         (tmp_path / name).write_text(content)
-    with pytest.raises(EncoderError, match="could not be loaded") as caught:
+    with pytest.raises(EncoderError, match=name.replace(".", r"\.")) as caught:
         load_encoder(model)
     assert "\n" not in str(caught.value)
 

@@ -20,6 +20,7 @@ from xbt.encoders.checks import as_images, as_texts, not_finite, numbered, requi
 from xbt.encoders.folding import fold_layers
 from xbt.encoders.host_copy import HostCopy, received
 from xbt.encoders.image_batches import EncodedImages, NamedImage, Transform, decode_batches
+from xbt.encoders.settings import describe_model
 from xbt.encoders.short_context import PROBES, TENSOR_CORES, ShortContext, find_short_context
 from xbt.encoders.text_batches import DistinctTexts, TextTransform, batches_by_length, tokenize_windows
 from xbt.errors import (
@@ -36,7 +37,7 @@ from xbt.space import EmbeddingSpace
 
 Precision = Literal["fp32", "bf16"]
 
-MAX_SIDE = 8192
+MAX_SIDE = 4096
 """Largest side in pixels that a model's preprocessing may make of an image."""
 MAX_CONTEXT = 2**16
 """Most tokens per text."""
@@ -123,7 +124,7 @@ class DualEncoder(ABC):
 
     @abstractmethod
     def _towers(self) -> list[nn.Module]:
-        """The modules in which nearly all of the time is spent."""
+        """The image and the text tower: the modules in which nearly all of the time is spent."""
 
     def folded(self, weight: Tensor) -> DualEncoder:
         """An encoder whose vectors are mapped by a matrix before they are normalised, at no cost.
@@ -171,7 +172,7 @@ class DualEncoder(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.logit_scale.device
 
     @property
@@ -188,8 +189,23 @@ class DualEncoder(ABC):
             texts, _ = self._encode_texts(list(PROBE_TEXTS), len(PROBE_TEXTS), precision="fp32")
             images = [(image, None) for image in draw_probe_images()]
             probe = torch.cat([texts, *(each.vectors for each in self._encode_batches([images], 0, "fp32"))])
-            self._space = EmbeddingSpace(self.name, self.dim, dict(self.preprocessing), probe, self.revision)
+            self._space = EmbeddingSpace(
+                self.name, self.dim, dict(self.preprocessing), probe, self.revision, settings=self.settings
+            )
         return self._space
+
+    def try_towers(self) -> None:
+        """Embeds one text and one image; an error of the model comes out as it is."""
+        with self._evaluating():
+            self._text_features(self._moved(self.text_transform([PROBE_TEXTS[0]]).tokens))
+            pixels = self.image_transform(draw_probe_images()[2])
+            self._image_features(self._moved(pixels[None]))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Activations, cleaning of texts and context length, as JSON-able values; part of the space."""
+        image, text = self._towers()[:2]
+        return describe_model(text, image, self.text_transform, self.context_length)
 
     def invalidate_space(self) -> None:
         """Forgets the probe and :attr:`short_context`; call it whenever the weights have changed."""
@@ -198,7 +214,7 @@ class DualEncoder(ABC):
 
     @property
     def short_context(self) -> ShortContext | None:
-        """What of the padding need not be computed, or ``None`` if all of it counts.
+        """The padding that need not be computed, or ``None`` if all of it counts.
 
         Found out at first use, by encoding a few texts both ways, and kept.
         """

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from xbt.encoders.workers import run_ahead
-from xbt.errors import ImageError
+from xbt.errors import EncoderError, ImageError
 from xbt.images import ImageSource, ReadImage, blame_the_system, read_image
 
 Transform = Callable[[Image.Image], Tensor]
@@ -65,6 +65,7 @@ def decode_batches(
 
     Raises:
         DataError: If the system, not an image, is at fault, or a worker process dies.
+        EncoderError: If the preprocessing makes images of different sizes.
     """
     tasks = ([_ready(source, name) for source, name in batch] for batch in batches)
     yield from run_ahead(_Decoder(transform), tasks, num_workers, pin_memory=pin_memory)
@@ -85,7 +86,7 @@ def _ready(source: ImageSource, name: str | None) -> _Ready:
 
 
 class _Decoder:
-    """What a worker does with a batch; it holds the preprocessing and no weights."""
+    """A worker's job on one batch; it holds the preprocessing and no weights."""
 
     def __init__(self, transform: Transform) -> None:
         self._transform = transform
@@ -105,6 +106,12 @@ class _Decoder:
                 decoded.notes[position] = read.note
         if not pixels:
             return decoded
+        sizes = sorted({tuple(each.shape) for each in pixels})
+        if len(sizes) > 1:
+            raise EncoderError(
+                f"the preprocessing makes images of different sizes, {_size(sizes[0])} and "
+                f"{_size(sizes[-1])} pixels; make it crop or squash all images to the model's size"
+            )
         try:
             return decoded._replace(pixels=torch.stack(pixels))
         except Exception as error:
@@ -118,6 +125,10 @@ class _Decoder:
             blame_the_system(error, f"image {_label(item, image)}")
             reason = f"cannot be preprocessed: {type(error).__name__}: {error}"
             raise ImageError(f"image {_label(item, image)} {reason}") from error
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape[:0:-1]))
 
 
 def _read(item: _Ready) -> ReadImage:

@@ -1,4 +1,4 @@
-"""The image tower of a CLIP alone: taken out of an encoder, and built anew from its description."""
+"""The image tower of a CLIP alone: taken out of an encoder, and built again from its description."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _TRANSFORMERS_TEXT = {
 
 
 class ImageTower(nn.Module):
-    """What a CLIP makes of pixels: (n, 3, height, width) → (n, dim) vectors of any length.
+    """The part of a CLIP that sees pixels: (n, 3, height, width) → (n, dim) vectors of any length.
 
     Attributes:
-        architecture: JSON-able; :func:`build_image_tower` makes the same tower of it, its weights drawn anew.
+        architecture: JSON-able; :func:`build_image_tower` makes the same tower of it, with other weights.
         image_size: Side in pixels of its input.
         parts: The modules of the CLIP, shared with it.
     """
@@ -75,7 +75,7 @@ def take_image_tower(encoder: DualEncoder) -> ImageTower:
 
 
 def build_image_tower(architecture: dict[str, Any]) -> ImageTower:
-    """Builds a tower of a description, without any file, its weights drawn anew.
+    """Builds a tower of a description, without any file, with random weights.
 
     Args:
         architecture: What :attr:`ImageTower.architecture` said.

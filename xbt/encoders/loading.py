@@ -64,8 +64,15 @@ def load_encoder(
     except EncoderError:
         raise
     except Exception as error:
-        told = str(error) if isinstance(error, SavedPartError) else brief(error)
-        raise EncoderError(f"'{spec}' could not be loaded: {told}") from error
+        reason = str(error) if isinstance(error, SavedPartError) else brief(error)
+        raise EncoderError(f"'{spec}' could not be loaded: {reason}") from error
+    try:
+        encoder.try_towers()
+    except Exception as error:  # values that a config may not have fail where they are first used
+        raise EncoderError(
+            f"'{spec}' was loaded, but cannot encode ({type(error).__name__}: {brief(error)}); "
+            "check its config"
+        ) from error
     try:
         return encoder.to(device)
     except (RuntimeError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""What a model's config may say: sizes and names, and nothing that runs code or fetches more."""
+"""Checks of a model's config, which may say sizes and names, and nothing that runs code or fetches more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xbt.errors import EncoderError
 from xbt.hub import read_json
 
 TOKENIZER_OPTIONS = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
-"""What a config may tell open_clip's tokenizers; open_clip would hand anything else to transformers."""
+"""Options that a config may give open_clip's tokenizers, which hand anything else to transformers."""
 
 _ATTENTION = (None, "eager", "sdpa")
 _FETCHING = (

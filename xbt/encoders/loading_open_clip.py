@@ -1,4 +1,4 @@
-"""Where a model of open_clip comes from: config, weights and tokenizer, found before anything is built."""
+"""The sources of a model of open_clip: config, weights and tokenizer, found before anything is built."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from xbt.encoders.building_open_clip import CONFIG_FILE, build, make_tokenizer, with_text_model
 from xbt.encoders.loading_checks import own_file, require_plain_open_clip
+from xbt.encoders.weights_files import load_weights_file
 from xbt.errors import EncoderError
 from xbt.hub import (
     SAFE_PATTERNS,
@@ -33,12 +34,13 @@ from xbt.hub import (
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _OLD_WEIGHTS_FILE = "open_clip_pytorch_model.bin"
+_WEIGHTS_PATTERNS = (WEIGHTS_FILE, "*.safetensors", _OLD_WEIGHTS_FILE, "*.bin", "*.pth", "*.pt")
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
 class OpenClipSource:
-    """What a model is built of.
+    """The parts that a model is built of.
 
     Attributes:
         config: open_clip's description of the architecture.
@@ -68,7 +70,7 @@ class OpenClipSource:
             config = with_text_model(self.config, self.access, is_snapshot(self.folder))
             with proportionate([own_file(self.weights)], self.folder / CONFIG_FILE):
                 module = build(config, self.preprocess)
-        open_clip.load_checkpoint(module, str(self.weights), strict=True, weights_only=True)
+        load_weights_file(module, self.weights)
         return module
 
     def tokenizer(self) -> Any:
@@ -92,7 +94,7 @@ class OpenClipSource:
 
 
 def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
-    """Finds, and downloads if need be, what stands after ``open_clip:`` in a specification.
+    """Finds, and downloads if need be, what follows ``open_clip:`` in a specification.
 
     Args:
         rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
@@ -122,7 +124,7 @@ def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
         return _in_folder(folder, folder / WEIGHTS_FILE, access.at(None), folder.name)
     arch, _, tag = rest.partition("/")
     config, trained = check_tag(arch, tag), dict(get_pretrained_cfg(arch, tag))
-    weights = _tag_weights(trained, name, access) if trained else Path(tag)
+    weights = _tag_weights(trained, name, access) if trained else Path(tag).expanduser()
     repo = str(trained.get("hf_hub", "")).rstrip("/")
     commits = (
         cached_commit(repo, file, access.revision, access.cache_dir) for file in (WEIGHTS_FILE, CONFIG_FILE)
@@ -141,17 +143,17 @@ def check_tag(arch: str, tag: str) -> dict[str, Any]:
     quick = bool(config.get("quick_gelu", False))
     trained = get_pretrained_cfg(arch, tag)
     if not trained:
-        if Path(tag).is_file():
+        if Path(tag).expanduser().is_file():
             return config
         known = ", ".join(list_pretrained_tags_by_model(arch)) or "none"
         raise EncoderError(f"'{tag}' is neither a file nor a pretrained tag of {arch}; its tags are: {known}")
     if bool(trained.get("quick_gelu", False)) == quick:
         return config
     twin = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
-    mend = f"use 'open_clip:{twin}/{tag}'" if twin in open_clip.list_models() else "no architecture fits it"
+    fix = f"use 'open_clip:{twin}/{tag}'" if twin in open_clip.list_models() else "no architecture fits it"
     raise EncoderError(
         f"the weights '{tag}' were trained {'without' if quick else 'with'} QuickGELU, but the architecture "
-        f"{arch} {'has' if quick else 'lacks'} it and would give wrong vectors; {mend}"
+        f"{arch} {'has' if quick else 'lacks'} it and would give wrong vectors; {fix}"
     )
 
 
@@ -184,8 +186,14 @@ def _in_folder(folder: Path, weights: Path, access: HubAccess, revision: str | N
 
 def _weights_in(folder: Path) -> Path:
     """The weights in a directory of the user's own, safetensors before all others."""
-    for pattern in (WEIGHTS_FILE, "*.safetensors", _OLD_WEIGHTS_FILE, "*.bin", "*.pth"):
+    for pattern in _WEIGHTS_PATTERNS:
         found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            listed = ", ".join(file.name for file in found[:5])
+            raise EncoderError(
+                f"{folder} has {len(found)} weights files, {listed}{', …' * (len(found) > 5)}, and it is not "
+                f"known which to load; keep one of them there, or call it {WEIGHTS_FILE} if it is safetensors"
+            )
         if found:
             return found[0]
     raise EncoderError(f"{folder} has no weights; put {WEIGHTS_FILE} there")

@@ -115,7 +115,9 @@ class OpenClipEncoder(DualEncoder):
     @property
     def text_transform(self) -> TextTransform:
         """open_clip's own tokenizer."""
-        return OpenClipTexts(self.name, self.tokenizer, self._clip.vocab_size)
+        clip = self._clip  # CoCa has its vocabulary in the text tower alone
+        text = clip if hasattr(clip, "vocab_size") else clip.text
+        return OpenClipTexts(self.name, self.tokenizer, text.vocab_size)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         return encode_tokens(self._bare, tokens)
@@ -140,7 +142,7 @@ class OpenClipEncoder(DualEncoder):
 
 
 def load_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipEncoder:
-    """Loads what stands after ``open_clip:`` in a specification.
+    """Loads what follows ``open_clip:`` in a specification.
 
     Args:
         rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.

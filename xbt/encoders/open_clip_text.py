@@ -35,8 +35,8 @@ class OpenClipTexts:
         pad = 0
         if not isinstance(tokenizer, SimpleTokenizer):
             pad = tokenizer.tokenizer.pad_token_id
-        # A text can only have been cut where the row is full; the last position alone does not tell when the
-        # padding token is the end token. Counting a text again is only needed for those rows.
+        # A text can only have been cut where the row is full; the last position alone does not show it where
+        # the padding token is the end token. Counting a text again is only needed for those rows.
         full = (tokens[:, -2:] != pad).any(dim=1)
         cut = [suspect and self._length(text) > context for text, suspect in zip(texts, full, strict=True)]
         return Tokenized(tokens, torch.tensor(cut))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def _refuse(record: logging.LogRecord) -> bool:
@@ -41,8 +44,12 @@ def quiet() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def brief(error: BaseException, limit: int = 240) -> str:
-    """The first line of an error that says something, for use inside a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]) if lines else type(error).__name__
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+def brief(error: BaseException, limit: int = 600) -> str:
+    """An error of another library in one line, for use inside a sentence.
+
+    Colours and line breaks are taken out. Of a very long message the middle is left out: its first words say
+    what happened, and its last ones what to do.
+    """
+    text = " ".join(_COLOURS.sub("", str(error)).split()) or type(error).__name__
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} … {text[-half:]}"

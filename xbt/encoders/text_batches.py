@@ -72,7 +72,7 @@ class TokenBatch(NamedTuple):
 
 @dataclass
 class DistinctTexts:
-    """The distinct strings of a list, and where each of them stands.
+    """The distinct strings of a list, and the place of each.
 
     Attributes:
         texts: Every string once, in the order of first occurrence.
@@ -90,7 +90,7 @@ class DistinctTexts:
         return cls(list(places), torch.tensor(where, dtype=torch.int64))
 
     def first(self, place: int) -> int:
-        """The first position in the list at which a distinct string stands."""
+        """The first position in the list of a distinct string."""
         return int(torch.nonzero(self.where == place)[0])
 
 

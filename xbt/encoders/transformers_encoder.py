@@ -7,24 +7,21 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
+from tokenizers import normalizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel
 
-from xbt.encoders.base import DualEncoder, require_side
-from xbt.encoders.loading_checks import own_file, read_plain_transformers
+from xbt.encoders.base import DualEncoder
+from xbt.encoders.image_processors import Pixels, describe, load_image_processor
+from xbt.encoders.loading_checks import own_file
 from xbt.encoders.text_batches import TextTransform, Tokenized, require_known
+from xbt.encoders.transformers_files import WEIGHTS, find_transformers, load_tokenizer
 from xbt.errors import EncoderError
-from xbt.hub import SAFE_PATTERNS, HubAccess, fetch_repository, proportionate, read_json, split_revision
+from xbt.hub import HubAccess, is_pickled, proportionate, read_json
 from xbt.probe import PROBE_TEXTS
 
-SUPPORTED = ("clip", "siglip")
-"""Values of ``model_type`` in a config.json that can be loaded."""
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-"""Of which a repository must hold one."""
-HUB_PATTERNS = (*SAFE_PATTERNS, "model.safetensors", "model-*-of-*.safetensors")
-"""What is fetched of a repository: configs, safetensors and the tokenizer's files."""
+CAPITALS = "A Red DOG"
+"""A text that shows whether a tokenizer keeps capitals."""
 
 LEGACY_EOS = 2
 """The end token of old CLIP configs; it is wrong, and transformers then pools at the highest id instead."""
@@ -50,12 +47,14 @@ class TransformersEncoder(DualEncoder):
             module,
             dim=_dimension(name, config),
             context_length=int(config.text_config.max_position_embeddings),
-            preprocessing=_describe(processor),
-            image_transform=_Pixels(processor),
+            preprocessing=describe(processor, int(config.vision_config.image_size), name),
+            image_transform=Pixels(processor),
         )
         self.tokenizer = tokenizer
         self.processor = processor
         _check_tokenizer(name, config, tokenizer)
+        if config.model_type == "siglip":
+            _lower_case(tokenizer)
         # Positions are learned for texts that start at 0, whatever the tokenizer's files say.
         tokenizer.padding_side = tokenizer.truncation_side = "right"
         self.text_transform(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
@@ -81,17 +80,6 @@ class TransformersEncoder(DualEncoder):
         if self._bare.config.model_type == "clip":
             return {"text": "text_projection", "image": "visual_projection"}
         return {"text": "text_model.head", "image": "vision_model.head"}
-
-
-class _Pixels:
-    """An image processor as a function; picklable, holds no weights."""
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        pixels: Tensor = self._processor(images=image, return_tensors="pt")["pixel_values"][0]
-        return pixels
 
 
 class _Texts:
@@ -134,7 +122,7 @@ def pooled(output: Any) -> Tensor:
 
 
 def load_transformers(source: str, name: str, access: HubAccess) -> TransformersEncoder:
-    """Loads what stands after ``transformers:`` in a specification.
+    """Loads what follows ``transformers:`` in a specification.
 
     Args:
         source: A directory, or a repository of the Hugging Face Hub, ``org/name`` or ``org/name@revision``.
@@ -148,27 +136,14 @@ def load_transformers(source: str, name: str, access: HubAccess) -> Transformers
         EncoderError: If the directory does not exist, the model is not a CLIP, weights are missing, the
             config says what it must not, or the tokenizer does not fit the model.
         SavedPartError: If a repository cannot be fetched or holds no safetensors, or the config asks for more
-            than the weights account for. Errors of transformers itself are passed through.
+            than the weights account for.
     """
-    folder = Path(source).expanduser()
-    is_here = folder.is_dir()
-    if not is_here:
-        if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-            raise EncoderError(f"the directory {folder} of '{name}' does not exist")
-        repo, revision = split_revision(source)
-        folder = fetch_repository(repo, access.at(access.revision or revision), HUB_PATTERNS, WEIGHTS)
-    read_plain_transformers(folder)
+    folder, commit = find_transformers(source, name, access)
+    tokenizer, processor = load_tokenizer(folder, name), load_image_processor(folder, name)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if config.model_type not in SUPPORTED:
-        raise EncoderError(
-            f"'{name}' is a '{config.model_type}' model, not a CLIP; xbt loads models of type "
-            f"{' and '.join(SUPPORTED)} from transformers"
-        )
     module = _load_module(folder, config, name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, backend="pil")
     encoder = TransformersEncoder(name, module, tokenizer, processor)
-    encoder.revision = None if is_here else folder.name
+    encoder.revision = commit
     module.eval().requires_grad_(False)
     return encoder
 
@@ -188,8 +163,11 @@ def _check_shards(folder: Path, names: set[str]) -> None:
 def _load_module(folder: Path, config: Any, name: str) -> nn.Module:
     weights = [own_file(each) for each in sorted(folder.glob("model*.safetensors"))]
     if not weights:
+        pickled = next((each.name for each in sorted(folder.glob("*")) if is_pickled(each.name)), None)
+        there = f" but {pickled}, which would have to be unpickled" if pickled else ""
         raise EncoderError(
-            f"'{name}' could not be loaded: {folder} has no {WEIGHTS[0]}; save it as safetensors"
+            f"'{name}' could not be loaded: {folder} has no {WEIGHTS[0]}{there}; save the model as "
+            "safetensors (model.save_pretrained)"
         )
     if not (folder / WEIGHTS[0]).is_file():
         _check_shards(folder, {each.name for each in weights})
@@ -225,6 +203,25 @@ def _dimension(name: str, config: Any) -> int:
     return int(image)
 
 
+def _lower_case(tokenizer: Any) -> None:
+    """Makes a tokenizer lower its texts first, as SigLIP 2 was trained, unless it does so or must not.
+
+    SigLIP's own tokenizer normalises texts itself. SigLIP 2 has the one of Gemma, which keeps capitals;
+    transformers' Siglip2Tokenizer puts this very step before it, but is not used for ``model_type`` siglip.
+    """
+    declared = getattr(tokenizer, "init_kwargs", {}).get("do_lower_case")
+    if declared is False or tokenizer(CAPITALS)["input_ids"] == tokenizer(CAPITALS.lower())["input_ids"]:
+        return
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise EncoderError(
+            f"the tokenizer {type(tokenizer).__name__} keeps capitals, but SigLIP was trained on lower-case "
+            "texts; save it as a fast tokenizer (tokenizer.json)"
+        )
+    steps = [normalizers.Lowercase(), *filter(None, [backend.normalizer])]
+    backend.normalizer = normalizers.Sequence(steps)
+
+
 def _check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
     """Refuses a tokenizer with which the model would read texts wrongly and say nothing."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
@@ -249,19 +246,3 @@ def _check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
             f"the tokenizer of '{name}' ends texts with id {own}, but the model reads them at id {model_id} "
             "(text_config.eos_token_id); give it the tokenizer it was trained with"
         )
-
-
-def _describe(processor: Any) -> dict[str, Any]:
-    size = dict(processor.size)
-    cropped = bool(getattr(processor, "do_center_crop", False))
-    final = dict(processor.crop_size) if cropped else size
-    require_side(*filter(None, size.values()))  # what is only cropped later is made as well
-    edge = final.get("shortest_edge")
-    return {
-        "backend": "pil",
-        "size": [edge, edge] if edge else [final["height"], final["width"]],
-        "interpolation": Image.Resampling(processor.resample).name.lower(),
-        "resize_mode": "shortest" if "shortest_edge" in size else "squash",
-        "mean": list(processor.image_mean),
-        "std": list(processor.image_std),
-    }

@@ -82,7 +82,7 @@ def run_ahead(
 
 
 class _Feed:
-    """Stands where the loader expects a sampler: what it yields is sent to the workers."""
+    """Takes the place of the loader's sampler: what it yields is sent to the workers."""
 
     def __init__(self, tasks: Iterable[Any]) -> None:
         self._tasks = tasks

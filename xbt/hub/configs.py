@@ -16,15 +16,16 @@ from xbt.hub.files import read_json
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
-_SPACE_KEYS = ("model", "revision", "dim", "normalisation", "preprocessing", "probe", "probe_version")
 _SPACE_TYPES: dict[str, Any] = {
     "model": str,
     "dim": int,
     "revision": str | None,
     "normalisation": str,
     "preprocessing": dict | None,
+    "settings": dict | None,
     "probe": str | None,
 }
+_SPACE_KEYS = (*_SPACE_TYPES, "probe_version")
 _dropped: ContextVar[dict[str, list[str]] | None] = ContextVar("dropped", default=None)
 
 

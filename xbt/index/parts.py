@@ -358,6 +358,7 @@ class Parts:
             )
         same = [part for part in self if part.space is not None and part.space.same_as(space)]
         if same:
+            same[0].require_space(space, what)  # warns where the space is not verified
             return same[0]
         # A space that nobody knows may be this one, unless it is not sure that it is not another part's.
         unknown = next((part for part in self if part.space is None and part.dim == space.dim), None)

@@ -1,0 +1,73 @@
+"""Settings that vectors depend on besides weights and images: activations and cleaning of texts.
+
+A probe shows most of them, but not all: GELU in the place of QuickGELU can change a small model's vectors by
+less than rounding to half precision does. So they are declared as well. Everything is read off the model that
+runs, not off its config, so that one model has the same settings in open_clip and in transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from xbt.encoders.text_batches import TextTransform
+
+_NAMES = {
+    "gelu": "gelu",
+    "geluactivation": "gelu",
+    "quickgelu": "quick_gelu",
+    "quickgeluactivation": "quick_gelu",
+    "gelutanh": "gelu_tanh",
+    "pytorchgelutanh": "gelu_tanh",
+    "newgeluactivation": "gelu_tanh",
+    "fastgeluactivation": "gelu_tanh",
+    "accurategeluactivation": "gelu_tanh",
+    "siluactivation": "silu",
+    "swish": "silu",
+}
+"""Classes of the libraries by what they compute."""
+_LIBRARIES = ("torch.nn.modules.activation", "transformers.activations", "timm.layers.activations")
+_CAPITALS, _PUNCTUATION = "A Red DOG", "a dog, a cat."
+
+
+def activation(tower: nn.Module) -> str:
+    """Names the activation functions of a tower, such as ``"quick_gelu"``, separated by commas."""
+    found = set()
+    for module in tower.modules():
+        kind = type(module)
+        name = kind.__name__.lower()
+        if name in _NAMES or (kind.__module__.startswith(_LIBRARIES) and not _is_no_activation(module)):
+            tanh = name == "gelu" and getattr(module, "approximate", "none") == "tanh"
+            found.add("gelu_tanh" if tanh else _NAMES.get(name, name))
+    return ", ".join(sorted(found)) or "none"
+
+
+def _is_no_activation(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention | nn.Softmax | nn.Identity)
+
+
+def text_cleaning(transform: TextTransform) -> str:
+    """Names what texts lose before they become tokens, by trying it.
+
+    Returns:
+        ``"lower"`` where capitals make no difference, ``"canonicalize"`` where punctuation makes none either,
+        ``"none"`` where both do; the words are open_clip's.
+    """
+    texts = [_CAPITALS, _CAPITALS.lower(), _PUNCTUATION, _PUNCTUATION.replace(",", "").replace(".", "")]
+    rows = transform(texts).tokens.tolist()
+    if rows[0] != rows[1]:
+        return "none"
+    return "canonicalize" if rows[2] == rows[3] else "lower"
+
+
+def describe_model(
+    text: nn.Module, image: nn.Module, transform: TextTransform, context: int
+) -> dict[str, Any]:
+    """The settings that go into a space beside the preprocessing of images, as JSON-able values."""
+    return {
+        "text_activation": activation(text),
+        "image_activation": activation(image),
+        "text_cleaning": text_cleaning(transform),
+        "context_length": context,
+    }

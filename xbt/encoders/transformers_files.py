@@ -1,0 +1,175 @@
+"""The files of a model of transformers, found and named for what they are before the model is built."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from xbt.encoders.loading_checks import own_file, read_plain_transformers
+from xbt.encoders.quiet import brief
+from xbt.errors import EncoderError
+from xbt.hub import SAFE_PATTERNS, HubAccess, fetch_repository, read_json, split_revision
+
+SUPPORTED = ("clip", "siglip")
+"""Values of ``model_type`` in a config.json that can be loaded."""
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Of which a repository must hold one."""
+_CONFIG, _MODULES, _WRAPPED = "config.json", "modules.json", "0_CLIPModel"
+_PACKAGES = {
+    "sentencepiece": "sentencepiece",
+    "protobuf": "protobuf",
+    "tiktoken": "tiktoken",
+    "blobfile": "tiktoken",
+}
+"""Packages that tokenizers ask for, and what to install."""
+_MAX_LIST = 2**20
+_SUBFOLDER = re.compile(r"[\w-][\w.-]*")
+
+
+def find_transformers(source: str, name: str, access: HubAccess) -> tuple[Path, str | None]:
+    """Finds, and downloads if need be, what follows ``transformers:`` in a specification.
+
+    Of a repository the configs are fetched first, so that nothing else is fetched of what is no CLIP.
+
+    Args:
+        source: A directory, or a repository of the Hugging Face Hub, ``org/name`` or ``org/name@revision``.
+            Either may hold what sentence-transformers saved.
+        name: The whole specification.
+        access: How the Hub is asked; its revision comes before the one in the specification.
+
+    Returns:
+        The directory with the model's own ``config.json``, and the commit of the repository if it is one.
+
+    Raises:
+        EncoderError: If the directory does not exist, or the model is no CLIP, or needs code of its own, or
+            other modules come after it.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config is no JSON.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return _require_clip(_model_folder(folder, name), name), None
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise EncoderError(f"the directory {folder} of '{name}' does not exist")
+    repo, revision = split_revision(source)
+    access = access.at(access.revision or revision)
+    configs = fetch_repository(repo, access, ["*config.json", _MODULES], [_CONFIG, _MODULES])
+    model = _require_clip(_model_folder(configs, name), name)
+    inside = "" if model == configs else f"{model.name}/"
+    patterns = (*SAFE_PATTERNS, f"{inside}model.safetensors", f"{inside}model-*-of-*.safetensors")
+    whole = fetch_repository(repo, access, patterns, [f"{inside}{each}" for each in WEIGHTS])
+    return whole / inside, whole.name
+
+
+def _model_folder(folder: Path, name: str) -> Path:
+    """The directory itself, or the one inside it in which sentence-transformers keeps the CLIP."""
+    listing = folder / _MODULES
+    if not listing.is_file():
+        return folder
+    modules = _read_list(own_file(listing))
+    kinds = [
+        str(each.get("type", "")).rpartition(".")[2] if isinstance(each, dict) else "" for each in modules
+    ]
+    if not kinds or kinds[0] != "CLIPModel":
+        if (folder / _CONFIG).is_file():
+            return folder  # its type decides
+        first = kinds[0] if kinds and kinds[0] else "none"
+        raise EncoderError(
+            f"'{name}' was saved by sentence-transformers, and its first module is {first:.80}, not "
+            "CLIPModel; only CLIPs are loaded"
+        )
+    others = [kind for kind in kinds[1:] if kind != "Normalize"]
+    if others:
+        raise EncoderError(
+            f"'{name}' was saved by sentence-transformers with {', '.join(others):.80} after the CLIP, which "
+            "change its vectors and are not loaded; load the CLIP alone: give its own directory"
+        )
+    inside = str(modules[0].get("path") or "")
+    if not inside:
+        return folder
+    if not _SUBFOLDER.fullmatch(inside):
+        raise EncoderError(f"{listing} names the directory {inside!r:.80}; it must be one inside {folder}")
+    if not (folder / inside).is_dir():
+        raise EncoderError(
+            f"{listing} names the directory {inside}, which is missing; download the model again"
+        )
+    return folder / inside
+
+
+def _read_list(file: Path) -> list[Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8")) if file.stat().st_size < _MAX_LIST else None
+    except (ValueError, RecursionError) as error:
+        raise EncoderError(f"{file} is not valid JSON ({brief(error)}); download it again") from error
+    if not isinstance(content, list):
+        raise EncoderError(f"{file} must hold a list of modules, as sentence-transformers writes it")
+    return content
+
+
+def _require_clip(folder: Path, name: str) -> Path:
+    """Refuses, by its config alone, what is no CLIP or SigLIP of transformers' own."""
+    if not (folder / _CONFIG).is_file():
+        wrapped = f"; {_WRAPPED} in it looks like one: load that" if (folder / _WRAPPED).is_dir() else ""
+        raise EncoderError(
+            f"'{name}' could not be loaded: {folder} has no {_CONFIG}, so it is no model of "
+            f"transformers{wrapped or '; save the model with save_pretrained'}"
+        )
+    config = read_plain_transformers(folder)
+    kind = config.get("model_type")
+    if kind not in SUPPORTED:
+        own_code = "; code of a repository (auto_map) is not run" if "auto_map" in config else ""
+        raise EncoderError(
+            f"'{name}' is a {kind!r:.80} model, not a CLIP; xbt loads models of type "
+            f"{' and '.join(SUPPORTED)} from transformers{own_code}"
+        )
+    if config.get("auto_map"):
+        raise EncoderError(
+            f"'{name}' names code of its own (auto_map in {_CONFIG}), which is not run; remove auto_map if "
+            f"it is a plain {kind} model, or wrap the model in a callable of yours"
+        )
+    return folder
+
+
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """Loads the tokenizer in a directory.
+
+    Raises:
+        EncoderError: If a package that it needs is not installed, it needs code of its own, or its files are
+            missing or damaged.
+        SavedPartError: If ``tokenizer_config.json`` is no JSON object.
+    """
+    file = folder / "tokenizer_config.json"
+    config = read_json(own_file(file)) if file.is_file() else {}
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each tokenizer fails in its own way
+        raise EncoderError(_no_tokenizer(folder, name, config, error)) from error
+    except BaseException as error:  # the Rust library's failures are no Exceptions
+        if type(error).__name__ != "PanicException":
+            raise
+        raise EncoderError(_no_tokenizer(folder, name, config, error)) from error
+
+
+def _no_tokenizer(folder: Path, name: str, config: dict[str, Any], error: BaseException) -> str:
+    if "auto_map" in config:
+        return (
+            f"the tokenizer of '{name}' needs code of its repository (auto_map), which is not run; save one "
+            "of transformers' own tokenizers beside the model"
+        )
+    if not any((folder / each).is_file() for each in ("tokenizer.json", "vocab.json", "spiece.model")):
+        return (
+            f"the tokenizer files of '{name}' are missing in {folder} (such as tokenizer.json, or vocab.json "
+            "and merges.txt); save the tokenizer that the model was trained with there"
+        )
+    message = str(error).lower()
+    package = next((each for each in _PACKAGES if each in message), None)
+    if package is not None and (isinstance(error, ImportError) or "install" in message):
+        return (
+            f"the tokenizer of '{name}' needs the package {package}, which is not installed; install it: "
+            f"pip install {package}"
+        )
+    return f"the tokenizer of '{name}' cannot be loaded ({brief(error)}); check its files in {folder}"
