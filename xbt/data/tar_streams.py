@@ -52,7 +52,7 @@ class TarStream:
         """
         while (member := self._archive.next()) is not None:
             yield member
-            self._archive.members = []  # which tarfile keeps: a small packed file may hold millions
+            self._archive.members = []  # type: ignore[attr-defined]  # which tarfile keeps: a small packed file may hold millions
         self._require_end()
 
     def read(self, member: tarfile.TarInfo) -> bytes:

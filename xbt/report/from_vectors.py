@@ -157,7 +157,7 @@ def _numbers(file: IO[bytes], size: int) -> NDArray[np.generic]:
     if size != offset + count * dtype.itemsize:
         raise ValueError(f"it has {size} bytes, but its header promises {offset + count * dtype.itemsize}")
     values = np.empty(count, dtype)
-    target = memoryview(values.view(np.uint8)).cast("B") if values.nbytes else memoryview(bytearray())
+    target = values.view(np.uint8).data.cast("B") if values.nbytes else memoryview(bytearray())
     done = len(rest := head[offset:])
     target[:done] = rest
     while done < len(target):
