@@ -39,7 +39,7 @@ from torch import Tensor
 import xbt
 from xbt.config import parse_config
 from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_pairs, read_captions
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.demo import DemoConfig, train_demo_clips
 from xbt.evaluation import Interval, best_positive_ranks, bootstrap_interval, compare_ranks
 from xbt.projections import Decision, fit_ensemble

@@ -48,7 +48,7 @@ from xbt.backfill import (
     random_order,
     stopping_point,
 )
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.evaluation import best_positive_ranks
 from xbt.index import MixedScores, fit_merge
 from xbt.report import draw_backfill_curve

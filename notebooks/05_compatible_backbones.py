@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import xbt
-from xbt.data.class_worlds import ClassWorld, make_class_world
+from xbt.data.synthetic import ClassWorld, make_class_world
 from xbt.evaluation import (
     LabelRetrieval,
     bootstrap_interval,

@@ -9,8 +9,7 @@ which no gain is shown stays with the old query. The result is a compatible enco
 Not supported: several processes.
 """
 
-from xbt.cli.fit import run_fit
-from xbt.cli.fit_config import FitConfig
+from xbt.cli.fit import FitConfig, run_fit
 from xbt.config import run_recipe
 
 

@@ -15,7 +15,7 @@ Not supported: several processes.
 
 from xbt.config import run_recipe
 from xbt.evaluation import format_table
-from xbt.evaluation_job import EvaluationConfig, run_evaluation
+from xbt.evaluation.job import EvaluationConfig, run_evaluation
 
 
 def main(config: EvaluationConfig) -> None:

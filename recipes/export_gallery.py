@@ -9,7 +9,7 @@ Not supported: several processes; both parts of a gallery that is being backfill
 """
 
 from xbt.config import run_recipe
-from xbt.serve.export_job import ExportConfig, run_export
+from xbt.serve.export import ExportConfig, run_export
 
 
 def main(config: ExportConfig) -> None:

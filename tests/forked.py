@@ -165,7 +165,7 @@ def _serve():
     import torch
 
     import xbt.embedding
-    import xbt.encoders.open_clip_encoder  # noqa: F401
+    import xbt.encoders.open_clip  # noqa: F401
 
     torch.set_num_threads(1)
     print("ready", flush=True)

@@ -23,7 +23,7 @@ from xbt.data import PairSource, load_pairs, make_scenes
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, EncoderError
 from xbt.evaluation import Expectation, Protocol, evaluate_retrieval
-from xbt.evaluation_job import EvaluationConfig, run_evaluation
+from xbt.evaluation.job import EvaluationConfig, run_evaluation
 from xbt.projections import fit_projection
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")

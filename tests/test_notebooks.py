@@ -21,7 +21,7 @@ from nbclient import NotebookClient
 import xbt
 import xbt.data
 from xbt.data import CaptionSource, PairSource, load_labelled, load_pairs, make_scenes, read_captions
-from xbt.data.class_worlds import ClassWorld
+from xbt.data.synthetic import ClassWorld
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from xbt.probe import PROBE_TEXTS, PROBE_VERSION, draw_probe_images
+from xbt.space import PROBE_TEXTS, PROBE_VERSION, draw_probe_images
 
 
 def test_sixteen_different_texts():

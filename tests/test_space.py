@@ -8,8 +8,7 @@ from fuzzing import damaged_json, fuzzed, loads_or_refuses
 from hypothesis import given
 
 from xbt.errors import DataError, SpaceMismatchError, UnverifiedSpaceWarning
-from xbt.probe import PROBE_TEXTS
-from xbt.space import SAME_COSINE, EmbeddingSpace
+from xbt.space import PROBE_TEXTS, SAME_COSINE, EmbeddingSpace
 
 
 def probe(dim=32, seed=0):

@@ -54,7 +54,7 @@ def tiny_open_clip(
     directory: str | Path, seed: int = 0, preprocess: dict[str, Any] | None = None, **config: Any
 ) -> str:
     """Saves a random open_clip model; `config` as in `open_clip_config`. Returns its specification."""
-    from xbt.encoders.open_clip_encoder import OpenClipEncoder
+    from xbt.encoders.open_clip import OpenClipEncoder
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

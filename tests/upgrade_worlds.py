@@ -7,7 +7,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.report import UpgradeReportConfig, VectorSource
 
 KEYS = {

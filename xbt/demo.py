@@ -10,7 +10,7 @@ from xbt.compatible import CompatibleEncoder
 from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_pairs
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.evaluation import RetrievalReport, format_table
-from xbt.evaluation_job import EvaluationConfig, run_evaluation
+from xbt.evaluation.job import EvaluationConfig, run_evaluation
 from xbt.index import Gallery
 from xbt.report import draw_recall_bars, draw_search_comparison
 from xbt.training import (

@@ -2,7 +2,11 @@
 
 Each message is one sentence that names the value, the place and the fix. Recipes print it and exit with
 status 2; library users catch :class:`XbtError` (a ``ValueError``) or one of its kinds.
+
+What goes wrong with a saved part.
 """
+
+from __future__ import annotations
 
 
 class XbtError(ValueError):
@@ -39,3 +43,7 @@ class TruncationWarning(UserWarning):
 
 class UnverifiedSpaceWarning(UserWarning):
     """Two spaces were taken for the same, and it is not sure: one has no probe, or settings differ."""
+
+
+class SavedPartError(XbtError):
+    """A saved part that is missing, damaged or of another kind, or that cannot be shared."""

@@ -18,7 +18,7 @@ import yaml
 
 from xbt.config import config_to_dict, config_to_yaml, flatten, is_main_process, require_local
 from xbt.errors import ConfigError, StoreError
-from xbt.store.files import write_lines
+from xbt.files import write_lines
 
 _CONFIG = "config.yaml"
 _NOT_IDENTITY = frozenset(
@@ -51,7 +51,7 @@ def versions() -> dict[str, str | int]:
 
 
 def write_json(path: Path, data: Any) -> Path:
-    """Writes a JSON file whole and durably; see :func:`xbt.store.files.write_whole`.
+    """Writes a JSON file whole and durably; see :func:`xbt.files.write_whole`.
 
     Raises:
         StoreError: If the disk is full or the place cannot be written; the old file is kept.

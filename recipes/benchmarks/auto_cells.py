@@ -4,7 +4,7 @@
 
 A cell is one world, corpus size, seed, direction and k. It is violated where the queries that a rule deploys
 have a lower R@k than the old queries on test pairs that nobody has seen. The worlds are vectors of two models
-of known quality (:mod:`xbt.data.vector_worlds`: a much better, a little better, an equal and a worse one, and
+of known quality (:mod:`xbt.data.synthetic`: a much better, a little better, an equal and a worse one, and
 one better for texts alone), and, if they are given, the vectors of a pair of dual encoders on Flickr8k and
 those of LVIS class names. With the old query beside it a new one has something to add in every world; without
 it (``auto, no old query``) there are worlds in which nothing is to be gained, and the old query has to stay.
@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 from xbt.bench import write_report
 from xbt.config import config_to_dict, run_recipe
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.evaluation import best_positive_ranks
 from xbt.projections import PairVectors, choose_projection, fit_ensemble, fit_procrustes
 

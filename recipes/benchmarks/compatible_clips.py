@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from xbt.config import parse_config
 from xbt.data import PairSource
 from xbt.demo import DemoConfig, run_demo
-from xbt.evaluation_job import EvaluationConfig, run_evaluation
+from xbt.evaluation.job import EvaluationConfig, run_evaluation
 from xbt.training import CompatibleClipConfig, TrainArgs, train_compatible_clip
 
 METHODS = ("bct", "bt2", "oca")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from xbt.data.class_worlds import ClassWorld, make_class_world
+from xbt.data.synthetic import ClassWorld, make_class_world
 from xbt.evaluation import compatibility_matrix, evaluate_labels, prefix_vectors
 from xbt.heads import (
     BCTHead,

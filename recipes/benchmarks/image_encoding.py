@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from xbt.bench import Timings, autocast, machine_rates, ratio, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.encoders import DualEncoder
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}

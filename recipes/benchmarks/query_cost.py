@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from xbt.bench import Spread, Timings, side_by_side, write_report
 from xbt.compatible import CompatibleEncoder
 from xbt.config import config_to_dict, run_recipe
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError
 from xbt.projections import LinearProjection, Projection, ResidualProjection
 from xbt.projections.combinations import MAX_REFERENCE, Adaptive, Linear

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from xbt.config import run_recipe
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.run_dir import versions, write_json
 from xbt.space import EmbeddingSpace
 

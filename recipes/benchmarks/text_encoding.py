@@ -24,9 +24,9 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPM
 from xbt.bench import Timings, autocast, machine_rates, ratio, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.data import CaptionSource, read_captions
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.hf_transformers import TransformersEncoder, pooled
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.encoders.quiet import quiet
-from xbt.encoders.transformers_encoder import TransformersEncoder, pooled
 
 Encode = Callable[[], Tensor]
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

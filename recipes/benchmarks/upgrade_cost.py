@@ -27,15 +27,15 @@ from xbt.bench import Spread, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.data import CaptionSource, read_captions
 from xbt.encoders import DualEncoder
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError, TruncationWarning
 from xbt.projections import ResidualProjection, Stage1Options
 from xbt.projections.objective import NoisyVectors, TextProjectionObjective
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 from xbt.training import TrainArgs
+from xbt.training.cached_vectors import TextVectors
 from xbt.training.clip import read_model_config
-from xbt.training.text_vectors import TextVectors
 
 OLD_TEXT, NEW_TEXT, NEW_IMAGE, FIT, STEP = "old text", "new text", "new image", "fit", "step"
 FORMULA = (

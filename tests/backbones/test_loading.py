@@ -7,7 +7,7 @@ from torch import nn
 from xbt.backbones import load_backbone, rebuild_backbone
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, EncoderError
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 
 def count(module):

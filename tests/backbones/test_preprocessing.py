@@ -12,7 +12,7 @@ from torchvision import transforms
 
 from xbt.backbones import ImagePreprocessing
 from xbt.errors import ConfigError
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

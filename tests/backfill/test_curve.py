@@ -8,7 +8,7 @@ import torch
 
 from xbt.backfill.curve import EQUALLY_SPACED, backfill_curve, stopping_point
 from xbt.backfill.orders import random_order
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation import recall_at_k
 from xbt.index.calibration import fit_kind

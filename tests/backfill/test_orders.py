@@ -19,7 +19,7 @@ from xbt.backfill.orders import (
     spread_out,
 )
 from xbt.backfill.rehearsal import fit_rehearsed_order, moving_gains
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.index.calibration import fit_kind
 from xbt.index.mixed import RankMerge, RawMerge

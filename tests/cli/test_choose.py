@@ -9,13 +9,12 @@ import pytest
 import tiny
 import torch
 
-from xbt.cli.fit import embed_pairs, run_fit
-from xbt.cli.fit_config import FitConfig
+from xbt.cli.fit import FitConfig, embed_pairs, run_fit
 from xbt.compatible import CompatibleEncoder
 from xbt.data import CaptionSource, PairSource, make_scenes
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError
-from xbt.evaluation_job import EvaluationConfig, run_evaluation
+from xbt.evaluation.job import EvaluationConfig, run_evaluation
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
 

@@ -10,11 +10,11 @@ import torch
 from backfills import SCENES
 from cli.conftest import TEXTS
 
-from xbt.cli.fit_config import FitConfig
+from xbt.cli.fit import FitConfig
 from xbt.compatible import CompatibleEncoder
 from xbt.data import read_captions
 from xbt.data.captions import CaptionSource
-from xbt.evaluation_job import EvaluationConfig, run_evaluation
+from xbt.evaluation.job import EvaluationConfig, run_evaluation
 from xbt.projections import Projection, SelectionOptions, fit_projection
 from xbt.store import EmbeddingStore
 

@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xbt.backfill import save_merge
-from xbt.cli.search_config import Queries
-from xbt.cli.search_job import read_queries
+from xbt.cli.search import Queries, read_queries
 from xbt.compatible import CompatibleEncoder, load_upgraded
 from xbt.encoders import load_encoder
 from xbt.index import AffineMerge, Gallery, RankMerge, RawMerge
@@ -260,7 +259,7 @@ def test_queries_that_are_no_text(run, gallery, specs, tmp_path):
     ],
 )
 def test_odd_bytes_are_one_sentence(run, gallery, specs, monkeypatch, words, stdin, told):
-    monkeypatch.setattr("xbt.cli.streams._MAX_BYTES", 1024)
+    monkeypatch.setattr("xbt.cli.output._MAX_BYTES", 1024)
     said = run("search", "--gallery", gallery, "--encoder", specs[0], *words, stdin=stdin)
     assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
     assert told in said.err

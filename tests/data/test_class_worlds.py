@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from xbt.data.class_worlds import make_class_world
+from xbt.data.synthetic import make_class_world
 from xbt.errors import ConfigError
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from xbt.data.hf_datasets import open_dataset
+from xbt.data.huggingface import open_dataset
 
 CARD = """---
 license: mit

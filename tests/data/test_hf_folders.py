@@ -15,8 +15,8 @@ from pictures import SCENES, encoded
 from xbt.data.captions import CaptionSource, read_captions
 from xbt.data.hf_folders import open_builder, translated
 from xbt.data.image_collection import ImageCollection, open_images
-from xbt.data.labelled_source import load_labelled
-from xbt.data.pairs import load_pairs
+from xbt.data.labelled import load_labelled
+from xbt.data.load_pairs import load_pairs
 from xbt.errors import DataError, ImageError
 from xbt.images import read_image
 

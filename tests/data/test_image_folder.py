@@ -14,10 +14,9 @@ from pictures import SCENES, encoded
 
 from xbt.data.image_collection import ImageCollection, open_images
 from xbt.data.image_folder import find_images, is_hidden
-from xbt.data.image_text_pairs import ImageTextPairs
-from xbt.data.labelled_images import LabelledImages
-from xbt.data.labelled_source import load_labelled
-from xbt.data.pairs import PairSource, load_pairs
+from xbt.data.labelled import LabelledImages, load_labelled
+from xbt.data.load_pairs import PairSource, load_pairs
+from xbt.data.pairs import ImageTextPairs
 from xbt.encoders.checks import as_images
 from xbt.errors import DataError, ImageError
 from xbt.images import read_image

@@ -143,7 +143,7 @@ def test_hub_name_of_a_preset_is_asked_for(monkeypatch):
         asked.append((source, subset, split))
         raise DataError("offline")
 
-    monkeypatch.setattr("xbt.data.class_labels.open_dataset", open_dataset)
+    monkeypatch.setattr("xbt.data.labelled.open_dataset", open_dataset)
     for source in (LabelledSource("cifar100", split="test"), LabelledSource("imagenet-1k")):
         with pytest.raises(DataError, match="offline"):
             load_labelled(source)
@@ -341,7 +341,7 @@ def test_nothing_is_decoded_before_an_image_is_asked_for(cifar100, monkeypatch):
     def refuse(*_):
         raise AssertionError("an image was read")
 
-    monkeypatch.setattr("xbt.data.hf_datasets.HubImages.__getitem__", refuse)
+    monkeypatch.setattr("xbt.data.huggingface.HubImages.__getitem__", refuse)
     source = LabelledSource("cifar100", root=str(cifar100), split="train", classes=50, fraction=0.5, limit=9)
     assert len(load_labelled(source).select([0, 1])) == 2
 

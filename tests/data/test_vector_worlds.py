@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xbt.data.vector_worlds import WORLDS, ModelQuality, make_vector_world
+from xbt.data.synthetic import WORLDS, ModelQuality, make_vector_world
 from xbt.errors import ConfigError
 from xbt.evaluation import recall_at_k
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from xbt.data.captions import CaptionSource
 from xbt.data.image_collection import ImageCollection, open_captions, open_images
-from xbt.data.pairs import load_pairs
+from xbt.data.load_pairs import load_pairs
 from xbt.images import read_image
 
 

@@ -11,7 +11,7 @@ from pictures import SCENES, write_tar
 
 from xbt.data import CaptionSource
 from xbt.embedding import embed, job, work
-from xbt.embedding.rejection_limit import RejectionLimit
+from xbt.embedding.rejected import RejectionLimit
 from xbt.errors import ConfigError, DataError
 from xbt.store import EmbeddingStore
 

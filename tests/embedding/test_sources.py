@@ -13,8 +13,7 @@ from entries import entries, ids, picture, samples, value, write_tar
 
 from xbt.data import CaptionSource, ImageTextPairs, make_scenes, read_captions
 from xbt.data.image_collection import ImageCollection, open_captions, open_images
-from xbt.data.image_text_pairs import Rejected
-from xbt.data.items import Item
+from xbt.data.items import Item, Rejected
 from xbt.errors import ConfigError, DataError
 
 # Folders

@@ -17,9 +17,8 @@ from jobs import config
 
 from xbt.data import CaptionSource
 from xbt.data.image_collection import ImageCollection, open_captions, open_images
-from xbt.data.image_text_pairs import Rejected
-from xbt.data.items import Item
-from xbt.data.tar_files import find_tars
+from xbt.data.items import Item, Rejected
+from xbt.data.tars import find_tars
 from xbt.embedding import embed, work
 from xbt.errors import DataError
 
@@ -46,7 +45,7 @@ def test_tars_give_images_and_captions(tmp_path):
 def test_brace_patterns():
     with pytest.raises(DataError, match="there is no such tar file"):
         find_tars("/nowhere/{08..11}.tar")
-    from xbt.data.tar_files import _expand_braces
+    from xbt.data.tars import _expand_braces
 
     assert _expand_braces("{08..11}.tar") == ["08.tar", "09.tar", "10.tar", "11.tar"]
     assert _expand_braces("{a,b}/{1..2}.tar") == ["a/1.tar", "a/2.tar", "b/1.tar", "b/2.tar"]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, ImageError, TruncationWarning
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 TEXTS = ["a red circle", "two dogs", "", "naïve café ☕ 数字"]
 

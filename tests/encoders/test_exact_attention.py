@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from xbt.encoders.exact_attention import ExactAttention, unmerged
+from xbt.encoders.lora_attention import ExactAttention, unmerged
 
 # peft visits the output projection of an attention layer a second time and says so.
 pytestmark = pytest.mark.filterwarnings(r"ignore:A.*lready .*merged.*:UserWarning")

@@ -8,8 +8,8 @@ from torch import nn
 
 from xbt.data import make_scenes
 from xbt.encoders import LoraSettings, add_lora, has_lora, load_encoder
-from xbt.encoders.folding import fold_layers, has_path
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.base import fold_layers, has_path
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import EncoderError, SpaceMismatchError
 
 TEXTS = ["a red circle", "two cats", "the dog on a square"]

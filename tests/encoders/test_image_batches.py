@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 
 from xbt.encoders import load_encoder, workers
-from xbt.encoders.image_batches import decode_batches
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.image_batching import decode_batches
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError, DataError, ImageError
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 
 def jpeg(image, mode="RGB"):

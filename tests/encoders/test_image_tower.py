@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from xbt.encoders import LoraSettings, add_lora, load_encoder
 from xbt.encoders.image_tower import build_image_tower, take_image_tower
 from xbt.errors import EncoderError
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 
 @pytest.fixture(params=["open_clip_spec", "transformers_spec"])

@@ -12,9 +12,9 @@ from transformers import CLIPModel
 
 from xbt.encoders import LoraSettings, add_lora, load_encoder, load_lora, save_lora
 from xbt.encoders.lora import has_lora
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError, EncoderError
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 TEXTS = ["a red circle", "two dogs", "a cat", "a blue star"]
 

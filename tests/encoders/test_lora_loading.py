@@ -21,7 +21,7 @@ from torch import nn
 from xbt.encoders import LoraSettings, add_lora, load_encoder, load_lora, save_lora
 from xbt.encoders.lora_loading import _globs, _resolve
 from xbt.errors import EncoderError
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 TEXTS = ["a red circle", "two dogs"]
 IMAGES = draw_probe_images()[:2]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from xbt.encoders import LoraSettings, add_lora, load_encoder
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import EncoderError, TruncationWarning
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 TEXTS = ["a red circle", "Two dogs & a cat!!", "", "naïve café ☕"]
 

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from xbt.encoders import load_encoder
 from xbt.encoders.settings import activation, text_cleaning
-from xbt.encoders.text_batches import Tokenized
+from xbt.encoders.text_batching import Tokenized
 from xbt.errors import UnverifiedSpaceWarning
 
 

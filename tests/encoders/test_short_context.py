@@ -12,10 +12,9 @@ from torch.nn.functional import normalize
 
 from xbt.compatible import CompatibleEncoder
 from xbt.encoders import LoraSettings, add_lora, load_encoder, load_lora, save_lora, text_batches
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
-from xbt.encoders.short_context import ShortContext, _full_precision
-from xbt.encoders.text_batches import batches_by_length
-from xbt.encoders.transformers_encoder import LEGACY_EOS, pooled
+from xbt.encoders.hf_transformers import LEGACY_EOS, pooled
+from xbt.encoders.open_clip import OpenClipEncoder
+from xbt.encoders.text_batching import ShortContext, _full_precision, batches_by_length
 from xbt.errors import DataError, TruncationWarning
 from xbt.projections import fit_projection
 

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from xbt.encoders import load_encoder
-from xbt.encoders.transformers_encoder import pooled
+from xbt.encoders.hf_transformers import pooled
 from xbt.errors import EncoderError, TruncationWarning
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 TEXTS = ["a red circle", "Two dogs & a cat!!", "zebra", "naïve café ☕"]
 

@@ -37,7 +37,7 @@ def model():
 
 
 def build():
-    from xbt.encoders.building_open_clip import build as build_model
+    from xbt.encoders.open_clip_loading import build as build_model
     from xbt.encoders.quiet import quiet
 
     with quiet():
@@ -204,7 +204,7 @@ def test_a_home_directory_is_expanded(state, tmp_path, monkeypatch):
 
 
 def test_what_open_clip_writes_is_found_in_a_directory(model, state, tmp_path):
-    from xbt.encoders.building_open_clip import write_config
+    from xbt.encoders.open_clip_loading import write_config
 
     write_config(tmp_path, SMALL, {})
     torch.save({"epoch": 1, "state_dict": renamed(state, "module.{}".format)}, tmp_path / "epoch_1.pt")

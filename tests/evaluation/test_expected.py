@@ -12,7 +12,7 @@ from xbt.evaluation import (
     format_markdown,
     format_table,
 )
-from xbt.evaluation.expected import require_comparable
+from xbt.evaluation.protocols import require_comparable
 
 
 def report(upgrade="new/old"):

@@ -10,7 +10,7 @@ import pytest
 
 from xbt.config import parse_config
 from xbt.evaluation import PROTOCOLS
-from xbt.evaluation_job import EvaluationConfig
+from xbt.evaluation.job import EvaluationConfig
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 PAIRS = sorted(CONFIGS.glob("evaluate_pair_*.yaml"))

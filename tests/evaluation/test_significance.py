@@ -20,7 +20,7 @@ from xbt.evaluation import (
     evaluate_cell,
     format_table,
 )
-from xbt.evaluation.significance import cautious_interval, means_and_errors, student_quantile
+from xbt.evaluation.bootstrap import cautious_interval, means_and_errors, student_quantile
 
 
 def test_gain_is_fixed_minus_broken():

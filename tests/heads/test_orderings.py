@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from xbt.data.class_worlds import make_class_world
+from xbt.data.synthetic import make_class_world
 from xbt.evaluation import evaluate_labels, prefix_vectors
 from xbt.heads import (
     BCTHead,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-import xbt.heads.prototypes as module
+import xbt.heads.losses as module
 from xbt.errors import ConfigError, DataError
 from xbt.heads import BCTHead, BCTLoss, Prototypes, Targets, class_prototypes
-from xbt.heads.objective import influence
+from xbt.heads.losses import influence
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 

@@ -18,9 +18,9 @@ from transformers import BertConfig
 from xbt.backbones import rebuild_backbone
 from xbt.compatible import CompatibleEncoder
 from xbt.encoders import load_encoder
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import EncoderError, XbtError
-from xbt.probe import draw_probe_images
+from xbt.space import draw_probe_images
 
 HUGE = 2_000_000_000
 CODE = """

@@ -10,6 +10,7 @@ from hub.helpers import adapted
 from huggingface_hub import ModelCard
 
 from xbt.backbones import CompatibleBackbone, ImagePreprocessing, load_backbone
+from xbt.cli.push import PushConfig, PushResult, find_part, push
 from xbt.compatible import CompatibleEncoder
 from xbt.config import config_to_dict
 from xbt.errors import ConfigError
@@ -18,7 +19,6 @@ from xbt.heads import BCTHead, CompatibleHead, make_head
 from xbt.hub import SavedPartError
 from xbt.projections import Projection, QueryEnsemble
 from xbt.projections.ensemble import Nlerp
-from xbt.sharing import PushConfig, PushResult, find_part, push
 
 
 def run_directory(root, name):

@@ -10,7 +10,7 @@ import torch
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation import best_positive_ranks, recall_at_k
 from xbt.index.calibration import (

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.projections import PairVectors
 from xbt.projections.near_duplicates import TextFinder, clusters_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.evaluation import recall_at_k
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"

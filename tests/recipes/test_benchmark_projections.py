@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import DataError
 from xbt.evaluation import recall_at_k
 from xbt.space import EmbeddingSpace

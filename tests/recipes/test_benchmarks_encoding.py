@@ -13,7 +13,7 @@ import tiny
 import torch
 from PIL import Image
 
-from xbt.probe import PROBE_TEXTS
+from xbt.space import PROBE_TEXTS
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 

@@ -9,14 +9,14 @@ import open_clip
 import pytest
 
 from xbt.backfill import BackfillConfig
-from xbt.cli.fit_config import FitConfig
+from xbt.cli.fit import FitConfig
 from xbt.config import parse_config
 from xbt.demo import DemoConfig
 from xbt.embedding import EmbedConfig
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
-from xbt.evaluation_job import EvaluationConfig
+from xbt.encoders.open_clip import OpenClipEncoder
+from xbt.evaluation.job import EvaluationConfig
 from xbt.report import UpgradeReportConfig
-from xbt.serve.export_job import ExportConfig
+from xbt.serve.export import ExportConfig
 from xbt.training import (
     ClipConfig,
     CompatibleBackboneConfig,

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from xbt.bench import Spread
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmarks" / "upgrade_cost.py"
 WIDTH, LAYERS, DIM = 32, 2, 16

@@ -13,7 +13,7 @@ import pytest
 
 from xbt.config import parse_config
 from xbt.index import Gallery
-from xbt.serve.export_job import ExportConfig, run_export
+from xbt.serve.export import ExportConfig, run_export
 
 ROOT = Path(__file__).parents[2]
 RECIPE, CONFIG = ROOT / "recipes/export_gallery.py", ROOT / "recipes/configs/export_gallery.yaml"

@@ -8,9 +8,9 @@ import resource
 import pytest
 
 from xbt.errors import StoreError
+from xbt.files import whole_file
 from xbt.projections import LinearProjection
 from xbt.serve import PgvectorTable, export_interchange, export_onnx, export_pgvector
-from xbt.serve.files import whole_file
 from xbt.store import EmbeddingStore
 
 INSERT = PgvectorTable(statement="insert")

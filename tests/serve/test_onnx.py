@@ -28,7 +28,7 @@ from xbt.projections import (
 from xbt.projections.combinations import _MODES, Adaptive, Linear, Nlerp, Slerp
 from xbt.projections.forward import ForwardMap
 from xbt.serve import export_onnx, onnx_export
-from xbt.serve.onnx_export import CONTRACT
+from xbt.serve.onnx import CONTRACT
 from xbt.space import EmbeddingSpace
 
 

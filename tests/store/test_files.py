@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from xbt.errors import StoreError
+from xbt.files import sync_directory, write_bytes
 from xbt.run_dir import write_json
 from xbt.store import EmbeddingStore, StoreBuilder
-from xbt.store.files import sync_directory, write_bytes
 from xbt.store.lock import WriterLock
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from xbt.errors import StoreError
 from xbt.store import EmbeddingStore
-from xbt.store.npy import inspect_npy, read_npy_header
+from xbt.store.rows import inspect_npy, read_npy_header
 
 ROWS = np.random.default_rng(3).standard_normal((5, 6)).astype(np.float16)
 OFFSET = len(np.lib.format.magic(1, 0)) + 2 + 118

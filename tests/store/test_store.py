@@ -133,7 +133,7 @@ def test_a_store_travels_to_worker_processes(tmp_path, space, unit_rows):
 
 
 def test_ids_that_collide_in_their_hash_are_told_apart(tmp_path, space, unit_rows, monkeypatch):
-    monkeypatch.setattr("xbt.store.ids.hashes_of", lambda names: np.array([len(n) for n in names]))
+    monkeypatch.setattr("xbt.store.metadata.hashes_of", lambda names: np.array([len(n) for n in names]))
     store = EmbeddingStore.create(tmp_path / "s", modality="image", space=space)
     store.append(unit_rows(3), ["ab", "c", "de"])
     store.append(unit_rows(2, 1), ["cd", "e"])

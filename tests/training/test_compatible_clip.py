@@ -15,14 +15,18 @@ from xbt.compatible import CompatibleEncoder
 from xbt.data import PairSource, load_pairs, make_scenes
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.evaluation_job import EvaluationConfig, run_evaluation
+from xbt.evaluation.job import EvaluationConfig, run_evaluation
 from xbt.index import Gallery
 from xbt.projections import HeadProjection, fit_projection
 from xbt.training import CompatibleClipConfig, TrainArgs, train_compatible_clip
-from xbt.training.compatible_clip import whole_encoder
-from xbt.training.cross_modal import CrossModalObjective, CrossModalWeights, head_at_procrustes
+from xbt.training.cached_vectors import PairVectors, cross_recall
+from xbt.training.compatible_clip import (
+    CrossModalObjective,
+    CrossModalWeights,
+    head_at_procrustes,
+    whole_encoder,
+)
 from xbt.training.loop import TrainingLoop
-from xbt.training.pairs import PairVectors, cross_recall
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
 METHODS = ("bct", "bt2", "oca")

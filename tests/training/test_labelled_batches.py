@@ -14,7 +14,7 @@ from xbt.data import LabelledSource, load_labelled
 from xbt.errors import DataError
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
-from xbt.training.labelled_batches import LabelledBatches, leave_out_unreadable
+from xbt.training.batches import LabelledBatches, leave_out_unreadable
 
 AUGMENTED = ImagePreprocessing(16, augmentation="crop_flip")
 

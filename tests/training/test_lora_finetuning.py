@@ -22,7 +22,7 @@ from xbt.hub import SavedPartError
 from xbt.projections import Projection, fit_projection
 from xbt.store import EmbeddingStore
 from xbt.training import LoraFinetuningConfig, TrainArgs, finetune_lora
-from xbt.training.pairs import cross_recall
+from xbt.training.cached_vectors import cross_recall
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
 

@@ -8,7 +8,7 @@ from xbt.data import make_scenes
 from xbt.encoders import load_encoder
 from xbt.store import EmbeddingStore
 from xbt.training import pair_batches
-from xbt.training.pair_batches import PairBatches
+from xbt.training.batches import PairBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
 

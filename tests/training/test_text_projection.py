@@ -24,9 +24,9 @@ from xbt.projections.trainer import text_hits
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
 from xbt.training import TextProjectionConfig, TrainArgs, pretrain_text_projection
+from xbt.training.cached_vectors import TextVectors
 from xbt.training.loop import make_accelerator
 from xbt.training.text_projection import train_text_projection
-from xbt.training.text_vectors import TextVectors
 
 
 def settings(tmp_path, steps=20, lr=3e-3, **changes):

@@ -23,9 +23,9 @@ from xbt.run_dir import RunDirectory
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore, StoreBuilder
 from xbt.training import TextProjectionConfig, TrainArgs, pretrain_text_projection
+from xbt.training.cached_vectors import TextVectors, open_text_stores
 from xbt.training.loop import make_accelerator
 from xbt.training.text_projection import train_text_projection
-from xbt.training.text_vectors import TextVectors, open_text_stores
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
 NEW, OLD = EmbeddingSpace("new-model", 24), EmbeddingSpace("old-model", 16)
@@ -80,7 +80,7 @@ def assert_same(one, other, tolerance=1e-6):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_stores_train_what_tensors_train(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("xbt.training.text_vectors._ROWS_AT_ONCE", 37)
+    monkeypatch.setattr("xbt.training.cached_vectors._ROWS_AT_ONCE", 37)
     new, old = two_stores(tmp_path, dtype=dtype)
     from_stores = pretrain_text_projection(settings(tmp_path))
     tensors = [torch.from_numpy(rows.astype(dtype).astype(np.float32)) for rows in (new, old)]

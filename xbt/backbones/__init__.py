@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from xbt.backbones.compatible_backbone import CompatibleBackbone
-from xbt.backbones.image_backbone import ImageBackbone
-from xbt.backbones.loading import load_backbone, rebuild_backbone
+from xbt.backbones.loading import ImageBackbone, load_backbone, rebuild_backbone
+from xbt.backbones.model import CompatibleBackbone
 from xbt.backbones.preprocessing import EvaluationTransform, ImagePreprocessing, TrainingTransform
 
 __all__ = [

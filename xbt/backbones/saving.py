@@ -32,7 +32,8 @@ from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
 if TYPE_CHECKING:
-    from xbt.backbones.compatible_backbone import CompatibleBackbone
+    from xbt.backbones.model import CompatibleBackbone
+
 
 ModelT = TypeVar("ModelT", bound="CompatibleBackbone")
 
@@ -81,7 +82,7 @@ def load(directory: Path, kind: type[ModelT]) -> ModelT:
 
     Args:
         directory: Where it was saved.
-        kind: :class:`~xbt.backbones.compatible_backbone.CompatibleBackbone` or what derives from it.
+        kind: :class:`~xbt.backbones.model.CompatibleBackbone` or what derives from it.
 
     Raises:
         SavedPartError: If a file is missing, damaged, changed, of another kind, or does not fit the other.

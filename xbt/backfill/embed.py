@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from xbt.backfill.items import ItemsById
 from xbt.backfill.plan import Chunk
-from xbt.embedding.processes import Team
 from xbt.encoders import DualEncoder
 from xbt.images import ImageSource
+from xbt.processes import Team
 
 
 @dataclass

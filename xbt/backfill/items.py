@@ -6,10 +6,10 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from xbt.data.files import IMAGE_SUFFIXES
 from xbt.data.image_collection import ImageCollection, open_images
-from xbt.data.image_folder import IMAGE_SUFFIXES
 from xbt.data.items import Item, ItemSource, ListedImages, readable
-from xbt.data.web_datasets import TarImages
+from xbt.data.tars import TarImages
 from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 

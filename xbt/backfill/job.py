@@ -15,8 +15,8 @@ from xbt.backfill.items import ItemsById, open_items
 from xbt.backfill.plan import Chunk
 from xbt.embedding.checks import require_writable
 from xbt.embedding.job import choose_workers
-from xbt.embedding.processes import Team, cores_per_process, start_processes
 from xbt.encoders import DualEncoder, load_encoder
+from xbt.processes import Team, cores_per_process, start_processes
 from xbt.run_dir import RunDirectory
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from xbt.errors import DataError, SpaceMismatchError, StoreError
+from xbt.files import write_record
 from xbt.index import Gallery
 from xbt.index.mixed import Merge, merge_from_dict
 from xbt.space import EmbeddingSpace
-from xbt.store.files import write_record
 from xbt.store.layout import read_record
 
 MERGE = "merge.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xbt.errors import DataError, StoreError
-from xbt.store.files import write_record, writing_to
+from xbt.files import write_record, writing_to
 from xbt.store.layout import read_record
 
 ORDER, CURVE, REJECTED, RESULT = "order.json", "curve.jsonl", "rejected.jsonl", "result.json"

@@ -9,6 +9,6 @@ for a bug, which has a traceback, and 130 after an interrupt.
 from __future__ import annotations
 
 from xbt.cli.app import main
-from xbt.cli.outcome import Outcome
+from xbt.cli.output import Outcome
 
 __all__ = ["Outcome", "main"]

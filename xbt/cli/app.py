@@ -13,8 +13,7 @@ from textwrap import wrap
 from typing import Any, get_args, get_type_hints
 
 from xbt.cli.commands import Command, find_command, overview
-from xbt.cli.outcome import as_json
-from xbt.cli.streams import escape_on_stdout, prints_on_stderr, show
+from xbt.cli.output import as_json, escape_on_stdout, prints_on_stderr, show
 from xbt.errors import ConfigError, XbtError
 from xbt.version import __version__
 

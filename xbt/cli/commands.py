@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from xbt.cli.outcome import Outcome
+from xbt.cli.output import Outcome
 from xbt.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ class Command:
         return function(config)
 
 
-_GALLERY, _GALLERY_CONFIGS = "xbt.cli.gallery_commands", "xbt.cli.gallery_configs"
+_GALLERY, _GALLERY_CONFIGS = "xbt.cli.gallery", "xbt.cli.gallery"
 
 COMMANDS = (
     Command(
@@ -70,7 +70,7 @@ COMMANDS = (
     Command(
         "fit",
         "fit a projection, or choose one (and whether at all) by held-out pairs",
-        "xbt.cli.fit_config:FitConfig",
+        "xbt.cli.fit:FitConfig",
         "xbt.cli.jobs:fit",
         "xbt fit --old_store stores/captions_b32 --new_store stores/captions_l14 --output_dir runs/fit\n"
         "xbt fit --old open_clip:ViT-B-32-quickgelu/openai \\\n"
@@ -80,7 +80,7 @@ COMMANDS = (
     Command(
         "evaluate",
         "measure old/old, new/old and new/new retrieval on image-text pairs",
-        "xbt.evaluation_job:EvaluationConfig",
+        "xbt.evaluation.job:EvaluationConfig",
         "xbt.cli.jobs:evaluate",
         "xbt evaluate --old open_clip:ViT-B-32-quickgelu/openai \\\n"
         "  --new transformers:openai/clip-vit-large-patch14 --upgraded.chosen runs/choice/compatible \\\n"
@@ -98,7 +98,7 @@ COMMANDS = (
     Command(
         "search",
         "search a gallery with texts or pictures",
-        "xbt.cli.search_config:SearchConfig",
+        "xbt.cli.search:SearchConfig",
         "xbt.cli.jobs:search",
         'xbt search --gallery gallery --encoder runs/choice/compatible "a dog on a beach" "a red car"',
         words="queries.texts",
@@ -116,7 +116,7 @@ COMMANDS = (
     Command(
         "push",
         "upload a compatible encoder or a projection to the Hugging Face Hub",
-        "xbt.sharing:PushConfig",
+        "xbt.cli.push:PushConfig",
         "xbt.cli.jobs:push",
         "xbt push runs/choice --repo me/l14-speaks-b32 --license apache-2.0",
         first="directory",

@@ -5,23 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from xbt.cli.outcome import Outcome
+from xbt.cli.output import Outcome
 
 if TYPE_CHECKING:
     from xbt.backfill import BackfillConfig, BackfillResult
-    from xbt.cli.fit_config import FitConfig
-    from xbt.cli.search_config import SearchConfig
+    from xbt.cli.fit import FitConfig
+    from xbt.cli.push import PushConfig
+    from xbt.cli.search import SearchConfig
     from xbt.embedding import EmbedConfig
-    from xbt.evaluation_job import EvaluationConfig
+    from xbt.evaluation.job import EvaluationConfig
     from xbt.report import UpgradeReportConfig
-    from xbt.sharing import PushConfig
 
 
 def embed(config: EmbedConfig) -> Outcome:
     """Embeds, and describes the store."""
-    from xbt.cli.describing import describe_store
+    from xbt.cli.gallery import describe_store
     from xbt.embedding import embed as run
-    from xbt.embedding.records import NOTES, REJECTED
+    from xbt.embedding.rejected import NOTES, REJECTED
 
     store = run(config)
     about = describe_store(store)
@@ -44,7 +44,7 @@ def evaluate(config: EvaluationConfig) -> Outcome:
     """Measures; a published value that is not reproduced ends it when the table has been shown."""
     from xbt.errors import DataError
     from xbt.evaluation import CheckedReport, format_table
-    from xbt.evaluation_job import run_evaluation
+    from xbt.evaluation.job import run_evaluation
 
     measured: list[CheckedReport] = []
     mismatch = None
@@ -67,7 +67,7 @@ def report(config: UpgradeReportConfig) -> Outcome:
 
 def search(config: SearchConfig) -> Outcome:
     """Searches."""
-    from xbt.cli.search_job import run_search
+    from xbt.cli.search import run_search
 
     answer = run_search(config)
     return Outcome(answer.to_dict(), str(answer))
@@ -97,7 +97,7 @@ def backfill_and_draw(config: BackfillConfig) -> BackfillResult:
 
 def push(config: PushConfig) -> Outcome:
     """Uploads."""
-    from xbt.sharing import push as run
+    from xbt.cli.push import push as run
 
     result = run(config)
     return Outcome(result.to_dict(), result.format())

@@ -1,4 +1,7 @@
-"""The new CLIP behind the interface of an encoder, with vectors in the old one's space."""
+"""The new CLIP behind the interface of an encoder, with vectors in the old one's space.
+
+Whether the parts of a compatible encoder belong together.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,87 @@ from typing import ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from xbt.compatible import card as model_card
 from xbt.compatible import saving
-from xbt.compatible.checks import check_ensemble, check_new, given, refuse
 from xbt.encoders import DualEncoder, EncodedImages, has_lora, load_lora
 from xbt.encoders.base import Precision
 from xbt.encoders.checks import as_images, as_texts
-from xbt.encoders.image_batches import NamedImage
-from xbt.encoders.short_context import ShortContext
-from xbt.encoders.text_batches import TextTransform
-from xbt.errors import ConfigError, EncoderError
+from xbt.encoders.image_batching import NamedImage
+from xbt.encoders.text_batching import ShortContext, TextTransform
+from xbt.errors import ConfigError, DataError, EncoderError, SpaceMismatchError
 from xbt.hub import CardData, CardFacts, HubAccess, Naming, SharedPart, fetch, gathered_warning, is_snapshot
 from xbt.images import ImageSource
 from xbt.projections import LinearProjection, Projection
 from xbt.projections.base import Modality
 from xbt.projections.ensemble import QueryEnsemble, Slerp, direction_of
 from xbt.space import EmbeddingSpace
-from xbt.vectors import Vectors
+from xbt.vectors import Vectors, as_vectors
+
+
+def check_new(new: DualEncoder, projection: Projection) -> None:
+    """Refuses an encoder that the projection was not made for, as far as that can be told.
+
+    Raises:
+        SpaceMismatchError: If it is not, or the projection does not know its old space.
+    """
+    if projection.old_space is None:
+        raise SpaceMismatchError(
+            "the projection does not know its old space; fit it with old_space= or call set_spaces"
+        )
+    if new.dim != projection.new_dim:
+        raise SpaceMismatchError(
+            f"the projection takes {projection.new_dim}-d vectors"
+            + (f" of {projection.new_space}" if projection.new_space else "")
+            + f", but the encoder is '{new.name}' ({new.dim}-d); load the encoder it was made for"
+        )
+    if projection.new_space is not None and not has_lora(new):
+        projection.new_space.require(new.space, "the encoder given to the projection")
+
+
+def check_ensemble(projection: Projection, ensemble: QueryEnsemble | None, old: DualEncoder | None) -> None:
+    """Refuses an ensemble of another space, an old encoder of another space, and one that nobody needs.
+
+    Raises:
+        SpaceMismatchError: If a space is not the projection's old one.
+        ConfigError: If there is an old encoder and no ensemble.
+    """
+    space = projection.old_space
+    assert space is not None
+    if ensemble is None:
+        if old is not None:
+            raise ConfigError(
+                f"the old encoder '{old.name}' is of use only with an ensemble; give ensemble= as well"
+            )
+        return
+    if ensemble.old_dim != projection.old_dim:
+        raise SpaceMismatchError(
+            f"the ensemble combines {ensemble.old_dim}-d vectors, but the projection leads to {space}; fit "
+            "it on pairs of that space"
+        )
+    if ensemble.old_space is not None and ensemble.old_space is not space:
+        space.require(ensemble.old_space, "the ensemble")
+    if old is not None:
+        space.require(old.space, "the old encoder given to the ensemble")
+
+
+def refuse(old_vectors: Vectors | None) -> None:
+    """Refuses old vectors where there is no ensemble, with a ConfigError."""
+    if old_vectors is not None:
+        raise ConfigError(
+            "old vectors are of use only with an ensemble; give the encoder one, or leave them out"
+        )
+
+
+def given(old_vectors: Vectors, count: int, dim: int) -> Tensor:
+    """The caller's old vectors as a tensor.
+
+    Raises:
+        DataError: If they are not as many as the queries, or not finite.
+        SpaceMismatchError: If they are not of the old dimension.
+    """
+    if len(old_vectors) != count:
+        raise DataError(f"old_vectors has {len(old_vectors)} rows for {count} queries; give one for each")
+    return torch.zeros(0, dim) if count == 0 else as_vectors(old_vectors, "old_vectors", dim)
+
 
 _ROWS = 8192
 
@@ -325,7 +392,7 @@ class CompatibleEncoder(DualEncoder, SharedPart):
         saving.save(self, directory, naming, card)
 
     def _facts(self, card: CardData) -> CardFacts:
-        return model_card.facts(self, card)
+        return saving.facts(self, card)
 
     @classmethod
     def _read(

@@ -1,12 +1,11 @@
 """Captions, image–text pairs, labelled images and the built-in scenes."""
 
 from xbt.data.captions import CaptionSource, read_captions
-from xbt.data.image_text_pairs import ImageTextPairs, Rejected
-from xbt.data.labelled_images import LabelledImages
-from xbt.data.labelled_source import LabelledSource, load_labelled
-from xbt.data.pairs import PairSource, load_pairs, load_readable_pairs
-from xbt.data.scene import Scene, SceneObject
-from xbt.data.scenes import make_scenes, scene_captions
+from xbt.data.items import Rejected
+from xbt.data.labelled import LabelledImages, LabelledSource, load_labelled
+from xbt.data.load_pairs import PairSource, load_pairs, load_readable_pairs
+from xbt.data.pairs import ImageTextPairs
+from xbt.data.scenes import Scene, SceneObject, make_scenes, scene_captions
 
 __all__ = [
     "CaptionSource",

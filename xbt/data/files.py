@@ -1,4 +1,7 @@
-"""Text and JSON files, plain or gzipped, and files found by name; errors say what is wrong and where."""
+"""Text and JSON files, plain or gzipped, and files found by name; errors say what is wrong and where.
+
+What the option ``split`` may say: one name, several joined by ``+``, or ``all``.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,82 @@ import os
 import posixpath
 import unicodedata
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from xbt.errors import DataError
+from xbt.errors import ConfigError, DataError
+
+
+def check_source(source: str, limit: int | None) -> None:
+    """Checks what caption and pair sources share.
+
+    Raises:
+        ConfigError: If ``limit`` is below 1 or ``source`` is empty.
+    """
+    if not source.strip():
+        raise ConfigError("source is empty; name a file, hf:REPOSITORY or scenes")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}, but must be at least 1; leave it out to take everything")
+
+
+DEFAULT_COUNT = 10_000
+
+
+_COLUMN = "name the column that holds text"
+
+
+def _raw(value: Any) -> Any:
+    return value["raw"] if isinstance(value, dict) and "raw" in value else value
+
+
+def unpacked(value: Any, where: str = "") -> Any:
+    """Captions that a table without lists holds as JSON in a string, as a list; anything else as it is."""
+    if isinstance(value, str) and value.startswith('["') and value.endswith('"]'):
+        try:
+            return parse_json(value, where)
+        except DataError:
+            return value
+    return value
+
+
+def as_captions(value: Any, where: str, fix: str = _COLUMN) -> list[str | None]:
+    """Returns a cell as a list of captions.
+
+    It may hold a string, a list of strings, or nothing; in place of a string or of the list, also Karpathy's
+    structure with the string or strings under ``raw``.
+
+    Args:
+        value: The cell.
+        where: Its place, for the error.
+        fix: What to do about it, likewise.
+
+    Returns:
+        Its captions; None where the data has none.
+
+    Raises:
+        DataError: If it holds something else.
+    """
+    raw = _raw(value)
+    told = [_raw(item) for item in raw] if isinstance(raw, list) else [raw]
+    for item in told:
+        if item is not None and not isinstance(item, str):
+            raise DataError(
+                f"{where}: a {type(item).__name__} ({str(item)[:40]!r}) where a caption should be; {fix}"
+            )
+    return told
+
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm",
+        ".avif", ".heic", ".heif", ".hif", ".jxl",
+    ]
+)  # fmt: skip
+"""Suffixes, in lower case, by which images are recognised in folders and in tar files. What Pillow needs a
+plugin for is among them: without the plugin it goes on record rather than be passed over."""
+
 
 MAX_UNPACKED = 2 << 30
 """Largest size in bytes to which a packed file may unpack."""
@@ -260,3 +334,29 @@ def _unpack(path: Path) -> bytes:
         ) from error
     except (EOFError, zlib.error) as error:
         raise DataError(f"{path} is a truncated or damaged gzip file; copy or download it again") from error
+
+
+ALL_SPLITS = "all"
+
+
+def choose_splits(split: str | None, present: Sequence[str], where: str) -> list[str]:
+    """Reads the option ``split``.
+
+    Args:
+        split: A name, several joined by ``+`` (``"val+restval"``), ``"all"``, or ``None`` for all as well.
+        present: The splits that there are.
+        where: What to call the source in the error.
+
+    Returns:
+        The chosen names, each once, in the order of ``present``.
+
+    Raises:
+        DataError: If a split does not exist; the message lists those that do.
+    """
+    if split is None or (split.strip() == ALL_SPLITS and ALL_SPLITS not in present):
+        return list(present)
+    wanted = [name.strip() for name in split.split("+")]
+    for name in wanted:
+        if name not in present:
+            raise DataError(f"{where} has no split {name!r}; it has {', '.join(present)}")
+    return [name for name in present if name in wanted]

@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xbt.data.captions import CaptionSource, check_source, read_caption_rows, require_unique
-from xbt.data.files import check_is_file, find_file, kind_of
-from xbt.data.hf_datasets import HubImages, open_dataset, read_ids
+from xbt.data.captions import CaptionSource, read_caption_rows, require_unique
+from xbt.data.files import DEFAULT_COUNT, check_is_file, check_source, find_file, kind_of
 from xbt.data.hf_folders import HUB_PREFIX
-from xbt.data.hf_streams import stream_images
+from xbt.data.huggingface import HubImages, open_dataset, read_ids, stream_images
 from xbt.data.image_folder import JoinedPaths, list_images, refuse_urls
-from xbt.data.image_text_pairs import SelectedImages, choose_subset
-from xbt.data.items import ItemSource, ListedImages, ListedTexts, Part
+from xbt.data.items import ItemSource, ListedImages, ListedTexts, Part, SelectedImages, choose_subset
 from xbt.data.karpathy import read_karpathy
-from xbt.data.scenes import DEFAULT_COUNT, make_scenes
-from xbt.data.tar_files import find_tars, is_tar, tar_names
-from xbt.data.web_datasets import TarCaptions, TarImages
+from xbt.data.scenes import make_scenes
+from xbt.data.tars import TarCaptions, TarImages, find_tars, is_tar, tar_names
 from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 

@@ -10,18 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import overload
 
-from xbt.data.files import find_file
+from xbt.data.files import IMAGE_SUFFIXES, find_file
 from xbt.errors import DataError
 from xbt.images import ListedPath, is_url
 
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm",
-        ".avif", ".heic", ".heif", ".hif", ".jxl",
-    ]
-)  # fmt: skip
-"""Suffixes, in lower case, by which images are recognised in folders and in tar files. What Pillow needs a
-plugin for is among them: without the plugin it goes on record rather than be passed over."""
 _HIDDEN_FOLDERS = frozenset(
     ["@eadir", "__macosx", "#recycle", "@recycle", "$recycle.bin", "lost+found", "system volume information"]
 )

@@ -6,10 +6,59 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, overload
 
-from xbt.data.image_text_pairs import Rejected
+import numpy as np
+
+from xbt.errors import ConfigError
 from xbt.images import ImageSource
+
+
+class SelectedImages(Sequence[ImageSource]):
+    """Some rows of a sequence of images, still unread."""
+
+    def __init__(self, images: Sequence[ImageSource], rows: list[int]) -> None:
+        # A selection of a selection looks into the original, so that chains do not grow.
+        self._images: Sequence[ImageSource] = images
+        self._rows: list[int] = rows
+        if isinstance(images, SelectedImages):
+            self._images = images._images
+            self._rows = [images._rows[row] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> ImageSource: ...
+    @overload
+    def __getitem__(self, index: slice) -> SelectedImages: ...
+    def __getitem__(self, index: int | slice) -> ImageSource | SelectedImages:
+        if isinstance(index, slice):
+            return SelectedImages(self._images, self._rows[index])
+        return self._images[self._rows[index]]
+
+    def __iter__(self) -> Iterator[ImageSource]:
+        return (self._images[row] for row in self._rows)
+
+
+def choose_subset(count: int, limit: int | None, seed: int) -> list[int]:
+    """Chooses ``limit`` of ``count`` positions at random, in ascending order; all where that is not fewer."""
+    if seed < 0:
+        raise ConfigError(f"seed is {seed}, but must not be negative")
+    if limit is None or limit >= count:
+        return list(range(count))
+    chosen = np.random.default_rng(seed).choice(count, limit, replace=False)
+    return [int(position) for position in np.sort(chosen)]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An item that was left out."""
+
+    id: str
+    """Which one."""
+    reason: str
+    """Why, in a sentence."""
 
 
 class Item(NamedTuple):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xbt.data.files import name_within, read_json
-from xbt.data.splits import choose_splits
+from xbt.data.files import choose_splits, name_within, read_json
 from xbt.errors import DataError
 
 

@@ -1,139 +1,318 @@
-"""Loading image–text pairs: caption files, CLIP_benchmark's tars, Hugging Face data sets, the scenes."""
+"""Images with any number of captions each, and the relevance between them.
+
+Where image–text pairs come from, as a config says it.
+"""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
-from xbt.data.files import is_unicode
-from xbt.data.hf_pairs import read_hub_pairs
-from xbt.data.image_folder import find_images
-from xbt.data.image_text_pairs import ImageTextPairs, Rejected, choose_subset
-from xbt.data.items import readable
-from xbt.data.pair_files import read_pair_file
-from xbt.data.pair_source import PairSource
-from xbt.data.retrieval_folders import read_retrieval_folder
-from xbt.data.scenes import DEFAULT_COUNT, make_scenes
-from xbt.errors import DataError
-from xbt.images import ImageSource
+from PIL import Image
+from tqdm import tqdm
 
-__all__ = ["ImageTextPairs", "PairSource", "Rejected", "load_pairs", "load_readable_pairs"]
+from xbt.data.files import check_source, kind_of
+from xbt.data.hf_folders import HUB_PREFIX
+from xbt.data.items import Rejected, SelectedImages, choose_subset
+from xbt.errors import ConfigError, DataError, ImageError
+from xbt.images import ImageSource, load_image
+
+_T = TypeVar("_T")
 
 
-def load_pairs(source: PairSource | str) -> ImageTextPairs:
-    """Loads images with their captions; no image is decoded yet.
+class ImageTextPairs:
+    """Images and their captions, any number of captions per image.
 
-    Captions are stripped. Blank ones, those that are not valid Unicode, and images without a caption are left
-    out, with a warning that counts them: a blank query has no answer, and an image without captions none that
-    asks for it.
+    Images stay where they are (on disk, encoded, in an array) until one is asked for, so that a copy can be
+    sent to data-loading workers cheaply.
 
-    Args:
-        source: What to load; a plain string stands for ``PairSource(string)``.
-
-    Returns:
-        The pairs in the source's order.
-
-    Raises:
-        ConfigError: If an option does not apply to this kind of source.
-        DataError: If the source cannot be read, image files are missing or lie outside of the image root, an
-            image comes twice, or no image has a caption.
-
-    Warns:
-        UserWarning: If captions or images were left out.
+    Attributes:
+        ids: One unique name per image.
+        images: One lazily read source per image.
+        captions: The captions of each image, at least one.
 
     Example:
-        >>> load_pairs(PairSource("dataset_flickr30k.json", image_root="flickr30k-images", split="test"))
-        >>> load_pairs(PairSource("dataset_coco.json", image_root="coco", split="val+restval"))
-        >>> load_pairs(PairSource("hf://datasets/clip-benchmark/wds_mscoco_captions", split="test"))
-        >>> load_pairs("hf:royokong/coco_test")
+        >>> pairs = make_scenes(100)
+        >>> pairs.image(0).size, pairs.captions[0][0]
     """
-    if isinstance(source, str):
-        source = PairSource(source)
-    source.check_options()
-    if source.kind == "scenes":
-        count = source.limit or DEFAULT_COUNT
-        return make_scenes(count, source.seed, source.split or "train", source.image_size)
-    fix = "name the caption column" if source.kind == "hf" else "give a source that has captions"
-    pairs = _with_captions(*_read(source), source.source, fix)
-    return pairs.select(choose_subset(len(pairs), source.limit, source.seed)) if source.limit else pairs
+
+    def __init__(
+        self, ids: Sequence[str], images: Sequence[ImageSource], captions: Sequence[Sequence[str]]
+    ) -> None:
+        """Checks that ids, images and captions belong together.
+
+        Args:
+            ids: One name per image, unique.
+            images: One path, PIL image or encoded image each; indexed only when an image is needed.
+            captions: The captions of each image.
+
+        Raises:
+            DataError: If the lengths differ, there is no image, an id occurs twice or an image has no
+                caption.
+        """
+        require_lengths(ids=ids, images=images, captions=captions)
+        if not len(ids) == len(images) == len(captions):
+            raise DataError(
+                f"ids, images and captions must have one entry per image, but there are {len(ids)} ids, "
+                f"{len(images)} images and {len(captions)} lists of captions"
+            )
+        if len(ids) == 0:
+            raise DataError("there are no image–text pairs: give at least one image with a caption")
+        ids = as_listed(ids, "ids")
+        if len(set(ids)) != len(ids):
+            seen: set[str] = set()
+            twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+            raise DataError(f"the image id {twice!r} occurs more than once; ids must be unique")
+        captions = as_listed(captions, "captions")
+        for name, own in zip(ids, captions, strict=True):
+            if isinstance(own, str) or not own:
+                raise DataError(f"the captions of image {name!r} must be a list of at least one string")
+        self.ids = ids
+        self.images = images
+        self.captions = [list(own) for own in captions]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"ImageTextPairs({len(self)} images, {len(self.texts)} captions)"
+
+    def image(self, index: int) -> Image.Image:
+        """Decodes one image.
+
+        Args:
+            index: Row of the image.
+
+        Returns:
+            An RGB image.
+
+        Raises:
+            ImageError: If it cannot be decoded; the message names its id.
+            DataError: If ``images`` has fewer entries than its length says.
+        """
+        return load_image(image_at(self.images, index), name=self.ids[index])
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """All captions in one list, image by image."""
+        return [caption for own in self.captions for caption in own]
+
+    @cached_property
+    def text_image(self) -> list[int]:
+        """The row of the image that each of ``texts`` describes."""
+        return [row for row, own in enumerate(self.captions) for _ in own]
+
+    @property
+    def positives_t2i(self) -> list[list[int]]:
+        """For each of ``texts``, the rows of the images that answer it."""
+        return [[row] for row in self.text_image]
+
+    @property
+    def positives_i2t(self) -> list[list[int]]:
+        """For each image, the positions in ``texts`` of the captions that answer it."""
+        positives: list[list[int]] = [[] for _ in self.ids]
+        for position, row in enumerate(self.text_image):
+            positives[row].append(position)
+        return positives
+
+    def select(self, indices: Sequence[int]) -> ImageTextPairs:
+        """Returns some of the images with their captions, in the given order; no image is read.
+
+        Args:
+            indices: Rows, each at most once and not negative.
+
+        Returns:
+            A new collection that shares the image sources.
+
+        Raises:
+            DataError: If there is no index, or one is out of range or given twice.
+        """
+        rows = [int(row) for row in indices]
+        for row in rows:
+            if not 0 <= row < len(self):
+                raise DataError(f"image {row} was selected, but the rows go from 0 to {len(self) - 1}")
+        images = SelectedImages(self.images, rows)
+        return ImageTextPairs([self.ids[row] for row in rows], images, [self.captions[row] for row in rows])
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ImageTextPairs, ImageTextPairs]:
+        """Holds out a random part of the images, with all their captions.
+
+        Args:
+            fraction: Part to hold out, above 0 and below 1; at least one image stays on either side.
+            seed: Chooses the part.
+
+        Returns:
+            The remaining pairs and the held-out pairs, disjoint, both in the original order.
+
+        Raises:
+            ConfigError: If ``fraction`` is not between 0 and 1.
+            DataError: If there are fewer than two images.
+        """
+        if not 0 < fraction < 1:
+            raise ConfigError(f"the held-out fraction is {fraction}, but must lie between 0 and 1")
+        if len(self) < 2:
+            raise DataError("one image cannot be split into two parts; give at least two")
+        count = min(max(round(fraction * len(self)), 1), len(self) - 1)
+        held_out = choose_subset(len(self), count, seed)
+        taken = set(held_out)
+        return self.select([row for row in range(len(self)) if row not in taken]), self.select(held_out)
+
+    def drop_unreadable(
+        self, workers: int = 4, progress: bool = False
+    ) -> tuple[ImageTextPairs, list[Rejected]]:
+        """Decodes every image once and leaves out those that cannot be decoded.
+
+        Args:
+            workers: Threads that decode.
+            progress: Whether to show a bar.
+
+        Returns:
+            The pairs whose image can be read, and the others with the reason, in the original order.
+
+        Raises:
+            DataError: If no image can be read; the message gives the reason of the first.
+        """
+        if workers < 1:
+            raise ConfigError(f"workers is {workers}, but must be at least 1")
+        with ThreadPoolExecutor(workers) as pool:
+            checks = pool.map(self._problem, range(len(self)))
+            problems = list(tqdm(checks, total=len(self), desc="checking images", disable=not progress))
+        rejected = [
+            Rejected(name, problem)
+            for name, problem in zip(self.ids, problems, strict=True)
+            if problem is not None
+        ]
+        if len(rejected) == len(self):
+            raise DataError(f"none of the {len(self)} images can be read; the first: {rejected[0].reason}")
+        if not rejected:
+            return self, []
+        return self.select([row for row, problem in enumerate(problems) if problem is None]), rejected
+
+    def _problem(self, row: int) -> str | None:
+        try:
+            self.image(row)
+        except ImageError as error:
+            return str(error)
+        return None
 
 
-def load_readable_pairs(
-    source: PairSource | str, progress: bool = False
-) -> tuple[ImageTextPairs, list[Rejected]]:
-    """Loads pairs and leaves out, by name and count, the images that cannot be decoded.
-
-    Args:
-        source: What to load.
-        progress: Whether to show a bar while every image is decoded once.
-
-    Returns:
-        The readable pairs, and the others with the reason.
+def require_lengths(**columns: object) -> None:
+    """Checks that each of some arguments has a length: a Dataset of torch without one may never end.
 
     Raises:
-        DataError: If the source cannot be used or no image can be read.
-
-    Warns:
-        UserWarning: If images were left out.
+        DataError: If one has none; the message names the argument.
     """
-    return keep_readable(load_pairs(source), progress)
+    for name, column in columns.items():
+        if not hasattr(column, "__len__"):
+            raise DataError(f"{name} must have a length, but a {type(column).__name__} has none; give a list")
 
 
-def keep_readable(pairs: ImageTextPairs, progress: bool = False) -> tuple[ImageTextPairs, list[Rejected]]:
-    """Leaves out of loaded pairs what cannot be decoded; see :func:`load_readable_pairs`."""
-    pairs, rejected = pairs.drop_unreadable(progress=progress)
-    if rejected:
-        listed = "; ".join(each.reason for each in rejected[:5])
-        more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
-        count = len(pairs) + len(rejected)
-        warnings.warn(f"skipped {len(rejected)} of {count} images: {listed}{more}", stacklevel=3)
-    return pairs, rejected
+def as_listed(values: Sequence[_T], name: str) -> list[_T]:
+    """The values as a list of the length that they say they have.
 
-
-def _read(source: PairSource) -> tuple[list[str], Sequence[ImageSource], list[list[str]]]:
-    """Ids, undecoded images, and the captions as they stand."""
-    if source.kind == "hf":
-        return read_hub_pairs(source)
-    if source.kind == "tars":
-        return read_retrieval_folder(source.source, source.split)
-    path = Path(source.source).expanduser()
-    root = path.parent if source.image_root is None else Path(source.image_root).expanduser()
-    columns = source.image_column, source.caption_column
-    names, captions = read_pair_file(path, source.split, root, *columns)
-    return names, find_images(names, root), captions
-
-
-def _with_captions(
-    ids: list[str], images: Sequence[ImageSource], captions: list[list[str]], source: str, fix: str
-) -> ImageTextPairs:
-    """Makes pairs of the images that have a caption and warns about what is left out."""
-    if not ids:
-        raise DataError(f"{source} is empty: it holds no image; give a source with image–text pairs")
-    spoken = [[words for caption in each if (words := caption.strip())] for each in captions]
-    kept = [[words for words in each if is_unicode(words)] for each in spoken]
-    silent = [name for name, each in zip(ids, kept, strict=True) if not each]
-    if len(silent) == len(ids):
-        raise DataError(f"none of the {len(ids)} images of {source} has a caption; {fix}")
-    blank, invalid = (
-        sum(map(len, before)) - sum(map(len, after)) for before, after in ((captions, spoken), (spoken, kept))
-    )
-    left_out = []
-    if silent:
-        left_out.append(
-            f"{len(silent)} of {len(ids)} images of {source} have no caption and are left out, first "
-            f"{silent[0]}"
+    Raises:
+        DataError: If there are more or fewer.
+    """
+    listed = list(islice(iter(values), len(values) + 1))
+    if len(listed) != len(values):
+        raise DataError(
+            f"{name} has the length {len(values)}, but more or fewer entries; correct its __len__"
         )
-    if blank:
-        left_out.append(f"{blank} of the captions of {source} are blank and are left out")
-    if invalid:
-        first = next(name for name, *each in zip(ids, spoken, kept, strict=True) if each[0] != each[1])
-        left_out.append(
-            f"{invalid} of the captions of {source}, first one of {readable(first)!r}, are not valid Unicode "
-            "(half of a surrogate pair, as in a text that was cut short) and are left out"
-        )
-    if left_out:
-        warnings.warn("; ".join(left_out), stacklevel=3)
-    # The placeholder never leaves this function: it keeps rows aligned until the silent ones are gone.
-    pairs = ImageTextPairs(ids, images, [each or [""] for each in kept])
-    return pairs.select([row for row, each in enumerate(kept) if each]) if silent else pairs
+    return listed
+
+
+def image_at(images: Sequence[ImageSource], row: int) -> ImageSource:
+    """One of some images.
+
+    Raises:
+        DataError: If there are fewer than their length says.
+    """
+    try:
+        return images[row]
+    except IndexError as error:
+        raise DataError(
+            f"images has the length {len(images)}, but no entry {row}; correct its __len__"
+        ) from error
+
+
+_HUB_ALONE = ("subset", "image_column", "caption_column", "id_column", "split_column")
+_TABLE_TOO = ("image_column", "caption_column")
+
+
+@dataclass
+class PairSource:
+    """Where images with captions come from.
+
+    Raises:
+        ConfigError: If ``limit`` is below 1 or ``source`` is empty.
+    """
+
+    source: str
+    """A Karpathy split file (dataset_*.json), a file in COCO's caption format (.json; nocaps too) or text
+    with an image's name and a caption on each line (.txt, .csv, .tsv, .token; CLIP_benchmark's, Flickr's and
+    Kaggle's formats), each perhaps with .gz; a folder of CLIP_benchmark's tars, local or at
+    hf://datasets/ORG/NAME; hf: and a Hub data set or a local directory of parquet files; or scenes for the
+    built-in world."""
+    image_root: str | None = None
+    """Folder that image names are relative to; the file's own folder by default."""
+    split: str | None = None
+    """Split to read; a + joins several (val+restval), all takes every one."""
+    image_column: str | None = None
+    """Column of an hf: source that holds the image, its bytes or its path, or of a .csv or .tsv file that
+    holds its name; found by its name if left out."""
+    caption_column: str | None = None
+    """Column of an hf: source, a .csv or a .tsv file that holds a caption or a list of captions; found by its
+    name if left out."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    limit: int | None = None
+    """Take only so many images, chosen at random with the seed, in the original order."""
+    seed: int = 0
+    """Seed of that choice."""
+    image_size: int = 32
+    """Side in pixels of the built-in scenes; other sources ignore it."""
+    id_column: str | None = None
+    """Column of an hf: source that names the image; rows of one name are one image with several captions."""
+    split_column: str | None = None
+    """Column of an hf: source that says which split a row belongs to, where the data set keeps them
+    together."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_source(self.source, self.limit)
+
+    @property
+    def kind(self) -> str:
+        """``"scenes"``, ``"hf"``, ``"tars"`` (a folder or URL of CLIP_benchmark's) or ``"file"``."""
+        if self.source == "scenes":
+            return "scenes"
+        if "://" in self.source:  # before hf:, which hf:// begins with
+            return "tars"
+        if self.source.startswith(HUB_PREFIX):
+            return "hf"
+        return "tars" if Path(self.source).expanduser().is_dir() else "file"
+
+    def check_options(self) -> None:
+        """Checks that every option applies to this kind of source.
+
+        Raises:
+            ConfigError: If one does not.
+        """
+        table = self.kind == "file" and kind_of(Path(self.source)) in (".csv", ".tsv")
+        for name in _HUB_ALONE if self.kind != "hf" else ():
+            value = getattr(self, name)
+            if value is not None and not (table and name in _TABLE_TOO):
+                raise ConfigError(
+                    f"{name} {value!r} was given with {self.source}, but only hf: sources have {name}s"
+                    f"{' (and .csv and .tsv files)' if name in _TABLE_TOO else ''}; leave it out"
+                )
+        if self.image_root is not None and self.kind == "tars":
+            raise ConfigError(
+                f"image_root {self.image_root!r} was given with {self.source}, whose tars hold the images; "
+                "leave it out"
+            )

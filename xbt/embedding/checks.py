@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from xbt.data.items import ItemSource
-from xbt.embedding.records import NOTES, REJECTED
-from xbt.embedding.retry import RETRIED
-from xbt.embedding.shards import even_shard_size
+from xbt.embedding.plan import even_shard_size
+from xbt.embedding.rejected import NOTES, REJECTED, RETRIED
 from xbt.errors import ConfigError, DataError
+from xbt.files import remove_leftovers, write_record
 from xbt.store import StoreBuilder
-from xbt.store.files import remove_leftovers, remove_strays, write_record
 from xbt.store.layout import EXTRA, FOLDERS, IN_PROGRESS, MANIFEST, METADATA, read_record
+from xbt.store.shards import remove_strays
 
 _JOB = "job.json"
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from xbt.embedding.processes import Team
-from xbt.embedding.records import as_extra
-from xbt.embedding.rejection_limit import RejectionLimit
-from xbt.embedding.shards import LAST, Batch, ShardPlan, Task
+from xbt.embedding.plan import LAST, Batch, ShardPlan, Task
+from xbt.embedding.rejected import RejectionLimit, as_extra
 from xbt.encoders import DualEncoder
 from xbt.errors import TruncationWarning
 from xbt.images import ImageSource
+from xbt.processes import Team
 from xbt.store import StoreBuilder
 
 

@@ -2,7 +2,7 @@
 
 from xbt.encoders.base import DualEncoder
 from xbt.encoders.clip_benchmark import ClipBenchmarkModel, as_clip_benchmark, register_clip_benchmark
-from xbt.encoders.image_batches import EncodedImages
+from xbt.encoders.image_batching import EncodedImages
 from xbt.encoders.loading import load_encoder
 from xbt.encoders.lora import LoraSettings, add_lora, has_lora, load_lora, save_lora
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xbt.encoders.image_batches import NamedImage
+from xbt.encoders.image_batching import NamedImage
 from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 

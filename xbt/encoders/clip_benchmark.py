@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
-from xbt.encoders.image_batches import Transform
+from xbt.encoders.image_batching import Transform
 from xbt.errors import ConfigError
 from xbt.images import read_image
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from xbt.encoders.base import require_side
-from xbt.encoders.loading_checks import own_file
+from xbt.encoders.loading import own_file
 from xbt.encoders.quiet import brief
 from xbt.errors import EncoderError, XbtError
 from xbt.hub import read_json

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
-from xbt.encoders.loading_checks import require_plain_transformers
+from xbt.encoders.loading import require_plain_transformers
 from xbt.encoders.quiet import brief, quiet
 from xbt.errors import EncoderError
 
@@ -110,7 +110,7 @@ def _transformers_tower(clip: Any, config: dict[str, Any]) -> ImageTower:
 
 
 def _build_open_clip(config: dict[str, Any]) -> ImageTower:
-    from xbt.encoders.open_clip_encoder import OpenClipEncoder
+    from xbt.encoders.open_clip import OpenClipEncoder
 
     # Wrappers around the same image tower, which need a text tower of their own kind.
     small = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}

@@ -174,7 +174,7 @@ def _require_bare(encoder: DualEncoder) -> None:
 def _attach(encoder: DualEncoder, config: Any) -> None:
     from peft import get_peft_model
 
-    from xbt.encoders.exact_attention import ExactAttention
+    from xbt.encoders.lora_attention import ExactAttention
 
     _matches(encoder, config.target_modules)
     config._register_custom_module({nn.MultiheadAttention: ExactAttention})

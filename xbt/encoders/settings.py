@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from xbt.encoders.text_batches import TextTransform
+from xbt.encoders.text_batching import TextTransform
 
 _NAMES = {
     "gelu": "gelu",

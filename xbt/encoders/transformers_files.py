@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from xbt.encoders.loading_checks import own_file, read_plain_transformers
+from xbt.encoders.loading import own_file, read_plain_transformers
 from xbt.encoders.quiet import brief
 from xbt.errors import EncoderError
 from xbt.hub import SAFE_PATTERNS, HubAccess, fetch_repository, read_json, split_revision

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from xbt.evaluation.bootstrap import (
+    Difference,
+    Interval,
+    bootstrap_interval,
+    bootstrap_means,
+    compare_ranks,
+    hits_at,
+)
 from xbt.evaluation.cells import (
     Cell,
     RetrievalReport,
@@ -11,7 +19,10 @@ from xbt.evaluation.cells import (
     evaluate_retrieval,
     recovered_gain,
 )
+from xbt.evaluation.classes import LabelRetrieval, evaluate_labels
 from xbt.evaluation.compatibility import (
+    AverageCompatibility,
+    CompatibilityMatrix,
     compatibility_matrix,
     compatibility_tax,
     difference_over_seeds,
@@ -19,20 +30,18 @@ from xbt.evaluation.compatibility import (
     prefix_vectors,
     update_gain,
 )
-from xbt.evaluation.expected import CheckedReport, Comparison, Expectation, check_report
-from xbt.evaluation.label_retrieval import LabelRetrieval, evaluate_labels
-from xbt.evaluation.protocols import PROTOCOLS, Protocol, average_folds, find_protocol
-from xbt.evaluation.retrieval import best_positive_ranks, recall_at_k
-from xbt.evaluation.significance import (
-    Difference,
-    Interval,
-    bootstrap_interval,
-    bootstrap_means,
-    compare_ranks,
-    hits_at,
+from xbt.evaluation.protocols import (
+    PROTOCOLS,
+    CheckedReport,
+    Comparison,
+    Expectation,
+    Protocol,
+    average_folds,
+    check_report,
+    find_protocol,
 )
+from xbt.evaluation.retrieval import best_positive_ranks, recall_at_k
 from xbt.evaluation.table import format_markdown, format_table
-from xbt.evaluation.version_matrix import AverageCompatibility, CompatibilityMatrix
 
 __all__ = [
     "PROTOCOLS",

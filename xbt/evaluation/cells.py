@@ -17,13 +17,14 @@ from PIL import Image
 from torch import Tensor
 
 from xbt.errors import DataError
+from xbt.evaluation.bootstrap import Difference, compare_ranks
 from xbt.evaluation.retrieval import best_positive_ranks, check_ks, check_positives
-from xbt.evaluation.significance import Difference, compare_ranks
 from xbt.vectors import Vectors
 
 if TYPE_CHECKING:
     from xbt.data import ImageTextPairs
     from xbt.encoders import DualEncoder
+
 
 DIRECTIONS = ("T2I", "I2T")
 """Text query against the image gallery, and image query against the text gallery."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from xbt.evaluation.bootstrap import Difference
 from xbt.evaluation.cells import DIRECTIONS, Cell, RetrievalReport
-from xbt.evaluation.expected import CheckedReport, Comparison
-from xbt.evaluation.significance import Difference
+from xbt.evaluation.protocols import CheckedReport, Comparison
 
 
 def format_table(report: RetrievalReport) -> str:

@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 from xbt.errors import ConfigError
 from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
 from xbt.heads.folded import FoldedHead
-from xbt.heads.objective import (
+from xbt.heads.losses import (
     HeadLoss,
+    Prototypes,
     Targets,
     check_weights,
     classification,
@@ -21,9 +22,14 @@ from xbt.heads.objective import (
     influence,
     matching,
 )
-from xbt.heads.orthogonal import assign, complement, nearest_orthonormal, orthogonal_linear
-from xbt.heads.prototypes import Prototypes
-from xbt.heads.starting import checked_map, checked_order
+from xbt.heads.orthogonal import (
+    assign,
+    checked_map,
+    checked_order,
+    complement,
+    nearest_orthonormal,
+    orthogonal_linear,
+)
 
 
 class BT2Head(CompatibleHead):
@@ -176,7 +182,7 @@ class BT2Loss(HeadLoss):
 
     λ1 = 1, λ2 = 10, λ3 = 5 in the authors' code. On little data λ1 = 1 leaves f far from φ'_new, and λ1 = 5
     is the better choice. There is neither label smoothing nor a temperature; see
-    :func:`~xbt.heads.objective.influence`.
+    :func:`~xbt.heads.losses.influence`.
 
     Args:
         prototypes: p, the old model's class means.

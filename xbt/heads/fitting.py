@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from xbt.errors import ConfigError, DataError
 from xbt.heads.base import CompatibleHead, require_at_least
-from xbt.heads.objective import HeadLoss, Targets
+from xbt.heads.losses import HeadLoss, Targets
 from xbt.vectors import as_vectors
 
 _WARM_UP = 0.05

@@ -9,8 +9,9 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
 from xbt.heads.folded import FoldedHead
-from xbt.heads.objective import (
+from xbt.heads.losses import (
     HeadLoss,
+    Prototypes,
     Targets,
     check_smoothing,
     check_weights,
@@ -18,9 +19,7 @@ from xbt.heads.objective import (
     compatible_direction,
     influence,
 )
-from xbt.heads.orthogonal import orthogonal_linear
-from xbt.heads.prototypes import Prototypes
-from xbt.heads.starting import checked_map, stacked
+from xbt.heads.orthogonal import checked_map, orthogonal_linear, stacked
 
 
 class OCAHead(CompatibleHead):
@@ -92,7 +91,7 @@ class OCALoss(HeadLoss):
 
     u is the compatible part as a unit vector and p the old model's class means; the weights 5, 10 and 5 are
     those of the authors' code. Both cross entropies are label-smoothed and neither has a temperature; see
-    :func:`~xbt.heads.objective.influence`. The old model is needed for the prototypes alone.
+    :func:`~xbt.heads.losses.influence`. The old model is needed for the prototypes alone.
 
     Args:
         prototypes: p.

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
+from xbt.errors import SavedPartError
 from xbt.hub.cards import CardData, CardFacts, make_card, quoted
 from xbt.hub.configs import NewerConfigWarning, SavedConfig, gathered_warning
-from xbt.hub.errors import SavedPartError
-from xbt.hub.fetching import (
-    SAFE_PATTERNS,
-    HubAccess,
-    cached_commit,
-    fetch,
-    fetch_repository,
-    is_commit,
-    is_repository,
-    split_revision,
-)
 from xbt.hub.files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -30,6 +20,16 @@ from xbt.hub.files import (
 )
 from xbt.hub.names import LOCAL, Naming, public_name, require_loadable, settled_name
 from xbt.hub.sharing import SharedPart, warn_of_directories
+from xbt.hub.transfer import (
+    SAFE_PATTERNS,
+    HubAccess,
+    cached_commit,
+    fetch,
+    fetch_repository,
+    is_commit,
+    is_repository,
+    split_revision,
+)
 from xbt.hub.weights import (
     Stored,
     build_and_load,

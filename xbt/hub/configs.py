@@ -11,7 +11,7 @@ from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
-from xbt.hub.errors import SavedPartError
+from xbt.errors import SavedPartError
 from xbt.hub.files import read_json
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from xbt.hub.errors import SavedPartError
+from xbt.errors import SavedPartError
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

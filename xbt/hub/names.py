@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from xbt.hub.errors import SavedPartError
+from xbt.errors import SavedPartError
 
 Naming = Callable[[str], str]
 """How a model's specification is written down: as it is, or without paths of this machine."""

@@ -13,10 +13,9 @@ from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 
 from xbt.hub.cards import MARK, CardData, CardFacts, make_card
 from xbt.hub.configs import gathered_warning
-from xbt.hub.fetching import fetch
 from xbt.hub.files import CARD_NAME
 from xbt.hub.names import LOCAL, Naming, public_name, settled_name
-from xbt.hub.pushing import require_repository, upload
+from xbt.hub.transfer import fetch, require_repository, upload
 
 
 class SharedPart(ModelHubMixin, library_name="xbt"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from xbt.hub.errors import SavedPartError
+from xbt.errors import SavedPartError
 from xbt.hub.files import require_file
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, StoreError, XbtError
+from xbt.files import Sink, checksum, write_bytes, write_record, write_whole, writing_to
 from xbt.index.exact_search import BLOCK_NUMBERS, MISSING, ExactRows, Gather
-from xbt.store.files import Sink, checksum, write_bytes, write_record, write_whole, writing_to
 from xbt.store.layout import read_record
 
 EXACT = "Flat"

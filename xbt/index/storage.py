@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
+from xbt.files import Sink, remove_leftovers, write_whole
 from xbt.index.faiss_index import FOLDER, IndexCache, IndexPlan
 from xbt.index.segments import (
     DAMAGED,
@@ -47,7 +48,6 @@ from xbt.index.segments import (
     read_settings,
 )
 from xbt.index.store_segment import StoreRecord, StoreSegment, note_places, require_known
-from xbt.store.files import Sink, remove_leftovers, write_whole
 from xbt.store.lock import WriterLock
 
 DATABASE, SEGMENTS = "gallery.sqlite", "segments"

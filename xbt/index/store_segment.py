@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from xbt.errors import DataError, StoreError
 from xbt.index.segments import PartRecord, damaged, require_finite
 from xbt.store import EmbeddingStore, FileRecord, ShardRecord, find_faults
-from xbt.store.layout import MANIFEST, metadata_file, read_manifest, vectors_file
+from xbt.store.layout import ID, MANIFEST, metadata_file, read_manifest, vectors_file
 from xbt.store.metadata import read_columns, read_types
-from xbt.store.shards import ID
 
 _IDS_AT_ONCE = 65_536
 _UNIT_ERROR = 0.01

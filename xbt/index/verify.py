@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from xbt.errors import StoreError
+from xbt.files import checksum
 from xbt.index.parts import Parts
 from xbt.index.segments import DAMAGED, FileSegment
 from xbt.index.storage import DATABASE, Storage, describe_digest
 from xbt.index.store_segment import StoreSegment
-from xbt.store.files import checksum
 
 
 def faults_of(storage: Storage | None, parts: Parts) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xbt.encoders.repositories import hub_repository
+from xbt.encoders.loading import hub_repository
 from xbt.errors import DataError, SpaceMismatchError, XbtError
 from xbt.heads.saving import known_head
 from xbt.hub import (

@@ -12,7 +12,7 @@ from torch import Tensor
 from xbt.backfill.curve import BackfillCurve, backfill_curve
 from xbt.backfill.orders import random_order
 from xbt.backfill.rehearsal import fit_rehearsed_order
-from xbt.data.image_text_pairs import choose_subset
+from xbt.data.items import choose_subset
 from xbt.evaluation import Interval, bootstrap_interval
 from xbt.index import Merge, MixedScores, fit_merge
 from xbt.projections import PairVectors

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.data import CaptionSource, PairSource, load_pairs, read_captions
-from xbt.data.image_text_pairs import choose_subset
+from xbt.data.items import choose_subset
 from xbt.errors import ConfigError, DataError, StoreError, UnverifiedSpaceWarning, XbtError
 from xbt.projections import PairVectors
 from xbt.projections.sources import PairedRows, Source, random_access
@@ -27,7 +27,7 @@ from xbt.report.sample import Sample, Shown, Side, texts_of
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 from xbt.store.layout import open_regular
-from xbt.store.npy import MAX_HEADER, read_npy_header
+from xbt.store.rows import MAX_HEADER, read_npy_header
 from xbt.vectors import unit_rows
 
 Rows = NDArray[np.floating] | EmbeddingStore

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_pairs, read_captions
-from xbt.data.image_text_pairs import choose_subset
+from xbt.data.items import choose_subset
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, ImageError
 from xbt.images import ImageSource, load_image

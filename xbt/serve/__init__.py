@@ -6,16 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xbt.serve.interchange import export_interchange as export_interchange
-    from xbt.serve.onnx_export import export_onnx as export_onnx
+    from xbt.serve.export import export_interchange as export_interchange
+    from xbt.serve.onnx import export_onnx as export_onnx
     from xbt.serve.pgvector import PgvectorTable as PgvectorTable
     from xbt.serve.pgvector import export_pgvector as export_pgvector
 
 # Loaded at first use: each needs packages that the others do not.
 _MODULES = {
     "PgvectorTable": "xbt.serve.pgvector",
-    "export_interchange": "xbt.serve.interchange",
-    "export_onnx": "xbt.serve.onnx_export",
+    "export_interchange": "xbt.serve.export",
+    "export_onnx": "xbt.serve.onnx",
     "export_pgvector": "xbt.serve.pgvector",
 }
 

@@ -14,8 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
+from xbt.files import whole_file
 from xbt.index.items import Items, Portion, Source, portion
-from xbt.serve.files import whole_file
 
 MAX_DIM, MAX_INDEXED_DIM = 16_000, 2_000
 """Maximum dimensions of pgvector's type ``vector``, and of its indexes."""

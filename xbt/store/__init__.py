@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from xbt.store.builder import StoreBuilder
 from xbt.store.layout import FileRecord, ShardRecord
-from xbt.store.store import EmbeddingStore
-from xbt.store.verify import find_faults
+from xbt.store.store import EmbeddingStore, find_faults
 
 __all__ = ["EmbeddingStore", "FileRecord", "ShardRecord", "StoreBuilder", "find_faults"]

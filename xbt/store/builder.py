@@ -1,31 +1,42 @@
-"""Building one store with many processes: each writes whole shards, and a killed job is run again."""
+"""Building one store with many processes: each writes whole shards, and a killed job is run again.
+
+The shards that are committed to a store that is being built, read from their records one at a time.
+
+Taking rows out of a shard of a store that is being built: a kill at any moment loses none of the others.
+
+The new files are written whole beside the old ones, then the record is replaced, which decides, and then the
+files are moved to their places. Whoever finds new files that the record vouches for goes on with the moving.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from xbt.errors import StoreError
-from xbt.space import EmbeddingSpace
-from xbt.store.column_types import ColumnTypes
-from xbt.store.committed import CommittedShards
-from xbt.store.files import (
+from xbt.files import (
+    checksum,
     make_directory,
     remove_leftovers,
-    remove_strays,
+    sync_directory,
     write_lines,
     write_record,
+    writing_to,
 )
-from xbt.store.ids import Repetition, repeated_ids, require_unique
+from xbt.space import EmbeddingSpace
 from xbt.store.layout import (
     EXTRA,
     FOLDERS,
     HEADER,
+    ID,
     IN_PROGRESS,
     MANIFEST,
     METADATA,
@@ -34,20 +45,104 @@ from xbt.store.layout import (
     Manifest,
     ShardRecord,
     has_manifest,
+    is_shard_name,
     metadata_file,
     read_header,
     read_manifest,
+    read_shard_record,
     shard_files,
     shard_key,
     shard_name,
     store_path,
+    vectors_file,
 )
 from xbt.store.lock import WriterLock
-from xbt.store.replacing import complete_replacements, drop_rows
-from xbt.store.shards import Metadata, write_shard
-from xbt.store.store import EmbeddingStore
-from xbt.store.verify import wrong_sizes
+from xbt.store.metadata import ColumnTypes, Repetition, read_columns, repeated_ids, require_unique
+from xbt.store.rows import NpyRows
+from xbt.store.shards import Metadata, remove_strays, write_shard
+from xbt.store.store import EmbeddingStore, wrong_sizes
 from xbt.vectors import Vectors
+
+
+class CommittedShards(Mapping[str, ShardRecord]):
+    """Records by the shards' names, in their order.
+
+    Which shards there are is looked up once, in the names of the files. A record is read whenever it is asked
+    for and not kept: what writers note beside their shards may be long.
+
+    Args:
+        folder: Where the records are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        names = {path.stem for path in folder.glob("*.json") if is_shard_name(path.stem)}
+        self._names = dict.fromkeys(sorted(names, key=lambda name: (shard_key(name), name)))
+
+    def __getitem__(self, name: str) -> ShardRecord:
+        if name not in self._names:
+            raise KeyError(name)
+        return read_shard_record(self._folder / f"{name}.json")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+_NEW = "new"
+
+
+def drop_rows(
+    path: Path, header: Header, shard: ShardRecord, rows: Sequence[int], extra: Mapping[str, Any]
+) -> None:
+    """Writes a committed shard again without some of its rows; the main process alone does this.
+
+    Args:
+        path: The store's directory.
+        header: What the store is.
+        shard: The shard.
+        rows: Which of its rows to leave out.
+        extra: The shard's new note.
+
+    Raises:
+        StoreError: If the shard cannot be read, or there is no room for it to stand there twice.
+    """
+    keep = np.ones(shard.count, bool)
+    keep[rows] = False
+    table = read_columns(path / metadata_file(shard.name), None).filter(pa.array(keep))
+    vectors = NpyRows([path / vectors_file(header.modality, shard.name)], [shard.count], header.dim)
+    kept = vectors.slice(0, shard.count)[keep]
+    ids = table[ID].to_pylist()
+    new = path / IN_PROGRESS / _NEW
+    record = write_shard(new, header, shard.name, kept, ids, table.drop([ID]), extra)
+    write_record(path / IN_PROGRESS / f"{shard.name}.json", record.to_dict())
+    complete_replacements(path, header.modality)
+
+
+def complete_replacements(path: Path, modality: str) -> None:
+    """Moves new files that their shard's record vouches for, and removes others that a killed writer left.
+
+    Raises:
+        StoreError: If a record is damaged, or the directory cannot be written.
+    """
+    new = path / IN_PROGRESS / _NEW
+    if not new.is_dir():
+        return
+    for folder in (FOLDERS[modality], METADATA):
+        for name, file in shard_files(new, folder).items():
+            record, place = path / IN_PROGRESS / f"{name}.json", f"{folder}/{file.name}"
+            found = FileRecord(file.stat().st_size, checksum(file))
+            if record.is_file() and read_shard_record(record).files.get(place) == found:
+                with writing_to(path / place, 0):
+                    file.replace(path / place)
+        sync_directory(path / folder)
+    shutil.rmtree(new)
+
 
 NoteRepeated = Callable[[Mapping[str, Any], Sequence[tuple[str, str]]], Mapping[str, Any]]
 

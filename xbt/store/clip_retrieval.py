@@ -22,7 +22,7 @@ from xbt.store.layout import (
     vectors_file,
 )
 from xbt.store.metadata import inspect_parquet
-from xbt.store.npy import NpyFile, inspect_npy
+from xbt.store.rows import NpyFile, inspect_npy
 
 
 def scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) -> Manifest:

@@ -29,6 +29,9 @@ import numpy as np
 from xbt.errors import StoreError, XbtError
 from xbt.space import EmbeddingSpace
 
+ID = "id"
+
+
 Modality = Literal["image", "text"]
 
 MANIFEST, EXTRA, IN_PROGRESS, HEADER, METADATA = (

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from xbt.errors import StoreError
-from xbt.store.files import writing_to
+from xbt.files import writing_to
 
 _FILE = ".lock"
 _HELD = frozenset({errno.EAGAIN, errno.EACCES, errno.EDEADLK})

@@ -1,18 +1,25 @@
-"""Metadata of a store's rows: columns of the shards' parquet files."""
+"""Metadata of a store's rows: columns of the shards' parquet files.
+
+The ids of a store's rows: the user's own strings, each of them once.
+
+Types of metadata columns: what can be read over several shards as one column, and what cannot.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from xbt.errors import StoreError
-from xbt.store.layout import refuse_irregular
+from xbt.store.layout import ID, ShardRecord, metadata_file, refuse_irregular
 
 _INDEX = "__index_level_"  # what pandas adds to files it writes
 _BROKEN = (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError, MemoryError)
@@ -243,3 +250,236 @@ def _odd_column(parts: Sequence[tuple[Path, pa.Table]]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_HASHES_AT_ONCE = 2**27
+
+
+def hashes_of(names: Iterable[str]) -> NDArray[np.int64]:
+    """64-bit hashes of strings; they mean something within this process only."""
+    return np.fromiter(map(hash, names), np.int64)
+
+
+class Repetition(NamedTuple):
+    """A string that has occurred before.
+
+    Attributes:
+        part: Which part it is in, and ...
+        row: ... where in that part.
+        name: The string.
+        first: The part in which it occurred first.
+    """
+
+    part: int
+    row: int
+    name: str
+    first: int
+
+
+def repetitions(read: Callable[[], Iterable[Sequence[str]]], count: int) -> Iterator[Repetition]:
+    """Finds strings that occur again, with 8 bytes a string (and at most 1 GiB) in memory.
+
+    Args:
+        read: Gives all strings, part by part; called once more for every 134 million of them, and once
+            again when two hashes agree, to compare the strings themselves.
+        count: How many strings there are.
+
+    Yields:
+        Every occurrence but the first, in order (within each 134 million).
+    """
+    passes = max(1, -(-count // _HASHES_AT_ONCE))
+    for number in range(passes):
+        parts = [np.zeros(0, np.int64)]
+        for names in read():
+            hashes = hashes_of(names)
+            parts.append(hashes if passes == 1 else hashes[hashes % passes == number])
+        hashes = np.concatenate(parts)
+        del parts
+        hashes.sort()
+        repeated = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
+        seen: dict[str, int] = {}
+        for part, names in enumerate(read() if repeated else ()):
+            for row, name in enumerate(names):
+                if hash(name) not in repeated:
+                    continue
+                if name in seen:
+                    yield Repetition(part, row, name, seen[name])
+                else:
+                    seen[name] = part
+
+
+def first_repeated(read: Callable[[], Iterable[Sequence[str]]], count: int) -> str | None:
+    """The first string that has occurred before, or ``None``; see :func:`repetitions`."""
+    found = next(repetitions(read, count), None)
+    return None if found is None else found.name
+
+
+def repeated_ids(path: Path, records: Sequence[ShardRecord]) -> Iterator[Repetition]:
+    """Ids that an earlier shard has; the parts are positions in ``records``."""
+    return repetitions(lambda: shard_ids(path, records), sum(record.count for record in records))
+
+
+def require_unique(path: Path, records: Sequence[ShardRecord]) -> None:
+    """Refuses shards that share an id.
+
+    Raises:
+        StoreError: If an id occurs twice; the message names it and its shards.
+    """
+    found = next(repeated_ids(path, records), None)
+    if found is not None:
+        homes = f"{records[found.first].name} and {records[found.part].name}"
+        raise StoreError(
+            f"the id {found.name!r} is in the shards {homes} of {path}; ids must be unique over the store: "
+            "give every row its own"
+        )
+
+
+def shard_ids(path: Path, records: Iterable[ShardRecord]) -> Iterator[list[str]]:
+    """The ids of each shard."""
+    for record in records:
+        yield read_columns(path / metadata_file(record.name), [ID])[ID].to_pylist()
+
+
+def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | None:
+    """The column of a clip-retrieval folder that can serve as ids: ``id``, else ``image_path``.
+
+    Args:
+        columns: The folder's metadata.
+        counts: Rows of each shard.
+
+    Returns:
+        The column's name, or ``None`` if neither is there, without gaps and without repetition.
+    """
+    borders = list(pairwise(accumulate(counts, initial=0)))
+
+    def read(name: str) -> Iterator[list[str | None]]:
+        for start, stop in borders:
+            yield columns.read_strings(name, start, stop)
+
+    def is_usable(name: str) -> bool:
+        if any(None in values for values in read(name)):
+            return False
+        return first_repeated(lambda: (list(map(str, values)) for values in read(name)), sum(counts)) is None
+
+    there = columns.names()
+    return next((name for name in (ID, "image_path") if name in there and is_usable(name)), None)
+
+
+class KnownIds:
+    """The ids a store has, as 8 bytes each, to refuse those that come again.
+
+    Args:
+        path: The store's directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sorted: dict[str, NDArray[np.int64]] = {}
+
+    def refuse(self, ids: Sequence[str], shards: Sequence[ShardRecord]) -> None:
+        """Refuses ids that one of the shards has.
+
+        Raises:
+            StoreError: If there is one; the message names the first.
+        """
+        new = hashes_of(ids)
+        for shard in shards:
+            known = self._sorted.get(shard.name)
+            if known is None:
+                known = np.sort(hashes_of(next(shard_ids(self._path, [shard]))))
+                self._sorted[shard.name] = known
+            if not len(known):
+                continue
+            places = np.searchsorted(known, new).clip(max=len(known) - 1)
+            suspects = np.flatnonzero(known[places] == new)
+            if len(suspects):
+                there = set(next(shard_ids(self._path, [shard])))
+                for row in suspects.tolist():
+                    if ids[row] in there:
+                        raise StoreError(
+                            f"the id {ids[row]!r} is already in {self._path} (shard {shard.name!r}); ids "
+                            "must be unique over the store: leave that row out or rename it"
+                        )
+
+
+class ColumnTypes:
+    """The type that each column beside the ids has over some shards, and what does not go together with it.
+
+    Only footers are read, unless a type has to be widened: then the values are looked at as well, since an
+    integer beyond 2⁵³, say, is no float.
+    """
+
+    def __init__(self) -> None:
+        self._types: dict[str, pa.DataType] = {}
+        self._files: dict[Path, None] = {}
+
+    def add(self, files: Iterable[Path]) -> list[str]:
+        """Takes in those files that are new.
+
+        Args:
+            files: Parquet files in the order of the shards.
+
+        Returns:
+            A sentence for each column that cannot be read together with that of the files before.
+
+        Raises:
+            StoreError: If a file cannot be read.
+        """
+        faults = []
+        for path in files:
+            if path in self._files:
+                continue
+            for name, kind in read_types(path).items():
+                try:
+                    self._types[name] = self._wider(name, kind, path)
+                except pa.ArrowException:
+                    faults.append(f"{path}: {self._mismatch(name, kind)}; write it again with one type")
+            self._files[path] = None
+        return faults
+
+    def require(self, table: pa.Table, where: str) -> None:
+        """Refuses columns that could never be read together with those of the files taken in.
+
+        Args:
+            table: What is to be written next.
+            where: What to call it.
+
+        Raises:
+            StoreError: If there is one; the message names it.
+        """
+        for name in table.column_names:
+            kind = table.schema.field(name).type
+            try:
+                self._wider(name, kind, table)
+            except pa.ArrowException as error:
+                raise StoreError(
+                    f"{where}: {self._mismatch(name, kind)}; give a column one type over the whole store, or "
+                    "take another name"
+                ) from error
+
+    def _wider(self, name: str, kind: pa.DataType, source: Path | pa.Table) -> pa.DataType:
+        """The type that holds what is there and what comes; an Arrow error if there is none."""
+        there = self._types.get(name, kind)
+        if name == ID or there.equals(kind):  # ids are read as strings, shard by shard
+            return there
+        wider = _common(there, kind)
+        if not wider.equals(kind):
+            _require_exact(source, name, wider)
+        if not wider.equals(there):
+            for path in self._files:
+                _require_exact(path, name, wider)
+        return wider
+
+    def _mismatch(self, name: str, kind: pa.DataType) -> str:
+        return f"column {name!r} is {kind}, which does not go together with {self._types[name]} before it"
+
+
+def _common(first: pa.DataType, second: pa.DataType) -> pa.DataType:
+    schemas = [pa.schema([("column", kind)]) for kind in (first, second)]
+    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+
+
+def _require_exact(source: Path | pa.Table, name: str, kind: pa.DataType) -> None:
+    table = source if isinstance(source, pa.Table) else read_columns(source, [name])
+    if name in table.column_names:
+        table[name].cast(kind)

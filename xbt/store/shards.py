@@ -13,14 +13,35 @@ import torch
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
-from xbt.store.files import Sink, write_whole
-from xbt.store.layout import Header, ShardRecord, metadata_file, vectors_file
+from xbt.files import Sink, write_whole
+from xbt.store.layout import (
+    FOLDERS,
+    ID,
+    METADATA,
+    Header,
+    ShardRecord,
+    metadata_file,
+    shard_files,
+    vectors_file,
+)
 from xbt.vectors import Vectors, as_vectors, lengths_of, not_unit
+
+
+def remove_strays(path: Path, modality: str, records: Iterable[ShardRecord]) -> None:
+    """Removes shards that no record vouches for, and nothing that is not named as a shard's file.
+
+    Other readers of this layout go by what lies in the folders, not by the manifest.
+    """
+    ours = {path / name for record in records for name in record.files}
+    for folder in (FOLDERS[modality], METADATA):
+        for file in shard_files(path, folder).values():
+            if file not in ours:
+                file.unlink(missing_ok=True)
+
 
 Metadata = Any
 """Columns beside the ids: one value a row each."""
 
-ID = "id"
 _ROWS_AT_ONCE = 65_536
 
 

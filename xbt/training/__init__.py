@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from xbt.training.args import BackboneTraining, TrainArgs
+from xbt.training.backbone import train_compatible_backbone
 from xbt.training.clip import ClipConfig, train_clip
-from xbt.training.compatible_backbone import train_compatible_backbone
 from xbt.training.compatible_clip import CompatibleClipConfig, train_compatible_clip
-from xbt.training.compatible_config import CompatibleBackboneConfig
-from xbt.training.compatible_methods import LossWeights
 from xbt.training.lora_finetuning import LoraFinetuningConfig, finetune_lora
+from xbt.training.methods import CompatibleBackboneConfig, LossWeights
 from xbt.training.text_projection import TextProjectionConfig, pretrain_text_projection
 
 __all__ = [

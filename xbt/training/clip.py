@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from xbt.data import PairSource, load_readable_pairs
-from xbt.encoders.open_clip_encoder import OpenClipEncoder
+from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError
 from xbt.losses import contrastive_loss
 from xbt.run_dir import RunDirectory
 from xbt.training.args import TrainArgs
+from xbt.training.batches import PairBatches
+from xbt.training.cached_vectors import cross_recall, embed_pairs, require_enough
 from xbt.training.loop import TrainingLoop, make_accelerator
-from xbt.training.pair_batches import PairBatches
-from xbt.training.pairs import cross_recall, embed_pairs, require_enough
 
 
 @dataclass

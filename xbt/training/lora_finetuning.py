@@ -16,10 +16,9 @@ from xbt.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.projections import Projection
 from xbt.run_dir import RunDirectory
 from xbt.training.args import TrainArgs
-from xbt.training.embedding import embed_texts_once
+from xbt.training.batches import PairBatches
+from xbt.training.cached_vectors import cross_recall, embed_pairs, embed_texts_once, require_enough
 from xbt.training.loop import TrainingLoop, make_accelerator
-from xbt.training.pair_batches import PairBatches
-from xbt.training.pairs import cross_recall, embed_pairs, require_enough
 
 
 @dataclass

@@ -20,9 +20,8 @@ from xbt.projections.trainer import MIN_ROWS, NO_DECAY, FitSchedule, Score
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
 from xbt.training.args import TrainArgs
-from xbt.training.embedding import embed_texts_once
+from xbt.training.cached_vectors import TextVectors, embed_texts_once, open_text_stores
 from xbt.training.loop import LoopState, TrainingLoop, make_accelerator
-from xbt.training.text_vectors import TextVectors, open_text_stores
 
 _ENCODED, _STORED = ("old", "new", "captions"), ("old_store", "new_store")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from xbt.data.vector_worlds import WORLDS, make_vector_world
+from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation import best_positive_ranks
 from xbt.projections import PairVectors, Projection, QueryEnsemble, fit_projection

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xbt.evaluation import bootstrap_interval, hits_at
-from xbt.evaluation.significance import cautious_interval
+from xbt.evaluation.bootstrap import cautious_interval
 from xbt.projections import PairVectors
 from xbt.projections.auto.selection import (
     CandidateRanks,

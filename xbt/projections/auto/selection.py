@@ -24,8 +24,8 @@ from torch import Tensor
 
 from xbt.errors import ConfigError
 from xbt.evaluation import Difference, Interval, bootstrap_interval, compare_ranks, hits_at
+from xbt.evaluation.bootstrap import cautious_interval, means_and_errors
 from xbt.evaluation.retrieval import check_ks
-from xbt.evaluation.significance import cautious_interval, means_and_errors
 
 Setting = str
 """Names one way to combine the old and the new query."""
@@ -277,7 +277,7 @@ def run_gain_test(
     """Test whether the new queries beat the old ones with confidence.
 
     Two things are asked for. The gain in R@k, averaged over the ks, must be above 0 with the given one-sided
-    confidence (:func:`~xbt.evaluation.significance.cautious_interval`, groups drawn as wholes). And no single
+    confidence (:func:`~xbt.evaluation.bootstrap.cautious_interval`, groups drawn as wholes). And no single
     k may be seen to lose more than its standard error.
 
     What that guarantees: a direction in which nothing is to be gained *on average over the ks* is deployed

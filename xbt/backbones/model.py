@@ -1,0 +1,222 @@
+"""A backbone with a compatible head: what is trained, saved, and served for image search."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from xbt.backbones import saving
+from xbt.backbones.loading import ImageBackbone
+from xbt.backbones.preprocessing import ImagePreprocessing
+from xbt.encoders.checks import as_images, not_finite, numbered, require_positive
+from xbt.encoders.image_batching import decode_batches
+from xbt.errors import ConfigError, DataError, ImageError, SpaceMismatchError
+from xbt.heads import CompatibleHead, HeadOutput
+from xbt.hub import CardData, CardFacts, Naming, SharedPart
+from xbt.images import ImageSource
+from xbt.space import PROBE_TEXTS, EmbeddingSpace, draw_probe_images
+
+Side = Literal["new", "old"]
+
+
+class CompatibleBackbone(nn.Module, SharedPart):
+    """An image model whose vectors can be compared with an older model's, if its head says so.
+
+    Its whole vectors (``space="new"``) go into the gallery; their leading ``old_dim`` coordinates, normalised
+    (``space="old"``), are queries to a gallery of the old model.
+
+    Attributes:
+        backbone: From pixels to features.
+        embedding: Linear layer from the features to what the head takes.
+        head: What makes vectors and, in training, logits of them.
+        preprocessing: From images to pixels.
+        class_names: The classes it was trained on.
+        old_space: The space that ``space="old"`` vectors belong to; ``None`` where nobody said, or where the
+            head is compatible with nothing.
+
+    Example:
+        >>> model = CompatibleBackbone.from_pretrained("runs/bt2/model")
+        >>> gallery.search(model.encode_images(["query.jpg"], space="old"), k=5, space=model.old_space)
+    """
+
+    def __init__(
+        self,
+        backbone: ImageBackbone,
+        head: CompatibleHead,
+        preprocessing: ImagePreprocessing,
+        class_names: Sequence[str] = (),
+        old_space: EmbeddingSpace | None = None,
+    ) -> None:
+        """Joins the parts; the linear layer between them is drawn from torch's global generator.
+
+        Raises:
+            SpaceMismatchError: If ``old_space`` does not have the dimension that the head is compatible with.
+            ConfigError: If the head has a classifier for another number of classes than are named.
+        """
+        super().__init__()
+        if old_space is not None and old_space.dim != head.old_dim:
+            raise SpaceMismatchError(
+                f"the old space is {old_space}, but the head is compatible with {head.old_dim} dimensions; "
+                "make the head for that space"
+            )
+        if class_names and head.n_classes is not None and len(class_names) != head.n_classes:
+            raise ConfigError(
+                f"there are {len(class_names)} class names, but the head's classifier has {head.n_classes} "
+                "classes; name each of them"
+            )
+        self.backbone = backbone
+        self.embedding = nn.Linear(backbone.feature_dim, head.in_dim)
+        self.head = head
+        self.preprocessing = preprocessing
+        self.class_names = list(class_names)
+        self.old_space = old_space
+        self._space: EmbeddingSpace | None = None
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the whole vectors."""
+        return self.head.out_dim
+
+    @property
+    def old_dim(self) -> int:
+        """Dimension of the vectors that the head is compatible with; 0 for an independent head."""
+        return self.head.old_dim
+
+    @property
+    def name(self) -> str:
+        """What its space is called: the backbone's specification and the head's kind."""
+        return f"{self.backbone.spec}+{self.head.kind}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.weight.device
+
+    def forward(self, pixels: Tensor) -> HeadOutput:
+        """Maps (n, 3, size, size) pixels on the model's device to what the head makes of them."""
+        output: HeadOutput = self.head(self.embedding(self.backbone(pixels)))
+        return output
+
+    def embed_pixels(self, pixels: Tensor, space: Side = "new") -> Tensor:
+        """Maps (n, 3, size, size) pixels to unit rows on the model's device, differentiably.
+
+        Args:
+            pixels: Preprocessed images, on any device.
+            space: ``"new"`` for (n, dim) whole vectors, ``"old"`` for (n, old_dim) compatible ones.
+
+        Raises:
+            ConfigError: If the space is neither, or the head is compatible with nothing.
+        """
+        self._dim_of(space)
+        features = self.embedding(self.backbone(pixels.to(self.device)))
+        return self.head.embed(features, space)
+
+    def encode_images(
+        self,
+        images: Sequence[ImageSource],
+        space: Side = "new",
+        batch_size: int = 64,
+        progress: bool = False,
+        num_workers: int = 0,
+    ) -> Tensor:
+        """Encodes images, decoding them batch by batch; always in float32 and in evaluation mode.
+
+        Args:
+            images: n PIL images, paths, or bytes of encoded images.
+            space: ``"new"`` for whole vectors, ``"old"`` for vectors of the space of the old model.
+            batch_size: Images per forward pass.
+            progress: Whether to show a progress bar on stderr.
+            num_workers: Processes that read and preprocess images while the model computes.
+
+        Returns:
+            (n, dim) or (n, old_dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
+
+        Raises:
+            ImageError: If an image cannot be decoded; the message names it.
+            ConfigError: If the space is neither, or the head is compatible with nothing.
+            DataError: If a single image is given instead of a list, or the model returns NaN.
+        """
+        items = as_images(images)
+        require_positive(batch_size)
+        parts, seen = [torch.zeros(0, self._dim_of(space))], 0
+        batches = numbered(items, batch_size)
+        num_workers = min(num_workers, -(-len(items) // batch_size))  # no more than there is to do
+        pin = self.device.type == "cuda"
+        decoded = decode_batches(batches, self.preprocessing.evaluation(), num_workers, pin_memory=pin)
+        with tqdm(total=len(items), unit="image", disable=not progress, file=sys.stderr) as bar:
+            for each in decoded:
+                if each.rejected:
+                    raise ImageError(each.rejected[min(each.rejected)])
+                with self._evaluating():
+                    vectors = self.embed_pixels(each.pixels, space).float().cpu()
+                for broken in not_finite(vectors)[:1]:
+                    raise DataError(
+                        f"{self.name} gives NaN for image number {seen + broken}; its weights are broken"
+                    )
+                parts.append(vectors)
+                seen += len(vectors)
+                bar.update(len(vectors))
+        return torch.cat(parts)
+
+    @property
+    def space(self) -> EmbeddingSpace:
+        """The space of the whole vectors; its probe is computed at first use and kept until training goes on.
+
+        The probe's rows for texts are zero, because there is no text tower.
+        """
+        if self._space is None or self.training:
+            images = self.encode_images(draw_probe_images())
+            probe = torch.cat([torch.zeros(len(PROBE_TEXTS), self.dim), images])
+            self._space = EmbeddingSpace(self.name, self.dim, self.preprocessing.describe(), probe)
+        return self._space
+
+    def invalidate_space(self) -> None:
+        """Forgets the probe; call it when weights were changed while the model was in evaluation mode."""
+        self._space = None
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode as usual; what is trained gets another space."""
+        if mode:
+            self.invalidate_space()
+        return super().train(mode)
+
+    def _dim_of(self, space: str) -> int:
+        if space not in ("new", "old"):
+            raise ConfigError(f"space is {space!r}, but must be 'new' or 'old'")
+        if space == "old" and not self.old_dim:
+            raise ConfigError(
+                f"{self.name} is compatible with no old model and has no vectors of an old space; use 'new'"
+            )
+        return self.dim if space == "new" else self.old_dim
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode in float32 without gradients; afterwards every module is in the mode it was in."""
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            # Orthogonal matrices are made once, not at every use.
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False), parametrize.cached():
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
+        saving.save(self, directory, naming)
+
+    def _facts(self, card: CardData) -> CardFacts:
+        return saving.facts(self)
+
+    @classmethod
+    def _read(cls, directory: Path, device: str | torch.device) -> Self:
+        return saving.load(directory, cls).to(device)

@@ -1,0 +1,283 @@
+"""The job of ``xbt search``: the queries, an encoder for each part of the gallery, and the ranked items.
+
+The settings of ``xbt search``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xbt.backfill import load_merge
+from xbt.cli.output import read_lines
+from xbt.compatible import CompatibleEncoder, load_upgraded
+from xbt.data.files import is_unicode
+from xbt.data.image_folder import list_images
+from xbt.encoders import DualEncoder, load_encoder
+from xbt.errors import ConfigError, DataError, EncoderError
+from xbt.hub import split_revision
+from xbt.index import Gallery, Hits, Merge, PartSummary, RankMerge, RawMerge, merge_from_dict
+from xbt.serve.export import open_source
+from xbt.store import EmbeddingStore
+from xbt.store.layout import read_record
+
+
+@dataclass
+class Queries:
+    """What to search for."""
+
+    texts: str | list[str] = field(default_factory=list)
+    """Texts; words without a flag are the same, and a lone - reads standard input."""
+    file: str | None = None
+    """A file with a text on each line; - is standard input."""
+    images: str | list[str] = field(default_factory=list)
+    """Pictures: files, or folders that are searched with the folders below them."""
+
+
+@dataclass
+class SearchConfig:
+    """Search a gallery with texts or pictures.
+
+    Vectors of a foreign space are refused. While a gallery is backfilled, each part is searched by a model of
+    its space, and the results are merged.
+    """
+
+    gallery: str
+    """The gallery's directory; a store will do as well, and is searched exactly, in memory."""
+    encoder: str
+    """What makes the queries: an encoder such as open_clip:ViT-B-32-quickgelu/openai, or the directory or Hub
+    repository (org/name@revision) of a compatible encoder or a projection."""
+    queries: Queries = field(default_factory=Queries)
+    """What to search for."""
+    k: int = 10
+    """Results per query, at most as many as there are items."""
+    new: str | None = None
+    """The new encoder: it makes the queries of a backfilled part, and stands in for the one that a compatible
+    encoder or projection has on record."""
+    old: str | None = None
+    """The old encoder, where an ensemble needs it and the one on record does not hold on this machine."""
+    part: str | None = None
+    """Search this part alone: old or new."""
+    merge: str | None = None
+    """How the two parts of a gallery are merged: raw, rank, or a file; by default the gallery's own
+    merge.json, which xbt backfill --support writes."""
+    batch_size: int = 256
+    """Queries per forward pass."""
+    device: str | None = None
+    """Where the encoders run; the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: If a number is too small, or ``merge`` is of no use.
+        """
+        for name in ("k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.part is not None and self.merge is not None:
+            raise ConfigError(
+                f"--merge merges both parts, and --part {self.part} searches one; leave one out"
+            )
+
+
+STDIN = "-"
+BACKENDS = ("open_clip:", "transformers:")
+_MERGES = {"raw": RawMerge, "rank": RankMerge}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found.
+
+    Attributes:
+        gallery: Where.
+        queries: Texts, and after them the paths of pictures.
+        n_texts: How many of them are texts.
+        found: For each query the items and their scores.
+    """
+
+    gallery: str
+    queries: list[str]
+    n_texts: int
+    found: Hits
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form, with ranks from 1."""
+        ranked = [
+            [
+                {"rank": rank, "id": item, "score": float(score)}
+                for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1)
+            ]
+            for items, scores in zip(self.found.ids, self.found.scores, strict=True)
+        ]
+        kinds = ["text" if row < self.n_texts else "image" for row in range(len(self.queries))]
+        return {
+            "gallery": self.gallery,
+            "queries": [
+                {"query": query, "modality": kind, "results": results}
+                for query, kind, results in zip(self.queries, kinds, ranked, strict=True)
+            ],
+        }
+
+    def __str__(self) -> str:
+        blocks = []
+        for query, items, scores in zip(self.queries, self.found.ids, self.found.scores, strict=True):
+            width = len(str(len(items)))
+            lines = [
+                f"  {rank:>{width}}  {score:7.4f}  {item}"
+                for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1)
+            ]
+            blocks.append("\n".join([query, *lines]))
+        return "\n\n".join(blocks)
+
+
+def run_search(config: SearchConfig) -> Answer:
+    """Searches a gallery or a store.
+
+    Args:
+        config: What to search, with what, and for what.
+
+    Returns:
+        The first k items of every query; print it.
+
+    Raises:
+        XbtError: If there is no query, the gallery, an encoder or a picture cannot be used, or the queries
+            are of a foreign space.
+    """
+    queries = read_queries(config.queries)
+    gallery = _open(config.gallery)
+    parts = _parts(gallery, config.part)
+    merge = _merge(config, gallery) if len(parts) > 1 else None
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encoders = _encoders(config, parts, device)
+    vectors = [_embed(encoder, queries, config.batch_size) for encoder in encoders]
+    if merge is None:
+        found = gallery.search(vectors[0], config.k, encoders[0].space, parts[0].name)
+    else:
+        spaces = encoders[0].space, encoders[1].space
+        found = gallery.search_mixed(vectors[0], vectors[1], config.k, merge, *spaces)
+    texts, images = list(queries.texts), list(queries.images)
+    return Answer(config.gallery, texts + images, len(texts), found)
+
+
+def read_queries(queries: Queries) -> Queries:
+    """The texts of all sources together, and the pictures of folders one by one.
+
+    Raises:
+        ConfigError: If there is no query at all.
+        DataError: If a text is blank or not valid Unicode, a file cannot be read, or a folder holds no
+            picture.
+    """
+    texts, images = (
+        [given] if isinstance(given, str) else given for given in (queries.texts, queries.images)
+    )
+    files = [STDIN] * (STDIN in texts) + [queries.file] * (queries.file is not None)
+    if files.count(STDIN) > 1:
+        raise ConfigError("standard input can be read only once; leave out - or --queries.file -")
+    texts = [text for text in texts if text != STDIN]
+    for file in files:
+        texts += read_lines(str(file), "queries")
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            raise DataError(f"query {number} is blank; write what to search for")
+        if not is_unicode(text):
+            raise DataError(f"query {number}, {text!r}, is not valid Unicode; write it in UTF-8")
+    pictures = []
+    for image in images:
+        path = Path(image).expanduser()
+        pictures += [str(path / name) for name in list_images(path)] if path.is_dir() else [str(path)]
+    if not texts and not pictures:
+        raise ConfigError(
+            'there is nothing to search for; give a text ("a dog on a beach"), --queries.file, '
+            "--queries.images, or - to read texts from standard input"
+        )
+    return replace(queries, texts=texts, file=None, images=pictures)
+
+
+def _open(path: str) -> Gallery:
+    """A gallery to be read; of a store, one in memory."""
+    found = open_source(path)
+    if isinstance(found, EmbeddingStore):
+        return Gallery.build(found.read(), found.ids, found.space)
+    return found
+
+
+def _parts(gallery: Gallery, chosen: str | None) -> list[PartSummary]:
+    """What is to be searched: the part that was asked for, or those that have items."""
+    if chosen is not None:
+        gallery.ids_of(chosen)  # which refuses a part that is not there
+        return [part for part in gallery.parts if part.name == chosen]
+    return [part for part in gallery.parts if part.count] or [gallery.parts[0]]
+
+
+def _merge(config: SearchConfig, gallery: Gallery) -> Merge:
+    if config.merge in _MERGES:
+        return _MERGES[config.merge]()
+    if config.merge is not None:
+        return merge_from_dict(read_record(Path(config.merge).expanduser()))
+    assert gallery.path is not None  # a store has one part
+    try:
+        return load_merge(gallery.path)
+    except DataError as error:
+        raise DataError(
+            f"{config.gallery} is being backfilled and does not say how its parts are merged; give --merge "
+            "raw, rank or a file, search one part with --part, or run the backfill with --support"
+        ) from error
+
+
+def _encoders(config: SearchConfig, parts: list[PartSummary], device: str) -> list[DualEncoder]:
+    """For each part an encoder of its space; where there is none, the one that the gallery will refuse."""
+    known = [load_searcher(config, device)]
+    if isinstance(known[0], CompatibleEncoder):
+        known.append(known[0].new)
+    chosen = []
+    for part in parts:
+        fitting = _fitting(known, part)
+        if fitting is None and config.new is not None:
+            known.append(load_encoder(config.new, device))
+            fitting = _fitting(known, part)
+        if fitting is None and len(parts) > 1:
+            raise ConfigError(
+                f"the part {part.name!r} of {config.gallery} is of the space {part.space}; give its encoder "
+                f"as --{'encoder' if part is parts[0] else 'new'}, or search one part with --part"
+            )
+        chosen.append(fitting or known[0])
+    return chosen
+
+
+def _fitting(encoders: list[DualEncoder], part: PartSummary) -> DualEncoder | None:
+    space = part.space
+    if space is None:
+        return encoders[0] if encoders[0].dim == part.dim else None
+    return next((each for each in encoders if each.dim == space.dim and space.same_as(each.space)), None)
+
+
+def load_searcher(config: SearchConfig, device: str) -> DualEncoder:
+    """The encoder, compatible encoder or projection that a config names.
+
+    Raises:
+        XbtError: If it cannot be loaded.
+    """
+    if config.encoder.startswith(BACKENDS):
+        return load_encoder(config.encoder, device)
+    source, revision = split_revision(config.encoder)
+    try:
+        return load_upgraded(source, config.new, config.old, device, revision)
+    except EncoderError as error:
+        raise EncoderError(f"{error} (on the command line: --new, the new encoder, and --old)") from error
+
+
+def _embed(encoder: DualEncoder, queries: Queries, batch_size: int) -> Tensor:
+    """(n, dim) vectors: texts first, then pictures."""
+    texts, images = list(queries.texts), list(queries.images)
+    blocks = []
+    if texts:
+        blocks.append(encoder.encode_texts(texts, batch_size))
+    if images:
+        blocks.append(encoder.encode_images(images, batch_size))
+    return torch.cat(blocks)

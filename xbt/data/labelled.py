@@ -1,0 +1,413 @@
+"""Images with a class each.
+
+Reading which class every image has: from class folders, and from Hugging Face data sets.
+
+Where images with classes come from: what a backbone is trained and judged on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from xbt.data.captions import require_unique
+from xbt.data.files import check_source
+from xbt.data.hf_folders import HUB_PREFIX
+from xbt.data.huggingface import HubImages, check_column, open_dataset, read_column, read_ids
+from xbt.data.image_folder import JoinedPaths, is_hidden, list_images
+from xbt.data.items import SelectedImages, choose_subset
+from xbt.data.pairs import as_listed, image_at, require_lengths
+from xbt.errors import ConfigError, DataError
+from xbt.images import ImageSource, load_image
+
+
+class LabelledImages:
+    """Images with a class each; images stay unread until one is asked for.
+
+    Attributes:
+        ids: One unique name per image: the path below the folder, or ``"row-17"`` of a Hub data set.
+        images: One lazily read source per image.
+        labels: (n,) int64 tensor with values from 0 to ``n_classes - 1``.
+        class_names: The names of all the data set's classes, those without a selected image too.
+        n_classes: Number of classes of the selection: 50 where the first 50 of 100 were asked for.
+
+    Example:
+        >>> images = load_labelled(LabelledSource("cifar100", split="train", classes=50))
+        >>> len(images), images.n_classes, images.total_classes
+        (25000, 50, 100)
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        images: Sequence[ImageSource],
+        labels: Tensor | Sequence[int],
+        class_names: Sequence[str],
+        n_classes: int | None = None,
+    ) -> None:
+        """Checks that ids, images and labels belong together.
+
+        Args:
+            ids: One name per image, unique.
+            images: One path, PIL image or encoded image each; indexed only when an image is needed.
+            labels: One class per image.
+            class_names: The names of all classes.
+            n_classes: Number of classes that may occur, all of them by default.
+
+        Raises:
+            DataError: If the lengths differ, there is no image, an id occurs twice, or a label is no class.
+        """
+        require_lengths(ids=ids, images=images, labels=labels)
+        values = torch.as_tensor(labels)
+        if not len(ids) == len(images) == len(values):
+            raise DataError(
+                f"ids, images and labels must have one entry per image, but there are {len(ids)} ids, "
+                f"{len(images)} images and {len(values)} labels"
+            )
+        if len(ids) == 0:
+            raise DataError("there are no labelled images: give at least one image with a class")
+        ids = as_listed(ids, "ids")
+        require_unique(ids, "labelled images")
+        if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
+            raise DataError(
+                f"labels must be one integer per image, got {values.dtype} of shape {tuple(values.shape)}"
+            )
+        self.n_classes = len(class_names) if n_classes is None else n_classes
+        if not 1 <= self.n_classes <= len(class_names):
+            raise DataError(
+                f"n_classes is {self.n_classes}, but there are names for {len(class_names)} classes; name all"
+            )
+        self.ids = ids
+        self.images = images
+        self.labels = values.to(torch.int64)
+        self.class_names = list(class_names)
+        outside = torch.nonzero((self.labels < 0) | (self.labels >= self.n_classes)).flatten()
+        if len(outside):
+            row = int(outside[0])
+            raise DataError(
+                f"image {self.ids[row]!r} has the label {int(self.labels[row])}, but labels go from 0 to "
+                f"{self.n_classes - 1}; leave it out, or read a split that has labels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"LabelledImages({len(self)} images of {self.n_classes} of {self.total_classes} classes)"
+
+    @property
+    def total_classes(self) -> int:
+        """Number of classes of the whole data set."""
+        return len(self.class_names)
+
+    def image(self, row: int) -> Image.Image:
+        """Decodes one image to RGB.
+
+        Raises:
+            ImageError: If it cannot be decoded; the message names its id.
+        """
+        return load_image(image_at(self.images, row), name=self.ids[row])
+
+    def select(self, rows: Sequence[int]) -> LabelledImages:
+        """Returns some of the images in the given order; no image is read, and the classes stay.
+
+        Args:
+            rows: Rows, each at most once and not negative.
+
+        Raises:
+            DataError: If there is no row, or one is out of range or given twice.
+        """
+        chosen = [int(row) for row in rows]
+        for row in chosen:
+            if not 0 <= row < len(self):
+                raise DataError(f"image {row} was selected, but the rows go from 0 to {len(self) - 1}")
+        return LabelledImages(
+            [self.ids[row] for row in chosen],
+            SelectedImages(self.images, chosen),
+            self.labels[torch.tensor(chosen, dtype=torch.int64)],
+            self.class_names,
+            self.n_classes,
+        )
+
+
+SPLIT_FOLDERS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
+"""Names of folders that are taken for splits when a directory holds nothing else."""
+
+Labelled = tuple[list[str], Sequence[ImageSource], NDArray[np.int64], list[str]]
+"""Ids, unread images, the class of each image, and the names of all classes."""
+
+
+class HubColumns(NamedTuple):
+    """The columns of a data set that hold image and class; ``None`` where they are to be found out."""
+
+    image: str | None
+    label: str | None
+
+
+def read_class_folders(directory: Path, split: str | None) -> Labelled:
+    """Reads a directory in which every class has a folder, with its images in and below it.
+
+    Args:
+        directory: Where the class folders are, or the folders of the splits.
+        split: The folder below ``directory`` that holds the class folders.
+
+    Returns:
+        Ids are paths relative to the class folders' own folder. Classes are the folders in alphabetical
+        order, empty ones too, so that two splits agree as long as they have the same folders.
+
+    Raises:
+        DataError: If there is no such folder or no image, an image lies in no class folder, or the folders
+            are splits and none is chosen.
+    """
+    folder = directory if split is None else directory / split
+    if not folder.is_dir():
+        raise DataError(f"{directory} has no folder {split!r}; it has {_listed(_folders(directory))}")
+    classes = _folders(folder)
+    if split is None and classes and {name.lower() for name in classes} <= SPLIT_FOLDERS:
+        raise DataError(f"{folder} has the splits {_listed(classes)}; choose one with split")
+    names = list_images(folder)
+    number = {name: position for position, name in enumerate(classes)}
+    labels = np.empty(len(names), dtype=np.int64)
+    for row, name in enumerate(names):
+        first, slash, _ = name.partition("/")
+        if not slash:
+            raise DataError(f"{folder / name} lies in no class folder; move it into the folder of its class")
+        labels[row] = number[first]
+    return names, JoinedPaths(folder, names), labels, classes
+
+
+def _folders(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if path.is_dir() and not is_hidden(path.name))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def read_hub_labels(source: str, subset: str | None, split: str | None, columns: HubColumns) -> Labelled:
+    """Reads the classes of a Hugging Face data set; images stay encoded where they are.
+
+    Args:
+        source: ``hf:`` and the name of a Hub data set, or a local directory.
+        subset: Configuration of a Hub data set.
+        split: Which split; may be left out where there is only one.
+        columns: The columns of image and class.
+
+    Returns:
+        Ids are the rows' numbers. Class names are those of the label column where it has them
+        (``ClassLabel``), the distinct words in alphabetical order, or the numbers up to the largest label.
+
+    Raises:
+        DataError: If it cannot be opened, a column does not exist, is ambiguous or holds something else, or a
+            row has no class.
+    """
+    dataset = open_dataset(source, subset, split)
+    image = _column(dataset, columns.image, datasets.Image, "image", source)
+    label = _column(dataset, columns.label, datasets.ClassLabel, "label", source)
+    labels, class_names = _labels(dataset, label, source)
+    return read_ids(dataset, None, source), HubImages(dataset, image, source), labels, class_names
+
+
+def _column(dataset: Any, chosen: str | None, kind: type, usual: str, source: str) -> str:
+    """The chosen column, or else the only one of the kind, or else the one with the usual name."""
+    if chosen is not None:
+        check_column(chosen, dataset.column_names, source)
+        return chosen
+    found: list[str] = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+    if len(found) == 1:
+        return found[0]
+    if usual in dataset.column_names:
+        return usual
+    what = (
+        f"the columns {_listed(found)}" if found else "no such column among " + _listed(dataset.column_names)
+    )
+    raise DataError(f"{source} has {what} for the {usual}; choose one with {usual}_column")
+
+
+def _labels(dataset: Any, column: str, source: str) -> tuple[NDArray[np.int64], list[str]]:
+    feature = dataset.features[column]
+    values = read_column(dataset, column, source)
+    if not values:
+        raise DataError(f"{source} is empty: it holds no image; give a source with images")
+    if None in values:
+        raise DataError(
+            f"{source}, row {values.index(None)}: no class in the column {column!r}; leave such rows out"
+        )
+    dtype = str(getattr(feature, "dtype", feature))
+    if dtype in ("string", "large_string"):
+        names = sorted(set(values))
+        number = {name: position for position, name in enumerate(names)}
+        return np.array([number[value] for value in values], dtype=np.int64), names
+    if "int" not in dtype:
+        raise DataError(f"{source}: the column {column!r} holds {dtype}, not classes; name the label column")
+    labels = np.array(values, dtype=np.int64)
+    named = isinstance(feature, datasets.ClassLabel)
+    names = list(feature.names) if named else [str(number) for number in range(int(labels.max()) + 1)]
+    _check_range(labels, len(names), column, source)
+    return labels, names
+
+
+def _check_range(labels: NDArray[np.int64], count: int, column: str, source: str) -> None:
+    outside = np.flatnonzero((labels < 0) | (labels >= count))
+    if len(outside):
+        row = int(outside[0])
+        raise DataError(
+            f"{source}, row {row}: the class in the column {column!r} is {labels[row]}, but classes go from "
+            f"0 to {max(count - 1, 0)}; read a split that has labels, or leave such rows out"
+        )
+
+
+PRESETS: dict[str, tuple[str, HubColumns]] = {
+    "cifar100": ("hf:uoft-cs/cifar100", HubColumns("img", "fine_label")),
+    "imagenet-1k": ("hf:ILSVRC/imagenet-1k", HubColumns("image", "label")),
+}
+"""Data sets known by name: where the Hub has them, and their columns."""
+
+
+@dataclass
+class LabelledSource:
+    """Where images with classes come from, and which part of them is taken.
+
+    First the classes are chosen, then the fraction of each class, then the limit; the order stays the
+    source's.
+
+    Raises:
+        ConfigError: If ``source`` is empty, a number is out of range, or an option does not apply to this
+            kind of source.
+    """
+
+    source: str
+    """cifar100; imagenet-1k (its Hub repository is gated: accept the terms there and log in, or give root);
+    hf: and a Hub data set or a local directory; or a local directory, with a folder for every class or with
+    the files of a Hub data set."""
+    root: str | None = None
+    """Local directory that holds the files of cifar100 or imagenet-1k, so that nothing is downloaded."""
+    split: str | None = None
+    """Split to read; in a directory of class folders, the folder below it that holds them."""
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    image_column: str | None = None
+    """Column that holds the image; where none is named, the only one that holds images."""
+    label_column: str | None = None
+    """Column that holds the class; where none is named, the only one of classes, or label."""
+    classes: int | None = None
+    """Take only the first so many classes, in the data set's own order (a class split)."""
+    fraction: float | None = None
+    """Take only this part of every class, at least one image, chosen with the seed (a data split); the choice
+    for a smaller fraction is part of the one for a larger."""
+    limit: int | None = None
+    """Take only so many images in all, chosen at random with the seed."""
+    seed: int = 0
+    """Seed of these choices."""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        check_source(self.source, self.limit)
+        if self.classes is not None and self.classes < 1:
+            raise ConfigError(f"classes is {self.classes}, but must be at least 1; leave it out to take all")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise ConfigError(f"fraction is {self.fraction}, but must lie above 0 and be at most 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, but must not be negative")
+        if self.root is not None and self.source not in PRESETS:
+            raise ConfigError(
+                f"root {self.root!r} was given with {self.source}, but only {' and '.join(PRESETS)} have "
+                "one; make the directory the source"
+            )
+
+
+def load_labelled(source: LabelledSource | str) -> LabelledImages:
+    """Opens images with classes; none is decoded.
+
+    Args:
+        source: What to read; a plain string stands for ``LabelledSource(string)``.
+
+    Returns:
+        The selected images. Labels are the data set's own numbers; where classes are folders or words, their
+        rank in alphabetical order.
+
+    Raises:
+        ConfigError: If an option does not apply to this kind of source.
+        DataError: If the source cannot be read or holds no image, a label is missing or no class of the data
+            set, or more classes are asked for than there are; the message names the place and the fix.
+
+    Example:
+        >>> load_labelled("flowers/")
+        >>> load_labelled(LabelledSource("imagenet-1k", split="train", classes=500))
+    """
+    if isinstance(source, str):
+        source = LabelledSource(source)
+    ids, images, labels, class_names = _read(source)
+    total = len(class_names)
+    if source.classes is not None and source.classes > total:
+        raise DataError(
+            f"classes is {source.classes}, but {source.source} has only {total}; ask for at most that many"
+        )
+    n_classes = source.classes or total
+    rows = _choose(labels, n_classes, source)
+    if not len(rows):
+        raise DataError(f"{source.source} holds no image of its first {n_classes} classes; take more classes")
+    if len(rows) == len(labels):
+        return LabelledImages(ids, images, torch.from_numpy(labels), class_names, n_classes)
+    chosen = rows.tolist()
+    return LabelledImages(
+        [ids[row] for row in chosen],
+        SelectedImages(images, chosen),
+        torch.from_numpy(labels[rows]),
+        class_names,
+        n_classes,
+    )
+
+
+def _read(source: LabelledSource) -> Labelled:
+    name, usual = PRESETS.get(source.source, (source.source, HubColumns(None, None)))
+    if source.root is not None:
+        name = source.root
+    directory = Path(name).expanduser()
+    if not name.startswith(HUB_PREFIX) and not directory.is_dir():
+        raise DataError(
+            f"{name} is no directory; give a directory of class folders or of parquet files, hf: and a data "
+            f"set, or one of {', '.join(PRESETS)}"
+        )
+    if name.startswith(HUB_PREFIX) or _holds_dataset(directory):
+        columns = HubColumns(source.image_column or usual.image, source.label_column or usual.label)
+        return read_hub_labels(name, source.subset, source.split, columns)
+    for option in ("subset", "image_column", "label_column"):
+        value = getattr(source, option)
+        if value is not None:
+            raise ConfigError(
+                f"{option} {value!r} was given with {name}, a directory of class folders, which has no such "
+                "option; leave it out"
+            )
+    return read_class_folders(directory, source.split)
+
+
+def _holds_dataset(directory: Path) -> bool:
+    """Whether a directory holds a data set's files, and not class folders."""
+    names = ("state.json", "dataset_dict.json")
+    return any((directory / name).exists() for name in names) or any(
+        next(directory.glob(pattern), None) is not None for pattern in ("*.parquet", "*/*.parquet")
+    )
+
+
+def _choose(labels: NDArray[np.int64], n_classes: int, source: LabelledSource) -> NDArray[np.int64]:
+    """The rows that are taken, ascending."""
+    kept = labels < n_classes
+    if source.fraction is not None:
+        for label in np.unique(labels[kept]):
+            members = np.flatnonzero(labels == label)
+            count = max(1, round(source.fraction * len(members)))
+            # Drawn by class and cut from one order: neither other classes nor the fraction change it.
+            order = np.random.default_rng([source.seed, int(label)]).permutation(len(members))
+            kept[members[order[count:]]] = False
+    rows = np.flatnonzero(kept)
+    return rows[choose_subset(len(rows), source.limit, source.seed)]

@@ -1,0 +1,402 @@
+"""Files that name images and give their captions: Karpathy's and COCO's JSON, and lines of text.
+
+CLIP_benchmark's folders of tars with images and their captions.
+
+The layout (LAION's CLIP_benchmark, ``clip_benchmark_export_wds``; ``clip-benchmark/wds_*`` on the Hub)::
+
+    dataset_type.txt      retrieval
+    test/nshards.txt      2
+    test/0.tar            s0000000.jpg, s0000000.txt (one caption a line), s0000001.jpg, ...
+    test/1.tar
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import fsspec  # type: ignore[import-untyped]
+from huggingface_hub import snapshot_download
+
+from xbt.data.caption_tables import TABLE_KINDS, read_table
+from xbt.data.files import (
+    ALL_SPLITS,
+    as_captions,
+    check_is_file,
+    choose_splits,
+    kind_of,
+    name_within,
+    read_json,
+    read_text,
+    unpacked,
+)
+from xbt.data.items import readable
+from xbt.data.karpathy import is_karpathy, parse_karpathy
+from xbt.data.tars import DAMAGE, missing, one_line, read_samples
+from xbt.errors import ConfigError, DataError
+from xbt.images import ImageSource
+
+
+class NamedImages(NamedTuple):
+    """What such a file holds.
+
+    Attributes:
+        names: The file name of each image, with its folder where the file gives one.
+        captions: The captions of each image as they stand, blank ones included.
+    """
+
+    names: list[str]
+    captions: list[list[str]]
+
+
+def read_pair_file(
+    path: Path,
+    split: str | None,
+    root: Path,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> NamedImages:
+    """Reads images and captions from a file, plain or gzipped.
+
+    Args:
+        path: A Karpathy split file or a file in COCO's caption format (``.json``), or text with an image's
+            name and a caption on each line (``.txt``, ``.token``, ``.csv``, ``.tsv``); see
+            :mod:`~xbt.data.caption_tables`.
+        split: Splits of a Karpathy file; the other formats hold one split each.
+        root: Folder that the names are relative to, and may not leave.
+        image_column: Column of the names in a table, where it has an unusual name.
+        caption_column: Column of the captions, likewise.
+
+    Returns:
+        The images in the file's order.
+
+    Raises:
+        ConfigError: If a split is given for a file that has none.
+        DataError: If the file cannot be read, is of another format, or a name leaves the folder; the message
+            gives the place.
+    """
+    check_is_file(path)
+    kind = kind_of(path)
+    if kind not in (".json", ".txt", *TABLE_KINDS):
+        raise DataError(
+            f"pairs cannot be loaded from {path}: give a Karpathy split file or COCO captions (.json), text "
+            "with name.jpg,caption on each line (.txt, .csv, .tsv, .token; each may end in .gz), a folder of "
+            "CLIP_benchmark's tars, hf: and a data set, or scenes"
+        )
+    content = read_json(path) if kind == ".json" else None
+    if is_karpathy(content):
+        records = parse_karpathy(content, path, split, root)
+        return NamedImages([each.name for each in records], [list(each.sentences) for each in records])
+    if split is not None:
+        raise ConfigError(
+            f"split {split!r} was given, but {path} has no splits: it is one; leave split out and name the "
+            "file of the split that you mean"
+        )
+    if kind == ".json":
+        return read_coco_captions(content, path, root)
+    return read_image_lines(path, root, image_column, caption_column)
+
+
+def read_image_lines(
+    path: Path, root: Path, image_column: str | None = None, caption_column: str | None = None
+) -> NamedImages:
+    """Reads text with an image's name and a caption on each line.
+
+    Args:
+        path: The file; its first line may be a header.
+        root: Folder that the names are relative to, and may not leave.
+        image_column: Column of the names, where it has an unusual name.
+        caption_column: Column of the captions, likewise.
+
+    Returns:
+        The images in the order in which they first occur.
+
+    Raises:
+        DataError: If the file cannot be read, holds no image, or a line does not name one.
+    """
+    captions: dict[str, list[str]] = {}
+    for row in read_table(read_text(path), path, image_column, caption_column, pairs=True) or []:
+        where = f"{path}, line {row.number}"
+        if not row.image:
+            raise DataError(
+                f"{where}: no image is named; give a file with an image and a caption on each line"
+            )
+        name_within(root, row.image, where)
+        captions.setdefault(row.image, []).extend(
+            each or "" for each in as_captions(unpacked(row.caption, where), where, "fix the line")
+        )
+    if not captions:
+        raise DataError(
+            f"{path} names no image: captions alone are no pairs; write name.jpg,caption on every line, or "
+            "use it as captions"
+        )
+    return NamedImages(list(captions), list(captions.values()))
+
+
+def read_coco_captions(content: Any, path: Path, root: Path) -> NamedImages:
+    """Joins the images and the annotations of a file in COCO's caption format; nocaps uses it as well.
+
+    Args:
+        content: What the file holds: ``images`` with ``id`` and ``file_name``, and ``annotations`` with
+            ``image_id`` and ``caption``.
+        path: The file, for errors.
+        root: Folder that the names are relative to, and may not leave.
+
+    Returns:
+        The images in the file's order.
+
+    Raises:
+        DataError: If a record lacks a key, an id is no number or string or occurs twice, a name leaves the
+            folder, or a caption belongs to no image of the file; the message gives the position.
+    """
+    names: dict[Any, str] = {}
+    for position, image in enumerate(_records(content, "images", path)):
+        where = f"{path}: record {position} of 'images'"
+        identity, name = _values(image, ("id", "file_name"), where, "image")
+        if not isinstance(name, str):
+            raise DataError(
+                f"{where} has a {type(name).__name__} under 'file_name' instead of a name; fix the record"
+            )
+        if identity in names:
+            raise DataError(f"{where}: the image id {identity!r} occurs more than once; ids must be unique")
+        name_within(root, name, where)
+        names[identity] = name
+    captions: dict[Any, list[str]] = {identity: [] for identity in names}
+    for position, annotation in enumerate(_records(content, "annotations", path)):
+        where = f"{path}: record {position} of 'annotations'"
+        identity, caption = _values(annotation, ("image_id", "caption"), where, "caption")
+        if identity not in captions:
+            raise DataError(
+                f"{where} is a caption of the image {identity!r}, which is not among the file's 'images'; "
+                "give a complete file"
+            )
+        captions[identity] += [each or "" for each in as_captions(caption, where, "fix the record")]
+    return NamedImages(list(names.values()), list(captions.values()))
+
+
+def _records(content: Any, key: str, path: Path) -> list[Any]:
+    records = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(records, list) or not records:
+        raise DataError(
+            f"{path} holds no list of {key!r}: it is neither in Karpathy's format (a dataset_*.json file) "
+            "nor in COCO's caption format with 'images' and 'annotations'; give a complete file"
+        )
+    return records
+
+
+def _values(record: Any, keys: tuple[str, str], where: str, kind: str) -> tuple[Any, Any]:
+    for key in keys:
+        if not isinstance(record, dict) or key not in record:
+            raise DataError(f"{where} lacks the key {key!r}; give a file with COCO's {kind} records")
+    identity = record[keys[0]]
+    is_number = isinstance(identity, int | float) and not isinstance(identity, bool)
+    if not isinstance(identity, str) and not (is_number and abs(identity) < float("inf")):
+        raise DataError(
+            f"{where} has the image id {str(identity)[:40]}, a {type(identity).__name__}, where a number "
+            "should be; fix the record"
+        )
+    return identity, record[keys[1]]
+
+
+_HUB_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(/.*)?")
+_MOST_DIGITS = 18
+_NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
+_PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz"}
+
+
+class TarredPairs(NamedTuple):
+    """What such a folder holds.
+
+    Attributes:
+        ids: ``"<split>/<shard>/<key>"`` of each image.
+        images: The encoded images, read from their tar when one is asked for.
+        captions: The captions of each image as they stand, blank ones included.
+    """
+
+    ids: list[str]
+    images: TarredImages
+    captions: list[list[str]]
+
+
+class TarredImages(Sequence[ImageSource]):
+    """Images that are read from the middle of their (uncompressed) tars, on any file system of fsspec."""
+
+    def __init__(self) -> None:
+        self._tars: list[str] = []
+        self._places: list[tuple[int, int, int]] = []
+
+    def add(self, tar: str, places: Sequence[tuple[int, int]]) -> None:
+        """Appends the images of one tar, given offset and size of each."""
+        self._tars.append(tar)
+        self._places += [(len(self._tars) - 1, *place) for place in places]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> bytes: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[bytes]: ...
+    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        tar, start, size = self._places[index]
+        files, path = fsspec.core.url_to_fs(self._tars[tar])
+        return bytes(files.cat_file(path, start=start, end=start + size))
+
+
+def read_retrieval_folder(source: str, split: str | None) -> TarredPairs:
+    """Lists the images and captions of such a folder; no image is decoded.
+
+    Args:
+        source: A folder, a URL that fsspec opens, or ``hf://datasets/org/name``, perhaps with ``@revision``
+            and a folder in the repository, of which the wanted splits are fetched to the Hub cache.
+        split: ``test``, several joined by ``+``, or ``all``; may be left out where there is only one.
+
+    Returns:
+        The pairs, shard by shard.
+
+    Raises:
+        DataError: If it is no such folder, its ``dataset_type.txt`` says something else than ``retrieval``, a
+            split or a shard is missing, a tar is compressed or damaged, a caption file has no picture, or a
+            sample comes twice, or the Hub repository cannot be fetched.
+    """
+    hub = _HUB_URL.fullmatch(source)
+    root = source.rstrip("/") if hub is None else _fetch_splits(hub, split)
+    files, base = _file_system(root)
+    present = _splits(files, base)
+    if not present:
+        raise DataError(
+            f"{source} is a directory without a split of CLIP_benchmark's, such as test/ with nshards.txt "
+            "and 0.tar in it; name a file, or write hf: before a directory of parquet files"
+        )
+    kind = _read_text(files, f"{base}/dataset_type.txt")
+    if kind is not None and kind.strip().lower() != "retrieval":
+        raise DataError(
+            f"{source} is a data set of the type {kind.strip()!r}, says its dataset_type.txt; give one of "
+            "the type 'retrieval'"
+        )
+    if split is None and len(present) > 1:
+        raise DataError(f"{source} has the splits {', '.join(present)}; choose one with split")
+    pairs = TarredPairs([], TarredImages(), [])
+    for name in choose_splits(split, present, source):
+        for number in range(_shards(files, f"{base}/{name}", f"{source}/{name}")):
+            _add_shard(pairs, f"{root}/{name}/{number}.tar", f"{name}/{number}")
+    return pairs
+
+
+def _fetch_splits(hub: re.Match[str], split: str | None) -> str:
+    """The snapshot of a Hub data set, with the wanted splits in it."""
+    repo, revision, folder = hub[1], hub[2], (hub[3] or "").strip("/")
+    inside = f"{folder}/" if folder else ""
+    # The small files first: they tell which splits there are.
+    patterns = [f"{inside}dataset_type.txt", f"{inside}*/nshards.txt"]
+    snapshot = _snapshot(repo, revision, patterns)
+    root = f"{snapshot}/{folder}".rstrip("/")
+    present = _splits(*_file_system(root))
+    if split is not None or len(present) == 1:
+        wanted = choose_splits(split or ALL_SPLITS, present, f"hf://datasets/{repo}")
+        patterns += [f"{inside}{name}/*" for name in wanted]
+        _snapshot(repo, revision, patterns)
+    return root
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
+    try:
+        return snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    except Exception as error:  # the HTTP library's own errors share no kind with the Hub's
+        at = f" at revision {revision}" if revision else ""
+        raise DataError(
+            f"the Hub data set {repo}{at} cannot be fetched ({one_line(error)[:300]}); check its name and "
+            "your connection, or give a local copy"
+        ) from error
+
+
+def _file_system(root: str) -> tuple[Any, str]:
+    try:
+        files, base = fsspec.core.url_to_fs(root)
+        return files, str(base).rstrip("/")
+    except (ImportError, ValueError, OSError) as error:
+        raise DataError(f"{root} cannot be opened ({one_line(error)}); check the URL") from error
+
+
+def _splits(files: Any, base: str) -> list[str]:
+    found = (path for path in sorted(files.glob(f"{base}/*/nshards.txt")))
+    return [str(path).rsplit("/", 2)[1] for path in found]
+
+
+def _read_text(files: Any, path: str) -> str | None:
+    if not files.exists(path):
+        return None
+    return str(files.cat_file(path).decode("utf-8", "replace"))
+
+
+def _shards(files: Any, base: str, where: str) -> int:
+    """How many shards a split has: what nshards.txt says, if they are all there."""
+    told = (_read_text(files, f"{base}/nshards.txt") or "").strip()
+    if not told.isdecimal() or len(told) > _MOST_DIGITS or int(told) < 1:
+        raise DataError(
+            f"{where}/nshards.txt says {told[:40]!r} where the number of tars should be; correct it"
+        )
+    count = int(told)
+    present = {str(path).rsplit("/", 1)[-1] for path in files.glob(f"{base}/*.tar")}
+    # Counted by the tars that are there: the number may be any.
+    there = {stem for name in present if _NUMBER.fullmatch(stem := name.removesuffix(".tar"))}
+    absent = count - sum(int(stem) < count for stem in there)
+    if absent:
+        first = next(number for number in range(count) if str(number) not in there)
+        raise DataError(
+            f"{where}/nshards.txt says {count} tars, but {absent} of them are missing, first {first}.tar; "
+            "copy or download them"
+        )
+    if len(present) > count:
+        raise DataError(
+            f"{where}/nshards.txt says {count} tars, but {len(present)} are there; take the surplus away or "
+            "correct the number"
+        )
+    return count
+
+
+def _add_shard(pairs: TarredPairs, tar: str, name: str) -> None:
+    try:
+        with fsspec.open(tar, "rb") as file:
+            packed = _PACKED.get(file.read(2))
+        if packed is not None:
+            raise DataError(
+                f"{tar} is compressed ({packed}), and images cannot be read from its middle; unpack it"
+            )
+        captions = dict(_captions(tar))
+        places: list[tuple[int, int]] = []
+        for sample in read_samples(tar, "image"):
+            if sample.fault == missing("image"):
+                raise DataError(
+                    f"{tar}, sample {sample.key}: a caption file without a picture; write the tar again"
+                )
+            if sample.fault is not None:
+                raise DataError(f"{tar}, sample {sample.key}: {sample.fault}; write the tar again")
+            places.append(sample.place)
+            pairs.ids.append(readable(f"{name}/{sample.key}"))
+            pairs.captions.append(captions.get(sample.key, []))
+    except DataError:
+        raise
+    except DAMAGE as error:
+        raise DataError(
+            f"{tar} cannot be read to its end ({one_line(error)}); copy or download it again"
+        ) from error
+    pairs.images.add(tar, places)
+
+
+def _captions(tar: str) -> Iterator[tuple[str, list[str]]]:
+    for sample in read_samples(tar, "caption"):
+        if sample.fault == missing("caption"):
+            continue  # an image without captions, as other formats have them too
+        if sample.fault is not None:
+            raise DataError(f"{tar}, sample {sample.key}: {sample.fault}; write the tar again")
+        try:
+            text = sample.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{tar}: {sample.member} is not UTF-8; write the tar again") from error
+        # A line break within a caption was exported as a backslash and an n.
+        yield sample.key, [line.replace("\\n", "\n") for line in text.splitlines()]

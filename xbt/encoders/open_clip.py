@@ -1,0 +1,268 @@
+"""Encoders from open_clip: its pretrained tags, weight files, Hub repositories and local directories.
+
+open_clip's texts: tokens, counted where they are cut, and text towers at a shorter context.
+"""
+
+from __future__ import annotations
+
+import copy
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from open_clip.tokenizer import SigLipTokenizer, SimpleTokenizer, basic_clean, canonicalize_text
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xbt.encoders.base import DualEncoder, has_path
+from xbt.encoders.open_clip_loading import (
+    WEIGHTS_FILE,
+    build,
+    builtin_config,
+    find_open_clip,
+    make_tokenizer,
+    with_text_model,
+    write_config,
+)
+from xbt.encoders.quiet import quiet
+from xbt.encoders.text_batching import TextTransform, Tokenized, require_known
+from xbt.errors import EncoderError
+from xbt.hub import HubAccess
+from xbt.space import PROBE_TEXTS
+
+
+class OpenClipTexts:
+    """Texts to tokens with a tokenizer of open_clip; picklable, holds no weights.
+
+    Args:
+        name: The encoder's name, for errors.
+        tokenizer: open_clip's tokenizer.
+        vocab_size: Number of tokens the model embeds.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, vocab_size: int) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+
+    def __call__(self, texts: list[str]) -> Tokenized:
+        """Tokenises n texts, and finds those that were cut."""
+        tokenizer, context = self._tokenizer, int(self._tokenizer.context_length)
+        if not texts:
+            return Tokenized(torch.zeros(0, context, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+        tokens = require_known(tokenizer(texts), self._vocab_size, self._name)
+        pad = 0
+        if not isinstance(tokenizer, SimpleTokenizer):
+            pad = tokenizer.tokenizer.pad_token_id
+        # A text can only have been cut where the row is full; the last position alone does not show it where
+        # the padding token is the end token. Counting a text again is only needed for those rows.
+        full = (tokens[:, -2:] != pad).any(dim=1)
+        cut = [suspect and self._length(text) > context for text, suspect in zip(texts, full, strict=True)]
+        return Tokenized(tokens, torch.tensor(cut))
+
+    def _length(self, text: str) -> int:
+        """Number of tokens of a text before cutting, special tokens included."""
+        tokenizer = self._tokenizer
+        if isinstance(tokenizer, SimpleTokenizer):
+            return len(tokenizer.encode(text)) + 2
+        if isinstance(tokenizer, SigLipTokenizer):
+            cleaned = canonicalize_text(basic_clean(text))
+        else:
+            cleaned = tokenizer.clean_fn(text)
+        own_frame = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # begin, end and class token, by hand
+        ids = tokenizer.tokenizer(cleaned, add_special_tokens=not own_frame, verbose=False).input_ids
+        return len(ids) + (3 if own_frame else 0)
+
+
+def encode_tokens(clip: Any, tokens: Tensor) -> Tensor:
+    """``clip.encode_text`` for tokens that may be shorter than the context.
+
+    Args:
+        clip: A model of open_clip, without peft around it.
+        tokens: (n, length) int64 on its device.
+
+    Returns:
+        (n, dim) vectors of any length, differentiable in all weights.
+    """
+    tower, length = getattr(clip, "text", clip), tokens.shape[1]
+    # Text models of transformers have positions of their own and take any length.
+    if hasattr(tower, "positional_embedding") and length < tower.context_length:
+        positions, mask = tower.positional_embedding, tower.attn_mask
+        short = _with(
+            tower,
+            positional_embedding=positions[:length],
+            attn_mask=None if mask is None else mask[:length, :length],
+        )
+        clip = short if tower is clip else _with(clip, text=short)
+    features: Tensor = clip.encode_text(tokens)
+    return features
+
+
+def _with(module: nn.Module, **attributes: Any) -> nn.Module:
+    """A module that shares everything with another one but some attributes.
+
+    The original stays untouched, unlike with ``torch.func.functional_call``: other threads may be using it.
+    """
+    view = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        held = getattr(module, registry)
+        view.__dict__[registry] = {name: held[name] for name in held if name not in attributes}
+    view.__dict__.update(attributes)
+    return view
+
+
+class OpenClipEncoder(DualEncoder):
+    """A CLIP built by open_clip.
+
+    Attributes:
+        model_config: open_clip's description of the architecture: ``embed_dim``, ``vision_cfg``,
+            ``text_cfg`` and more.
+        tokenizer: open_clip's tokenizer for it.
+    """
+
+    # Residual blocks hold nn.MultiheadAttention, timm's vision transformers and Hugging Face text models
+    # separate linear layers.
+    lora_targets: ClassVar[dict[str, str]] = {
+        "text": r"(text\.)?transformer\.resblocks\.\d+\.attn|text\.transformer\..*\.(query|key|value)",
+        "image": r"visual\.transformer\.resblocks\.\d+\.attn|visual\.trunk\.(.*\.)?attn\.(qkv|proj)",
+    }
+
+    def __init__(self, name: str, module: nn.Module, model_config: dict[str, Any], tokenizer: Any) -> None:
+        clip: Any = module
+        config: dict[str, Any] = clip.visual.preprocess_cfg
+        super().__init__(
+            name,
+            module,
+            dim=int(model_config["embed_dim"]),
+            context_length=int(tokenizer.context_length),
+            preprocessing=_describe(config),
+            image_transform=image_transform_v2(PreprocessCfg(**config), is_train=False),
+        )
+        self.model_config = model_config
+        self.tokenizer = tokenizer
+        self.text_transform(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
+
+    @classmethod
+    def create(
+        cls,
+        model_config: dict[str, Any] | str,
+        preprocess: dict[str, Any] | None = None,
+        name: str = "open_clip:untrained",
+    ) -> Self:
+        """Makes a randomly initialised, trainable model; seed torch beforehand.
+
+        Args:
+            model_config: An open_clip model config, or the name of a built-in architecture. Models that use
+                open_clip's own tokenizer need ``vocab_size`` 49408.
+            preprocess: Overrides of open_clip's image preprocessing, such as ``mean``, ``std``,
+                ``interpolation`` ("bicubic", "bilinear") or ``resize_mode`` ("shortest", "squash").
+            name: What the encoder and its space are called.
+
+        Returns:
+            An encoder in training mode whose weights require gradients.
+
+        Raises:
+            EncoderError: If the architecture is unknown or the config does not describe one.
+        """
+        config = builtin_config(model_config) if isinstance(model_config, str) else deepcopy(model_config)
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+        if missing:
+            raise EncoderError(f"the open_clip model config lacks {', '.join(sorted(missing))}")
+        try:
+            with quiet():
+                module = build(with_text_model(config), preprocess or {})
+            tokenizer = make_tokenizer(config["text_cfg"])
+        except Exception as error:
+            raise EncoderError(f"open_clip cannot build a model from {config}: {error}") from error
+        return cls(name, module, config, tokenizer)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes open_clip's own directory format; ``"open_clip:local-dir:DIRECTORY"`` loads it.
+
+        Args:
+            directory: Made if it does not exist; files of an earlier model in it are replaced.
+
+        Raises:
+            EncoderError: If LoRA is attached; the base and the adapter are saved separately.
+        """
+        if hasattr(self.module, "peft_config"):
+            raise EncoderError(f"{self.name} has LoRA attached; save the adapter with save_lora instead")
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Clones, because safetensors refuses tensors that share memory.
+        state = {key: value.cpu().contiguous().clone() for key, value in self.module.state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE)
+        config = deepcopy(self.model_config)
+        if not isinstance(self.tokenizer, SimpleTokenizer):
+            self.tokenizer.save_pretrained(folder)
+            # open_clip looks for tokenizer files in the directory whenever this key is present.
+            config["text_cfg"].setdefault("hf_tokenizer_name", ".")
+        write_config(folder, config, self._clip.visual.preprocess_cfg)
+
+    @property
+    def text_transform(self) -> TextTransform:
+        """open_clip's own tokenizer."""
+        clip = self._clip  # CoCa has its vocabulary in the text tower alone
+        text = clip if hasattr(clip, "vocab_size") else clip.text
+        return OpenClipTexts(self.name, self.tokenizer, text.vocab_size)
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        return encode_tokens(self._bare, tokens)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self._clip.encode_image(pixels)
+        return features
+
+    def _towers(self) -> list[nn.Module]:
+        clip = self._bare
+        return [clip.visual, getattr(clip, "text", clip).transformer]
+
+    def _last_layers(self) -> dict[str, str]:
+        clip = self._bare
+        text = "text." if hasattr(clip, "text") else ""
+        # Text models of transformers call it proj; ResNets pool with attention; timm models have a head.
+        ends = {
+            "text": [f"{text}text_projection", f"{text}proj"],
+            "image": ["visual.proj", "visual.attnpool.c_proj", "visual.head.proj", "visual.trunk.head"],
+        }
+        return {tower: next(filter(partial(has_path, clip), ends[tower]), ends[tower][0]) for tower in ends}
+
+
+def load_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipEncoder:
+    """Loads what follows ``open_clip:`` in a specification.
+
+    Args:
+        rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
+        name: The whole specification.
+        access: How the Hub is asked; its revision comes before the one in the specification.
+
+    Returns:
+        A frozen fp32 encoder in eval mode.
+
+    Raises:
+        EncoderError: If the directory, architecture or tag does not exist, architecture and tag were trained
+            with different activations, or a config says what it must not.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config asks for more
+            than the weights account for. Errors of open_clip itself are passed through.
+    """
+    source = find_open_clip(rest, name, access)
+    module = source.module()
+    encoder = OpenClipEncoder(name, module, source.config, source.tokenizer())
+    module.eval().requires_grad_(False)
+    encoder.revision = source.revision
+    return encoder
+
+
+def _describe(config: dict[str, Any]) -> dict[str, Any]:
+    size = config["size"]
+    return {
+        "backend": "pil",
+        "size": list(size) if isinstance(size, list | tuple) else [size, size],
+        "interpolation": config["interpolation"],
+        "resize_mode": config["resize_mode"],
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+    }

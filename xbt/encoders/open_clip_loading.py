@@ -1,0 +1,299 @@
+"""The sources of a model of open_clip: config, weights and tokenizer, found before anything is built.
+
+Building models and tokenizers of open_clip from a config, of which only sizes and options count.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import open_clip
+from huggingface_hub import try_to_load_from_cache
+from open_clip.hf_configs import arch_dict
+from open_clip.pretrained import (
+    download_pretrained_from_hf,
+    get_pretrained_cfg,
+    list_pretrained_tags_by_model,
+)
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import nn
+
+from xbt.encoders.loading import own_file, read_plain_transformers, require_plain_open_clip
+from xbt.encoders.weights_files import load_weights_file
+from xbt.errors import EncoderError
+from xbt.hub import (
+    SAFE_PATTERNS,
+    HubAccess,
+    cached_commit,
+    fetch_repository,
+    is_snapshot,
+    proportionate,
+    read_json,
+    split_revision,
+)
+
+CONFIG_FILE = "open_clip_config.json"
+_HERE = HubAccess()
+
+
+def build(config: dict[str, Any], preprocess: dict[str, Any]) -> nn.Module:
+    """Builds a model with random weights.
+
+    Raises:
+        EncoderError: If the config would run code or fetch an image tower.
+    """
+    require_plain_open_clip(config, "the open_clip model config")
+    with TemporaryDirectory() as directory:
+        write_config(Path(directory), config, preprocess)
+        module: nn.Module = open_clip.create_model(
+            f"local-dir:{directory}", precision="fp32", load_weights=False, pretrained_text=False
+        )
+    return module
+
+
+def with_text_model(
+    config: dict[str, Any], access: HubAccess = _HERE, foreign: bool = False
+) -> dict[str, Any]:
+    """A config whose text tower, if transformers builds it, is described by a checked file of this machine.
+
+    Args:
+        config: An open_clip model config.
+        access: How the Hub is asked for the text model's config; nothing else of it is fetched.
+        foreign: Whether the config came from the Hub: then a path in it is not followed.
+
+    Raises:
+        EncoderError: If open_clip knows no such text model, or its config says what it must not.
+        SavedPartError: If it cannot be fetched.
+    """
+    text = config.get("text_cfg")
+    name = text.get("hf_model_name") if isinstance(text, dict) else None
+    if not name:
+        return config
+    folder = Path(str(name)).expanduser()
+    if foreign or not folder.is_dir():
+        folder = fetch_repository(str(name), access, ["config.json"])
+    kind = read_plain_transformers(folder).get("model_type")
+    if kind not in arch_dict:
+        raise EncoderError(
+            f"the text model '{name}' is of type {kind!r:.80}, and code of a repository is not run; "
+            f"open_clip builds {', '.join(arch_dict)}"
+        )
+    return config | {"text_cfg": {**config["text_cfg"], "hf_model_name": str(folder)}}
+
+
+def make_tokenizer(text: dict[str, Any]) -> Any:
+    """open_clip's tokenizer for a ``text_cfg``; code of a repository is never run."""
+    length, options = text.get("context_length", 77), text.get("tokenizer_kwargs") or {}
+    source = text.get("hf_tokenizer_name")
+    if not source:
+        return SimpleTokenizer(context_length=length, **options)
+    mode = text.get("tokenizer_mode")
+    return HFTokenizer(source, context_length=length, tokenizer_mode=mode, trust_remote_code=False, **options)
+
+
+def write_config(folder: Path, model_config: dict[str, Any], preprocess: dict[str, Any]) -> None:
+    """Writes ``open_clip_config.json``."""
+    # The size is left out: open_clip takes it from the image tower.
+    kept = {key: preprocess[key] for key in preprocess if key not in ("size", "mode")}
+    config = {"model_cfg": model_config, "preprocess_cfg": kept}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+WEIGHTS_FILE = "open_clip_model.safetensors"
+_OLD_WEIGHTS_FILE = "open_clip_pytorch_model.bin"
+_WEIGHTS_PATTERNS = (WEIGHTS_FILE, "*.safetensors", _OLD_WEIGHTS_FILE, "*.bin", "*.pth", "*.pt")
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class OpenClipSource:
+    """The parts that a model is built of.
+
+    Attributes:
+        config: open_clip's description of the architecture.
+        preprocess: Its image preprocessing, as far as it differs from open_clip's default.
+        weights: File of the weights.
+        folder: The directory that the config was read in, if it is none of open_clip's own.
+        access: How the Hub is asked for what a config names besides.
+        revision: The commit of the Hub repository, if it came from one.
+    """
+
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
+    weights: Path
+    folder: Path | None
+    access: HubAccess
+    revision: str | None
+
+    def module(self) -> nn.Module:
+        """Builds the model, of no more than the weights account for, and loads them strictly.
+
+        Raises:
+            EncoderError, SavedPartError: If the config asks for too much, or for what is not to be fetched.
+        """
+        if self.folder is None:
+            module = build(with_text_model(self.config, self.access), self.preprocess)
+        else:
+            config = with_text_model(self.config, self.access, is_snapshot(self.folder))
+            with proportionate([own_file(self.weights)], self.folder / CONFIG_FILE):
+                module = build(config, self.preprocess)
+        load_weights_file(module, self.weights)
+        return module
+
+    def tokenizer(self) -> Any:
+        """open_clip's tokenizer for it: the directory's own if there is one, else what the config names."""
+        text = dict(self.config["text_cfg"])
+        name = text.get("hf_tokenizer_name")
+        if (
+            name
+            and self.folder is not None
+            and (
+                not is_snapshot(self.folder)
+                or any((self.folder / each).exists() for each in _TOKENIZER_FILES)
+            )
+        ):
+            text["hf_tokenizer_name"] = str(self.folder)
+        elif name:
+            text["hf_tokenizer_name"] = str(
+                fetch_repository(str(name), self.access, SAFE_PATTERNS, (*_TOKENIZER_FILES, "config.json"))
+            )
+        return make_tokenizer(text)
+
+
+def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
+    """Finds, and downloads if need be, what follows ``open_clip:`` in a specification.
+
+    Args:
+        rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
+        name: The whole specification.
+        access: How the Hub is asked; its revision comes before the one in the specification.
+
+    Raises:
+        EncoderError: If the directory, architecture or tag does not exist, architecture and tag were trained
+            with different activations, or a config says what it must not.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config is no JSON.
+    """
+    if rest.startswith("local-dir:"):
+        folder = Path(rest.removeprefix("local-dir:")).expanduser()
+        if not folder.is_dir():
+            raise EncoderError(f"the directory {folder} of '{name}' does not exist")
+        if not (folder / CONFIG_FILE).is_file():
+            raise EncoderError(f"{folder} has no {CONFIG_FILE}, so '{name}' is not an open_clip directory")
+        return _in_folder(folder, _weights_in(folder), access.at(None), None)
+    if rest.startswith("hf-hub:"):
+        repo, revision = split_revision(rest.removeprefix("hf-hub:"))
+        patterns = (*SAFE_PATTERNS, WEIGHTS_FILE)
+        folder = fetch_repository(repo, access.at(access.revision or revision), patterns, [WEIGHTS_FILE])
+        if not (folder / CONFIG_FILE).is_file():
+            raise EncoderError(
+                f"the Hub repository {repo} has no {CONFIG_FILE}, so it is no model of open_clip"
+            )
+        return _in_folder(folder, folder / WEIGHTS_FILE, access.at(None), folder.name)
+    arch, _, tag = rest.partition("/")
+    config, trained = check_tag(arch, tag), dict(get_pretrained_cfg(arch, tag))
+    weights = _tag_weights(trained, name, access) if trained else Path(tag).expanduser()
+    repo = str(trained.get("hf_hub", "")).rstrip("/")
+    commits = (
+        cached_commit(repo, file, access.revision, access.cache_dir) for file in (WEIGHTS_FILE, CONFIG_FILE)
+    )
+    revision = next(filter(None, commits), None) if repo else None
+    return OpenClipSource(config, trained, weights, None, access.at(None), revision)
+
+
+def check_tag(arch: str, tag: str) -> dict[str, Any]:
+    """The config of an architecture, once it is known, before any download, that the weights belong to it.
+
+    Raises:
+        EncoderError: If there is no such architecture or tag, or their activations differ.
+    """
+    config = builtin_config(arch)
+    quick = bool(config.get("quick_gelu", False))
+    trained = get_pretrained_cfg(arch, tag)
+    if not trained:
+        if Path(tag).expanduser().is_file():
+            return config
+        known = ", ".join(list_pretrained_tags_by_model(arch)) or "none"
+        raise EncoderError(f"'{tag}' is neither a file nor a pretrained tag of {arch}; its tags are: {known}")
+    if bool(trained.get("quick_gelu", False)) == quick:
+        return config
+    twin = arch.removesuffix("-quickgelu") if quick else f"{arch}-quickgelu"
+    fix = f"use 'open_clip:{twin}/{tag}'" if twin in open_clip.list_models() else "no architecture fits it"
+    raise EncoderError(
+        f"the weights '{tag}' were trained {'without' if quick else 'with'} QuickGELU, but the architecture "
+        f"{arch} {'has' if quick else 'lacks'} it and would give wrong vectors; {fix}"
+    )
+
+
+def builtin_config(arch: str) -> dict[str, Any]:
+    """open_clip's own config of an architecture.
+
+    Raises:
+        EncoderError: If it knows none of that name.
+    """
+    # By name only: open_clip would take "hf-hub:..." here as well.
+    if arch not in open_clip.list_models():
+        close = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise EncoderError(f"open_clip knows no architecture '{arch}'{hint}")
+    config: dict[str, Any] = open_clip.get_model_config(arch)
+    return config
+
+
+def _in_folder(folder: Path, weights: Path, access: HubAccess, revision: str | None) -> OpenClipSource:
+    file = folder / CONFIG_FILE
+    whole = read_json(own_file(file))
+    config, preprocess = whole.get("model_cfg"), whole.get("preprocess_cfg") or {}
+    if not isinstance(config, dict) or not isinstance(preprocess, dict):
+        raise EncoderError(
+            f"{file} must have a model_cfg, and its preprocess_cfg must be an object; save it again"
+        )
+    require_plain_open_clip(config, str(file))
+    return OpenClipSource(deepcopy(config), preprocess, weights, folder, access, revision)
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights in a directory of the user's own, safetensors before all others."""
+    for pattern in _WEIGHTS_PATTERNS:
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1:
+            listed = ", ".join(file.name for file in found[:5])
+            raise EncoderError(
+                f"{folder} has {len(found)} weights files, {listed}{', …' * (len(found) > 5)}, and it is not "
+                f"known which to load; keep one of them there, or call it {WEIGHTS_FILE} if it is safetensors"
+            )
+        if found:
+            return found[0]
+    raise EncoderError(f"{folder} has no weights; put {WEIGHTS_FILE} there")
+
+
+def _tag_weights(trained: dict[str, Any], name: str, access: HubAccess) -> Path:
+    """The weights of one of open_clip's own tags, from where open_clip keeps them."""
+    hub = str(trained.get("hf_hub", ""))
+    repo, _, file = hub.rpartition("/")
+    if access.local_files_only:
+        found = _cached(repo, file, str(trained.get("url", "")), access)
+        if found is None:
+            raise EncoderError(f"the weights of '{name}' are not in the cache, and local_files_only is set")
+        return found
+    if repo and access.revision:
+        options = {"filename": file or None, "revision": access.revision, "cache_dir": access.cache_dir}
+        return Path(download_pretrained_from_hf(repo, **options))
+    return Path(open_clip.factory.download_pretrained(trained, cache_dir=access.cache_dir))
+
+
+def _cached(repo: str, file: str, url: str, access: HubAccess) -> Path | None:
+    if not repo:
+        kept = Path(access.cache_dir or "~/.cache/clip").expanduser() / url.rpartition("/")[2]
+        return kept if kept.is_file() else None
+    names = (f"{file.rpartition('.')[0]}.safetensors", file) if file else (WEIGHTS_FILE, _OLD_WEIGHTS_FILE)
+    for each in names:
+        found = try_to_load_from_cache(repo, each, cache_dir=access.cache_dir, revision=access.revision)
+        if isinstance(found, str):
+            return Path(found)
+    return None

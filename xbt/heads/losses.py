@@ -1,0 +1,291 @@
+"""What the losses of all heads share: what they are given, and the two cross entropies they are made of.
+
+Class prototypes: what stands in for the old model's classifier, also for classes it never saw.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from xbt.errors import ConfigError, DataError
+from xbt.heads.base import HeadOutput
+from xbt.store import EmbeddingStore
+from xbt.vectors import Vectors, as_vectors
+
+_BLOCK_ROWS = 8_192
+_NAMED = 5
+
+
+class Prototypes(nn.Module):
+    """Mean vector of each class under the old model.
+
+    Prototypes are data, not weights: they move with the module they are part of, and no state dict holds
+    them.
+
+    Args:
+        vectors: (n_classes, dim) means; rows of classes without samples are not looked at.
+        counts: (n_classes,) how many samples each is the mean of.
+
+    Attributes:
+        vectors: (n_classes, dim) float32.
+        counts: (n_classes,) int64.
+        present: (m, dim) float32, the rows of classes that have samples.
+
+    Raises:
+        DataError: If the shapes do not fit, a value is not finite, or no class has samples.
+    """
+
+    vectors: Tensor
+    counts: Tensor
+    present: Tensor
+    _column: Tensor
+
+    def __init__(self, vectors: Tensor, counts: Tensor) -> None:
+        super().__init__()
+        vectors = as_vectors(vectors, "prototypes").float()
+        counts = counts.detach().cpu().long()
+        if counts.shape != vectors.shape[:1]:
+            raise DataError(
+                f"there are {len(vectors)} prototypes but counts of the shape {tuple(counts.shape)}; "
+                "give one count a class"
+            )
+        filled = counts > 0
+        if not bool(filled.any()):
+            raise DataError(f"none of the {len(counts)} classes has samples, so there is no prototype")
+        column = torch.where(filled, filled.cumsum(0) - 1, -1)
+        for name, tensor in (
+            ("vectors", vectors),
+            ("counts", counts),
+            ("present", vectors[filled]),
+            ("_column", column),
+        ):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the old model's vectors."""
+        return int(self.vectors.shape[1])
+
+    def columns(self, labels: Tensor) -> Tensor:
+        """Rows of ``present`` that belong to (n,) labels; (n,) int64.
+
+        Raises:
+            DataError: If a label is no class, or its class has no prototype.
+        """
+        known = (labels >= 0) & (labels < len(self))
+        columns = torch.where(known, self._column[labels.clamp(0, len(self) - 1)], -1)
+        if bool((columns < 0).any()):
+            bad = sorted(set(labels[columns < 0].tolist()))
+            raise DataError(
+                f"label {bad[0]} has no prototype: the old model's vectors hold no sample of it among "
+                f"{len(self)} classes; compute the prototypes on the data that is trained on"
+            )
+        return columns
+
+
+def class_prototypes(
+    features: Vectors | EmbeddingStore, labels: Tensor | NDArray[np.integer], n_classes: int
+) -> Prototypes:
+    """Averages the old model's vectors of each class.
+
+        p_c = mean of φ_old(x) over the training images of class c
+
+    The mean of unit rows is shorter than 1, the more so the more they scatter; it is kept so, which makes the
+    logits of scattered classes smaller. Sums are in float64, in blocks of rows.
+
+    Args:
+        features: (n, dim) unit rows of the old model: tensor, array or store.
+        labels: (n,) classes.
+        n_classes: Classes of the new model, those that the old one never saw included.
+
+    Returns:
+        The prototypes; classes without samples take no part in the influence loss, and a warning names them.
+
+    Raises:
+        ConfigError: If ``n_classes`` is below 1.
+        DataError: If there are no rows, a label is out of range, the counts differ, or a value is not finite.
+    """
+    if n_classes < 1:
+        raise ConfigError(f"n_classes must be at least 1, got {n_classes}")
+    classes = _checked_labels(labels, len(features), n_classes)
+    counts = torch.bincount(classes, minlength=n_classes)
+    sums: Tensor | None = None
+    start = 0
+    for block in _blocks(features):
+        if sums is None:
+            sums = torch.zeros(n_classes, block.shape[1], dtype=torch.float64)
+        sums.index_add_(0, classes[start : start + len(block)], block.double())
+        start += len(block)
+    assert sums is not None  # there is at least one row
+    empty = torch.nonzero(counts == 0).flatten().tolist()
+    if empty:
+        named = ", ".join(map(str, empty[:_NAMED])) + (", …" if len(empty) > _NAMED else "")
+        warnings.warn(
+            f"{len(empty)} of {n_classes} classes have no sample and so no prototype: {named}; they take no "
+            "part in the influence loss",
+            stacklevel=2,
+        )
+    return Prototypes((sums / counts.clamp(min=1)[:, None]).float(), counts)
+
+
+def _checked_labels(labels: Tensor | NDArray[np.integer], rows: int, n_classes: int) -> Tensor:
+    classes = torch.as_tensor(labels).detach().cpu()
+    if classes.ndim != 1 or len(classes) != rows:
+        raise DataError(
+            f"there are {rows} vectors but labels of the shape {tuple(classes.shape)}; "
+            "give one label a vector"
+        )
+    if not rows:
+        raise DataError("there are no vectors to average; give at least one")
+    if classes.is_floating_point() or classes.is_complex():
+        raise DataError(f"labels must be whole numbers, got {classes.dtype}")
+    bad = torch.nonzero((classes < 0) | (classes >= n_classes)).flatten()
+    if len(bad):
+        raise DataError(
+            f"label {int(classes[bad[0]])} in row {int(bad[0])} is not a class: they count from 0 to "
+            f"{n_classes - 1}; raise n_classes or mend the labels"
+        )
+    return classes.long()
+
+
+def _blocks(features: Vectors | EmbeddingStore) -> Iterator[Tensor]:
+    if isinstance(features, EmbeddingStore):
+        for read in features.batches(_BLOCK_ROWS):
+            yield as_vectors(read, f"the old vectors ({features.path})")
+    else:
+        for start in range(0, len(features), _BLOCK_ROWS):
+            yield as_vectors(features[start : start + _BLOCK_ROWS], "the old vectors")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the rows of a batch should become.
+
+    Attributes:
+        labels: (n,) int64 classes.
+        old: (n, old_dim) vectors of the old model φ_old, for BT².
+        new: (n, new_dim) vectors of the independent new model φ'_new, for BT².
+    """
+
+    labels: Tensor
+    old: Tensor | None = None
+    new: Tensor | None = None
+
+
+class HeadLoss(nn.Module, ABC):
+    """A loss over a head's output; ``loss(output, targets)`` returns (loss, its parts before weights)."""
+
+    @abstractmethod
+    def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss, a scalar, and its parts, detached scalars.
+
+        Raises:
+            ConfigError: If the head lacks what the loss needs.
+            DataError: If the targets do.
+        """
+
+
+def check_weights(**weights: float) -> None:
+    """Checks the weights of a loss by their names.
+
+    Raises:
+        ConfigError: If one is negative or not finite, or all are 0.
+    """
+    for name, weight in weights.items():
+        if not 0 <= weight < float("inf"):
+            raise ConfigError(f"{name} must be a number of at least 0, got {weight}")
+    if not any(weights.values()):
+        raise ConfigError(f"{', '.join(weights)} are all 0, so there is nothing to train for; raise one")
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    """Checks a label smoothing.
+
+    Raises:
+        ConfigError: If it does not lie in [0, 1).
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+
+
+def classification(output: HeadOutput, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Mean cross entropy of the classifier's logits, a scalar.
+
+    Raises:
+        ConfigError: If the head has no classifier.
+    """
+    if output.logits is None:
+        raise ConfigError("the head has no classifier to train; give it n_classes")
+    return cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
+
+
+def compatible_direction(output: HeadOutput) -> Tensor:
+    """The compatible part as (n, old_dim) unit rows.
+
+    Raises:
+        ConfigError: If the head is compatible with nothing.
+    """
+    if output.compatible is None:
+        raise ConfigError("the head is compatible with nothing, so this loss cannot train it; give old_dim")
+    return normalize(output.compatible, dim=1)
+
+
+def influence(
+    directions: Tensor, prototypes: Prototypes, labels: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy of the inner products with the old model's class prototypes, a scalar.
+
+        CE(u · pᵀ, y)    over the classes that have a prototype
+
+    the influence loss of BCT (Shen et al., CVPR 2020, arXiv 2003.11942) with class means in place of the old
+    classifier. There is no temperature, on purpose: the prototypes of classes that the old model never saw
+    lie close together, and a sharp softmax pushes new vectors apart where the old ones are not. Logits
+    multiplied by 16 brought cross tests of all three methods below the old model's own.
+
+    Args:
+        directions: (n, old_dim) unit rows u.
+        prototypes: p.
+        labels: (n,) int64 classes y.
+        label_smoothing: Share of the target that is spread over the classes that have a prototype.
+
+    Raises:
+        ConfigError: If the dimensions differ.
+        DataError: If a label has no prototype.
+    """
+    if directions.shape[1] != prototypes.dim:
+        raise ConfigError(
+            f"the head's compatible part has {directions.shape[1]} dimensions, but the prototypes have "
+            f"{prototypes.dim}; build both for the same old model"
+        )
+    columns = prototypes.columns(labels)
+    return cross_entropy(directions @ prototypes.present.T, columns, label_smoothing=label_smoothing)
+
+
+def matching(predicted: Tensor, target: Tensor | None, name: str) -> Tensor:
+    """1 − mean cos between unit rows and what they should be, a scalar; no gradient flows into the latter.
+
+    Raises:
+        ConfigError: If the dimensions differ.
+        DataError: If there is no target.
+    """
+    if target is None:
+        raise DataError(f"the loss needs the {name} vectors of every row; give them as the targets' {name}")
+    if target.shape != predicted.shape:
+        raise ConfigError(
+            f"the {name} vectors have the shape {tuple(target.shape)}, but the head's have "
+            f"{tuple(predicted.shape)}; build the head for the models that made them"
+        )
+    wanted = normalize(target.detach().to(predicted.dtype), dim=1)
+    return 1 - (predicted * wanted).sum(dim=1).mean()

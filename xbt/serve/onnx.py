@@ -1,0 +1,286 @@
+"""Projection and ensemble as an ONNX model, for query code that has no torch.
+
+Projection and ensemble as one module that can be traced: vectors in, a query vector out.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import fields
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.nn.utils import parametrize
+
+from xbt.compatible import CompatibleEncoder
+from xbt.errors import ConfigError, XbtError
+from xbt.files import whole_file, write_record
+from xbt.optional import optional
+from xbt.projections import HeadProjection, Projection
+from xbt.projections.base import Modality
+from xbt.projections.combinations import Adaptive, Combination
+from xbt.projections.ensemble import QueryEnsemble, direction_of
+from xbt.projections.forward import ForwardMap
+from xbt.space import EmbeddingSpace
+from xbt.version import __version__
+
+
+class WholeAdaptive(Adaptive):
+    """As :class:`Adaptive`; confidence is computed for all queries at once, since a graph has no loop."""
+
+    def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """See :meth:`Combination.shares`."""
+        confidence_gap = None
+        if self.confidence:
+            reference = tensors["reference"]
+            confidence_gap = _confidence(new, reference) - _confidence(old, reference)
+        beta = self.weights((old * new).sum(dim=-1, keepdim=True), confidence_gap)
+        return 1 - beta, beta
+
+
+class _HeadMap(nn.Module):
+    """The map of a :class:`HeadProjection` without its training parts."""
+
+    def __init__(self, projection: HeadProjection) -> None:
+        super().__init__()
+        self.embedding, self.head = projection.embedding, projection.head
+        for name, child in list(self.head.named_children()):
+            if parametrize.is_parametrized(child, "weight"):
+                setattr(self.head, name, _plain(child))
+        self.whole = projection.output == "full"
+
+    def project(self, vectors: Tensor, modality: Modality | None = None) -> Tensor:
+        """As :meth:`Projection.project`."""
+        full: Tensor = self.head.embedded(self.embedding(vectors))[1]
+        return full if self.whole else full[:, : self.head.old_dim]
+
+
+def _plain(layer: nn.Module) -> nn.Linear:
+    """A layer with the matrix that a parametrised one has; that one's copies share its class, so it stays."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        made.weight.copy_(weight)
+    return made.requires_grad_(False)
+
+
+class QueryGraph(nn.Module):
+    """What :class:`~xbt.compatible.CompatibleEncoder` makes of its encoders' vectors, for one modality.
+
+    The parts are copied, in float32 on the CPU, so that nothing that is exported changes.
+
+    Args:
+        projection: The map.
+        ensemble: How its queries are combined with the old ones, or ``None``.
+        modality: ``"text"`` or ``"image"``.
+
+    Raises:
+        ConfigError: If the ensemble was not made for queries of this modality.
+
+    Attributes:
+        takes_new: Whether new vectors are an input.
+        takes_old: Whether old vectors are an input; it comes last.
+    """
+
+    def __init__(self, projection: Projection, ensemble: QueryEnsemble | None, modality: Modality) -> None:
+        super().__init__()
+        copied = copy.deepcopy(projection).float().cpu().eval().requires_grad_(False)
+        self.map = _HeadMap(copied) if isinstance(copied, HeadProjection) else copied
+        self.modality = modality
+        self.combination: Combination | None = None
+        self.takes_new, self.takes_old = True, False
+        self.names: list[str] = []
+        if ensemble is not None:
+            direction = direction_of(modality)
+            self.combination = _traceable(ensemble.combination(direction))
+            self.takes_new = self.combination.needs_new
+            self.takes_old = self.combination.needs_old
+            for name, tensor in ensemble.tensors(direction).items():
+                self.register_buffer(name, tensor.detach().float().cpu().clone())
+                self.names.append(name)
+
+    def forward(self, *vectors: Tensor) -> Tensor:
+        """(n, new_dim) new vectors, then (n, old_dim) old ones, each where it is needed → unit rows."""
+        new = self.map.project(vectors[0], self.modality) if self.takes_new else None
+        if self.combination is None:
+            assert new is not None
+            return normalize(new, dim=-1)
+        old = normalize(vectors[-1], dim=-1) if self.takes_old else None
+        tensors = {name: self.get_buffer(name) for name in self.names}
+        return normalize(self.combination.combine(old, new, tensors), dim=-1)
+
+
+def _traceable(combination: Combination) -> Combination:
+    if not isinstance(combination, Adaptive):
+        return combination
+    return WholeAdaptive(**{field.name: getattr(combination, field.name) for field in fields(combination)})
+
+
+def _confidence(queries: Tensor, reference: Tensor) -> Tensor:
+    scores = queries @ reference.T
+    mean = scores.mean(dim=1, keepdim=True)
+    spread = (scores - mean).square().mean(dim=1, keepdim=True).sqrt().clamp_min(1e-6)
+    result: Tensor = (scores.amax(dim=1, keepdim=True) - mean) / spread
+    return result
+
+
+def example_inputs(graph: QueryGraph, new_dim: int, old_dim: int, rows: int) -> tuple[Tensor, ...]:
+    """Unit rows for a graph's inputs, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    dims = [dim for dim, taken in ((new_dim, graph.takes_new), (old_dim, graph.takes_old)) if taken]
+    return tuple(normalize(torch.randn(rows, dim, generator=generator), dim=1) for dim in dims)
+
+
+FORMAT = 1
+CONTRACT = "xbt_contract"
+"""Key of the model's metadata that holds the contract as JSON; a file beside the model holds it too."""
+TOLERANCE = 1e-4
+"""An exported model that differs more than this from torch is not written."""
+
+_ROWS = (1, 7)
+_MOST_ROWS = 2**62
+"""Said because torch 2.7 refuses graphs whose rows could be 2**63 - 1."""
+
+
+def export_onnx(
+    model: Projection | CompatibleEncoder,
+    path: str | Path,
+    *,
+    modality: Modality = "text",
+    ensemble: QueryEnsemble | None = None,
+) -> dict[str, Any]:
+    """Write the map between the encoders and the old gallery as an ONNX model.
+
+    Its inputs are ``new_vectors`` (n, new_dim) and, where an ensemble needs them, ``old_vectors``
+    (n, old_dim): unit rows as the encoders give them. Its output ``queries`` (n, old_dim) are unit rows in
+    the old space. n may be any number from 1 on. The encoders themselves stay what they are.
+
+    Args:
+        model: A projection, or a compatible encoder with the ensemble it has.
+        path: The file, such as ``query.onnx``; one that is there is replaced. ``query.json`` is written
+            beside it: the contract, with names, dimensions and spaces, which the model's metadata hold too.
+        modality: What the queries are: ``"text"`` or ``"image"``.
+        ensemble: An ensemble for a projection that is given alone.
+
+    Returns:
+        The contract.
+
+    Raises:
+        ConfigError: If onnx, onnxruntime or onnxscript is not installed, an argument does not fit, or the
+            ensemble was not made for the modality.
+        XbtError: If the model that came out does not give what torch gives; nothing is written then.
+        StoreError: If the file cannot be written.
+    """
+    runtime, *_ = (optional(name, "onnx") for name in ("onnxruntime", "onnx", "onnxscript"))
+    projection, combined = _parts(model, ensemble)
+    if modality not in ("text", "image"):
+        raise ConfigError(f"the modality of queries is 'text' or 'image', got {modality!r}")
+    file = Path(path).expanduser()
+    if file.suffix != ".onnx":
+        raise ConfigError(f"the file of an ONNX model ends in .onnx, got {file.name!r}; rename it")
+    graph = QueryGraph(projection, combined, modality).eval()
+    about = _contract(graph, projection, modality, model)
+    program = _traced(graph, projection, [each["name"] for each in about["inputs"]])
+    program.model.metadata_props[CONTRACT] = json.dumps(about)
+    with whole_file(file) as partial:
+        program.save(partial, external_data=False)
+        _compare(runtime, partial, graph, projection)
+    write_record(file.with_suffix(".json"), about)
+    return about
+
+
+def _parts(
+    model: Projection | CompatibleEncoder, ensemble: QueryEnsemble | None
+) -> tuple[Projection, QueryEnsemble | None]:
+    if isinstance(model, CompatibleEncoder):
+        if ensemble is not None:
+            raise ConfigError("a compatible encoder has its own ensemble; leave out ensemble=")
+        return model.projection, model.ensemble
+    if not isinstance(model, Projection):
+        raise ConfigError(f"give a Projection or a CompatibleEncoder to export, not a {type(model).__name__}")
+    if isinstance(model, ForwardMap) and model.side_dim:
+        raise ConfigError(
+            f"the map takes {model.side_dim}-d side information beside the vectors, which queries have not; "
+            "run it with torch"
+        )
+    if ensemble is not None and ensemble.old_dim != model.old_dim:
+        raise ConfigError(
+            f"the ensemble combines {ensemble.old_dim}-d vectors, but the projection gives {model.old_dim}-d "
+            "ones; export it with the projection that it was fitted to"
+        )
+    return model, ensemble
+
+
+def _traced(graph: QueryGraph, projection: Projection, names: list[str]) -> Any:
+    rows = torch.export.Dim("n", min=1, max=_MOST_ROWS)
+    examples = example_inputs(graph, projection.new_dim, projection.old_dim, 3)
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), torch.no_grad():
+        # What the exporter warns of and prints (torch 2.7 does, verbose or not) is its own insides; what it
+        # makes is compared with torch afterwards.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph,
+            examples,
+            input_names=names,
+            output_names=["queries"],
+            dynamic_shapes=(tuple({0: rows} for _ in examples),),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # local file names and line numbers
+    return program
+
+
+def _contract(
+    graph: QueryGraph, projection: Projection, modality: Modality, model: Projection | CompatibleEncoder
+) -> dict[str, Any]:
+    old_space = projection.old_space
+    # With LoRA the encoder has a space of its own, which the projection does not know.
+    new_space = model.new.space if isinstance(model, CompatibleEncoder) else projection.new_space
+    inputs = []
+    if graph.takes_new:
+        inputs.append(_side("new_vectors", projection.new_dim, new_space))
+    if graph.takes_old:
+        inputs.append(_side("old_vectors", projection.old_dim, old_space))
+    return {
+        "format": FORMAT,
+        "xbt_version": __version__,
+        "modality": modality,
+        "projection": projection.kind,
+        "ensemble": None if graph.combination is None else graph.combination.to_dict(),
+        "inputs": inputs,
+        "output": _side("queries", projection.old_dim, old_space),
+    }
+
+
+def _side(name: str, dim: int, space: EmbeddingSpace | None) -> dict[str, Any]:
+    kept = None if space is None else space.to_dict()
+    return {"name": name, "dtype": "float32", "dim": dim, "rows": "unit", "space": kept}
+
+
+def _compare(runtime: Any, file: Path, graph: QueryGraph, projection: Projection) -> None:
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    for rows in _ROWS:
+        given = example_inputs(graph, projection.new_dim, projection.old_dim, rows)
+        with torch.no_grad():
+            wanted = graph(*given)
+        feed = {name: each.numpy() for name, each in zip(names, given, strict=True)}
+        got = torch.from_numpy(session.run(["queries"], feed)[0])
+        apart = float((got - wanted).abs().max())
+        if not apart <= TOLERANCE:
+            raise XbtError(
+                f"the ONNX model of a {projection.kind} projection differs from torch by {apart:.2g} on "
+                f"{rows} rows; update onnx, onnxruntime and onnxscript, or serve with torch"
+            )

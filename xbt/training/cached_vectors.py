@@ -1,0 +1,289 @@
+"""Embedding a list once, split over the processes, and keeping the vectors with the run.
+
+What the recipes that train on image–text pairs share: vectors of held-out pairs, and recall on them.
+
+The same texts under two models, row by row, in memory or in stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xbt.data import ImageTextPairs
+from xbt.embedding import embed_texts_into_store
+from xbt.encoders import DualEncoder
+from xbt.errors import DataError, StoreError, TruncationWarning
+from xbt.evaluation import recall_at_k
+from xbt.run_dir import write_json
+from xbt.space import PROBE_TEXTS, EmbeddingSpace
+from xbt.store import EmbeddingStore
+from xbt.vectors import as_vectors
+
+Item = TypeVar("Item")
+
+
+def embed_split(
+    accelerator: Accelerator, items: Sequence[Item], embed: Callable[[Sequence[Item]], Tensor]
+) -> Tensor:
+    """Embeds every item in one of the processes and gives all of them the whole result.
+
+    Args:
+        accelerator: The run's Accelerate object.
+        items: What to embed; the same in every process.
+        embed: Maps some of the items, in order, to (n, dim) CPU vectors.
+
+    Returns:
+        (len(items), dim) CPU vectors in the order of the items.
+    """
+    share = -(-len(items) // accelerator.num_processes)
+    first = min(share * accelerator.process_index, len(items))
+    mine = embed(items[first : first + share])
+    if accelerator.num_processes == 1:
+        return mine
+    return torch.cat(gather_object([mine]))
+
+
+def embed_texts_once(
+    accelerator: Accelerator, encoder: DualEncoder, texts: list[str], path: Path, batch_size: int = 256
+) -> EmbeddingStore:
+    """Embeds texts into a store in the run's directory, or goes on where an earlier, killed run stopped.
+
+    Args:
+        accelerator: The run's Accelerate object.
+        encoder: The text tower to use.
+        texts: n texts.
+        path: The store's directory; beside it, a record says which texts and which tower it belongs to, and
+            vectors of others are replaced.
+        batch_size: Texts per forward pass.
+
+    Returns:
+        The store of n float32 unit rows, with the texts' numbers as ids.
+    """
+    record, key = path.with_suffix(".json"), _cache_key(encoder, texts)
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != key:
+            # In this order, so that a kill in between leaves no vectors that the record does not fit.
+            shutil.rmtree(path, ignore_errors=True)
+            write_json(record, key)
+    accelerator.wait_for_everyone()
+    ids = [str(row) for row in range(len(texts))]
+    return embed_texts_into_store(encoder, texts, ids, path, batch_size=batch_size, dtype="float32")
+
+
+def _cache_key(encoder: DualEncoder, texts: list[str]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8"))
+        digest.update(b"\0")
+    # Not the space's: behind a projection that is the old model's, whatever the projection.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)  # cut texts tell models apart as well
+        probe = encoder.encode_texts(PROBE_TEXTS).half().numpy().astype("<f2")
+    fingerprint = hashlib.sha256(probe.tobytes()).hexdigest()
+    return {"texts": digest.hexdigest(), "count": len(texts), "encoder": encoder.name, "probe": fingerprint}
+
+
+class PairVectors(NamedTuple):
+    """Vectors of pairs: (n_images, dim) and (n_texts, dim) float32 unit rows."""
+
+    images: Tensor
+    texts: Tensor
+
+
+def require_enough(pairs: ImageTextPairs, batch_size: int) -> None:
+    """Refuses a batch size that the pairs cannot fill.
+
+    Raises:
+        DataError: If there are fewer pairs than the batch size.
+    """
+    if len(pairs) < batch_size:
+        raise DataError(
+            f"there are {len(pairs)} training pairs, fewer than --training.batch_size {batch_size}; "
+            "lower it or bring more pairs"
+        )
+
+
+def embed_pairs(accelerator: Accelerator, encoder: DualEncoder, pairs: ImageTextPairs) -> PairVectors:
+    """Embeds all images and texts of some pairs, split over the processes."""
+    rows = list(range(len(pairs)))
+    images = embed_split(accelerator, rows, lambda part: encoder.encode_images(pairs.select(part).images))
+    return PairVectors(images, embed_split(accelerator, pairs.texts, encoder.encode_texts))
+
+
+def cross_recall(queries: PairVectors, gallery: PairVectors, pairs: ImageTextPairs) -> dict[str, float]:
+    """R@1 of T2I and I2T with queries of one encoder and a gallery of another; their mean decides."""
+    t2i = recall_at_k(queries.texts, gallery.images, pairs.positives_t2i, (1,))[1]
+    i2t = recall_at_k(queries.images, gallery.texts, pairs.positives_i2t, (1,))[1]
+    return {"score": (t2i + i2t) / 2, "t2i_r1": t2i, "i2t_r1": i2t}
+
+
+CAPTION = "caption"
+_ROWS_AT_ONCE = 8_192
+
+
+@dataclass(frozen=True)
+class TextVectors:
+    """The same texts under both models.
+
+    However many rows the stores have, only ``rows`` grows with them, 8 bytes a row.
+
+    Attributes:
+        new: (n, new_dim) float32 unit rows, as a tensor or a store.
+        old: (n, old_dim) float32 unit rows, as a tensor or a store.
+        new_space: The space of ``new``.
+        old_space: The space of ``old``.
+        rows: (m,) int64, the rows to use; ``None`` uses all.
+    """
+
+    new: Tensor | EmbeddingStore
+    old: Tensor | EmbeddingStore
+    new_space: EmbeddingSpace | None = None
+    old_space: EmbeddingSpace | None = None
+    rows: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.new) if self.rows is None else len(self.rows)
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Dimension of the new and of the old vectors."""
+        new, old = (
+            each.dim if isinstance(each, EmbeddingStore) else each.shape[1] for each in (self.new, self.old)
+        )
+        return new, old
+
+    def checked(self) -> Self:
+        """The same vectors, once it is sure that they can be used; stores are checked as they are read.
+
+        Raises:
+            DataError: If a tensor holds NaN, or the row counts differ.
+        """
+        new = self.new if isinstance(self.new, EmbeddingStore) else as_vectors(self.new, "new text vectors")
+        old = self.old if isinstance(self.old, EmbeddingStore) else as_vectors(self.old, "old text vectors")
+        if len(new) != len(old):
+            raise DataError(
+                f"new and old vectors must be of the same texts: there are {len(new)} new and {len(old)} "
+                "old rows"
+            )
+        return replace(self, new=new, old=old)
+
+    def take(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """New and old vectors of some texts, in the order asked for.
+
+        Args:
+            positions: (k,) int64, from 0 to the length.
+
+        Returns:
+            (k, new_dim) and (k, old_dim) float32.
+
+        Raises:
+            DataError: If a store holds NaN there; the message names the row.
+        """
+        rows = positions if self.rows is None else self.rows[positions]
+        return _take(self.new, rows), _take(self.old, rows)
+
+    def chunks(self, positions: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+        """New and old vectors of some texts, a few thousand at a time, in row order (sequential reads)."""
+        ordered = np.sort(positions)
+        for start in range(0, len(ordered), _ROWS_AT_ONCE):
+            yield self.take(ordered[start : start + _ROWS_AT_ONCE])
+
+
+def open_text_stores(new: str, old: str) -> TextVectors:
+    """Opens two stores of the same texts and pairs them.
+
+    Args:
+        new: The directory of the new model's text store.
+        old: The directory of the old model's text store.
+
+    Returns:
+        The vectors; of texts that occur several times, where the stores know their captions, the first row.
+        (Captions are compared by 64-bit hashes.)
+
+    Raises:
+        StoreError: If a store cannot be opened, is not of texts, or does not say its space.
+        DataError: If the rows do not pair; the message names the first that differs.
+    """
+    first, second = _open(new, "new_store"), _open(old, "old_store")
+    return TextVectors(first, second, first.space, second.space, distinct_rows(first, second))
+
+
+def _open(path: str, flag: str) -> EmbeddingStore:
+    try:
+        store = EmbeddingStore.open(path, "text")
+    except StoreError as error:
+        raise StoreError(f"--{flag}: {error}") from error
+    if store.space is None:
+        raise StoreError(
+            f"--{flag}: {store.path} does not say which model made its vectors, and a projection must know; "
+            "embed the texts with recipes/embed.py, whose stores say it"
+        )
+    return store
+
+
+def distinct_rows(new: EmbeddingStore, old: EmbeddingStore) -> NDArray[np.int64] | None:
+    """Rows of the first of equal captions, or ``None`` for all; checks on the way that the rows pair."""
+    count = min(len(new), len(old))
+    captioned = [store for store in (new, old) if CAPTION in store.columns]
+    hashes = np.empty(count if captioned else 0, np.uint64)
+    for start in range(0, count, _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, count)
+        ids = new.read_ids(start, stop)
+        _require_same(new, old, "id", ids, old.read_ids(start, stop), start)
+        if captioned:
+            captions = [each.metadata([CAPTION], start, stop)[CAPTION].to_pylist() for each in captioned]
+            _require_same(new, old, CAPTION, captions[0], captions[-1], start)
+            texts = [name if text is None else text for name, text in zip(ids, captions[0], strict=True)]
+            hashes[start:stop] = [_hash(text) for text in texts]
+    if len(new) != len(old):
+        raise DataError(
+            f"--new_store {new.path} has {len(new)} rows and --old_store {old.path} has {len(old)}, but "
+            "both must be of the same texts; embed the same captions with both models"
+        )
+    first = np.sort(np.unique(hashes, return_index=True)[1])
+    return None if len(first) == count or not captioned else first
+
+
+def _require_same(
+    new: EmbeddingStore, old: EmbeddingStore, what: str, ours: list[str], theirs: list[str], start: int
+) -> None:
+    if ours == theirs:
+        return
+    row = next(number for number, (one, other) in enumerate(zip(ours, theirs, strict=True)) if one != other)
+    raise DataError(
+        f"row {start + row} has the {what} {ours[row]!r} in --new_store {new.path} but {theirs[row]!r} in "
+        f"--old_store {old.path}; embed the same captions with both models"
+    )
+
+
+def _hash(text: str) -> int:
+    # Not Python's own, which differs between processes.
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def _take(source: Tensor | EmbeddingStore, rows: NDArray[np.int64]) -> Tensor:
+    if isinstance(source, Tensor):
+        return source[torch.from_numpy(rows)]
+    vectors = source.rows(rows)
+    finite = np.isfinite(vectors).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            f"{source.path} has NaN or infinite values in row {rows[np.flatnonzero(~finite)[0]]}; check it "
+            "with its verify()"
+        )
+    return torch.from_numpy(vectors)

@@ -1,0 +1,276 @@
+"""The ways to train a backbone: which head, which loss, what they need, and the papers' weights.
+
+The settings of a run that trains a backbone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from xbt.backbones import ImagePreprocessing
+from xbt.data import LabelledSource
+from xbt.errors import ConfigError
+from xbt.heads import (
+    BCTHead,
+    BCTLoss,
+    BT2Head,
+    BT2Loss,
+    ClassificationLoss,
+    CompatibleHead,
+    HeadLoss,
+    OCAHead,
+    OCALoss,
+    PlainHead,
+    Prototypes,
+)
+from xbt.heads.losses import check_smoothing
+from xbt.training.args import BackboneTraining
+
+Method = Literal["independent", "bct", "bt2", "oca"]
+_LOSSES: dict[str, type[HeadLoss]] = {
+    "independent": ClassificationLoss, "bct": BCTLoss, "bt2": BT2Loss, "oca": OCALoss,
+}  # fmt: skip
+_EXTRA_DIMS = {"independent": 0, "bct": 0, "bt2": 32, "oca": 32}
+
+
+@dataclass
+class LossWeights:
+    """Weights of the parts of a method's loss; what is not given is what the method's authors took.
+
+    BCT has ``classification`` (1) and ``influence`` (10); BT² ``classification`` (1), ``new`` (λ1 = 1; 5 is
+    better on little data), ``influence`` (λ2 = 10) and ``old`` (λ3 = 5); OCA ``classification`` (5),
+    ``influence`` (10) and ``prototype`` (5); an independent model has nothing to weigh.
+    """
+
+    classification: float | None = None
+    """Cross entropy of the classifier."""
+    influence: float | None = None
+    """Cross entropy of the inner products with the old model's class prototypes."""
+    new: float | None = None
+    """Cosine to the independent new model's vector of the image."""
+    old: float | None = None
+    """Cosine to the old model's vector of the image."""
+    prototype: float | None = None
+    """Cosine to the old model's prototype of the image's class."""
+
+    def of(self, method: Method) -> dict[str, float]:
+        """Every weight of a method by its name in the loss, such as ``influence_weight``.
+
+        Raises:
+            ConfigError: If a weight is negative, is not part of the method, or all are 0.
+        """
+        known = {
+            name.removesuffix("_weight"): parameter.default
+            for name, parameter in inspect.signature(_LOSSES[method]).parameters.items()
+            if name.endswith("_weight")
+        }
+        for name, value in asdict(self).items():
+            if value is None:
+                continue
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "it has none"
+                raise ConfigError(
+                    f"--weights.{name} is no part of the loss of {method} ({has}); leave it out"
+                )
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"--weights.{name} must be a number of at least 0, got {value}")
+            known[name] = value
+        if known and not any(known.values()):
+            raise ConfigError(f"the weights of {method} ({', '.join(known)}) are all 0; raise one")
+        return {f"{name}_weight": value for name, value in known.items()}
+
+
+def make_method_head(
+    method: Method,
+    *,
+    n_classes: int,
+    old_dim: int,
+    new_dim: int,
+    extra_dims: int | None = None,
+    scale: float = 2.0,
+    orthogonal: bool = True,
+    orthogonal_map: str = "matrix_exp",
+) -> CompatibleHead:
+    """Builds a method's head with a classifier, its weights drawn anew.
+
+    The whole vectors have ``new_dim`` dimensions (independent), ``new_dim + extra_dims`` (BCT),
+    ``max(new_dim, old_dim) + extra_dims`` (BT²) or ``old_dim + extra_dims`` (OCA). In a series of updates
+    old_dim grows with every version, because each is compatible with the whole vectors of the one before it;
+    BT² then adds ``extra_dims`` to those.
+
+    Args:
+        method: Which.
+        n_classes: Classes of the training data.
+        old_dim: Dimension of the old model's whole vectors; 0 for none.
+        new_dim: Dimension of the new model's own features; OCA has no such thing.
+        extra_dims: Dimensions to add; ``None`` takes 32 for BT² and OCA, as their authors did, and else 0.
+        scale: BT²'s C.
+        orthogonal: Whether OCA has its orthogonal layer.
+        orthogonal_map: How orthogonal matrices are parametrised.
+
+    Raises:
+        ConfigError: If the numbers do not fit together.
+    """
+    extra = _EXTRA_DIMS[method] if extra_dims is None else extra_dims
+    if method == "independent":
+        if extra:
+            raise ConfigError(
+                f"--extra_dims {extra} was given, but an independent model has none; raise --new_dim instead"
+            )
+        return PlainHead(new_dim, n_classes)
+    if method == "bct":
+        return BCTHead(new_dim, old_dim, extra, n_classes)
+    if method == "bt2":
+        if extra > min(new_dim, old_dim):
+            raise ConfigError(
+                f"--extra_dims {extra} is more than BT² can use; take at most the smaller of --new_dim "
+                f"{new_dim} and the old model's {old_dim} dimensions"
+            )
+        beyond = extra + max(0, old_dim - new_dim)
+        return BT2Head(new_dim, old_dim, beyond, scale, n_classes, orthogonal_map)
+    return OCAHead(old_dim, extra, orthogonal, n_classes, orthogonal_map)
+
+
+def make_method_loss(
+    method: Method, weights: LossWeights, label_smoothing: float, prototypes: Prototypes | None
+) -> HeadLoss:
+    """Builds a method's loss.
+
+    Args:
+        method: Which.
+        weights: Its weights.
+        label_smoothing: Of the cross entropies; BT² has none.
+        prototypes: The old model's class prototypes; an independent model needs none.
+
+    Raises:
+        ConfigError: If a weight or the smoothing cannot be used.
+    """
+    chosen = weights.of(method)
+    if method == "independent":
+        return ClassificationLoss(label_smoothing)
+    assert prototypes is not None
+    if method == "bct":
+        return BCTLoss(prototypes, **chosen, label_smoothing=label_smoothing)
+    if method == "bt2":
+        return BT2Loss(prototypes, **chosen)
+    return OCALoss(prototypes, **chosen, label_smoothing=label_smoothing)
+
+
+def check_method(
+    method: Method,
+    old: str | None,
+    independent: str | None,
+    weights: LossWeights,
+    label_smoothing: float,
+    tested: bool,
+) -> None:
+    """Checks that a method has the models that it needs, and no others.
+
+    Args:
+        method: Which.
+        old: Where the old model is.
+        independent: Where the independent new model is.
+        weights: The loss's weights.
+        label_smoothing: Of the cross entropies.
+        tested: Whether the result is evaluated.
+
+    Raises:
+        ConfigError: If a model is missing or not needed, or a weight cannot be used.
+    """
+    check_smoothing(label_smoothing)
+    chosen = weights.of(method)
+    if method == "independent":
+        for name, value in (("old", old), ("independent", independent)):
+            if value is not None:
+                raise ConfigError(
+                    f"--{name} {value} was given, but an independent model is trained without other models; "
+                    "leave it out, or choose --method bct, bt2 or oca"
+                )
+        return
+    if old is None:
+        raise ConfigError(
+            f"--method {method} needs --old, the directory or Hub repository of the trained backbone that it "
+            "is to be compatible with; train one with --method independent"
+        )
+    if method == "bt2" and chosen["new_weight"] and independent is None:
+        raise ConfigError(
+            "--method bt2 needs --independent, a backbone trained on the same data with --method "
+            "independent, which it learns from; or set --weights.new 0"
+        )
+    if independent is not None and not (method == "bt2" and chosen["new_weight"]) and not tested:
+        raise ConfigError(
+            f"--independent {independent} is needed by {method} only to measure gain and tax, and there is "
+            "no --test to measure them on; give one or leave it out"
+        )
+
+
+@dataclass
+class CompatibleBackboneConfig:
+    """Train an image backbone on labelled images: independent of others, or compatible with an old one.
+
+    Writes ``model/`` (load it with ``xbt.CompatibleBackbone.from_pretrained``), ``result.json`` and, if there
+    are test images, ``report.md`` to the output directory. The vectors of other models that it learns from
+    are kept in ``vectors/``.
+    """
+
+    method: Method
+    """independent, bct, bt2 or oca."""
+    backbone: str
+    """The architecture: timm:NAME, torchvision:NAME, small_resnet, or clip: and an encoder."""
+    data: LabelledSource
+    """The training images."""
+    output_dir: str
+    """Where everything goes."""
+    test: LabelledSource | None = None
+    """Images to measure retrieval on; classes that the old model never saw belong to them."""
+    old: str | None = None
+    """The trained backbone to be compatible with: the model/ of its run, or a Hub repository."""
+    independent: str | None = None
+    """The independent new model, trained on the same data: what bt2 learns from, and what gain and tax are
+    measured against."""
+    pretrained: bool = False
+    """Start from the architecture's published weights instead of random ones."""
+    new_dim: int = 128
+    """Dimension of the new model's own features; oca has none but the old and the extra ones."""
+    extra_dims: int | None = None
+    """Dimensions added to the larger of new_dim and the old model's (bt2), to the old model's (oca) or to
+    new_dim (bct); by default 32, 32 and 0."""
+    scale: float = 2.0
+    """BT²'s scale C: how much the new model's features count among new vectors."""
+    orthogonal: bool = True
+    """Whether oca has its orthogonal layer before the classifier."""
+    orthogonal_map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
+    """How bt2's and oca's orthogonal matrices are parametrised; matrix_exp is the authors', cayley many times
+    faster on a CPU."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    """Weights of the parts of the loss; by default those of the method's authors."""
+    label_smoothing: float = 0.1
+    """Label smoothing of independent, bct and oca; bt2 has none."""
+    preprocessing: ImagePreprocessing = field(default_factory=ImagePreprocessing)
+    """How images become pixels, and how they are augmented."""
+    training: BackboneTraining = field(default_factory=lambda: BackboneTraining(epochs=100, warmup_epochs=5))
+    """How to train; nothing is held out, so that eval_every has no effect."""
+    sync_batchnorm: bool = True
+    """Let batch norm see the whole batch when several GPUs split it; on a CPU a process sees its own part."""
+    embed_batch_size: int = 128
+    """Images per forward pass of the models that it learns from and is measured against."""
+    overwrite: bool = False
+    """Start afresh in an output directory that holds another run."""
+
+    def __post_init__(self) -> None:
+        """Checks the values.
+
+        Raises:
+            ConfigError: If one cannot be used, or the method lacks a model or is given one too many.
+        """
+        if not self.output_dir.strip():
+            raise ConfigError("--output_dir is missing; say where everything goes")
+        for name, least in (("new_dim", 1), ("extra_dims", 0), ("embed_batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"--{name} must be at least {least}, got {value}")
+        check_method(
+            self.method, self.old, self.independent, self.weights, self.label_smoothing, self.test is not None
+        )
