@@ -23,7 +23,7 @@ import datasets
 from xbt.data.files import ALL_SPLITS, as_captions, choose_splits, unpacked
 from xbt.data.hf_folders import HUB_PREFIX, directory_of, open_builder, open_folder, translated, was_saved
 from xbt.data.image_folder import as_spelled, refuse_urls
-from xbt.data.items import Entry, Item, Part, Rejected, SelectedImages, digest_of, readable
+from xbt.data.items import Entry, Item, Rejected, SelectedImages, SourceShard, digest_of, readable
 from xbt.data.pairs import PairSource
 from xbt.errors import DataError
 from xbt.images import ImageSource, ListedPath, is_url
@@ -418,7 +418,7 @@ def _repeating(dataset: Any, source: str) -> str | None:
     return None
 
 
-class StreamedImages(Part):
+class StreamedImages(SourceShard):
     """The images of one file (one shard) of a streamed data set."""
 
     def __init__(

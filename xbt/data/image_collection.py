@@ -11,7 +11,7 @@ from xbt.data.files import DEFAULT_COUNT, check_is_file, check_source, find_file
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import HubImages, open_dataset, read_ids, stream_images
 from xbt.data.image_folder import JoinedPaths, list_images, refuse_urls
-from xbt.data.items import ItemSource, ListedImages, ListedTexts, Part, SelectedImages, choose_subset
+from xbt.data.items import ItemSource, ListedImages, ListedTexts, SelectedImages, SourceShard, choose_subset
 from xbt.data.karpathy import read_karpathy
 from xbt.data.scenes import make_scenes
 from xbt.data.tars import TarCaptions, TarImages, find_tars, is_tar, tar_names
@@ -151,7 +151,7 @@ def open_captions(captions: CaptionSource) -> ItemSource:
     return ItemSource(captions.source, "text", _tars(captions.source, TarCaptions))
 
 
-def _tars(source: str, kind: type[TarImages] | type[TarCaptions]) -> list[Part]:
+def _tars(source: str, kind: type[TarImages] | type[TarCaptions]) -> list[SourceShard]:
     tars = find_tars(source)
     names = tar_names([tar.url for tar in tars])
     return [kind(tar.url, name, tar.state) for tar, name in zip(tars, names, strict=True)]

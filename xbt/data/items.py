@@ -79,7 +79,7 @@ Entry = Item | Rejected
 """An item, or one that is known to be unusable before anything is decoded."""
 
 
-class Part(ABC):
+class SourceShard(ABC):
     """A sequence of entries that is the same whenever it is read.
 
     Attributes:
@@ -116,7 +116,7 @@ class ItemSource:
 
     name: str
     modality: Literal["image", "text"]
-    parts: Sequence[Part]
+    parts: Sequence[SourceShard]
 
     @property
     def length(self) -> int | None:
@@ -129,7 +129,7 @@ class ItemSource:
         return hashlib.sha256("".join(part.digest() for part in self.parts).encode()).hexdigest()
 
 
-class ListedImages(Part):
+class ListedImages(SourceShard):
     """Images that can be read in any order: files, rows of a data set, an array."""
 
     def __init__(self, ids: Sequence[str], images: Sequence[ImageSource]) -> None:
@@ -163,7 +163,7 @@ class ListedImages(Part):
         return digest_of(self._ids)
 
 
-class ListedTexts(Part):
+class ListedTexts(SourceShard):
     """Texts in memory. Blank ones and those that are not valid Unicode are on record as rejected."""
 
     columns = ("caption",)

@@ -30,7 +30,7 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 
 from xbt.data.files import IMAGE_SUFFIXES
 from xbt.data.image_folder import is_hidden
-from xbt.data.items import Entry, Item, Part, Rejected, digest_of, readable, text_entry
+from xbt.data.items import Entry, Item, Rejected, SourceShard, digest_of, readable, text_entry
 from xbt.errors import DataError
 from xbt.images import MAX_PIXELS
 
@@ -345,7 +345,7 @@ _LARGEST: dict[Literal["image", "caption"], int] = {"image": 4 * MAX_PIXELS, "ca
 """Sizes in bytes above which a member is not read; an image of the most pixels needs no more unpacked."""
 
 
-class _Tar(Part):
+class _Tar(SourceShard):
     """What two readers of one tar share: its place, its name, and how to tell it from another."""
 
     def __init__(self, url: str, name: str, state: str = "") -> None:

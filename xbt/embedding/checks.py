@@ -100,7 +100,7 @@ def require_writable(path: Path) -> None:
         raise ConfigError(f"--output_dir {path} cannot be written: {error.strerror}") from error
 
 
-def require_room(path: Path, entries: int | None, dim: int, dtype: str) -> None:
+def require_free_space(path: Path, entries: int | None, dim: int, dtype: str) -> None:
     """Compares what the vectors will take with the free space.
 
     Args:

@@ -18,7 +18,7 @@ from xbt.data.items import ItemSource, ListedTexts
 from xbt.embedding.checks import (
     clear,
     describe,
-    require_room,
+    require_free_space,
     require_same_job,
     require_same_source,
     require_writable,
@@ -273,7 +273,7 @@ def _embed(team: Team, source: ItemSource, encoder: DualEncoder, path: Path, set
             return [], agreed, 0
         committed, plan = builder.committed(), ShardPlan(source, agreed["items_per_shard"])
         tasks = plan.remaining(committed)
-        require_room(path, plan.entries(tasks), encoder.dim, settings.dtype)
+        require_free_space(path, plan.entries(tasks), encoder.dim, settings.dtype)
         return tasks, agreed, sum(record.count for record in committed.values())
 
     tasks, agreed, before = team.main_alone(prepare)

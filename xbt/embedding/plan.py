@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from xbt.data.items import Entry, Item, ItemSource, Part, Rejected
+from xbt.data.items import Entry, Item, ItemSource, Rejected, SourceShard
 
 LAST = "last"
 """Key in the record of a stream's last shard."""
@@ -137,7 +137,7 @@ class ShardPlan:
             Every shard has at least one batch, be it without items.
         """
         for task in tasks:
-            part: Part = self.source.parts[task.part]
+            part: SourceShard = self.source.parts[task.part]
             first = task.start // self.shard_size
 
             def name(chunk: int, number: int = task.part, first: int = first) -> str:

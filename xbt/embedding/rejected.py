@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xbt.data.items import Entry, ItemSource, ListedImages, Part
+from xbt.data.items import Entry, ItemSource, ListedImages, SourceShard
 from xbt.errors import ConfigError, DataError
 from xbt.files import write_lines
 from xbt.store import EmbeddingStore, ShardRecord
@@ -72,10 +72,10 @@ RETRIED = "retried"
 """Folder within a job's directory in which the items are tried again, by a job like any other."""
 
 
-class ChosenEntries(Part):
+class ChosenEntries(SourceShard):
     """Some entries of a list."""
 
-    def __init__(self, part: Part, places: Sequence[int]) -> None:
+    def __init__(self, part: SourceShard, places: Sequence[int]) -> None:
         """Keeps the list and the places of the chosen entries, which ascend."""
         self.name, self.columns, self.length = part.name, part.columns, len(places)
         self._part, self._places = part, places
