@@ -24,7 +24,7 @@ from xbt.backfill.target import (
     pending,
     vector_names,
 )
-from xbt.embedding.checks import require_room
+from xbt.embedding.checks import require_free_space
 from xbt.encoders import DualEncoder
 from xbt.errors import DataError
 from xbt.index import Gallery
@@ -225,7 +225,7 @@ class BackfillCoordinator:
         models = load_models(config, self._encoder)
         _require_old_space(models, old_space)
         left = pending(gallery, self._names[1])
-        require_room(gallery.path, len(left), self._encoder.dim, "float16")
+        require_free_space(gallery.path, len(left), self._encoder.dim, "float16")
         if evaluation is not None:
             self._curve.questions = as_questions(evaluation, models)
         order = kept_plan(path / ORDER, left)
