@@ -20,14 +20,14 @@ from xbt.encoders.checks import as_images, not_finite, numbered, require_positiv
 from xbt.encoders.image_batching import decode_batches
 from xbt.errors import ConfigError, DataError, ImageError, SpaceMismatchError
 from xbt.heads import CompatibleHead, HeadOutput
-from xbt.hub import CardData, CardFacts, Naming, SharedPart
+from xbt.hub import CardData, CardFacts, HubArtifact, Naming
 from xbt.images import ImageSource
 from xbt.space import PROBE_TEXTS, EmbeddingSpace, draw_probe_images
 
 Side = Literal["new", "old"]
 
 
-class CompatibleBackbone(nn.Module, SharedPart):
+class CompatibleBackbone(nn.Module, HubArtifact):
     """An image model whose vectors can be compared with an older model's, if its head says so.
 
     Its whole vectors (``space="new"``) go into the gallery; their leading ``old_dim`` coordinates, normalised

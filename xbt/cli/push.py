@@ -10,7 +10,7 @@ from typing import Any
 from xbt.backbones import CompatibleBackbone
 from xbt.compatible import CompatibleEncoder
 from xbt.heads import CompatibleHead
-from xbt.hub import CARD_NAME, CONFIG_NAME, CardData, SavedPartError, SharedPart, is_pickled, read_json
+from xbt.hub import CARD_NAME, CONFIG_NAME, CardData, HubArtifact, SavedPartError, is_pickled, read_json
 from xbt.projections import Projection, QueryEnsemble
 
 RESULTS_NAME = "retrieval.json"
@@ -117,7 +117,7 @@ def push(config: PushConfig) -> PushResult:
     return PushResult(commit.pr_url or str(commit), commit.oid, type(part).__name__, str(path))
 
 
-def find_part(directory: Path) -> tuple[Path, type[SharedPart]]:
+def find_part(directory: Path) -> tuple[Path, type[HubArtifact]]:
     """The saved part in a directory, or in a run's output directory.
 
     Raises:
@@ -143,7 +143,7 @@ def find_part(directory: Path) -> tuple[Path, type[SharedPart]]:
     )
 
 
-def _parts_below(directory: Path, depth: int) -> Iterator[tuple[Path, type[SharedPart]]]:
+def _parts_below(directory: Path, depth: int) -> Iterator[tuple[Path, type[HubArtifact]]]:
     for child in sorted(each for each in directory.iterdir() if each.is_dir() and not each.is_symlink()):
         kind = _kind(child)
         if kind is not None:
@@ -152,7 +152,7 @@ def _parts_below(directory: Path, depth: int) -> Iterator[tuple[Path, type[Share
             yield from _parts_below(child, depth - 1)
 
 
-def _kind(directory: Path) -> type[SharedPart] | None:
+def _kind(directory: Path) -> type[HubArtifact] | None:
     """The class of what was saved in a directory; ``None`` if nothing was, or a model of another library."""
     if not (directory / CONFIG_NAME).is_file():
         return None

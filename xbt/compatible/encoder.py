@@ -20,7 +20,7 @@ from xbt.encoders.checks import as_images, as_texts
 from xbt.encoders.image_batching import NamedImage
 from xbt.encoders.text_batching import ShortContext, TextTransform
 from xbt.errors import ConfigError, DataError, EncoderError, SpaceMismatchError
-from xbt.hub import CardData, CardFacts, HubAccess, Naming, SharedPart, fetch, gathered_warning, is_snapshot
+from xbt.hub import CardData, CardFacts, HubAccess, HubArtifact, Naming, fetch, gathered_warning, is_snapshot
 from xbt.images import ImageSource
 from xbt.projections import LinearProjection, Projection
 from xbt.projections.base import Modality
@@ -106,7 +106,7 @@ class _Sides(NamedTuple):
     given: Tensor | None
 
 
-class CompatibleEncoder(DualEncoder, SharedPart):
+class CompatibleEncoder(DualEncoder, HubArtifact):
     """New encoder + LoRA + projection (+ ensemble) behind the interface of an encoder; vectors are old-space.
 
     A drop-in for the old encoder: ``encode_texts`` and ``encode_images`` return (n, old_dim) float32 CPU unit
@@ -450,7 +450,7 @@ class CompatibleEncoder(DualEncoder, SharedPart):
                 ``old_vectors``.
             device: Where the encoders go; a given encoder stays where it is.
             revision: Branch, tag or commit of the repository on the Hub; its models have their own.
-            cache_dir: See :meth:`SharedPart.from_pretrained`, as for what follows; holds for the models too.
+            cache_dir: See :meth:`HubArtifact.from_pretrained`, as for what follows; holds for the models too.
             token: See there; the models are fetched with it too.
             force_download: See there; the models are not fetched again.
             local_files_only: See there; holds for the models too.

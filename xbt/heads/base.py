@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from xbt.errors import ConfigError, SpaceMismatchError
 from xbt.heads import saving
 from xbt.heads.folded import FoldedHead
-from xbt.hub import CardData, CardFacts, Naming, SharedPart
+from xbt.hub import CardData, CardFacts, HubArtifact, Naming
 
 Space = Literal["old", "new"]
 """Which vectors a head is asked for: those that are compared with the old model's, or its own."""
@@ -40,7 +40,7 @@ class HeadOutput:
     logits: Tensor | None
 
 
-class CompatibleHead(nn.Module, SharedPart, ABC):
+class CompatibleHead(nn.Module, HubArtifact, ABC):
     """The last part of a model: from a backbone's features to vectors whose leading ones are compatible.
 
     Whatever it computes is computed in float32 (or float64), also under autocast: in half precision an

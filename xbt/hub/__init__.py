@@ -18,8 +18,8 @@ from xbt.hub.files import (
     require_file,
     write_config,
 )
-from xbt.hub.names import LOCAL, Naming, public_name, require_loadable, settled_name
-from xbt.hub.sharing import SharedPart, warn_of_directories
+from xbt.hub.names import LOCAL, Naming, public_name, require_loadable, resolved_name
+from xbt.hub.sharing import HubArtifact, warn_of_directories
 from xbt.hub.transfer import (
     SAFE_PATTERNS,
     HubAccess,
@@ -50,11 +50,11 @@ __all__ = [
     "CardData",
     "CardFacts",
     "HubAccess",
+    "HubArtifact",
     "Naming",
     "NewerConfigWarning",
     "SavedConfig",
     "SavedPartError",
-    "SharedPart",
     "Stored",
     "build_and_load",
     "cached_commit",
@@ -77,8 +77,8 @@ __all__ = [
     "read_tensors",
     "require_file",
     "require_loadable",
+    "resolved_name",
     "save_weights",
-    "settled_name",
     "split_revision",
     "warn_of_directories",
     "write_config",

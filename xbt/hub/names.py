@@ -49,7 +49,7 @@ def local_path(model: str) -> str | None:
     return model if _is_path(model) else None
 
 
-def settled_name(model: str) -> str:
+def resolved_name(model: str) -> str:
     """A specification whose path, if it climbs by ``..``, is written from the root."""
     path = local_path(model)
     if path is None or ".." not in Path(path).parts:

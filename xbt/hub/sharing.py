@@ -14,11 +14,11 @@ from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 from xbt.hub.cards import MARK, CardData, CardFacts, make_card
 from xbt.hub.configs import gathered_warning
 from xbt.hub.files import CARD_NAME
-from xbt.hub.names import LOCAL, Naming, public_name, settled_name
+from xbt.hub.names import LOCAL, Naming, public_name, resolved_name
 from xbt.hub.transfer import fetch, require_repository, upload
 
 
-class SharedPart(ModelHubMixin, library_name="xbt"):
+class HubArtifact(ModelHubMixin, library_name="xbt"):
     """Saving, loading and pushing with one signature for projections, ensembles, encoders and backbones.
 
     A part writes its files (:meth:`_write`), reads them (:meth:`_read`), and tells a card about itself
@@ -75,7 +75,7 @@ class SharedPart(ModelHubMixin, library_name="xbt"):
         elif push_options or repo_id:
             given = ", ".join([*(["repo_id"] if repo_id else []), *push_options])
             raise TypeError(f"{given} only with push_to_hub=True")
-        self._save(Path(save_directory), settled_name, card or CardData(), None)
+        self._save(Path(save_directory), resolved_name, card or CardData(), None)
         return self.push_to_hub(str(repo_id), card=card, **push_options) if push_to_hub else None
 
     def push_to_hub(  # type: ignore[override]

@@ -21,10 +21,10 @@ from xbt.hub import (
     WEIGHTS_NAME,
     CardData,
     CardFacts,
+    HubArtifact,
     Naming,
     SavedConfig,
     SavedPartError,
-    SharedPart,
     build_and_load,
     check_digests,
     digests,
@@ -44,7 +44,7 @@ _GIVEN = "vectors to project"
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "LinearProjection", "Modality", "Projection"]
 
 
-class Projection(nn.Module, SharedPart):
+class Projection(nn.Module, HubArtifact):
     """A map from the new space into the old one, the same for texts and images.
 
     ``projection(new_vectors)`` takes (n, new_dim) vectors, as models, stores and files give them, and returns

@@ -16,10 +16,10 @@ from xbt.hub import (
     WEIGHTS_NAME,
     CardData,
     CardFacts,
+    HubArtifact,
     Naming,
     SavedConfig,
     SavedPartError,
-    SharedPart,
     build_and_load,
     check_digests,
     digests,
@@ -47,7 +47,7 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 """Direction → name → what a combination needs beyond its numbers."""
 
 
-class QueryEnsemble(nn.Module, SharedPart):
+class QueryEnsemble(nn.Module, HubArtifact):
     """Old and projected new query vectors in, one query vector for the old gallery out.
 
     The gallery stays as it is; the price is the old query tower, unless the old query's vector is at hand.
