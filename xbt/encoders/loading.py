@@ -27,6 +27,7 @@ FORMS = (
     "transformers:REPO_OR_DIR (or org/repo@revision)",
 )
 """Every form a specification can take."""
+_BACKENDS = {"open_clip": "xbt.encoders.open_clip", "transformers": "xbt.encoders.hf_transformers"}
 
 
 def load_encoder(
@@ -97,7 +98,7 @@ def _parse(spec: str) -> tuple[Callable[[str, str, HubAccess], DualEncoder], str
     if not complete:
         raise EncoderError(f"'{spec}' is not an encoder specification; write one of: {'; '.join(FORMS)}")
     # Imported by name and only now: open_clip and transformers take seconds.
-    module = importlib.import_module(f"xbt.encoders.{backend}_encoder")
+    module = importlib.import_module(_BACKENDS[backend])
     loader: Callable[[str, str, HubAccess], DualEncoder] = getattr(module, f"load_{backend}")
     return loader, rest
 
