@@ -1,6 +1,7 @@
-"""Files written whole: a kill or a full disk at any moment leaves the old file or the new one.
+"""Durable file writes and safe file reads.
 
-Files of an export: each appears whole or not at all.
+A file is written under a temporary name, synchronised to disk and then renamed. A kill or a full disk at any
+moment leaves the old file or the new one, never a part of it.
 """
 
 from __future__ import annotations
@@ -12,25 +13,59 @@ import os
 import re
 import secrets
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, Self
 
 from xbt.errors import StoreError
-from xbt.store.layout import FileRecord, open_regular
 
 _PARTIAL = ".partial"
 _PARTIAL_NAME = re.compile(rf"\..+-[0-9]+-[0-9a-f]+\{_PARTIAL}")
-_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
-_BLOCK = 1 << 20
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
+_BLOCK_BYTES = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_COUNT = 2**62
+_FIX = "copy the file again or write the store again"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 (hexadecimal) of one file."""
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Reads the output of ``asdict``.
+
+        Raises:
+            ValueError: If it is not a size and a checksum.
+        """
+        if not isinstance(data["sha256"], str) or not _SHA256.fullmatch(data["sha256"]):
+            raise ValueError(f"{data['sha256']!r} is not a SHA-256")
+        return cls(parse_count(data["bytes"], "bytes"), data["sha256"])
+
+
+def parse_count(value: Any, name: str) -> int:
+    """Checks a count or a size that was read from JSON.
+
+    Raises:
+        ValueError: If it is not a whole number in [0, 2⁶²).
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX_COUNT:
+        raise ValueError(f"{name} is {value!r:.40}, not a whole number from 0")
+    return value
 
 
 class Sink(Protocol):
-    """What a file's content is written into."""
+    """Receiver of a file's content."""
 
     def write(self, data: Any, /) -> int:
-        """Takes bytes and returns how many."""
+        """Writes bytes and returns their number."""
         ...
 
 
@@ -52,15 +87,15 @@ def write_whole(path: Path, needed: int | None, produce: Callable[[Sink], object
     """Writes a file durably: under a temporary name, synchronised to disk, then renamed.
 
     Args:
-        path: The file; its directory is made.
-        needed: Bytes it will take, for the error; ``None`` if that is not known.
-        produce: Writes the content into what it is given.
+        path: The file. Its directory is created.
+        needed: Size in bytes, for the error message; ``None`` if it is not known.
+        produce: Function that writes the content to a sink.
 
     Returns:
         The file's size and checksum.
 
     Raises:
-        StoreError: If the disk is full or the place cannot be written; nothing is left behind.
+        StoreError: If the disk is full or the file cannot be written; nothing is left behind.
     """
     partial = path.with_name(
         f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
@@ -82,12 +117,12 @@ def write_whole(path: Path, needed: int | None, produce: Callable[[Sink], object
 
 
 def write_bytes(path: Path, content: bytes) -> FileRecord:
-    """Writes bytes as :func:`write_whole` does."""
+    """Writes bytes durably; see :func:`write_whole`."""
     return write_whole(path, len(content), lambda sink: sink.write(content))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> FileRecord:
-    """Writes lines, which end in a line feed, as :func:`write_whole` does; they are never all in memory."""
+    """Writes lines that end in a line feed, one at a time; see :func:`write_whole`."""
 
     def produce(sink: Sink) -> None:
         for line in lines:
@@ -97,22 +132,54 @@ def write_lines(path: Path, lines: Iterable[str]) -> FileRecord:
 
 
 def write_record(path: Path, data: Any) -> FileRecord:
-    """Writes a JSON file as :func:`write_whole` does."""
+    """Writes a JSON file durably; see :func:`write_whole`."""
     return write_bytes(path, (json.dumps(data, indent=1) + "\n").encode("ascii"))
 
 
 @contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path for a library to write to, then synchronises the file and renames it.
+
+    Args:
+        path: The file. Its directory is created, and an existing file is replaced.
+
+    Raises:
+        StoreError: If the disk is full or the file cannot be written; nothing is left behind.
+    """
+    partial = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}{path.suffix}")
+    try:
+        with writing_to(path, None):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_directory(path.parent)
+    finally:
+        # Without access to the directory there is nothing to remove.
+        if path.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def writing_to(path: Path, needed: int | None) -> Iterator[None]:
-    """Turns what the operating system says against writing into one sentence."""
+    """Translates an ``OSError`` of a write to ``path`` into a :class:`StoreError`.
+
+    Args:
+        path: The file or directory.
+        needed: Size in bytes, for the error message; ``None`` if it is not known.
+    """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in _FULL:
-            size = "more bytes" if needed is None else f"{needed} bytes"
+        if error.errno in _DISK_FULL:
+            problem = f"{needed} bytes are needed for {path}, but there is no space"
+            if needed is None:
+                problem = f"there is no space for {path}"
             raise StoreError(
-                f"{size} are needed for {path}, but there is no room ({reason}); free some space or raise "
-                "the limit and run again: what has been written is kept"
+                f"{problem} ({reason}); free some space or raise the limit and run again: files that are "
+                "already written are kept"
             ) from error
         raise StoreError(
             f"{path} cannot be written ({reason}); choose a directory you may write to"
@@ -120,23 +187,23 @@ def writing_to(path: Path, needed: int | None) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and those above it, durably; does nothing where it is.
+    """Creates a directory and its parents durably; an existing directory is left alone.
 
     Raises:
-        StoreError: If it cannot be made.
+        StoreError: If it cannot be created.
     """
     with writing_to(path, 0):
-        missing = [each for each in (path, *path.parents) if not each.exists()]
+        missing = [directory for directory in (path, *path.parents) if not directory.exists()]
         path.mkdir(parents=True, exist_ok=True)
-    for made in reversed(missing):
-        sync_directory(made.parent)  # a directory's own name is kept in the one above it
+    for created in reversed(missing):
+        sync_directory(created.parent)  # the parent holds the name of a new directory
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable, where the system knows how to.
+    """Makes the names in a directory durable, on systems that support it.
 
     Raises:
-        StoreError: If the system fails to.
+        StoreError: If the system fails to synchronise.
     """
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -152,54 +219,43 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a regular file, hexadecimal, read in blocks."""
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def remove_leftovers(*directories: Path) -> None:
-    """Removes the temporary files that killed writers left; only a sole writer may do so."""
+    """Removes the temporary files of killed writers; the caller must be the only writer."""
     for directory in directories:
         for leftover in directory.glob(f".*{_PARTIAL}"):
             if _PARTIAL_NAME.fullmatch(leftover.name):
                 leftover.unlink(missing_ok=True)
 
 
-_FULL_FILES = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT})
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; at the end the file is synchronised and renamed.
+def refuse_irregular(path: Path, root: Path | None = None) -> None:
+    """Refuses pipes, devices, directories, and links that lead out of a directory.
 
     Args:
-        path: The file; its directory is made, and one that is there is replaced.
+        path: The file.
+        root: The directory that must contain it; ``None`` accepts links to any place.
 
     Raises:
-        StoreError: If the disk is full or the place cannot be written; nothing is left behind.
+        OSError: If there is no such file.
+        StoreError: If it is not a regular file, or lies outside ``root``.
     """
-    partial = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_directory(path.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno in _FULL_FILES:
-            raise StoreError(
-                f"there is no space for {path} ({reason}); free some space and export again"
-            ) from error
-        raise StoreError(
-            f"{path} cannot be written ({reason}); choose a directory you may write to"
-        ) from error
-    finally:
-        # Where the place cannot be looked into either, there is nothing to remove.
-        if path.parent.is_dir():
-            partial.unlink(missing_ok=True)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise StoreError(f"{path} is a directory, pipe or device instead of a file; {_FIX}")
+    if root is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
+        raise StoreError(f"{path} is a link that leads out of {root}; put the file itself there")
+
+
+def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
+    """Opens a regular file for reading; see :func:`refuse_irregular`."""
+    refuse_irregular(path, root)
+    # A pipe may have replaced the file since the check. Without O_NONBLOCK, opening it would block.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    return os.fdopen(os.open(path, flags), "rb")
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a regular file, hexadecimal, read in blocks."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

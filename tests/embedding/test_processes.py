@@ -306,7 +306,7 @@ def test_a_full_disk_keeps_what_is_done(launcher, data, whole, tmp_path):
     job = launcher.start(flags, tmp_path / "log", largest_file=100 * 16 * 4 - 1)
     assert job.wait() == [2]
     (line,) = [line for line in job.said.replace("\r", "\n").splitlines() if "error:" in line]
-    assert "there is no room" in line
+    assert "there is no space" in line
     assert "Traceback" not in job.said
     # The third shard has 40 items and would have fitted, but the job ends at the first that does not.
     assert launcher.start(flags, tmp_path / "log2").wait() == [0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from xbt.files import FileRecord
 from xbt.store.builder import StoreBuilder
-from xbt.store.layout import FileRecord, ShardRecord
+from xbt.store.layout import ShardRecord
 from xbt.store.store import EmbeddingStore, find_faults
 
 __all__ = ["EmbeddingStore", "FileRecord", "ShardRecord", "StoreBuilder", "find_faults"]

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from xbt.errors import StoreError
 from xbt.files import (
+    FileRecord,
     checksum,
     make_directory,
     remove_leftovers,
@@ -40,7 +41,6 @@ from xbt.store.layout import (
     IN_PROGRESS,
     MANIFEST,
     METADATA,
-    FileRecord,
     Header,
     Manifest,
     ShardRecord,

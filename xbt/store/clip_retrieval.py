@@ -6,13 +6,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from xbt.errors import SpaceMismatchError, StoreError
+from xbt.files import FileRecord
 from xbt.space import EmbeddingSpace
 from xbt.store.layout import (
     FOLDERS,
     HEADER,
     IN_PROGRESS,
     METADATA,
-    FileRecord,
     Header,
     Manifest,
     ShardRecord,

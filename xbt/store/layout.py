@@ -16,17 +16,17 @@ import hashlib
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 
 from xbt.errors import StoreError, XbtError
+from xbt.files import FileRecord, open_regular, parse_count
 from xbt.space import EmbeddingSpace
 
 ID = "id"
@@ -44,29 +44,8 @@ DTYPES = ("float16", "float32")
 _CHECKSUM = "checksum"
 _FIX = "copy the file again or write the store again"
 _NAME = re.compile(r"[0-9]{1,18}(_[0-9]{1,18}){0,4}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_MAX = 2**62
 _MAX_HEADER = 12_000
 """Bytes of the longest header of an .npy file."""
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """Size and SHA-256 (hexadecimal) of one file."""
-
-    bytes: int
-    sha256: str
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads what ``asdict`` made.
-
-        Raises:
-            ValueError: If it is not a size and a checksum.
-        """
-        if not isinstance(data["sha256"], str) or not _SHA256.fullmatch(data["sha256"]):
-            raise ValueError(f"{data['sha256']!r} is not a SHA-256")
-        return cls(_number(data["bytes"], "bytes"), data["sha256"])
 
 
 @dataclass(frozen=True)
@@ -107,7 +86,7 @@ class ShardRecord:
                 f"shard {name!r} names the files {list(files)}, but its own are one .npy file and "
                 f"{metadata_file(name)}"
             )
-        return cls(name, _number(data["count"], "count"), files, dict(data.get("extra") or {}))
+        return cls(name, parse_count(data["count"], "count"), files, dict(data.get("extra") or {}))
 
 
 @dataclass(frozen=True)
@@ -156,7 +135,7 @@ class Header:
         """Reads what :meth:`to_dict` wrote."""
         json.dumps(data["space"], ensure_ascii=False).encode("utf-8")  # refuses half characters
         space = None if data["space"] is None else EmbeddingSpace.from_dict(data["space"])
-        return cls(str(data["modality"]), space, str(data["dtype"]), _number(data["dim"], "dim"))
+        return cls(str(data["modality"]), space, str(data["dtype"]), parse_count(data["dim"], "dim"))
 
     def require(self, other: Header, path: Path) -> None:
         """Refuses a store of another kind under the same path.
@@ -279,31 +258,6 @@ def store_path(path: str | Path) -> Path:
     return found
 
 
-def refuse_irregular(path: Path, root: Path | None = None) -> None:
-    """Refuses what is no regular file, or a link that leads out of a directory.
-
-    Args:
-        path: The file.
-        root: The directory that it must lie in; ``None`` lets links lead anywhere.
-
-    Raises:
-        OSError: If there is nothing.
-        StoreError: If it is a pipe, a device, a directory, or lies elsewhere.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise StoreError(f"{path} is a directory, pipe or device instead of a file; {_FIX}")
-    if root is not None and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)):
-        raise StoreError(f"{path} is a link that leads out of {root}; put the file itself there")
-
-
-def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
-    """Opens a file of a store for reading; see :func:`refuse_irregular`."""
-    refuse_irregular(path, root)
-    # Without this flag, opening a pipe that has just taken the file's place would wait for a writer.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    return os.fdopen(os.open(path, flags), "rb")
-
-
 def has_manifest(path: Path) -> bool:
     """Whether a directory is a store with a manifest; a link or pipe of that name is one to be refused."""
     return os.path.lexists(path / MANIFEST)
@@ -395,13 +349,6 @@ def _complete(path: Path) -> Iterator[None]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
-
-
-def _number(value: Any, name: str) -> int:
-    """A count or a size as JSON holds it."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _MAX:
-        raise ValueError(f"{name} is {value!r:.40}, not a whole number from 0")
-    return value
 
 
 def _checksum(data: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from xbt.errors import StoreError
-from xbt.store.layout import ID, ShardRecord, metadata_file, refuse_irregular
+from xbt.files import refuse_irregular
+from xbt.store.layout import ID, ShardRecord, metadata_file
 
 _INDEX = "__index_level_"  # what pandas adds to files it writes
 _BROKEN = (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError, MemoryError)

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.errors import StoreError
-from xbt.store.layout import DTYPES, open_regular
+from xbt.files import open_regular
+from xbt.store.layout import DTYPES
 from xbt.vectors import lengths_of, not_unit
 
 AGAIN = "copy it again, or embed its rows again"

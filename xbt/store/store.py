@@ -16,7 +16,15 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from xbt.errors import DataError, SpaceMismatchError, StoreError
-from xbt.files import checksum, make_directory, remove_leftovers, write_record
+from xbt.files import (
+    FileRecord,
+    checksum,
+    make_directory,
+    open_regular,
+    refuse_irregular,
+    remove_leftovers,
+    write_record,
+)
 from xbt.space import EmbeddingSpace
 from xbt.store.clip_retrieval import scan_folder
 from xbt.store.layout import (
@@ -26,16 +34,13 @@ from xbt.store.layout import (
     IN_PROGRESS,
     MANIFEST,
     METADATA,
-    FileRecord,
     Header,
     Manifest,
     ShardRecord,
     has_manifest,
     is_shard_name,
     metadata_file,
-    open_regular,
     read_manifest,
-    refuse_irregular,
     shard_key,
     store_path,
     vectors_file,
