@@ -203,7 +203,7 @@ def test_card_names_both_models(specs, tmp_path):
     make(specs, "open_clip", lora=True).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "library_name: xbt" in card
-    assert "`local:a` speaks the space of `local:old`" in card
+    assert "`local:a` in the space of `local:old`" in card
     assert specs["open_clip"].rpartition("/")[0] not in card
     assert "with a LoRA adapter" in card
 

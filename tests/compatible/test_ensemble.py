@@ -217,7 +217,7 @@ def test_saved_and_loaded(specs, backend, kind, tmp_path):
     torch.testing.assert_close(found, texts, atol=1e-6, rtol=0)
     card = " ".join((tmp_path / "README.md").read_text().split())
     assert f"T2I: {kind}; I2T: {kind}" in card
-    assert "runs on every query as well" in card
+    assert "also runs on every query" in card
 
 
 def test_saving_without_ensemble_leaves_none_behind_and_old_formats_load(specs, tmp_path):

@@ -62,7 +62,7 @@ def test_what_cannot_be_folded(specs):
         other.set_spaces(projection.new_space, projection.old_space)
         with pytest.raises(EncoderError, match="is more than a matrix and cannot be folded"):
             CompatibleEncoder(new, other).fold()
-    with pytest.raises(EncoderError, match="asks how long projected vectors are"):
+    with pytest.raises(EncoderError, match="needs the length of projected vectors"):
         CompatibleEncoder(new, projection, QueryEnsemble(12, {"T2I": Slerp(0.6, padded=True)}), old).fold()
     with pytest.raises(EncoderError, match=r"image tower of .* not in a matrix"):
         CompatibleEncoder(*parts(specs, "siglip")[:2]).fold()

@@ -1,4 +1,4 @@
-"""What a user saves, loads, pushes and serves: the new CLIP, speaking the old one's space."""
+"""The compatible encoder that users save, load, push and serve."""
 
 from xbt.compatible.encoder import CompatibleEncoder
 from xbt.compatible.loading import load_upgraded

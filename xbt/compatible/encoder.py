@@ -1,7 +1,4 @@
-"""The new CLIP behind the interface of an encoder, with vectors in the old one's space.
-
-Whether the parts of a compatible encoder belong together.
-"""
+"""The compatible encoder: the new CLIP behind an encoder's interface, with vectors in the old space."""
 
 from __future__ import annotations
 
@@ -28,90 +25,16 @@ from xbt.projections.ensemble import QueryEnsemble, Slerp, direction_of
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors, as_vectors
 
-
-def check_new(new: DualEncoder, projection: Projection) -> None:
-    """Refuses an encoder that the projection was not made for, as far as that can be told.
-
-    Raises:
-        SpaceMismatchError: If it is not, or the projection does not know its old space.
-    """
-    if projection.old_space is None:
-        raise SpaceMismatchError(
-            "the projection does not know its old space; fit it with old_space= or call set_spaces"
-        )
-    if new.dim != projection.new_dim:
-        raise SpaceMismatchError(
-            f"the projection takes {projection.new_dim}-d vectors"
-            + (f" of {projection.new_space}" if projection.new_space else "")
-            + f", but the encoder is '{new.name}' ({new.dim}-d); load the encoder it was made for"
-        )
-    if projection.new_space is not None and not has_lora(new):
-        projection.new_space.require(new.space, "the encoder given to the projection")
-
-
-def check_ensemble(projection: Projection, ensemble: QueryEnsemble | None, old: DualEncoder | None) -> None:
-    """Refuses an ensemble of another space, an old encoder of another space, and one that nobody needs.
-
-    Raises:
-        SpaceMismatchError: If a space is not the projection's old one.
-        ConfigError: If there is an old encoder and no ensemble.
-    """
-    space = projection.old_space
-    assert space is not None
-    if ensemble is None:
-        if old is not None:
-            raise ConfigError(
-                f"the old encoder '{old.name}' is of use only with an ensemble; give ensemble= as well"
-            )
-        return
-    if ensemble.old_dim != projection.old_dim:
-        raise SpaceMismatchError(
-            f"the ensemble combines {ensemble.old_dim}-d vectors, but the projection leads to {space}; fit "
-            "it on pairs of that space"
-        )
-    if ensemble.old_space is not None and ensemble.old_space is not space:
-        space.require(ensemble.old_space, "the ensemble")
-    if old is not None:
-        space.require(old.space, "the old encoder given to the ensemble")
-
-
-def refuse(old_vectors: Vectors | None) -> None:
-    """Refuses old vectors where there is no ensemble, with a ConfigError."""
-    if old_vectors is not None:
-        raise ConfigError(
-            "old vectors are of use only with an ensemble; give the encoder one, or leave them out"
-        )
-
-
-def given(old_vectors: Vectors, count: int, dim: int) -> Tensor:
-    """The caller's old vectors as a tensor.
-
-    Raises:
-        DataError: If they are not as many as the queries, or not finite.
-        SpaceMismatchError: If they are not of the old dimension.
-    """
-    if len(old_vectors) != count:
-        raise DataError(f"old_vectors has {len(old_vectors)} rows for {count} queries; give one for each")
-    return torch.zeros(0, dim) if count == 0 else as_vectors(old_vectors, "old_vectors", dim)
-
-
-_ROWS = 8192
-
-
-class _Sides(NamedTuple):
-    """Where the two vectors of a query come from; what the ensemble does not need is ``None``."""
-
-    new: DualEncoder | None
-    old: DualEncoder | None
-    given: Tensor | None
+_CHUNK_ROWS = 8192
+"""Rows that are combined at a time."""
 
 
 class CompatibleEncoder(DualEncoder, HubArtifact):
-    """New encoder + LoRA + projection (+ ensemble) behind the interface of an encoder; vectors are old-space.
+    """New encoder + LoRA + projection (+ ensemble) behind the interface of an encoder.
 
-    A drop-in for the old encoder: ``encode_texts`` and ``encode_images`` return (n, old_dim) float32 CPU unit
-    rows that belong to ``space``, the old model's space. With an ensemble these are queries: mixtures of the
-    new model's vector and the old one's, which the old encoder makes here or the caller has already.
+    It replaces the old encoder: ``encode_texts`` and ``encode_images`` return (n, old_dim) float32 CPU unit
+    rows in ``space``, the old model's space. With an ensemble these are queries: mixtures of the new model's
+    vector and the old model's. The old encoder computes the old vectors, or the caller passes them.
 
     Args:
         new: The new encoder, with or without LoRA. Without LoRA it is checked against the space the
@@ -135,8 +58,8 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         ensemble: QueryEnsemble | None = None,
         old: DualEncoder | None = None,
     ) -> None:
-        check_new(new, projection)
-        check_ensemble(projection, ensemble, old)
+        _check_new(new, projection)
+        _check_ensemble(projection, ensemble, old)
         self.new = new
         self.old = old
         self._folded: DualEncoder | None = None
@@ -162,7 +85,7 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
 
     @property
     def precision(self) -> Precision:
-        """What the new encoder computes in, and the old one where it is at hand; the rest stays in fp32."""
+        """Precision of the new encoder, and of the old one if there is one; the rest stays in fp32."""
         return self.new.precision
 
     @precision.setter
@@ -172,12 +95,12 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
 
     @property
     def space(self) -> EmbeddingSpace:
-        """The old space: what this encoder's vectors may be compared with."""
+        """The old space, which this encoder's vectors belong to."""
         assert self.projection.old_space is not None
         return self.projection.old_space
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves encoders and projection, and returns the compatible encoder itself."""
+        """Move encoders and projection, and return the compatible encoder itself."""
         for encoder in filter(None, (self.new, self.old)):
             encoder.to(device)
         self.projection.to(device)
@@ -186,14 +109,14 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         return self if self._folded is None else self.fold()
 
     def fold(self) -> Self:
-        """Multiplies the projection into the last layers of the new towers, and returns the encoder itself.
+        """Multiply the projection into the last layers of the new towers, and return the encoder itself.
 
-        Encoding then costs what it costs without a projection, and the vectors change by rounding only. What
-        is saved does not change: projection and base stay apart there, and ``new`` is left as it is.
+        Encoding then costs as much as without a projection, and the vectors change by rounding only. Saved
+        files do not change: they keep projection and base apart. ``new`` does not change either.
 
         Raises:
-            EncoderError: If the projection is more than a matrix, the ensemble asks how long the projected
-                vectors are, or a tower does not end in a matrix.
+            EncoderError: If the projection is more than a matrix, the ensemble needs the length of the
+                projected vectors, or a tower does not end in a matrix.
         """
         if not isinstance(self.projection, LinearProjection) or not self.projection.foldable:
             raise EncoderError(
@@ -201,9 +124,9 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
                 "and cannot be folded into the encoder; fit a linear one without offset"
             )
         combinations = self.ensemble.directions if self.ensemble else {}
-        if any(isinstance(each, Slerp) and each.padded for each in combinations.values()):
+        if any(isinstance(rule, Slerp) and rule.padded for rule in combinations.values()):
             raise EncoderError(
-                f"the ensemble of '{self.name}' asks how long projected vectors are, which folding loses; "
+                f"the ensemble of '{self.name}' needs the length of projected vectors, which folding loses; "
                 "use slerp without padding, or the projection unfolded"
             )
         self._folded = self.new.folded(self.projection.weight.detach())
@@ -211,16 +134,16 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
 
     @property
     def text_transform(self) -> TextTransform:
-        """See :attr:`DualEncoder.text_transform`."""
+        """The new encoder's :attr:`DualEncoder.text_transform`."""
         return self.new.text_transform
 
     @property
     def short_context(self) -> ShortContext | None:
-        """See :attr:`DualEncoder.short_context`."""
+        """The new encoder's :attr:`DualEncoder.short_context`."""
         return self.new.short_context
 
     def invalidate_space(self) -> None:
-        """See :meth:`DualEncoder.invalidate_space`; it is the new encoder whose weights change."""
+        """Forget the new encoder's probe; see :meth:`DualEncoder.invalidate_space`."""
         self.new.invalidate_space()
 
     def encode_texts(
@@ -231,34 +154,35 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         num_workers: int = 0,
         old_vectors: Vectors | None = None,
     ) -> Tensor:
-        """Encodes texts as :meth:`DualEncoder.encode_texts` does, as queries if there is an ensemble.
+        """Encode texts as :meth:`DualEncoder.encode_texts` does, as queries if there is an ensemble.
 
         Args:
             texts: n texts.
-            batch_size: See there.
-            progress: See there; every encoder that runs shows a bar.
-            num_workers: See there.
-            old_vectors: (n, old_dim) vectors of the old model for the same texts, in place of its encoder.
+            batch_size: As for :meth:`DualEncoder.encode_texts`.
+            progress: Whether every encoder that runs shows a bar.
+            num_workers: As for :meth:`DualEncoder.encode_texts`.
+            old_vectors: (n, old_dim) vectors of the old model for the same texts, instead of its encoder.
 
         Returns:
             (n, old_dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
 
         Raises:
-            EncoderError: If the ensemble needs the old vectors and there is neither an old encoder nor them.
+            EncoderError: If the ensemble needs old vectors, but there is no old encoder and none are given.
             ConfigError: If old vectors are given without an ensemble.
-            DataError, SpaceMismatchError: As there, or if the old vectors do not fit the texts.
+            DataError, SpaceMismatchError: As :meth:`DualEncoder.encode_texts`, or if the old vectors do not
+                fit the texts.
         """
         checked = as_texts(texts)
         if self.ensemble is None:
-            refuse(old_vectors)
-            # Not the parent's method: its warning of cut texts would point here and not to the caller.
+            _refuse_old_vectors(old_vectors)
+            # Not the parent's method: its warning about cut texts would point here, not to the caller.
             vectors, cut = self._encode_texts(checked, batch_size, progress, num_workers, self.precision)
             self._warn_cut(cut, len(checked))
             return vectors
         sides = self._sides("text", old_vectors, len(checked))
         old, new = (
-            each.encode_texts(checked, batch_size, progress, num_workers) if each is not None else None
-            for each in (sides.old, sides.new)
+            None if encoder is None else encoder.encode_texts(checked, batch_size, progress, num_workers)
+            for encoder in (sides.old, sides.new)
         )
         return self._query(sides.given if old is None else old, new, "text")
 
@@ -270,24 +194,25 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         num_workers: int = 0,
         old_vectors: Vectors | None = None,
     ) -> Tensor:
-        """Encodes images as :meth:`DualEncoder.encode_images` does, as queries if there is an ensemble.
+        """Encode images as :meth:`DualEncoder.encode_images` does, as queries if there is an ensemble.
 
         Args:
             images: n PIL images, paths, or bytes of encoded images.
-            batch_size: See there.
-            progress: See there.
-            num_workers: See there; if both encoders run, each of them has as many.
-            old_vectors: (n, old_dim) vectors of the old model for the same images, in place of its encoder.
+            batch_size: As for :meth:`DualEncoder.encode_images`.
+            progress: As for :meth:`DualEncoder.encode_images`.
+            num_workers: Worker processes per encoder; if both encoders run, each has as many.
+            old_vectors: (n, old_dim) vectors of the old model for the same images, instead of its encoder.
 
         Returns:
             (n, old_dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
 
         Raises:
             EncoderError, ConfigError: As :meth:`encode_texts`.
-            ImageError, DataError, SpaceMismatchError: As there, or if the old vectors do not fit the images.
+            ImageError, DataError, SpaceMismatchError: As :meth:`DualEncoder.encode_images`, or if the old
+                vectors do not fit the images.
         """
         if self.ensemble is None:
-            refuse(old_vectors)
+            _refuse_old_vectors(old_vectors)
             return super().encode_images(images, batch_size, progress, num_workers)
         items = as_images(images)
         sides = self._sides("image", old_vectors, len(items))
@@ -311,15 +236,15 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
             if encoder
         ]
         for results in zip(*streams, strict=True):
-            # An image that either of the two refuses is refused.
-            kept = sorted(set.intersection(*(set(each.kept) for each in results)))
-            rows = [each.vectors[[each.kept.index(place) for place in kept]] for each in results]
+            # An image is refused if either encoder refuses it.
+            kept = sorted(set.intersection(*(set(encoded.kept) for encoded in results)))
+            rows = [encoded.vectors[[encoded.kept.index(k) for k in kept]] for encoded in results]
             vectors = self._query(rows[-1] if sides.old else None, rows[0] if sides.new else None, "image")
             rejected, notes = results[-1].rejected | results[0].rejected, results[-1].notes | results[0].notes
             yield EncodedImages(vectors, kept, rejected, notes)
 
     def _sides(self, modality: Modality, old_vectors: Vectors | None = None, count: int = 0) -> _Sides:
-        """Which encoders have to run for queries of a modality; settled before any of them does."""
+        """Choose the encoders that have to run for queries of a modality, before any of them runs."""
         assert self.ensemble is not None
         direction = direction_of(modality)
         new = (self._folded or self.new) if self.ensemble.needs_new(direction) else None
@@ -328,31 +253,31 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         if not self.ensemble.needs_old(direction):
             return _Sides(new, None, None)
         if old_vectors is not None:
-            return _Sides(new, None, given(old_vectors, count, self.dim))
+            return _Sides(new, None, _checked_old_vectors(old_vectors, count, self.dim))
         if self.old is None:
             raise EncoderError(
                 f"{modality} queries of '{self.name}' are combined with the old model's "
-                f"({self.ensemble.combination(direction)}), but there is no old encoder; give old=, which "
-                f"runs {self.space} as well on every query, or its vectors as old_vectors="
+                f"({self.ensemble.combination(direction)}), but there is no old encoder; give old=, so that "
+                f"{self.space} also runs on every query, or its vectors as old_vectors="
             )
         return _Sides(new, self.old, None)
 
     def _query(self, old: Tensor | None, new: Tensor | None, modality: Modality) -> Tensor:
-        """Combines vectors of both encoders, a few thousand at a time; on the CPU and without a graph."""
+        """Combine vectors of both encoders, a few thousand at a time; on the CPU and without a graph."""
         assert self.ensemble is not None
         parts = [torch.zeros(0, self.dim)]
         rows_of = old if old is not None else new
         assert rows_of is not None
         with torch.no_grad():
-            for start in range(0, len(rows_of), _ROWS):
-                rows = slice(start, start + _ROWS)
+            for start in range(0, len(rows_of), _CHUNK_ROWS):
+                rows = slice(start, start + _CHUNK_ROWS)
                 first = None if old is None else old[rows].to(self.device)
                 second = None if new is None else self._projected(new[rows].to(self.device), modality)
                 parts.append(self._combined(first, second, modality).float().cpu())
         return torch.cat(parts)
 
     def _projected(self, vectors: Tensor, modality: Modality) -> Tensor:
-        """(n, old_dim) as projected, of any length; vectors of a folded encoder are that already."""
+        """(n, old_dim) projected vectors of any length; a folded encoder's vectors are projected already."""
         if self._folded is not None:
             return vectors
         with torch.autocast(vectors.device.type, enabled=False):
@@ -373,7 +298,7 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         return self._without_old(tower.embed_pixels(pixels), "image")
 
     def _without_old(self, vectors: Tensor, modality: Modality) -> Tensor:
-        """What becomes of the new encoder's vectors where there is nothing but its own tokens or pixels."""
+        """Project and combine the new encoder's vectors where no old vectors can be had."""
         projected = self._projected(vectors, modality)
         if self.ensemble is None:
             return projected
@@ -439,28 +364,28 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> Self:
-        """Loads a compatible encoder from a directory or a Hub repository, strictly.
+        """Load a compatible encoder from a directory or a Hub repository, strictly.
 
         Args:
             pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
-            base: The new encoder, or another specification for it, when the recorded one, at the recorded
-                commit, does not hold on this machine. It is changed in place when the saved part has LoRA.
-            old: The old encoder, or another specification for it, likewise; only for an ensemble.
-            load_old: Whether the old encoder that the saved ensemble needs is loaded. Without it queries need
+            base: The new encoder, or its specification on this machine, if the recorded one is not valid
+                here. It is changed in place if the saved encoder has LoRA.
+            old: The old encoder, or its specification on this machine, likewise; only for an ensemble.
+            load_old: Whether to load the old encoder that the saved ensemble needs. Without it queries need
                 ``old_vectors``.
-            device: Where the encoders go; a given encoder stays where it is.
-            revision: Branch, tag or commit of the repository on the Hub; its models have their own.
-            cache_dir: See :meth:`HubArtifact.from_pretrained`, as for what follows; holds for the models too.
-            token: See there; the models are fetched with it too.
-            force_download: See there; the models are not fetched again.
-            local_files_only: See there; holds for the models too.
+            device: Device of the encoders; an encoder that is passed in stays on its device.
+            revision: Branch, tag or commit of the repository; the models have recorded revisions.
+            cache_dir: The Hub cache to use instead of the default one, also for the models.
+            token: Hub access token for private repositories, also for the models.
+            force_download: Download the files again; the models are not downloaded again.
+            local_files_only: Use the cache alone, also for the models.
 
         Returns:
-            The encoder; LoRA is merged, so that it costs nothing at search time.
+            The encoder, with LoRA merged, so that it costs nothing at search time.
 
         Raises:
-            SavedPartError: If a file is missing, damaged, changed, or of another kind, or it came from the
-                Hub and records a path of somebody's machine as a model.
+            SavedPartError: If a file is missing, damaged, changed, or of another kind, or a config from the
+                Hub names a model by a path.
             EncoderError: If a model cannot be loaded or the LoRA does not fit it.
             SpaceMismatchError: If a model is not the one this was made for; the message names both.
             ConfigError: If an old encoder is given and there is no ensemble.
@@ -476,3 +401,69 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         access = HubAccess(None, cache_dir, token, local_files_only)
         with gathered_warning():
             return cls._read(directory, device, base, old, load_old, access)
+
+
+class _Sides(NamedTuple):
+    """Sources of a query's two vectors; ``None`` for each that the ensemble does not need."""
+
+    new: DualEncoder | None
+    old: DualEncoder | None
+    given: Tensor | None
+
+
+def _check_new(new: DualEncoder, projection: Projection) -> None:
+    """Refuse an encoder that the projection was not made for.
+
+    An encoder with LoRA is compared by its dimension only.
+
+    Raises:
+        SpaceMismatchError: If dimension or space differ, or the projection does not know its old space.
+    """
+    if projection.old_space is None:
+        raise SpaceMismatchError(
+            "the projection does not know its old space; fit it with old_space= or call set_spaces"
+        )
+    if new.dim != projection.new_dim:
+        raise SpaceMismatchError(
+            f"the projection takes {projection.new_dim}-d vectors"
+            + (f" of {projection.new_space}" if projection.new_space else "")
+            + f", but the encoder is '{new.name}' ({new.dim}-d); load the encoder it was made for"
+        )
+    if projection.new_space is not None and not has_lora(new):
+        projection.new_space.require(new.space, "the encoder given to the projection")
+
+
+def _check_ensemble(projection: Projection, ensemble: QueryEnsemble | None, old: DualEncoder | None) -> None:
+    """Refuse an ensemble or an old encoder of another space, and an old encoder without an ensemble."""
+    space = projection.old_space
+    assert space is not None
+    if ensemble is None:
+        if old is not None:
+            raise ConfigError(
+                f"the old encoder '{old.name}' is only used with an ensemble; give ensemble= as well"
+            )
+        return
+    if ensemble.old_dim != projection.old_dim:
+        raise SpaceMismatchError(
+            f"the ensemble combines {ensemble.old_dim}-d vectors, but the projection leads to {space}; fit "
+            "it on pairs of that space"
+        )
+    if ensemble.old_space is not None and ensemble.old_space is not space:
+        space.require(ensemble.old_space, "the ensemble")
+    if old is not None:
+        space.require(old.space, "the old encoder given to the ensemble")
+
+
+def _refuse_old_vectors(old_vectors: Vectors | None) -> None:
+    """Refuse old vectors for an encoder without an ensemble."""
+    if old_vectors is not None:
+        raise ConfigError(
+            "old vectors are only used with an ensemble; give the encoder one, or leave them out"
+        )
+
+
+def _checked_old_vectors(old_vectors: Vectors, count: int, dim: int) -> Tensor:
+    """The caller's old vectors as a (count, dim) tensor, once number, dimension and values are checked."""
+    if len(old_vectors) != count:
+        raise DataError(f"old_vectors has {len(old_vectors)} rows for {count} queries; give one for each")
+    return torch.zeros(0, dim) if count == 0 else as_vectors(old_vectors, "old_vectors", dim)

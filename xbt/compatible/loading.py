@@ -1,4 +1,4 @@
-"""Whatever makes the new model speak the old space, loaded as a compatible encoder."""
+"""Loading a saved compatible encoder, or a projection alone, as a compatible encoder."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def load_upgraded(
     device: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> CompatibleEncoder:
-    """Loads a compatible encoder as it was saved, or a projection alone behind its new encoder.
+    """Load a compatible encoder as it was saved, or a projection alone behind its new encoder.
 
     Args:
         source: Directory or Hub repository of a compatible encoder, or of a projection (stage 1).
-        new: Specification of the new encoder, where the recorded one does not hold on this machine.
-        old: Specification of the old encoder, likewise; ignored where no ensemble needs it.
-        device: Where the encoders go.
+        new: Specification of the new encoder, if the recorded one is not valid on this machine.
+        old: Specification of the old encoder, likewise; ignored if no ensemble needs it.
+        device: Device of the encoders.
         revision: Branch, tag or commit on the Hub.
 
     Raises:
         SavedPartError: If a file is missing, damaged, or of another kind.
         EncoderError: If a model cannot be loaded.
         SpaceMismatchError: If a model is not the one this was made for; the message names both.
-        ConfigError: If a projection does not say its new encoder, and neither does ``new``.
+        ConfigError: If a projection does not record its new encoder, and ``new`` is not given.
     """
     directory = fetch(source, revision=revision)
     if "kind" not in read_json(directory / CONFIG_NAME):

@@ -1,7 +1,4 @@
-"""The files of a compatible encoder: its config and its parts.
-
-What the card of a compatible encoder says.
-"""
+"""The files of a compatible encoder: its config, its parts, and the facts for its model card."""
 
 from __future__ import annotations
 
@@ -69,7 +66,7 @@ _LATER = ("xbt_version", "ensemble", "old", "sha256")
 
 
 class SavedEncoder(NamedTuple):
-    """What a directory says and holds, the models aside.
+    """Content of a saved directory, without the models.
 
     Attributes:
         base: Specification of the new encoder.
@@ -89,12 +86,12 @@ class SavedEncoder(NamedTuple):
 
     @property
     def needs_old(self) -> bool:
-        """Whether the ensemble needs the old encoder in any direction."""
-        return self.ensemble is not None and any(map(self.ensemble.needs_old, self.ensemble.directions))
+        """True if the ensemble needs the old encoder in any direction."""
+        return _needs_old(self.ensemble)
 
 
 def save(encoder: CompatibleEncoder, directory: Path, naming: Naming, card: CardData) -> None:
-    """Writes config, projection, and LoRA and ensemble if there are any; what is stale is removed."""
+    """Write config, projection, and LoRA and ensemble if there are any; remove stale folders first."""
     for stale in (LORA_DIR, ENSEMBLE_DIR):
         shutil.rmtree(directory / stale, ignore_errors=True)
     parts: list[tuple[str, Projection | QueryEnsemble]] = [(PROJECTION_DIR, encoder.projection)]
@@ -110,11 +107,8 @@ def save(encoder: CompatibleEncoder, directory: Path, naming: Naming, card: Card
         (directory / LORA_DIR / CARD_NAME).unlink(missing_ok=True)
         names += [f"{LORA_DIR}/{file}" for file in (CONFIG_FILE, WEIGHTS_FILE)]
     base = card.base or encoder.new.name
-    needs_old = encoder.ensemble is not None and any(
-        map(encoder.ensemble.needs_old, encoder.ensemble.directions)
-    )
     old = encoder.old.name if encoder.old is not None else encoder.space.model
-    warn_of_directories({"base": base} | ({"old": old} if needs_old else {}), naming)
+    warn_of_directories({"base": base} | ({"old": old} if _needs_old(encoder.ensemble) else {}), naming)
     new_space = encoder.projection.new_space or encoder.new.space
     config = {
         "format": _FORMAT,
@@ -131,7 +125,7 @@ def save(encoder: CompatibleEncoder, directory: Path, naming: Naming, card: Card
 
 
 def read(directory: Path) -> SavedEncoder:
-    """Reads what :func:`save` wrote, now or before there were ensembles.
+    """Read the files that :func:`save` wrote.
 
     Raises:
         SavedPartError: If a file is missing, damaged, changed, or of another kind.
@@ -154,21 +148,21 @@ def read(directory: Path) -> SavedEncoder:
 
 
 def check_unchanged(directory: Path) -> None:
-    """Compares the files with the digests that the config records.
+    """Compare the files with the digests that the config records.
 
     Raises:
-        SavedPartError: If one is missing or is not the file that was saved.
+        SavedPartError: If a file is missing or was changed.
     """
     check_digests(directory, SavedConfig(directory / CONFIG_NAME).values.get("sha256"))
 
 
 def recorded_revision(spec: str, space: EmbeddingSpace | None) -> str | None:
-    """The commit that a recorded model was loaded at, if the space that records it is that model's.
+    """The commit that a recorded model was loaded at, or ``None``.
 
     Args:
         spec: The recorded specification.
-        space: The model's space. Of a model that was shared under another name it says nothing, and what is
-            no full hash may have moved.
+        space: The recorded space. Its revision only counts if the space is that of ``spec`` and the revision
+            is a full hash, because branches and tags can move.
     """
     if space is None or space.model != spec or not is_commit(space.revision):
         return None
@@ -184,20 +178,20 @@ def load_model(
     foreign: bool = False,
     access: HubAccess = _HERE,
 ) -> DualEncoder:
-    """The encoder that was given, or the one that was recorded.
+    """Load the given encoder, or else the recorded one.
 
     Args:
-        given: An encoder, which stays where it is, or a specification; ``None`` for the recorded one.
+        given: An encoder, which is returned as it is, or a specification; ``None`` for the recorded one.
         recorded: The recorded specification.
-        what: What to call the recorded model in an error.
+        what: Name of the recorded model in errors.
         option: The option that names it.
-        device: Where a loaded encoder goes.
-        foreign: Whether the record came from the Hub: then a path in it is not followed.
-        access: How the Hub is asked; its revision is that of the recorded model and not of a given one.
+        device: Device of a loaded encoder.
+        foreign: Whether the record came from the Hub: then a path in it is refused.
+        access: Hub access; its revision applies to the recorded model only.
 
     Raises:
         EncoderError: If it cannot be loaded.
-        SavedPartError: If the record is a path that is not to be followed.
+        SavedPartError: If the record is a path that must not be followed.
     """
     if isinstance(given, DualEncoder):
         return given
@@ -219,36 +213,36 @@ upgraded = xbt.CompatibleEncoder.from_pretrained({{source}}{options})
 queries = upgraded.encode_texts(["a dog on a beach"])  # (1, {dim}) unit rows in the old space"""
 
 _LIMITS = (
-    "It speaks the space of the one old model named below, at that revision and with that preprocessing; a "
-    "gallery that any other model embedded cannot be searched with it.",
-    "Queries are not better than the old gallery's vectors allow; what the old model never saw cannot be "
-    "found.",
-    "It inherits what the new model knows, and what it gets wrong; it was judged, if at all, on the data "
-    "named under Results, so measure it on your own before you rely on it.",
+    "Its vectors belong to the space of the one old model named below, at that revision and with that "
+    "preprocessing. It cannot search a gallery that any other model embedded.",
+    "Its queries are limited by the old gallery's vectors: it cannot find what the old model does not "
+    "represent.",
+    "It inherits the new model's knowledge and errors. It was evaluated, if at all, on the data named under "
+    "Results, so measure it on your own data before you rely on it.",
 )
 
 
 def facts(encoder: CompatibleEncoder, card: CardData) -> CardFacts:
-    """What the card says of new model, old model, LoRA, projection and ensemble."""
+    """Facts for the model card: new model, old model, LoRA, projection and ensemble."""
     base = public_name(card.base or encoder.new.name)
     old = public_name(encoder.space.model)
     lora = " with a LoRA adapter" if has_lora(encoder.new) else ""
     summary = (
         f"A [CLIP](https://arxiv.org/abs/2103.00020) adapter made with xbt: the base model "
-        f"{quoted(base)}{lora} and a projection whose vectors can be searched in a gallery that "
-        f"{quoted(old)} embedded. Nothing in that gallery needs to be embedded again."
+        f"{quoted(base)}{lora} and a projection into the space of {quoted(old)}. Its queries can search a "
+        "gallery that the old model embedded, and nothing in that gallery needs to be embedded again."
     )
-    names = {"base": base, **({"old": old} if _needs_old(encoder) else {})}
+    names = {"base": base, **({"old": old} if _needs_old(encoder.ensemble) else {})}
     missing = [option for option, name in names.items() if name.startswith(LOCAL)]
     limits = list(_LIMITS)
     if missing:
         limits.append(
-            f"The model that {' and '.join(f'{option}=' for option in missing)} names is not on the Hub; ask "
-            "who shared this for it."
+            f"The model for {' and '.join(f'{option}=' for option in missing)} is not on the Hub; ask the "
+            "owner of this repository for it."
         )
     return CardFacts(
-        title=f"{quoted(base)} speaks the space of {quoted(old)}",
-        summary=summary + _ensemble(encoder, old),
+        title=f"{quoted(base)} in the space of {quoted(old)}",
+        summary=summary + _ensemble_paragraphs(encoder, old),
         snippet=_SNIPPET.format(
             dim=encoder.dim, options="".join(f', {option}="backend:its specification"' for option in missing)
         ),
@@ -261,38 +255,37 @@ def facts(encoder: CompatibleEncoder, card: CardData) -> CardFacts:
     )
 
 
-def _needs_old(encoder: CompatibleEncoder) -> bool:
-    ensemble = encoder.ensemble
+def _needs_old(ensemble: QueryEnsemble | None) -> bool:
     return ensemble is not None and any(map(ensemble.needs_old, ensemble.directions))
 
 
-def _ensemble(encoder: CompatibleEncoder, old: str) -> str:
+def _ensemble_paragraphs(encoder: CompatibleEncoder, old: str) -> str:
     if encoder.ensemble is None:
         return ""
-    rules = "; ".join(f"{direction}: {each.mode}" for direction, each in encoder.ensemble.directions.items())
-    told = (
-        "\n\nIts vectors are queries, and not for storing: each combines the projected vector with the old "
+    rules = "; ".join(f"{direction}: {rule.mode}" for direction, rule in encoder.ensemble.directions.items())
+    text = (
+        "\n\nIts vectors are queries and must not be stored: each combines the projected vector with the old "
         f"model's ({rules})."
     )
-    if _needs_old(encoder):
-        told += (
-            f" So {quoted(old)} is loaded and runs on every query as well; a caller that has its vectors "
-            "already passes `load_old=False` to `from_pretrained` and `old_vectors=` to `encode_texts`."
+    if _needs_old(encoder.ensemble):
+        text += (
+            f" So {quoted(old)} is loaded and also runs on every query. If you already have its vectors, "
+            "pass `load_old=False` to `from_pretrained` and `old_vectors=` to `encode_texts`."
         )
-    return told
+    return text
 
 
 def _method(encoder: CompatibleEncoder) -> str:
-    told = f"Projection: {described_method(encoder.projection.method, encoder.projection.kind)}"
+    text = f"Projection: {described_method(encoder.projection.method, encoder.projection.kind)}"
     if has_lora(encoder.new):
-        told += (
-            "\n\nThe new model was fine-tuned behind it with LoRA (Hu et al., 2021, "
+        text += (
+            "\n\nThe new model was fine-tuned with LoRA against this projection (Hu et al., 2021, "
             "[arXiv 2106.09685](https://arxiv.org/abs/2106.09685)), as XBT's second stage does (Jang & Lim, "
             "ICCV 2025, [arXiv 2405.14715](https://arxiv.org/abs/2405.14715))."
         )
     if encoder.ensemble is not None:
-        told += (
+        text += (
             '\n\nQueries are combined after "SLERP for backward-compatible multimodal retrieval" '
             "([arXiv 2609.39836](https://arxiv.org/abs/2609.39836))."
         )
-    return told
+    return text
