@@ -80,9 +80,9 @@ def trap(tmp_path, monkeypatch):
 def test_a_plain_string_is_a_source(trap):
     for name, kind in (("captions", CaptionSource), ("images", ImageCollection), ("pairs", PairSource)):
         (trap / "a.yaml").write_text(f"{name}: trapdoor.txt\n")
-        told = Sources(**{name: kind("trapdoor.txt")})
+        wanted = Sources(**{name: kind("trapdoor.txt")})
         for flags in ([f"--{name}", "trapdoor.txt"], [f"--{name}=trapdoor.txt"], ["--config", "a.yaml"]):
-            assert parse_config(Sources, flags) == told
+            assert parse_config(Sources, flags) == wanted
         limited = parse_config(Sources, ["--config", "a.yaml", f"--{name}.limit", "3"])
         assert getattr(limited, name) == kind("trapdoor.txt", limit=3)
 
@@ -144,7 +144,7 @@ def test_strings_in_yaml_stay_strings(tmp_path):
 
 @pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", "simplecache::s3://b", "s3:/b"])
 def test_a_url_as_output_is_refused(url):
-    with pytest.raises(ConfigError, match=r"--output_dir .* is a URL, but xbt writes to local folders only"):
+    with pytest.raises(ConfigError, match=r"--output_dir .* is a URL, but xbt writes only to local folders"):
         parse_config(Sources, ["--output_dir", url])
 
 
@@ -265,19 +265,19 @@ def test_help_is_grouped_and_keeps_the_lines_of_its_example():
 
 
 def test_guarded_work(capsys, monkeypatch):
-    """The status is the work's; an error is told once, by the main process."""
-    told = []
+    """The status is the work's; an error is printed once, by the main process."""
+    errors = []
     assert run_guarded(lambda: 1, "try") == 1
 
     def fails():
         raise DataError("empty")
 
-    assert run_guarded(fails, "try", lambda error, status: told.append((str(error), status))) == 2
+    assert run_guarded(fails, "try", lambda error, status: errors.append((str(error), status))) == 2
     assert capsys.readouterr().err == "try: error: empty\n"
     monkeypatch.setenv("RANK", "1")
-    assert run_guarded(fails, "try", lambda error, status: told.append((str(error), status))) == 2
+    assert run_guarded(fails, "try", lambda error, status: errors.append((str(error), status))) == 2
     assert capsys.readouterr().err == ""
-    assert told == [("empty", 2)]
+    assert errors == [("empty", 2)]
 
 
 def test_help_shows_the_attribute_docstrings(capsys, monkeypatch):
@@ -307,9 +307,9 @@ def test_recipe_errors_are_one_line_and_a_status(capsys, monkeypatch, error, cod
     with pytest.raises(SystemExit) as caught:
         run_recipe(main, Settings)
     assert caught.value.code == code
-    said = capsys.readouterr().err
-    assert shown in said
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert shown in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
@@ -338,7 +338,7 @@ def test_the_process_group_is_ended(monkeypatch, tmp_path, error):
     assert not torch.distributed.is_initialized()
 
 
-def test_a_process_group_that_waits_for_the_dead_is_left(monkeypatch):
+def test_a_process_group_that_waits_for_an_exited_process_is_left(monkeypatch):
     """As older versions of torch do."""
     asked = threading.Event()
 
@@ -347,7 +347,7 @@ def test_a_process_group_that_waits_for_the_dead_is_left(monkeypatch):
         threading.Event().wait()
 
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--source", "a"])
-    monkeypatch.setattr("xbt.config._PATIENCE", 1.0)
+    monkeypatch.setattr("xbt.processes._LEAVE_TIMEOUT", 1.0)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy)
     run_recipe(lambda settings: None, Settings)

@@ -1,7 +1,7 @@
-"""Config files and flags before jsonargparse reads them: plain strings for sources, and no Python code.
+"""Preparation of config files and flags for jsonargparse: plain strings become sources, code is refused.
 
-jsonargparse takes a plain string in place of a dataclass, and the key ``class_path`` anywhere, for the name
-of a class, and imports its module. Here such a string is a source, and the key is refused.
+jsonargparse reads a plain string in place of a dataclass, and the key ``class_path`` anywhere, as the name of
+a class, and imports its module. Here such a string is a source, and the key is refused.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _CLASS_PATH = "class_path"
 
 
 def plain_flags(flags: Sequence[str], config_class: type[Any]) -> list[str]:
-    """Returns a command line that jsonargparse may read, and keeps jsonargparse from importing modules.
+    """Return a command line that is safe for jsonargparse, and keep jsonargparse from importing modules.
 
-    ``--captions FILE`` becomes ``--captions.source FILE``, and the same in YAML. ``--config FILE`` comes
-    before all other flags, with the file's content in place of its name: flags win over files.
+    ``--captions FILE`` becomes ``--captions.source FILE``, in YAML too. ``--config FILE`` moves before all
+    other flags, with the file's content in place of its name: flags override files.
 
     Args:
         flags: The command line.
@@ -42,48 +42,48 @@ def plain_flags(flags: Sequence[str], config_class: type[Any]) -> list[str]:
     end = flags.index("--") if "--" in flags else len(flags)
     files: list[str] = []
     others: list[str] = []
-    for place, flag in enumerate(flags[:end]):
-        if place > 0 and flags[place - 1] == "--config":
+    for position, flag in enumerate(flags[:end]):
+        if position > 0 and flags[position - 1] == "--config":
             files.append(f"--config={_read_yaml(flag, config_class)}")
         elif flag.startswith("--config="):
             files.append(f"--config={_read_yaml(flag.removeprefix('--config='), config_class)}")
-        elif flag != "--config" or place == end - 1:
-            others.append(_full_flag(flag, flags[place + 1] if place + 1 < end else "", groups))
+        elif flag != "--config" or position == end - 1:
+            others.append(_full_flag(flag, flags[position + 1] if position + 1 < end else "", groups))
     return [*files, *others, *flags[end:]]
 
 
 def _groups(config_class: type[Any], prefix: str = "") -> dict[str, type[Any]]:
-    """The dataclasses within a config, by their dotted key."""
-    found = {}
+    """Nested dataclasses of a config by their dotted key."""
+    groups = {}
     for name, hint in get_type_hints(config_class).items():
-        for each in (hint, *get_args(hint)):
-            if isinstance(each, type) and is_dataclass(each):
-                found[prefix + name] = each
-                found.update(_groups(each, f"{prefix}{name}."))
-    return found
+        for kind in (hint, *get_args(hint)):
+            if isinstance(kind, type) and is_dataclass(kind):
+                groups[prefix + name] = kind
+                groups.update(_groups(kind, f"{prefix}{name}."))
+    return groups
 
 
 def _allow_only(classes: set[type[Any]]) -> None:
-    """Lets jsonargparse import the config's own classes, by any name it has for them, and no others."""
+    """Let jsonargparse import only the dataclasses of the config, under any of its names for them."""
     allowed: set[str] = set()
-    for each in classes:
-        module = each.__module__.split(".")
-        names = [".".join([*module[:end], each.__qualname__]) for end in range(1, len(module) + 1)]
+    for config_class in classes:
+        module = config_class.__module__.split(".")
+        names = [".".join([*module[:end], config_class.__qualname__]) for end in range(1, len(module) + 1)]
         allowed.update(name for name in names if all(part.isidentifier() for part in name.split(".")))
     set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=sorted(allowed))
 
 
 def _full_flag(flag: str, value: str, groups: dict[str, type[Any]]) -> str:
-    """A flag under its full name: ``--captions FILE`` is ``--captions.source FILE``."""
+    """Expand a flag to its full name: ``--captions`` becomes ``--captions.source``."""
     key, equals, joined = flag.removeprefix("--").partition("=")
     value = joined if equals else value
     if not flag.startswith("--"):
         return flag
     if key.endswith(f".{_CLASS_PATH}"):
         _refuse_code(key, "the command line")
-    if value.lstrip().startswith("{"):  # a mapping, as in YAML
+    if value.lstrip().startswith("{"):  # a YAML mapping
         parsed = None
-        with suppress(yaml.YAMLError, RecursionError, ValueError):  # which jsonargparse then explains
+        with suppress(yaml.YAMLError, RecursionError, ValueError):  # jsonargparse reports these later
             parsed = get_loader("yaml")(value)
         _plain(parsed, None, key, "the command line")
     elif key in groups and value != "null" and _has_source(groups[key]):
@@ -92,7 +92,7 @@ def _full_flag(flag: str, value: str, groups: dict[str, type[Any]]) -> str:
 
 
 def _has_source(config_class: type[Any]) -> bool:
-    return any(each.name == "source" for each in fields(config_class))
+    return any(field.name == "source" for field in fields(config_class))
 
 
 def _refuse_code(key: str, where: str) -> None:
@@ -100,25 +100,25 @@ def _refuse_code(key: str, where: str) -> None:
 
 
 def _plain(value: Any, config_class: type[Any] | None, key: str, where: str) -> Any:
-    """Parsed YAML with each source that is a plain string as a mapping, and without any class path."""
+    """Convert parsed YAML: a plain string for a source becomes a mapping, a class path is refused."""
     if isinstance(value, str) and config_class is not None and _has_source(config_class):
         return {"source": value}
     if isinstance(value, list):
-        return [_plain(each, None, key, where) for each in value]
+        return [_plain(item, None, key, where) for item in value]
     if not isinstance(value, dict):
         return value
-    below = {} if config_class is None else _groups(config_class)
+    groups = {} if config_class is None else _groups(config_class)
     plain = {}
-    for name, each in value.items():
-        inner = f"{key}.{name}" if key else str(name)
+    for name, item in value.items():
+        inner_key = f"{key}.{name}" if key else str(name)
         if str(name).rpartition(".")[2] == _CLASS_PATH:
-            _refuse_code(inner, where)
-        plain[name] = _plain(each, below.get(str(name)), inner, where)
+            _refuse_code(inner_key, where)
+        plain[name] = _plain(item, groups.get(str(name)), inner_key, where)
     return plain
 
 
 def _read_yaml(file: str, config_class: type[Any]) -> str:
-    """A config file as YAML for jsonargparse: see :func:`_plain`."""
+    """Read a config file and return it as YAML for jsonargparse; see :func:`_plain`."""
     try:
         with Path(file).expanduser().open("rb") as opened:
             content = opened.read(_MAX_CONFIG_BYTES + 1)
@@ -149,17 +149,17 @@ def _refuse_bombs(text: str, file: str) -> None:
     depth = aliases = 0
     for event in yaml.parse(text, yaml.SafeLoader):
         aliases += isinstance(event, yaml.AliasEvent)
-        if aliases > _MAX_ALIASES:  # a few lines of aliases of aliases stand for billions of values
+        if aliases > _MAX_ALIASES:  # aliases of aliases expand to billions of values
             raise ConfigError(
-                f"--config {file} has too many aliases (*name); write the values in their place"
+                f"--config {file} has more than {_MAX_ALIASES} aliases (*name); replace them by their values"
             )
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
-            raise ConfigError(f"--config {file} is nested too deeply; write fewer levels")
+            raise ConfigError(f"--config {file} has more than {_MAX_DEPTH} levels; write fewer levels")
 
 
 class _QuotingDumper(yaml.SafeDumper):
-    """Writes every string with quotes, so that none is read back as a number."""
+    """YAML dumper that quotes every string, so that none is read as a number."""
 
 
 _QuotingDumper.add_representer(

@@ -40,7 +40,7 @@ class FileRecord:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads the output of ``asdict``.
+        """Read the output of ``asdict``.
 
         Raises:
             ValueError: If it is not a size and a checksum.
@@ -51,7 +51,7 @@ class FileRecord:
 
 
 def parse_count(value: Any, name: str) -> int:
-    """Checks a count or a size that was read from JSON.
+    """Check a count or a size that was read from JSON.
 
     Raises:
         ValueError: If it is not a whole number in [0, 2⁶²).
@@ -65,7 +65,7 @@ class Sink(Protocol):
     """Receiver of a file's content."""
 
     def write(self, data: Any, /) -> int:
-        """Writes bytes and returns their number."""
+        """Write bytes and return their number."""
         ...
 
 
@@ -84,7 +84,7 @@ class _HashingSink:
 
 
 def write_whole(path: Path, needed: int | None, produce: Callable[[Sink], object]) -> FileRecord:
-    """Writes a file durably: under a temporary name, synchronised to disk, then renamed.
+    """Write a file durably: under a temporary name, synchronised to disk, then renamed.
 
     Args:
         path: The file. Its directory is created.
@@ -117,12 +117,12 @@ def write_whole(path: Path, needed: int | None, produce: Callable[[Sink], object
 
 
 def write_bytes(path: Path, content: bytes) -> FileRecord:
-    """Writes bytes durably; see :func:`write_whole`."""
+    """Write bytes durably; see :func:`write_whole`."""
     return write_whole(path, len(content), lambda sink: sink.write(content))
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> FileRecord:
-    """Writes lines that end in a line feed, one at a time; see :func:`write_whole`."""
+    """Write lines that end in a line feed, one at a time; see :func:`write_whole`."""
 
     def produce(sink: Sink) -> None:
         for line in lines:
@@ -132,13 +132,13 @@ def write_lines(path: Path, lines: Iterable[str]) -> FileRecord:
 
 
 def write_record(path: Path, data: Any) -> FileRecord:
-    """Writes a JSON file durably; see :func:`write_whole`."""
+    """Write a JSON file durably; see :func:`write_whole`."""
     return write_bytes(path, (json.dumps(data, indent=1) + "\n").encode("ascii"))
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path for a library to write to, then synchronises the file and renames it.
+    """Yield a temporary path for a library to write to, then synchronise the file and rename it.
 
     Args:
         path: The file. Its directory is created, and an existing file is replaced.
@@ -163,7 +163,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_to(path: Path, needed: int | None) -> Iterator[None]:
-    """Translates an ``OSError`` of a write to ``path`` into a :class:`StoreError`.
+    """Translate an ``OSError`` of a write to ``path`` into a :class:`StoreError`.
 
     Args:
         path: The file or directory.
@@ -187,7 +187,7 @@ def writing_to(path: Path, needed: int | None) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Creates a directory and its parents durably; an existing directory is left alone.
+    """Create a directory and its parents durably; an existing directory is left alone.
 
     Raises:
         StoreError: If it cannot be created.
@@ -200,7 +200,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable, on systems that support it.
+    """Make the names in a directory durable, on systems that support it.
 
     Raises:
         StoreError: If the system fails to synchronise.
@@ -220,7 +220,7 @@ def sync_directory(path: Path) -> None:
 
 
 def remove_leftovers(*directories: Path) -> None:
-    """Removes the temporary files of killed writers; the caller must be the only writer."""
+    """Remove the temporary files of killed writers; the caller must be the only writer."""
     for directory in directories:
         for leftover in directory.glob(f".*{_PARTIAL}"):
             if _PARTIAL_NAME.fullmatch(leftover.name):
@@ -228,7 +228,7 @@ def remove_leftovers(*directories: Path) -> None:
 
 
 def refuse_irregular(path: Path, root: Path | None = None) -> None:
-    """Refuses pipes, devices, directories, and links that lead out of a directory.
+    """Refuse pipes, devices, directories, and links that lead out of a directory.
 
     Args:
         path: The file.
@@ -245,7 +245,7 @@ def refuse_irregular(path: Path, root: Path | None = None) -> None:
 
 
 def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
-    """Opens a regular file for reading; see :func:`refuse_irregular`."""
+    """Open a regular file for reading; see :func:`refuse_irregular`."""
     refuse_irregular(path, root)
     # A pipe may have replaced the file since the check. Without O_NONBLOCK, opening it would block.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)

@@ -1,4 +1,4 @@
-"""The losses of stage 1, stage 2 and CLIP training, with negatives from all processes."""
+"""Losses of stage 1, stage 2 and CLIP training, with negatives from all processes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 RELATIONAL_ROWS = 512
-"""Rows of the global batch that :func:`relational_loss` takes; they have 130,000 pairs, enough for a mean."""
+"""Rows of the global batch that :func:`relational_loss` uses: 130,000 pairs are enough for a mean."""
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather along rows whose backward sums the gradients that every process has for this one's rows.
+    """All-gather along rows; its backward sums the gradients of all processes for the rows of this one.
 
-    The gradient of a mean of per-process losses then comes out right after DDP's averaging. all_reduce is
-    used in backward because the gloo backend, which CPU runs need, has no reduce_scatter.
+    With DDP's averaging this gives the gradient of the mean of the per-process losses. The backward pass uses
+    all_reduce because the gloo backend, which CPU runs need, has no reduce_scatter.
     """
 
     @staticmethod
@@ -35,7 +35,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows of all processes in rank order, differentiable; in one process the rows themselves.
+    """Gather the rows of all processes in rank order, differentiably; one process returns its own rows.
 
     Args:
         rows: (n, dim), with the same n in every process.
@@ -49,11 +49,11 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
-class _BothWays(torch.autograd.Function):
+class _SymmetricInfoNCE(torch.autograd.Function):
     """InfoNCE along the rows and along the columns of a square matrix of similarities S, with logits S / τ.
 
-    Its gradient (softmax over rows + softmax over columns − 2 I) / (2 B τ) is made of what the loss needs
-    anyway, in place of two passes backwards.
+    The gradient (softmax over rows + softmax over columns − 2 I) / (2 B τ) reuses values of the forward pass
+    and saves two backward passes.
     """
 
     @staticmethod
@@ -70,8 +70,8 @@ class _BothWays(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         gradient, similarities, logit_scale = ctx.saved_tensors
-        for_scale = torch.vdot(gradient.flatten(), similarities.flatten()) * grad_outputs[0]
-        return gradient * (logit_scale * grad_outputs[0]), for_scale
+        scale_gradient = torch.vdot(gradient.flatten(), similarities.flatten()) * grad_outputs[0]
+        return gradient * (logit_scale * grad_outputs[0]), scale_gradient
 
 
 def contrastive_loss(first: Tensor, second: Tensor, logit_scale: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def contrastive_loss(first: Tensor, second: Tensor, logit_scale: Tensor) -> Tens
         L = −1/(2B) Σᵢ [ log softmaxⱼ(⟨aᵢ, bⱼ⟩/τ)ᵢ + log softmaxⱼ(⟨bᵢ, aⱼ⟩/τ)ᵢ ]
 
     (van den Oord et al. 2018; symmetric as in CLIP, Radford et al. 2021). Each process computes the terms of
-    its own rows; the mean over processes, which DDP's gradient averaging takes, is L.
+    its own rows. The mean over processes, which DDP's gradient averaging takes, is L.
 
     Args:
         first: (n, dim) unit rows of this process.
@@ -90,15 +90,15 @@ def contrastive_loss(first: Tensor, second: Tensor, logit_scale: Tensor) -> Tens
         logit_scale: Scalar 1/τ.
 
     Returns:
-        This process's part of the loss, a scalar.
+        The loss of this process's rows, a scalar.
     """
-    # Logits reach 100: in half precision their differences would be lost.
+    # Logits reach 100: half precision would lose their differences.
     with torch.autocast(first.device.type, enabled=False):
         first, second, logit_scale = first.float(), second.float(), logit_scale.float()
         all_first, all_second = gather_rows(first), gather_rows(second)
         if len(all_first) == len(first) and not second.requires_grad:
-            # Both directions can share one product, and with fixed targets its gradient costs one more.
-            loss: Tensor = _BothWays.apply(first @ second.T, logit_scale)
+            # Both directions share one matrix product; with fixed targets the gradient costs one more.
+            loss: Tensor = _SymmetricInfoNCE.apply(first @ second.T, logit_scale)
             return loss
         rank = dist.get_rank() if len(all_first) > len(first) else 0
         target = torch.arange(len(first), device=first.device) + rank * len(first)
@@ -113,30 +113,30 @@ def cosine_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 class _Relational(torch.autograd.Function):
-    """The formula of :func:`relational_loss`, whose gradient 4 (E G + Y (P + Q)) / B² costs two products.
+    """The formula of :func:`relational_loss`; its gradient 4 (E G + Y (P + Q)) / B² costs two products.
 
-    Differentiated term by term it would cost three, and pass over the matrices many times.
+    Autograd would need three products and many passes over the matrices.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, wanted: Tensor) -> Tensor:
-        error = rows - wanted
-        wanted_gram, cross, own = wanted.T @ wanted, error.T @ wanted, error.T @ error
-        gram = own + cross + cross.T + wanted_gram
-        mixed = own + cross
-        ctx.save_for_backward(error, wanted, gram, mixed)
-        total = torch.vdot(own.flatten(), (gram + wanted_gram).flatten())
+    def forward(ctx: Any, rows: Tensor, targets: Tensor) -> Tensor:
+        error = rows - targets
+        target_gram, cross, error_gram = targets.T @ targets, error.T @ targets, error.T @ error
+        gram = error_gram + cross + cross.T + target_gram
+        mixed = error_gram + cross
+        ctx.save_for_backward(error, targets, gram, mixed)
+        total = torch.vdot(error_gram.flatten(), (gram + target_gram).flatten())
         return (total + 2 * torch.vdot(mixed.flatten(), cross.T.flatten())) / len(rows) ** 2
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        error, wanted, gram, mixed = ctx.saved_tensors
-        gradient = torch.addmm(error @ gram, wanted, mixed)
+        error, targets, gram, mixed = ctx.saved_tensors
+        gradient = torch.addmm(error @ gram, targets, mixed)
         return gradient.mul_(4 * grad_outputs[0] / len(error) ** 2), None
 
 
-def relational_loss(predicted: Tensor, target: Tensor, most_rows: int = RELATIONAL_ROWS) -> Tensor:
-    """How far the similarities within a batch are from those they should be, over all processes.
+def relational_loss(predicted: Tensor, target: Tensor, max_rows: int = RELATIONAL_ROWS) -> Tensor:
+    """Mean squared difference between the similarities within a batch and their targets.
 
     For B rows Ŷ and Y of the global batch:
 
@@ -148,21 +148,21 @@ def relational_loss(predicted: Tensor, target: Tensor, most_rows: int = RELATION
 
         L = (⟨P, G + C⟩ + 2 ⟨P + Q, Qᵀ⟩) / B²   with   G = ŶᵀŶ = P + Q + Qᵀ + C
 
-    whose matrices have the size of the dimension, not of the batch, and which does not cancel where Ŷ ≈ Y.
-    Every process computes L from the same rows; with DDP's averaging the gradients are those of L.
+    These matrices have the size of the dimension, not of the batch, and nothing cancels where Ŷ ≈ Y. Every
+    process computes L from the same rows of all processes; with DDP's averaging the gradients are those of L.
 
     Args:
         predicted: (n, dim) unit rows of this process.
         target: (n, dim) unit rows of this process, paired with ``predicted``; no gradient flows into them.
-        most_rows: B at most. Of larger global batches the first rows are taken.
+        max_rows: Maximum B; of larger global batches the first rows are used.
 
     Returns:
         The loss of the global batch, a scalar, the same in every process.
     """
     with torch.autocast(predicted.device.type, enabled=False):
-        rows = gather_rows(predicted.float())[:most_rows]
-        wanted = gather_rows(target.detach().float())[:most_rows]
-        loss: Tensor = _Relational.apply(rows, wanted)
+        rows = gather_rows(predicted.float())[:max_rows]
+        targets = gather_rows(target.detach().float())[:max_rows]
+        loss: Tensor = _Relational.apply(rows, targets)
     return loss
 
 

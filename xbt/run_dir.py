@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import yaml
 
-from xbt.config import config_to_dict, config_to_yaml, flatten, is_main_process, require_local
+from xbt.config import config_to_dict, config_to_yaml, flatten, require_local
 from xbt.errors import ConfigError, StoreError
 from xbt.files import write_lines
+from xbt.processes import is_main_process
 
 _CONFIG = "config.yaml"
 _NOT_IDENTITY = frozenset(
@@ -28,7 +29,7 @@ _NOT_IDENTITY = frozenset(
         for name in ("log_with", "log_every", "checkpoint_every", "keep_checkpoints", "num_workers")
     ]
 )
-"""Settings that may change when a run is continued: they do not change its result."""
+"""Settings that may change when a run continues, because they do not affect its result."""
 _PACKAGES = (
     "xbt", "torch", "torchvision", "transformers", "open_clip_torch", "peft", "accelerate", "datasets",
     "faiss-cpu", "huggingface_hub", "safetensors", "numpy", "pillow",
@@ -36,42 +37,42 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str | int]:
-    """Versions of xbt, its core packages, Python and the machine, for the record beside every result."""
-    found: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
+    """Versions of xbt, its core packages, Python and the machine; recorded beside every result."""
+    recorded: dict[str, str | int] = {"python": platform.python_version(), "platform": platform.platform()}
     for package in _PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            recorded[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
-    found["cpu_cores"] = os.cpu_count() or 0
-    found["torch_threads"] = torch.get_num_threads()
+            recorded[package] = "not installed as a package"
+    recorded["cpu_cores"] = os.cpu_count() or 0
+    recorded["torch_threads"] = torch.get_num_threads()
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        recorded["gpu"] = torch.cuda.get_device_name()
+    return recorded
 
 
 def write_json(path: Path, data: Any) -> Path:
-    """Writes a JSON file whole and durably; see :func:`xbt.files.write_whole`.
+    """Write a JSON file durably; see :func:`xbt.files.write_whole`.
 
     Raises:
-        StoreError: If the disk is full or the place cannot be written; the old file is kept.
+        StoreError: If the disk is full or the file cannot be written; the old file is kept.
     """
     write_lines(path, [json.dumps(data, indent=2) + "\n"])
     return path
 
 
 class RunDirectory:
-    """Where one run keeps everything, and how a killed run is recognised as the same run.
+    """Directory of one run; its recorded config tells whether a killed run may continue there.
 
     Args:
-        path: The directory; made when :meth:`prepare` is called.
+        path: The directory; :meth:`prepare` creates it.
         config: The run's config dataclass.
-        overwrite: Start afresh even if the directory holds a run.
-        may_change: Further settings that may be others when the run is continued.
+        overwrite: Start from scratch even if the directory holds a run.
+        may_change: Further settings that may differ when the run continues.
 
     Raises:
         ConfigError: If the directory is a URL, or holds a run with other settings and ``overwrite`` is not
-            given; the message lists what differs. In the main process also if it cannot be written.
+            given; the message lists the differences. In the main process also if it cannot be written.
     """
 
     def __init__(
@@ -79,11 +80,11 @@ class RunDirectory:
     ) -> None:
         require_local(path, "--output_dir")
         self.path = Path(path)
-        self._free = _NOT_IDENTITY.union(may_change)
+        self._may_change = _NOT_IDENTITY.union(may_change)
         self._config = config
         self._overwrite = overwrite
         try:
-            nearest = next(each for each in (self.path, *self.path.absolute().parents) if each.exists())
+            nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         except OSError as error:
             raise self._unwritable(error) from error
         if nearest == self.path and not self.path.is_dir():
@@ -94,7 +95,7 @@ class RunDirectory:
             self._require_writable(nearest)
 
     def prepare(self) -> None:
-        """Makes the directory and records config and versions; the main process alone calls this.
+        """Create the directory and record config and versions; only the main process calls this.
 
         Raises:
             ConfigError: If the directory cannot be written.
@@ -113,12 +114,12 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     def write_json(self, name: str, data: Any) -> Path:
-        """Writes one JSON file into the directory; see :func:`write_json`."""
+        """Write one JSON file into the directory; see :func:`write_json`."""
         return write_json(self.path / name, data)
 
     def _require_writable(self, nearest: Path) -> None:
-        """Tries to write into the directory, or where it will be made, and leaves nothing there."""
-        # Asked now: hours later, when there is something to write, the answer comes too late.
+        """Create and remove a temporary file in the directory or its nearest existing parent."""
+        # Checked at the start: hours later the results would be lost.
         try:
             with TemporaryFile(dir=nearest):
                 pass
@@ -133,40 +134,40 @@ class RunDirectory:
         recorded = self.path / _CONFIG
         if not recorded.is_file():
             return
-        known = yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}
-        # A setting that xbt has learned since was at what is now its default.
-        there = self._identity(_as_read_back(_filled(known, self._config)))
-        now = self._identity(_as_read_back(config_to_dict(self._config)))
-        changed = [key for key in sorted(there.keys() | now.keys()) if there.get(key) != now.get(key)]
+        settings = yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}
+        # A setting added to xbt since then had the value that is its default now.
+        old = self._identity(_as_read_back(_with_defaults(settings, self._config)))
+        new = self._identity(_as_read_back(config_to_dict(self._config)))
+        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         if changed:
-            listed = ", ".join(f"{key} was {there.get(key)!r} and is {now.get(key)!r}" for key in changed[:4])
+            listed = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in changed[:4])
             more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
             raise ConfigError(
                 f"{self.path} holds a run with other settings ({listed}{more}); "
-                "choose another --output_dir, or pass --overwrite true to start afresh there"
+                "choose another --output_dir, or pass --overwrite true to start from scratch there"
             )
 
     def _identity(self, config: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in flatten(config).items() if key not in self._free}
+        return {key: value for key, value in flatten(config).items() if key not in self._may_change}
 
 
 def _as_read_back(config: dict[str, Any]) -> dict[str, Any]:
-    """A config as it comes out of its YAML file: tuples are lists."""
+    """Convert a config to the form that it has after reading its YAML file: tuples become lists."""
     plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(config))
     return plain
 
 
-def _filled(recorded: dict[str, Any], config: Any) -> dict[str, Any]:
-    """A recorded config with the default of every field that was not known when it was recorded."""
+def _with_defaults(recorded: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Add the defaults of fields that did not exist when the config was recorded."""
     filled = dict(recorded)
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if each.name in recorded:
-            if is_dataclass(value) and isinstance(recorded[each.name], dict):
-                filled[each.name] = _filled(recorded[each.name], value)
-        elif each.default is not MISSING:
-            filled[each.name] = each.default
-        elif each.default_factory is not MISSING:
-            made = each.default_factory()
-            filled[each.name] = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in recorded:
+            if is_dataclass(value) and isinstance(recorded[field.name], dict):
+                filled[field.name] = _with_defaults(recorded[field.name], value)
+        elif field.default is not MISSING:
+            filled[field.name] = field.default
+        elif field.default_factory is not MISSING:
+            made = field.default_factory()
+            filled[field.name] = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
     return filled

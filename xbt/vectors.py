@@ -1,4 +1,4 @@
-"""Checks and normalisation of vectors that every layer shares."""
+"""Checks and normalisation of vectors, shared by all layers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from xbt.errors import DataError, SpaceMismatchError
 Vectors = Tensor | NDArray[np.floating]
 
 UNIT_TOLERANCE = 2.0**-7
-"""How far the length of a row may be from 1 where rows are said to be unit.
+"""Tolerance of the length of a unit row.
 
-It is the worst that half precision does. Whoever normalises in bfloat16 (8 significant bits, so that rounding
-changes a value by a factor of up to 1 ± u with u = 2⁻⁸) rounds the norm once and each quotient once, which
-changes the length by up to 2u. With float16, u is 2⁻¹¹. Values of float16 below 2⁻¹⁴ are rounded by up to
-2⁻²⁵ each instead, √dim · 2⁻²⁵ together, which is below 2⁻¹³ for every dimension below 2²⁴.
+It is the largest error of half precision. Normalisation in bfloat16 (8 significant bits; rounding changes a
+value by a factor of up to 1 ± u with u = 2⁻⁸) rounds the norm once and each quotient once, so the length
+changes by up to 2u. For float16, u is 2⁻¹¹. Values of float16 below 2⁻¹⁴ are rounded by up to 2⁻²⁵ each
+instead, √dim · 2⁻²⁵ together, which is below 2⁻¹³ for every dimension below 2²⁴.
 """
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Normalises rows, right for every length that the dtype holds: no square overflows or vanishes.
+    """Normalise rows of any length that the dtype can hold: no square overflows or underflows.
 
     Args:
         rows: (…, dim) floating-point tensor; gradients flow.
@@ -32,9 +32,9 @@ def unit_rows(rows: Tensor) -> Tensor:
     Returns:
         (…, dim) rows of length 1 in the same dtype; a row of zeros stays zero.
     """
-    if torch.compiler.is_compiling():  # a graph is for vectors of usual lengths
+    if torch.compiler.is_compiling():  # exported graphs expect vectors of ordinary lengths
         return torch.nn.functional.normalize(rows, dim=-1)
-    # Divided by a power of two first, which rounds nothing: usual rows come out as they would without.
+    # Division by a power of two rounds nothing, so it does not change the result for ordinary rows.
     largest = rows.detach().abs().amax(dim=-1, keepdim=True)
     wide = largest if largest.dtype == torch.float64 else largest.float()
     tiny = torch.finfo(rows.dtype).tiny
@@ -43,23 +43,23 @@ def unit_rows(rows: Tensor) -> Tensor:
 
 
 def lengths_of(rows: Tensor) -> Tensor:
-    """(n,) lengths of (n, dim) rows, in their dtype; infinite beyond its range, NaN for rows with NaN."""
+    """(n,) lengths of (n, dim) rows in their dtype; infinite beyond its range, NaN for rows with NaN."""
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)
     return lengths
 
 
 def not_unit(lengths: Tensor) -> Tensor:
-    """(n,) booleans: whether a length is further from 1 than rounding to half precision takes it."""
+    """(n,) booleans: True where a length differs from 1 by more than :data:`UNIT_TOLERANCE`."""
     return ~((lengths - 1).abs() <= UNIT_TOLERANCE)
 
 
 def as_vectors(vectors: Vectors, name: str, dim: int | None = None) -> Tensor:
-    """Returns vectors as a float CPU tensor after checking that they can be used.
+    """Check vectors and return them as a float CPU tensor.
 
     Args:
         vectors: (n, dim) torch tensor or numpy array of any float dtype; half precision becomes float32.
-        name: What these vectors are, for the error message ("gallery", "new text vectors").
-        dim: The dimension they must have, if there is one.
+        name: Name of the vectors in error messages ("gallery", "new text vectors").
+        dim: Required dimension, if any.
 
     Returns:
         (n, dim) float32 tensor (float64 stays float64) on the CPU, detached.
@@ -85,40 +85,40 @@ def as_vectors(vectors: Vectors, name: str, dim: int | None = None) -> Tensor:
         bad = torch.nonzero(~finite).flatten()
         raise DataError(
             f"{name} has NaN or infinite values in {len(bad)} of {len(tensor)} rows, first in row "
-            f"{int(bad[0])}; find out which input made it and leave that out"
+            f"{int(bad[0])}; find the input of that row and leave it out"
         )
     return tensor
 
 
 def as_floating(vectors: Vectors, name: str) -> Tensor:
-    """Returns vectors as a floating-point tensor; a tensor is returned itself, with its device and its graph.
+    """Return vectors as a floating-point tensor; a tensor keeps its device and its graph.
 
     Args:
         vectors: Torch tensor or numpy array of any float dtype and shape.
-        name: What these vectors are, for the error message.
+        name: Name of the vectors in error messages.
 
     Raises:
         DataError: If they are not floating point.
     """
     if isinstance(vectors, np.ma.MaskedArray):
-        raise DataError(f"{name} is a masked array; fill in what is masked, or leave those rows out")
+        raise DataError(f"{name} is a masked array; fill in the masked values, or leave those rows out")
     if isinstance(vectors, np.ndarray) and vectors.dtype.kind == "f":
-        # torch knows no extended precision, refuses foreign byte order and negative strides, and warns of
+        # torch has no extended precision, refuses foreign byte order and negative strides, and warns about
         # read-only memory maps.
-        kind = vectors.dtype.newbyteorder("=") if vectors.itemsize <= 8 else np.dtype(np.float64)
-        with np.errstate(over="ignore"):  # a value beyond float64 becomes infinite, which is refused
-            vectors = np.require(vectors, kind, ["C", "W"])
-    elif isinstance(vectors, np.ndarray):  # of whatever else; torch does not know every kind
+        dtype = vectors.dtype.newbyteorder("=") if vectors.itemsize <= 8 else np.dtype(np.float64)
+        with np.errstate(over="ignore"):  # a value beyond float64 becomes infinite, and is refused later
+            vectors = np.require(vectors, dtype, ["C", "W"])
+    elif isinstance(vectors, np.ndarray):  # torch does not support every dtype
         raise DataError(f"{name} must be floating point, got {vectors.dtype}; embed the data first")
     try:
         tensor = torch.as_tensor(vectors)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise DataError(
-            f"{name} must be a torch tensor or a numpy array, got a {type(vectors).__name__} that is none"
+            f"{name} must be a torch tensor or a numpy array, got a {type(vectors).__name__}"
         ) from error
     if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
-        kind_of = "meta" if tensor.is_meta else "nested" if tensor.is_nested else "sparse"
-        raise DataError(f"{name} is a {kind_of} tensor; give a dense tensor with values")
+        layout = "meta" if tensor.is_meta else "nested" if tensor.is_nested else "sparse"
+        raise DataError(f"{name} is a {layout} tensor; give a dense tensor with values")
     if not tensor.is_floating_point():
         raise DataError(f"{name} must be floating point, got {tensor.dtype}; embed the data first")
     return tensor
@@ -127,23 +127,23 @@ def as_floating(vectors: Vectors, name: str) -> Tensor:
 def require_finite(
     vectors: Tensor, name: str, numbers: Sequence[int] | NDArray[np.int64] | None = None
 ) -> None:
-    """Refuses vectors that hold NaN or infinity; quick where they do not.
+    """Refuse vectors with NaN or infinity; quick for finite ones.
 
     Args:
         vectors: (n, dim) rows.
-        name: What these vectors are, for the error message.
-        numbers: What the rows are called there; ``None`` counts them from 0.
+        name: Name of the vectors in error messages.
+        numbers: Row numbers in error messages; ``None`` counts from 0.
 
     Raises:
         DataError: If a value is NaN or infinite; the message names the first such row.
     """
-    # A sum costs a tenth of looking at every value, and is not finite if one value is not.
+    # A sum costs a tenth of a check of every value, and is not finite if any value is not.
     if bool(torch.isfinite(vectors.sum())):
         return
     bad = torch.nonzero(~torch.isfinite(vectors).all(dim=1)).flatten()
     if len(bad):
         first = int(bad[0]) if numbers is None else int(numbers[int(bad[0])])
         raise DataError(
-            f"{name} has NaN or infinite values, first in row {first}; find out which input made it and "
-            "leave that out"
+            f"{name} has NaN or infinite values, first in row {first}; find the input of that row and leave "
+            "it out"
         )

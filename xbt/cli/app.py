@@ -65,7 +65,8 @@ def run_command(command: Command, flags: list[str]) -> int:
     Returns:
         The exit status.
     """
-    from xbt.config import is_main_process, run_guarded  # a quarter of a second that --help need not wait
+    from xbt.config import run_guarded  # a quarter of a second that --help need not wait
+    from xbt.processes import is_main_process
 
     as_document = JSON in flags
 

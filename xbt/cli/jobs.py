@@ -82,7 +82,7 @@ def backfill(config: BackfillConfig) -> Outcome:
 def backfill_and_draw(config: BackfillConfig) -> BackfillResult:
     """Backfills, and draws recall over the fraction backfilled, if it was measured, as ``curve.png``."""
     from xbt.backfill import run_backfill
-    from xbt.config import is_main_process
+    from xbt.processes import is_main_process
     from xbt.report import draw_backfill_curve
 
     result = run_backfill(config)
