@@ -185,14 +185,14 @@ def test_every_public_format_gives_the_same_cells(models, tmp_path):
     """Through the recipe's config: the file that a user writes."""
     old, new, _ = models
     made = of_split(photos(), "test")
-    told = [photo.captions for photo in made]
+    captions = [photo.captions for photo in made]
     sources = {
         "karpathy": {"source": str(write_karpathy(tmp_path / "a", photos())), "split": "test"},
         "lines": {"source": str(write_image_lines(tmp_path / "b", made))},
         "coco": {"source": str(write_coco_captions(tmp_path / "c", made))},
         "nocaps": {"source": str(write_coco_captions(tmp_path / "d", made, "nocaps_val_4500_captions.json"))},
         "wds": {"source": str(write_wds(tmp_path / "e", made)), "split": "test"},
-        "parquet": {"source": f"hf:{write_parquet(tmp_path / 'f', test=table(made, text=told))}"},
+        "parquet": {"source": f"hf:{write_parquet(tmp_path / 'f', test=table(made, text=captions))}"},
     }
     cells = {}
     for name, pairs in sources.items():

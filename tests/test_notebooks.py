@@ -49,7 +49,7 @@ def outputs(notebook) -> list[nbformat.NotebookNode]:
     return [output for cell in notebook.cells for output in cell.get("outputs", ())]
 
 
-def said(notebook) -> str:
+def printed_text(notebook) -> str:
     """Everything that was printed, and tables."""
     found = outputs(notebook)
     return "".join(each.get("text", "") + each.get("data", {}).get("text/markdown", "") for each in found)
@@ -84,7 +84,7 @@ def test_it_is_stored_with_its_outputs(notebook):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     kinds = {kind for output in outputs(notebook) for kind in output.get("data", ())}
     assert "image/png" in kinds
-    assert said(notebook)
+    assert printed_text(notebook)
 
 
 def test_what_is_stored_is_small_and_says_nothing_of_a_machine(notebook):
@@ -290,7 +290,7 @@ def test_it_runs(name, checkout):
     resources = {"metadata": {"path": str(checkout / "notebooks")}}
     NotebookClient(notebook, timeout=1700, resources=resources).execute()
     assert not [output for output in outputs(notebook) if output.get("name") == "stderr"]
-    assert all(words in said(notebook) for words in SHOWN[name])
+    assert all(words in printed_text(notebook) for words in SHOWN[name])
     pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
     stored = [output for output in outputs(read(name)) if "image/png" in output.get("data", {})]
     assert len(pictures) == len(stored)

@@ -22,7 +22,9 @@ BANNED = re.compile(
     r"|settle(?:s|d)?|settling|houses?|floors?|rooms?|born compatible)\b",
     re.IGNORECASE,
 )
-ALLOWED = re.compile(r"(?:math|np|torch)\.floor|floor_divide|Path\.home|HF_HOME|\bhome (?:page|directory)\b")
+ALLOWED = re.compile(
+    r"(?:math|np|torch)\.floor|floor_divide|Path\.home|/home/|HF_HOME|\bhome (?:page|directory)\b"
+)
 OPENERS = {"What", "Whether", "How", "Where", "Who", "Whose", "Which"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -37,10 +39,13 @@ def test_code_uses_the_words_of_the_field():
     found = []
     for path in CODE:
         code = io.StringIO(path.read_text(encoding="utf-8"))
+        before = ["", ""]
         for token in tokenize.generate_tokens(code.readline):
             if token.type in (tokenize.NAME, tokenize.COMMENT, tokenize.STRING):
                 place = f"{path.relative_to(ROOT)}:{token.start[0]}"
-                found += [f"{place}: {word}" for word in banned_words(token.string)]
+                qualified = "".join([*before, token.string]) if before[1] == "." else token.string
+                found += [f"{place}: {word}" for word in banned_words(qualified)]
+            before = [before[1], token.string]
     assert not found, "\n".join(found)
 
 

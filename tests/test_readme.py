@@ -15,7 +15,7 @@ def test_there_are_results():
 
 
 @pytest.mark.parametrize("result", RESULTS, ids=lambda path: path.stem)
-def test_every_row_of_a_result_stands_in_readme(result):
+def test_every_row_of_a_result_is_in_readme(result):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line for line in result.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
     assert len(rows) >= 3

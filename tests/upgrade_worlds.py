@@ -36,8 +36,8 @@ def write_pictures(folder, n_images=N_IMAGES):
     images = []
     for row in range(n_images):
         Image.new("RGB", (96, 72), (2 * row % 256, 90, 40)).save(folder / f"{row}.png")
-        told = [f"picture {row} told {number} times {HOSTILE}" for number in range(5)]
-        sentences = [{"raw": text, "tokens": text.split()} for text in told]
+        captions = [f"picture {row} shown {number} times {HOSTILE}" for number in range(5)]
+        sentences = [{"raw": text, "tokens": text.split()} for text in captions]
         images.append({"filename": f"{row}.png", "split": "val", "sentences": sentences})
     path = folder / "dataset.json"
     path.write_text(json.dumps({"images": images, "dataset": "toy"}))

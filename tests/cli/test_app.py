@@ -58,49 +58,49 @@ def raising(error):
 
 
 def test_the_overview_lists_every_command_in_a_line(run):
-    said = run("--help")
-    assert said.status == 0
+    result = run("--help")
+    assert result.status == 0
     for each in COMMANDS:
         assert any(line.split(maxsplit=len(each.name.split()))[:-1] == each.name.split()
-                   and line.endswith(each.help) for line in said.out.splitlines())  # fmt: skip
-    assert max(map(len, said.out.splitlines())) <= 100
-    assert said.err == ""
+                   and line.endswith(each.help) for line in result.out.splitlines())  # fmt: skip
+    assert max(map(len, result.out.splitlines())) <= 100
+    assert result.err == ""
 
 
 def test_version(run):
     assert run("--version") == (0, f"xbt {__version__}\n", "")
     for words in (["--version", "--json"], ["--json", "--version"]):
-        said = run(*words)
-        assert (said.status, said.document, said.err) == (0, {"version": __version__}, "")
+        result = run(*words)
+        assert (result.status, result.document, result.err) == (0, {"version": __version__}, "")
 
 
 def test_without_a_word_the_overview_is_an_error(run):
-    said = run()
-    assert (said.status, said.out) == (2, "")
-    assert "commands:" in said.err
+    result = run()
+    assert (result.status, result.out) == (2, "")
+    assert "commands:" in result.err
 
 
 @pytest.mark.parametrize(("words", "status"), [(["gallery"], 2), (["gallery", "--help"], 0)])
 def test_the_group_of_gallery_commands(run, words, status):
-    said = run(*words)
-    assert said.status == status
-    assert "gallery verify" in said.out
-    assert "  embed" not in said.out
+    result = run(*words)
+    assert result.status == status
+    assert "gallery verify" in result.out
+    assert "  embed" not in result.out
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["embd"], "there is no command 'embd'; did you mean embed?"),
         (["gallery", "creat", "x"], "there is no command 'gallery creat'; did you mean gallery create?"),
         (["--josn"], "there is no command '--josn'"),
     ],
 )
-def test_an_unknown_command(run, words, told):
-    said = run(*words)
-    assert (said.status, said.out) == (2, "")
-    assert said.err.startswith(f"xbt: error: {told}")
-    assert said.err.count("\n") == 1
+def test_an_unknown_command(run, words, message):
+    result = run(*words)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith(f"xbt: error: {message}")
+    assert result.err.count("\n") == 1
     assert run(*words, "--json").document["error"]["kind"] == "ConfigError"
 
 
@@ -118,13 +118,13 @@ def test_help_and_version_import_no_torch():
 def test_every_command_explains_its_keys_with_an_example(run, capsys, name):
     with pytest.raises(SystemExit) as ended:
         run(*name.split(), "--help")
-    said = capsys.readouterr()
-    assert (ended.value.code, said.err) == (0, "")
-    assert said.out.startswith(f"usage: xbt {name} ")
-    assert f"example:\n  xbt {name}" in said.out
-    assert "settings:" in said.out
-    assert "default: " in said.out
-    assert "--json" in said.out
+    result = capsys.readouterr()
+    assert (ended.value.code, result.err) == (0, "")
+    assert result.out.startswith(f"usage: xbt {name} ")
+    assert f"example:\n  xbt {name}" in result.out
+    assert "settings:" in result.out
+    assert "default: " in result.out
+    assert "--json" in result.out
 
 
 @pytest.mark.parametrize("each", COMMANDS, ids=lambda each: each.name)
@@ -140,10 +140,10 @@ def test_the_example_is_a_command_line_that_is_understood(each):
 def test_what_is_found_and_what_is_printed_beside_it(command, capfd):
     command(answer)
     status = app.main(["try", "--source", "b"])
-    said = capfd.readouterr()
-    assert (status, said.out) == (1, "found b\n")
+    result = capfd.readouterr()
+    assert (status, result.out) == (1, "found b\n")
     for words in ("a job that prints", "a library in C that prints", "a child that prints"):
-        assert words in said.err
+        assert words in result.err
     app.main(["try", "--json"])
     assert json.loads(capfd.readouterr().out) == {"source": "a", "figure": None}
 
@@ -151,9 +151,9 @@ def test_what_is_found_and_what_is_printed_beside_it(command, capfd):
 def test_an_error_is_one_sentence_and_under_json_a_document(command, run):
     command(raising(DataError("captions.txt is empty")))
     assert run("try") == (2, "", "xbt try: error: captions.txt is empty\n")
-    said = run("try", "--json")
-    assert (said.status, said.err) == (2, "xbt try: error: captions.txt is empty\n")
-    assert said.document == {
+    result = run("try", "--json")
+    assert (result.status, result.err) == (2, "xbt try: error: captions.txt is empty\n")
+    assert result.document == {
         "error": {
             "command": "xbt try", "kind": "DataError", "message": "captions.txt is empty", "status": 2
         }
@@ -170,40 +170,40 @@ def test_an_error_is_one_sentence_and_under_json_a_document(command, run):
 )
 def test_wrong_flags_and_files(command, run, flags, words):
     command(answer)
-    said = run("try", *flags, "--json")
-    assert said.status == 2
-    assert said.err.startswith("xbt try: error: ")
-    assert said.err.count("\n") == 1
-    assert all(word in said.document["error"]["message"] for word in words)
+    result = run("try", *flags, "--json")
+    assert result.status == 2
+    assert result.err.startswith("xbt try: error: ")
+    assert result.err.count("\n") == 1
+    assert all(word in result.document["error"]["message"] for word in words)
 
 
 def test_an_unknown_key_in_a_file(command, run, tmp_path):
     command(answer)
     (tmp_path / "try.yaml").write_text("sorce: b\n")
-    said = run("try", "--config", tmp_path / "try.yaml")
-    assert (said.status, said.out) == (2, "")
-    assert "sorce" in said.err
+    result = run("try", "--config", tmp_path / "try.yaml")
+    assert (result.status, result.out) == (2, "")
+    assert "sorce" in result.err
     (tmp_path / "try.yaml").write_text("source: b\n")
     assert run("try", "--config", tmp_path / "try.yaml").out == "found b\n"
 
 
 def test_a_bug_has_a_traceback_and_a_status_of_its_own(command, run):
     command(raising(ZeroDivisionError("a bug")))
-    said = run("try", "--json")
-    assert said.status == 70
-    assert "Traceback" in said.err
-    assert said.document["error"]["kind"] == "ZeroDivisionError"
+    result = run("try", "--json")
+    assert result.status == 70
+    assert "Traceback" in result.err
+    assert result.document["error"]["kind"] == "ZeroDivisionError"
 
 
 @pytest.mark.parametrize("resumable", [True, False])
 def test_an_interrupt(command, run, resumable):
     command(raising(KeyboardInterrupt()), resumable=resumable)
-    said = run("try")
-    assert (said.status, said.out) == (130, "")
-    assert ("continues" in said.err) == resumable
+    result = run("try")
+    assert (result.status, result.out) == (130, "")
+    assert ("continues" in result.err) == resumable
     error = run("try", "--json").document["error"]
     assert error["status"] == 130
-    assert said.err == f"xbt try: {error['message']}\n"
+    assert result.err == f"xbt try: {error['message']}\n"
     assert error["message"].startswith("interrupted")
 
 
@@ -215,9 +215,9 @@ def test_a_bug_without_a_message_is_called_by_its_kind(command, run):
 def test_one_of_several_processes_speaks(command, run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     command(answer)
-    said = run("try")
-    assert said.status == 2
-    assert "--num_processes 1" in said.err
+    result = run("try")
+    assert result.status == 2
+    assert "--num_processes 1" in result.err
     command(answer, processes=True)
     assert run("try").out == "found a\n"
     monkeypatch.setenv("RANK", "1")
@@ -262,34 +262,34 @@ def ran(job, *words, **options):
 
 
 @pytest.mark.parametrize(
-    ("job", "words", "told"),
+    ("job", "words", "message"),
     [
         ("unicode_answer", [], "xbt try: error: standard output cannot be written (No space left on device)"),
         ("unicode_answer", ["--json"], "xbt try: error: standard output cannot be written"),
         ("lost", ["--json"], "xbt try: error: captions.txt is empty"),
     ],
 )
-def test_a_full_disk_behind_standard_output_is_a_sentence(job, words, told):
+def test_a_full_disk_behind_standard_output_is_a_sentence(job, words, message):
     with Path("/dev/full").open("w") as full:
-        said = ran(job, *words, stdout=full)
-    assert said.returncode == 2
-    assert said.stderr.startswith(told)
-    assert said.stderr.count("\n") == 1
+        result = ran(job, *words, stdout=full)
+    assert result.returncode == 2
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["gallery", "--help"]])
 def test_a_full_disk_behind_a_help_text(words):
     with Path("/dev/full").open("w") as full:
-        said = subprocess.run([sys.executable, "-m", "xbt", *words], stdout=full, stderr=subprocess.PIPE,
+        result = subprocess.run([sys.executable, "-m", "xbt", *words], stdout=full, stderr=subprocess.PIPE,
                               check=False, text=True)  # fmt: skip
-    assert said.returncode == 2
-    assert said.stderr.startswith("xbt: error: standard output cannot be written (No space left on device)")
-    assert said.stderr.count("\n") == 1
+    assert result.returncode == 2
+    assert result.stderr.startswith("xbt: error: standard output cannot be written (No space left on device)")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_terminal_of_ascii_is_given_what_it_can_show():
-    said = ran("unicode_answer", stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (said.returncode, said.stdout, said.stderr) == (0, "ein H\\xfcndchen\n", "")
+    result = ran("unicode_answer", stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ein H\\xfcndchen\n", "")
 
 
 def test_the_entry_point_and_the_module():
@@ -297,7 +297,7 @@ def test_the_entry_point_and_the_module():
     assert (entry.name, entry.load()) == ("xbt", app.main)
     script = Path(sys.executable).with_name("xbt")
     for command_line in ([str(script)], [sys.executable, "-m", "xbt"]):
-        said = subprocess.run([*command_line, "--version"], capture_output=True, text=True, check=True)
-        assert said.stdout == f"xbt {__version__}\n"
+        result = subprocess.run([*command_line, "--version"], capture_output=True, text=True, check=True)
+        assert result.stdout == f"xbt {__version__}\n"
     failed = subprocess.run([sys.executable, "-m", "xbt", "embd"], capture_output=True, check=False)
     assert failed.returncode == 2

@@ -25,11 +25,11 @@ def flags(gallery, specs, tmp_path):
 
 
 def test_a_budget_and_then_the_rest(run, flags, gallery, specs, stores, tmp_path):
-    said = run("backfill", *flags)
-    assert said.status == 0, said.err
-    assert said.out.startswith("backfilled 40 items; 40 of the order's 60")
-    assert said.out.count("backfilled") == 1
-    assert "backfilled 40" not in said.err
+    ran = run("backfill", *flags)
+    assert ran.status == 0, ran.err
+    assert ran.out.startswith("backfilled 40 items; 40 of the order's 60")
+    assert ran.out.count("backfilled") == 1
+    assert "backfilled 40" not in ran.err
     with Image.open(tmp_path / "out" / "curve.png") as picture:
         assert min(picture.size) > 400
     rest = run("backfill", *flags, "--max_items", "60", "--json")
@@ -46,14 +46,14 @@ def test_a_budget_and_then_the_rest(run, flags, gallery, specs, stores, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--order", "best"], "best"),
         (["--gallery", "nowhere"], "nowhere holds no gallery"),
         (["--imags.source", "x"], "imags"),
     ],
 )
-def test_wrong_input_is_one_sentence(run, flags, words, told):
-    said = run("backfill", *flags, *words, "--json")
-    assert said.status == 2
-    assert told in said.document["error"]["message"]
+def test_wrong_input_is_one_sentence(run, flags, words, message):
+    ran = run("backfill", *flags, *words, "--json")
+    assert ran.status == 2
+    assert message in ran.document["error"]["message"]

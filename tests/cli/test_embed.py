@@ -1,4 +1,4 @@
-"""``xbt embed``: the store, what is said of it, and what is printed on the way."""
+"""``xbt embed``: the store, what is result of it, and what is printed on the way."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ def flags(specs, tmp_path):
 
 
 def test_a_store_and_what_is_said_of_it(run, flags, old, specs, tmp_path):
-    said = run(*flags)
-    assert said.status == 0
-    assert said.out == f"{tmp_path / 'store'}: 20 image vectors of {old.space}\n"
-    assert "embedded 20 images in" in said.err
+    result = run(*flags)
+    assert result.status == 0
+    assert result.out == f"{tmp_path / 'store'}: 20 image vectors of {old.space}\n"
+    assert "embedded 20 images in" in result.err
     store = EmbeddingStore.open(tmp_path / "store")
     expected = old.encode_images(make_scenes(20, 0, "test").images)
     assert np.abs(store.read() - expected.numpy()).max() <= 1e-6
 
 
 def test_json_is_the_store_s_description(run, flags, specs, tmp_path):
-    said = run(*flags, "--json")
+    result = run(*flags, "--json")
     store = EmbeddingStore.open(tmp_path / "store")
     expected = {
         "store": str(store.path), "items": 20, "modality": "image", "dtype": "float32", "dim": 16,
         "model": specs[0], "revision": None, "columns": store.columns, "rejected": 0, "notes": 0,
     }  # fmt: skip
-    assert {**said.document, "bytes": 0} == {**expected, "bytes": 0}
-    assert said.document["bytes"] > 20 * 16 * 4
+    assert {**result.document, "bytes": 0} == {**expected, "bytes": 0}
+    assert result.document["bytes"] > 20 * 16 * 4
     again = run(*flags, "--json")
     assert "is finished already" in again.err
-    assert again.document == said.document
+    assert again.document == result.document
 
 
 def test_a_config_file_as_the_recipe_has_it(run, flags, specs, tmp_path):
     keys = {"encoder": specs[0], "images": {"source": "scenes", "limit": 20}, "num_workers": 0}
     (tmp_path / "embed.yaml").write_text(yaml.safe_dump(keys))
-    said = run("embed", "--config", tmp_path / "embed.yaml", "--output_dir", tmp_path / "s", "--json")
-    assert said.document["items"] == 20
+    result = run("embed", "--config", tmp_path / "embed.yaml", "--output_dir", tmp_path / "s", "--json")
+    assert result.document["items"] == 20
 
 
 def test_rejected_images_are_counted(run, specs, tmp_path):
@@ -54,13 +54,13 @@ def test_rejected_images_are_counted(run, specs, tmp_path):
     make_scenes(1).image(0).save(folder / "a.png")
     (folder / "b.png").write_bytes(b"no image")
     words = ["embed", "--encoder", specs[0], "--images.source", folder, "--output_dir", tmp_path / "s"]
-    said = run(*words, "--num_workers", "0")
-    assert "1 image vectors" in said.out
-    assert "1 rejected, see rejected.jsonl" in said.out
+    result = run(*words, "--num_workers", "0")
+    assert "1 image vectors" in result.out
+    assert "1 rejected, see rejected.jsonl" in result.out
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--images.sorce", "x"], "sorce"),
         (["--captions.source", "x.txt"], "both were given"),
@@ -68,8 +68,8 @@ def test_rejected_images_are_counted(run, specs, tmp_path):
         (["--encoder", "vit"], "is not an encoder specification"),
     ],
 )
-def test_wrong_input_is_one_sentence(run, flags, words, told):
-    said = run(*flags, *words, "--json")
-    assert said.status == 2
-    assert told in said.document["error"]["message"]
-    assert [line for line in said.err.splitlines() if "error:" in line] == said.err.splitlines()[-1:]
+def test_wrong_input_is_one_sentence(run, flags, words, message):
+    result = run(*flags, *words, "--json")
+    assert result.status == 2
+    assert message in result.document["error"]["message"]
+    assert [line for line in result.err.splitlines() if "error:" in line] == result.err.splitlines()[-1:]

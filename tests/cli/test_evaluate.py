@@ -21,33 +21,35 @@ def expecting(cell, **recall):
 
 def test_a_mismatch_comes_after_the_table(run, flags, tmp_path):
     wrong = expecting("old/old", **{"R@1": 99.5})
-    said = run("evaluate", *flags, "--expected", wrong)
-    assert said.status == 2
-    assert said.out.startswith("query/gallery  |")
-    assert "old/old T2I: R@1 expected 99.50, got" in said.out
-    assert said.err.splitlines()[-1].startswith("xbt evaluate: error: 1 of 1 published values are not repro")
+    result = run("evaluate", *flags, "--expected", wrong)
+    assert result.status == 2
+    assert result.out.startswith("query/gallery  |")
+    assert "old/old T2I: R@1 expected 99.50, got" in result.out
+    assert result.err.splitlines()[-1].startswith(
+        "xbt evaluate: error: 1 of 1 published values are not repro"
+    )
     assert (tmp_path / "out" / "retrieval.json").is_file()
-    told = run("evaluate", *flags, "--expected", wrong, "--json")
-    assert (told.status, told.document["error"]["kind"]) == (2, "DataError")
+    result = run("evaluate", *flags, "--expected", wrong, "--json")
+    assert (result.status, result.document["error"]["kind"]) == (2, "DataError")
 
 
 @pytest.mark.parametrize(
-    ("expected", "told"),
+    ("expected", "message"),
     [
         (expecting("old/old", **{"R@7": 99}), "old/old T2I R@7"),
         (expecting("new/old", **{"R@1": 99}), "expected of new/old, which no cell"),
         ("[]", "no published value was compared"),
     ],
 )
-def test_what_will_not_be_compared_ends_the_job_before_it_begins(run, flags, tmp_path, expected, told):
-    said = run("evaluate", *flags, "--expected", expected)
-    assert (said.status, said.out) == (2, "")
-    assert told in said.err
+def test_what_will_not_be_compared_ends_the_job_before_it_begins(run, flags, tmp_path, expected, message):
+    result = run("evaluate", *flags, "--expected", expected)
+    assert (result.status, result.out) == (2, "")
+    assert message in result.err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_directory_that_cannot_be_written_is_named_before_anything_is_opened(run):
     words = ["--old", "no", "--new", "no", "--pairs.source", "nowhere.json", "--output_dir", "/proc/nope"]
-    said = run("evaluate", *words)
-    assert (said.status, said.out) == (2, "")
-    assert said.err.startswith("xbt evaluate: error: --output_dir /proc/nope cannot be written: ")
+    result = run("evaluate", *words)
+    assert (result.status, result.out) == (2, "")
+    assert result.err.startswith("xbt evaluate: error: --output_dir /proc/nope cannot be written: ")

@@ -43,14 +43,14 @@ def assert_equal_maps(fitted, expected):
 
 def test_from_two_stores_without_an_encoder(run, stores, old, new, tmp_path):
     flags = ["--old_store", stores / "old_texts", "--new_store", stores / "new_texts"]
-    said = run("fit", *flags, "--output_dir", tmp_path / "out", "--json")
-    assert said.status == 0, said.err
-    assert said.document == {
+    ran = run("fit", *flags, "--output_dir", tmp_path / "out", "--json")
+    assert ran.status == 0, ran.err
+    assert ran.document == {
         "method": "procrustes", "items": 18, "new_dim": 24, "old_dim": 16, "compatible": None,
         "projection": str(tmp_path / "out" / "projection"), "decision": None,
     }  # fmt: skip
-    assert said.document == json.loads((tmp_path / "out" / "result.json").read_text())
-    fitted = Projection.from_pretrained(said.document["projection"])
+    assert ran.document == json.loads((tmp_path / "out" / "result.json").read_text())
+    fitted = Projection.from_pretrained(ran.document["projection"])
     first, second = (EmbeddingStore.open(stores / f"{side}_texts") for side in ("new", "old"))
     assert_equal_maps(fitted, fit_projection(first.read(), second.read()))
     assert fitted.old_space.same_as(old.space)
@@ -60,8 +60,8 @@ def test_from_two_stores_without_an_encoder(run, stores, old, new, tmp_path):
 def test_from_stores_of_images_with_a_method_and_its_options(run, stores, encoders, new, old, tmp_path):
     flags = ["--old_store", stores / "old_images", "--new_store", stores / "new_images"]
     flags += ["--method", "low_rank", "--options.rank", "5", "--output_dir", tmp_path / "out"]
-    said = run("fit", *flags, *encoders)
-    assert said.out == (
+    ran = run("fit", *flags, *encoders)
+    assert ran.out == (
         "low_rank: 24 → 16 dimensions, fitted to 60 items\n"
         f"projection: {tmp_path / 'out' / 'projection'}\n"
         f"compatible encoder: {tmp_path / 'out' / 'compatible'}\n"
@@ -78,10 +78,10 @@ def test_from_stores_of_images_with_a_method_and_its_options(run, stores, encode
 
 def test_from_captions_and_the_seed_of_a_trained_method(run, encoders, captions, old, new, tmp_path):
     words = ["fit", *encoders, *captions, "--method", "mlp", "--options.steps", "3", "--seed", "4", "--json"]
-    said = run(*words, "--output_dir", tmp_path / "out")
-    assert said.status == 0, said.err
+    ran = run(*words, "--output_dir", tmp_path / "out")
+    assert ran.status == 0, ran.err
     texts = list(dict.fromkeys(read_captions(CaptionSource("scenes", limit=80, seed=1))))
-    assert said.document["items"] == len(texts)
+    assert ran.document["items"] == len(texts)
     vectors = new.encode_texts(texts), old.encode_texts(texts)
     expected = fit_projection(*vectors, "mlp", steps=3, seed=4)
     assert_equal_maps(Projection.from_pretrained(tmp_path / "out" / "projection"), expected)
@@ -93,11 +93,11 @@ def test_the_choice_has_the_defaults_of_choose_projection():
 
 
 def test_a_choice_by_pairs_can_be_repeated_and_evaluated(run, encoders, captions, pairs, specs, tmp_path):
-    said = run("fit", *encoders, *captions, *pairs, "--output_dir", tmp_path / "out")
-    assert said.status == 0, said.err
-    assert said.out.startswith("chose ")
-    assert said.out.endswith(f"compatible encoder: {tmp_path / 'out' / 'compatible'}\n")
-    assert "checking images" in said.err
+    ran = run("fit", *encoders, *captions, *pairs, "--output_dir", tmp_path / "out")
+    assert ran.status == 0, ran.err
+    assert ran.out.startswith("chose ")
+    assert ran.out.endswith(f"compatible encoder: {tmp_path / 'out' / 'compatible'}\n")
+    assert "checking images" in ran.err
     record = json.loads((tmp_path / "out" / "decision.json").read_text())
     again = run(
         "fit", *encoders, *captions, *pairs, "--overwrite", "true", "--output_dir", tmp_path / "out", "--json"
@@ -119,12 +119,12 @@ def test_a_choice_from_stores_leaves_the_pairs_captions_out(run, encoders, pairs
         store = EmbeddingStore.open(stores / f"{side}_texts")
         store.append(encoder.encode_texts(own), ["pair-0"], {"caption": own})
     flags = ["--old_store", stores / "old_texts", "--new_store", stores / "new_texts", *encoders, *pairs]
-    said = run("fit", *flags, "--options.ks", "[1, 2]", "--output_dir", tmp_path / "out", "--json")
-    assert said.status == 0, said.err
-    assert said.document["method"] == "auto"
-    assert said.document["items"] == 18
-    assert said.document["decision"]["evidence"] == "pairs"
-    assert set(said.document["decision"]["directions"]["T2I"]["recall"]) == {"R@1", "R@2"}
+    ran = run("fit", *flags, "--options.ks", "[1, 2]", "--output_dir", tmp_path / "out", "--json")
+    assert ran.status == 0, ran.err
+    assert ran.document["method"] == "auto"
+    assert ran.document["items"] == 18
+    assert ran.document["decision"]["evidence"] == "pairs"
+    assert set(ran.document["decision"]["directions"]["T2I"]["recall"]) == {"R@1", "R@2"}
     upgraded = CompatibleEncoder.from_pretrained(tmp_path / "out" / "compatible")
     assert upgraded.ensemble is not None
 
@@ -133,9 +133,9 @@ def test_the_projection_alone_is_evaluated_as_well(run, encoders, stores, specs,
     flags = ["--old_store", stores / "old_texts", "--new_store", stores / "new_texts"]
     fitted = run("fit", *flags, "--output_dir", tmp_path / "out", "--json").document["projection"]
     evaluation = ["--pairs.source", "scenes", "--pairs.split", "test", "--pairs.limit", "12"]
-    said = run("evaluate", *encoders, *evaluation, "--upgraded.x", fitted, "--output_dir", tmp_path / "e")
-    assert said.status == 0
-    assert said.out.startswith("query/gallery")
+    ran = run("evaluate", *encoders, *evaluation, "--upgraded.x", fitted, "--output_dir", tmp_path / "e")
+    assert ran.status == 0
+    assert ran.out.startswith("query/gallery")
     from xbt.data import PairSource
 
     config = EvaluationConfig(*specs, PairSource("scenes", split="test", limit=12), str(tmp_path / "f"))
@@ -146,7 +146,7 @@ def test_the_projection_alone_is_evaluated_as_well(run, encoders, stores, specs,
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "neither was given"),
         (["--old_store", "x"], "--new_store is missing"),
@@ -162,7 +162,7 @@ def test_the_projection_alone_is_evaluated_as_well(run, encoders, stores, specs,
         (["--old_store", "IMAGES", "--new_store", "NEW"], "rows"),
     ],
 )
-def test_wrong_input_is_one_sentence(run, stores, tmp_path, words, told):
+def test_wrong_input_is_one_sentence(run, stores, tmp_path, words, message):
     names = {"OLD": "old_texts", "NEW": "new_texts", "IMAGES": "old_images"}
     both = ["--old_store", stores / "old_texts", "--new_store", stores / "new_texts"]
     line = [
@@ -170,30 +170,30 @@ def test_wrong_input_is_one_sentence(run, stores, tmp_path, words, told):
         for word in words
         for each in (both if word == "STORES" else [stores / names[word]] if word in names else [word])
     ]
-    said = run("fit", "--output_dir", tmp_path / "out", *line)
-    assert (said.status, said.out) == (2, "")
-    assert told in said.err
+    ran = run("fit", "--output_dir", tmp_path / "out", *line)
+    assert (ran.status, ran.out) == (2, "")
+    assert message in ran.err
     assert not (tmp_path / "out" / "projection").exists()
 
 
 def test_a_store_of_another_model_is_refused(run, stores, specs, tmp_path):
     flags = ["--old_store", stores / "old_texts", "--new_store", stores / "new_texts"]
-    said = run("fit", *flags, "--old", specs[1], "--output_dir", tmp_path / "out")
-    assert said.status == 2
-    assert "--old_store" in said.err
-    assert specs[0] in said.err
-    assert specs[1] in said.err
+    ran = run("fit", *flags, "--old", specs[1], "--output_dir", tmp_path / "out")
+    assert ran.status == 2
+    assert "--old_store" in ran.err
+    assert specs[0] in ran.err
+    assert specs[1] in ran.err
 
 
 @pytest.mark.parametrize(
-    ("pair_rows", "shuffled", "told"),
+    ("pair_rows", "shuffled", "message"),
     [
         (slice(None), False, "every caption of the stores is one of the pairs' own"),
         (slice(5), True, "are not of the same items"),
     ],
 )
 def test_stores_that_have_captions_of_the_pairs(
-    run, encoders, pairs, old, new, tmp_path, pair_rows, shuffled, told
+    run, encoders, pairs, old, new, tmp_path, pair_rows, shuffled, message
 ):
     texts = read_captions(CaptionSource("scenes", limit=24))[pair_rows]
     texts += [] if pair_rows == slice(None) else TEXTS
@@ -203,16 +203,16 @@ def test_stores_that_have_captions_of_the_pairs(
         ids = names[::-1] if shuffled and side == "new" else names
         store.append(encoder.encode_texts(texts), ids, {"caption": texts})
     flags = ["--old_store", tmp_path / "old", "--new_store", tmp_path / "new", *encoders, *pairs]
-    said = run("fit", *flags, "--output_dir", tmp_path / "out")
-    assert said.status == 2
-    assert told in said.err
+    ran = run("fit", *flags, "--output_dir", tmp_path / "out")
+    assert ran.status == 2
+    assert message in ran.err
 
 
 def test_captions_that_are_all_of_the_pairs(run, encoders, pairs, tmp_path):
     words = ["--captions.source", "scenes", "--captions.limit", "24", "--method", "ridge"]
-    said = run("fit", *encoders, *pairs, *words, "--output_dir", tmp_path / "out")
-    assert said.status == 2
-    assert "every caption is one of the pairs' own" in said.err
+    ran = run("fit", *encoders, *pairs, *words, "--output_dir", tmp_path / "out")
+    assert ran.status == 2
+    assert "every caption is one of the pairs' own" in ran.err
 
 
 def test_a_folder_that_does_not_say_its_model(run, specs, stores, old, tmp_path):
@@ -224,27 +224,27 @@ def test_a_folder_that_does_not_say_its_model(run, specs, stores, old, tmp_path)
     store = EmbeddingStore.create(tmp_path / "new", modality="text", space=new_vectors.space)
     store.append(new_vectors.read(), [f"row-{row}" for row in range(18)])
     flags = ["fit", "--old_store", tmp_path / "folder", "--new_store", tmp_path / "new"]
-    said = run(*flags, "--output_dir", tmp_path / "out")
-    assert said.status == 2
-    assert "give --old as well" in said.err
-    said = run(*flags, "--old", specs[0], "--output_dir", tmp_path / "out", "--json")
-    assert said.status == 0, said.err
-    assert Projection.from_pretrained(said.document["projection"]).old_space.same_as(old.space)
+    ran = run(*flags, "--output_dir", tmp_path / "out")
+    assert ran.status == 2
+    assert "give --old as well" in ran.err
+    ran = run(*flags, "--old", specs[0], "--output_dir", tmp_path / "out", "--json")
+    assert ran.status == 0, ran.err
+    assert Projection.from_pretrained(ran.document["projection"]).old_space.same_as(old.space)
 
 
 def test_stores_of_other_items_are_refused(run, stores, new, tmp_path):
     store = EmbeddingStore.create(tmp_path / "other", modality="text", space=new.space)
     store.append(np.eye(18, 24, dtype=np.float32), [f"other-{row}" for row in range(18)])
     flags = ["--old_store", stores / "old_texts", "--new_store", tmp_path / "other"]
-    said = run("fit", *flags, "--output_dir", tmp_path / "out")
-    assert said.status == 2
-    assert "'other-0'" in said.err
+    ran = run("fit", *flags, "--output_dir", tmp_path / "out")
+    assert ran.status == 2
+    assert "'other-0'" in ran.err
 
 
 def test_a_directory_that_cannot_be_written_is_named_before_anything_is_opened(run):
     stores = ["--old_store", "nowhere", "--new_store", "nowhere"]
     texts = ["--old", "no", "--new", "no", "--captions.source", "no.txt", "--pairs.source", "no.json"]
     for words in (stores, texts):
-        said = run("fit", *words, "--output_dir", "/proc/nope")
-        assert (said.status, said.out) == (2, "")
-        assert said.err.startswith("xbt fit: error: --output_dir /proc/nope cannot be written: ")
+        ran = run("fit", *words, "--output_dir", "/proc/nope")
+        assert (ran.status, ran.out) == (2, "")
+        assert ran.err.startswith("xbt fit: error: --output_dir /proc/nope cannot be written: ")

@@ -11,13 +11,13 @@ from xbt.store import EmbeddingStore
 
 
 def test_create_of_a_store(run, stores, specs, tmp_path):
-    said = run("gallery", "create", tmp_path / "made", "--store", stores / "old_images", "--json")
-    assert said.status == 0, said.err
+    result = run("gallery", "create", tmp_path / "made", "--store", stores / "old_images", "--json")
+    assert result.status == 0, result.err
     part = {"name": "old", "items": COUNT, "modality": "image", "dtype": "float16", "dim": 16,
             "model": specs[0], "revision": None}  # fmt: skip
-    assert said.document == {
+    assert result.document == {
         "gallery": str(tmp_path / "made"), "items": COUNT, "fraction_backfilled": 0.0, "index": "Flat",
-        "tuning": "", "merge": None, "bytes": said.document["bytes"], "parts": [part],
+        "tuning": "", "merge": None, "bytes": result.document["bytes"], "parts": [part],
     }  # fmt: skip
     assert Gallery.open(tmp_path / "made").ids == SCENES.ids
     again = run("gallery", "create", tmp_path / "made", "--store", stores / "old_images")
@@ -27,10 +27,10 @@ def test_create_of_a_store(run, stores, specs, tmp_path):
 
 def test_create_an_empty_one_and_add(run, stores, specs, tmp_path):
     path = tmp_path / "made"
-    said = run("gallery", "create", "--gallery", path, "--encoder", specs[0], "--dtype", "float32")
-    assert said.status == 0, said.err
-    said = run("gallery", "add", path, "--store", stores / "old_images", "--batch_size", "7", "--json")
-    assert said.document == {
+    result = run("gallery", "create", "--gallery", path, "--encoder", specs[0], "--dtype", "float32")
+    assert result.status == 0, result.err
+    result = run("gallery", "add", path, "--store", stores / "old_images", "--batch_size", "7", "--json")
+    assert result.document == {
         "gallery": str(path), "added": COUNT, "replaced": 0, "skipped": 0, "items": COUNT
     }  # fmt: skip
     made = Gallery.open(path)
@@ -50,19 +50,19 @@ def test_add_what_is_partly_there(run, gallery, old, stores, existing):
     assert "2 of the 3 items" in refused.err
     assert SCENES.ids[3] in refused.err
     assert len(Gallery.open(gallery)) == COUNT
-    said = run("gallery", "add", gallery, "--store", store.path, "--existing", existing, "--json")
+    result = run("gallery", "add", gallery, "--store", store.path, "--existing", existing, "--json")
     replaces = existing == "replace"
-    assert said.document["added"] == (3 if replaces else 1)
-    assert (said.document["replaced"], said.document["skipped"]) == ((2, 0) if replaces else (0, 2))
-    assert said.document["items"] == len(Gallery.open(gallery)) == COUNT + 1
+    assert result.document["added"] == (3 if replaces else 1)
+    assert (result.document["replaced"], result.document["skipped"]) == ((2, 0) if replaces else (0, 2))
+    assert result.document["items"] == len(Gallery.open(gallery)) == COUNT + 1
     number = Gallery.open(gallery).metadata([SCENES.ids[3]]).column("number").to_pylist()
     assert number == ([-1] if replaces else [3])
 
 
 def test_add_vectors_of_another_space_is_refused(run, gallery, stores):
-    said = run("gallery", "add", gallery, "--store", stores / "new_texts", "--json")
-    assert said.status == 2
-    assert said.document["error"]["kind"] == "SpaceMismatchError"
+    result = run("gallery", "add", gallery, "--store", stores / "new_texts", "--json")
+    assert result.status == 2
+    assert result.document["error"]["kind"] == "SpaceMismatchError"
     assert len(Gallery.open(gallery)) == COUNT
 
 
@@ -71,15 +71,15 @@ def test_remove(run, gallery, tmp_path, way):
     names = SCENES.ids[:2]
     (tmp_path / "ids.txt").write_text("\n".join(names))
     words = {"words": names, "file": ["--file", tmp_path / "ids.txt"], "stdin": ["--file", "-"]}[way]
-    said = run("gallery", "remove", gallery, *words, "--json", stdin="\n".join(names))
-    assert said.document == {"gallery": str(gallery), "removed": 2, "items": COUNT - 2}
+    result = run("gallery", "remove", gallery, *words, "--json", stdin="\n".join(names))
+    assert result.document == {"gallery": str(gallery), "removed": 2, "items": COUNT - 2}
     assert Gallery.open(gallery).ids == SCENES.ids[2:]
 
 
 def test_remove_all_or_none(run, gallery):
-    said = run("gallery", "remove", gallery, SCENES.ids[0], "nobody")
-    assert said.status == 2
-    assert "'nobody'" in said.err
+    result = run("gallery", "remove", gallery, SCENES.ids[0], "nobody")
+    assert result.status == 2
+    assert "'nobody'" in result.err
     assert len(Gallery.open(gallery)) == COUNT
     assert "nothing is to be removed" in run("gallery", "remove", gallery).err
 
@@ -94,10 +94,10 @@ def test_verify_finds_damage(run, gallery, stores):
     data[-5] ^= 1
     file.write_bytes(data)
     for path in (gallery, stores / "old_images"):
-        said = run("gallery", "verify", path)
-        assert said.status == 1
-        assert file.name in said.out
-        assert said.err == ""
+        result = run("gallery", "verify", path)
+        assert result.status == 1
+        assert file.name in result.out
+        assert result.err == ""
         assert run("gallery", "verify", path, "--json").document["whole"] is False
 
 
@@ -105,30 +105,30 @@ def test_verify_finds_damage(run, gallery, stores):
 def test_verify_of_a_gallery_that_cannot_be_opened(run, gallery, kept):
     database = gallery / "gallery.sqlite"
     database.write_bytes(database.read_bytes()[:kept] + b"no database")
-    said = run("gallery", "verify", gallery, "--json")
-    assert said.status == 1
-    assert database.name in said.document["faults"][0]
+    result = run("gallery", "verify", gallery, "--json")
+    assert result.status == 1
+    assert database.name in result.document["faults"][0]
 
 
 @pytest.mark.parametrize("command", ["verify", "info", "compact"])
 def test_where_no_gallery_is(run, tmp_path, command):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "nowhere", tmp_path / "empty"):
-        said = run("gallery", command, path)
-        assert (said.status, said.out) == (2, "")
-        assert str(path) in said.err
-    said = run("gallery", command)
-    assert said.status == 2
-    assert "gallery" in said.err
+        result = run("gallery", command, path)
+        assert (result.status, result.out) == (2, "")
+        assert str(path) in result.err
+    result = run("gallery", command)
+    assert result.status == 2
+    assert "gallery" in result.err
 
 
-def test_compact_frees_room(run, specs, stores, tmp_path):
+def test_compact_frees_disk_space(run, specs, stores, tmp_path):
     run("gallery", "create", tmp_path / "made", "--encoder", specs[0])
     run("gallery", "add", tmp_path / "made", "--store", stores / "old_images")
     run("gallery", "remove", tmp_path / "made", *SCENES.ids[:50])
-    said = run("gallery", "compact", tmp_path / "made", "--json")
-    assert said.status == 0
-    assert said.document["bytes"] < said.document["bytes_before"]
+    result = run("gallery", "compact", tmp_path / "made", "--json")
+    assert result.status == 0
+    assert result.document["bytes"] < result.document["bytes_before"]
     assert Gallery.open(tmp_path / "made").ids == SCENES.ids[50:]
 
 
@@ -142,16 +142,16 @@ def test_info_for_people_and_of_two_parts(run, gallery, stores, new, specs):
         ("old", 45, specs[0]), ("new", 15, specs[1])
     ]  # fmt: skip
     assert document["fraction_backfilled"] == 0.25
-    told = run("gallery", "info", gallery).out
-    assert "25.0 %" in told
+    text = run("gallery", "info", gallery).out
+    assert "25.0 %" in text
     for spec in specs:
-        assert spec in told
+        assert spec in text
     about = run("gallery", "info", stores / "old_images", "--json").document
     assert (about["items"], about["columns"], about["model"]) == (COUNT, ["number"], specs[0])
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["create", "made"], "give --store, or --encoder"),
         (["create", "made", "--store", "nowhere"], "no store at"),
@@ -165,9 +165,9 @@ def test_info_for_people_and_of_two_parts(run, gallery, stores, new, specs):
         (["verify", "nowhere", "more"], "more"),
     ],
 )
-def test_wrong_input_is_one_sentence(run, tmp_path, monkeypatch, words, told):
+def test_wrong_input_is_one_sentence(run, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
-    said = run("gallery", *words)
-    assert (said.status, said.out) == (2, "")
-    assert told in said.err
-    assert said.err.count("\n") == 1
+    result = run("gallery", *words)
+    assert (result.status, result.out) == (2, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1

@@ -42,7 +42,7 @@ def test_two_processes_share_the_work_and_one_speaks(specs, old, tmp_path):
     assert np.abs(store.read() - old.encode_images(make_scenes(40).images).numpy()).max() <= 1e-3  # fp16
 
 
-def test_an_error_in_two_processes_is_told_once(specs, tmp_path):
+def test_an_error_in_two_processes_is_printed_once(specs, tmp_path):
     command = [*LAUNCH, "-m", "xbt", *flags(specs[0], tmp_path / "store", 40), "--images.source", "nowhere"]
     ran = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert ran.returncode != 0
@@ -67,8 +67,8 @@ def test_an_interrupt_of_a_real_job(specs, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    said, told = running.communicate(timeout=120)
+    stdout, stderr = running.communicate(timeout=120)
     assert running.returncode == 130
-    assert "xbt embed: interrupted; the same command continues where it was" in told
-    assert "Traceback" not in told
-    assert json.loads(said)["error"]["kind"] == "KeyboardInterrupt"
+    assert "xbt embed: interrupted; the same command continues where it was" in stderr
+    assert "Traceback" not in stderr
+    assert json.loads(stdout)["error"]["kind"] == "KeyboardInterrupt"

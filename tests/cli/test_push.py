@@ -29,21 +29,21 @@ def test_a_projection_is_pushed_and_found_again(run, hub, pushed, projection, ga
 
 
 def test_what_people_read(run, hub, projection):  # noqa: F811
-    said = run("push", "--directory", projection, "--repo", "org/p")
-    assert said.status == 0, said.err
+    result = run("push", "--directory", projection, "--repo", "org/p")
+    assert result.status == 0, result.err
     commit = hub.repos["org/p"].refs["main"]
-    assert said.out == f"pushed the LinearProjection in {projection}\n{hub.url}/org/p/commit/{commit}\n"
+    assert result.out == f"pushed the LinearProjection in {projection}\n{hub.url}/org/p/commit/{commit}\n"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["nowhere", "--repo", "org/p"], "nowhere does not exist"),
         (["--repo", "org/p"], "directory"),
         (["nowhere", "--repo", "org/p", "--tokn", "x"], "tokn"),
     ],
 )
-def test_wrong_input_is_one_sentence(run, words, told):
-    said = run("push", *words, "--json")
-    assert said.status == 2
-    assert told in said.document["error"]["message"]
+def test_wrong_input_is_one_sentence(run, words, message):
+    result = run("push", *words, "--json")
+    assert result.status == 2
+    assert message in result.document["error"]["message"]

@@ -39,41 +39,41 @@ def flags(vectors):
 
 
 def test_the_document_is_the_report_and_the_status_its_verdict(run, vectors, tmp_path):
-    said = run("report", *flags(vectors), "--output_dir", tmp_path / "out", "--json")
-    assert said.status == 0, said.err
-    assert said.document["passed"] is True
-    assert said.document == json.loads((tmp_path / "out" / "report.json").read_text())
+    result = run("report", *flags(vectors), "--output_dir", tmp_path / "out", "--json")
+    assert result.status == 0, result.err
+    assert result.document["passed"] is True
+    assert result.document == json.loads((tmp_path / "out" / "report.json").read_text())
     report = write_upgrade_report(
         UpgradeReportConfig(str(tmp_path / "other"), vectors=VectorSource(**vectors))
     )
-    told = run("report", *flags(vectors), "--overwrite", "true", "--output_dir", tmp_path / "out")
-    assert (told.status, told.out) == (0, f"{report.format()}\n")
+    result = run("report", *flags(vectors), "--overwrite", "true", "--output_dir", tmp_path / "out")
+    assert (result.status, result.out) == (0, f"{report.format()}\n")
 
 
 def test_a_threshold_that_is_missed_is_status_1(run, vectors, tmp_path):
-    said = run(
+    result = run(
         "report", *flags(vectors), "--fail_under.T2I", "99", "--output_dir", tmp_path / "out", "--json"
     )
-    assert said.status == 1
-    assert said.document["passed"] is False
-    assert said.document["verdict"]["answer"] in ("yes", "ensemble")
+    assert result.status == 1
+    assert result.document["passed"] is False
+    assert result.document["verdict"]["answer"] in ("yes", "ensemble")
 
 
 @pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
 def test_a_small_sample_without_captions_is_a_report_too(run, specs, tmp_path):
     words = ["--old", specs[0], "--new", specs[1], "--pairs.source", "scenes", "--sample", "30"]
-    said = run("report", *words, "--output_dir", tmp_path / "out")
-    assert said.status == 1, said.err
-    assert said.out.startswith("Upgrade: cannot be told from so few queries")
-    assert "warning: the sample is too small for intervals" in said.err
+    result = run("report", *words, "--output_dir", tmp_path / "out")
+    assert result.status == 1, result.err
+    assert result.out.startswith("Upgrade: too few queries to decide")
+    assert "warning: the sample is too small for intervals" in result.err
     assert {"report.html", "report.json"} <= {each.name for each in (tmp_path / "out").iterdir()}
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [([], "give --old, --new and --pairs"), (["--fail_undr.T2I", "1"], "fail_undr")],
 )
-def test_wrong_input_is_status_2(run, tmp_path, words, told):
-    said = run("report", "--output_dir", tmp_path / "out", *words)
-    assert (said.status, said.out) == (2, "")
-    assert told in said.err
+def test_wrong_input_is_status_2(run, tmp_path, words, message):
+    result = run("report", "--output_dir", tmp_path / "out", *words)
+    assert (result.status, result.out) == (2, "")
+    assert message in result.err

@@ -25,21 +25,21 @@ from xbt.projections.combinations import Nlerp
 TEXTS = ["a red circle", "two men: a dog, [a cat]", "null"]
 
 
-def found(said):
+def found(result):
     """Ids and scores of every query."""
-    queries = said.document["queries"]
+    queries = result.document["queries"]
     return (
         [[each["id"] for each in query["results"]] for query in queries],
         [[each["score"] for each in query["results"]] for query in queries],
     )
 
 
-def assert_same(said, expected):
-    assert said.status == 0, said.err
-    ids, scores = found(said)
+def assert_same(result, expected):
+    assert result.status == 0, result.err
+    ids, scores = found(result)
     assert ids == expected.ids
     np.testing.assert_allclose(scores, expected.scores, atol=1e-6)
-    assert [each["rank"] for each in said.document["queries"][0]["results"]] == list(
+    assert [each["rank"] for each in result.document["queries"][0]["results"]] == list(
         range(1, len(ids[0]) + 1)
     )
 
@@ -55,16 +55,16 @@ def half_backfilled(gallery, new):
 
 
 def test_words_are_queries(run, gallery, specs, old):
-    said = run("search", *TEXTS, "--gallery", gallery, "--encoder", specs[0], "--k", "7", "--json")
-    assert_same(said, Gallery.open(gallery).search(old.encode_texts(TEXTS), 7, old.space))
-    assert [each["query"] for each in said.document["queries"]] == TEXTS
-    assert {each["modality"] for each in said.document["queries"]} == {"text"}
+    result = run("search", *TEXTS, "--gallery", gallery, "--encoder", specs[0], "--k", "7", "--json")
+    assert_same(result, Gallery.open(gallery).search(old.encode_texts(TEXTS), 7, old.space))
+    assert [each["query"] for each in result.document["queries"]] == TEXTS
+    assert {each["modality"] for each in result.document["queries"]} == {"text"}
 
 
 def test_the_table(run, gallery, specs, old):
-    said = run("search", "--gallery", gallery, "--encoder", specs[0], "--k", "10", *TEXTS[:2])
+    result = run("search", "--gallery", gallery, "--encoder", specs[0], "--k", "10", *TEXTS[:2])
     expected = Gallery.open(gallery).search(old.encode_texts(TEXTS[:2]), 10, old.space)
-    first, second = said.out.rstrip("\n").split("\n\n")
+    first, second = result.out.rstrip("\n").split("\n\n")
     for block, text, ids, scores in zip((first, second), TEXTS, expected.ids, expected.scores, strict=False):
         heading, *rows = block.splitlines()
         assert heading == text
@@ -77,8 +77,8 @@ def test_the_table(run, gallery, specs, old):
 @pytest.mark.parametrize("words", [["-"], ["--queries.file", "-"]])
 def test_queries_from_standard_input(run, gallery, specs, old, words):
     lines = "\n".join(["", *TEXTS, "  "])
-    said = run("search", "--gallery", gallery, "--encoder", specs[0], "--json", *words, stdin=lines)
-    assert_same(said, Gallery.open(gallery).search(old.encode_texts(TEXTS), 10, old.space))
+    result = run("search", "--gallery", gallery, "--encoder", specs[0], "--json", *words, stdin=lines)
+    assert_same(result, Gallery.open(gallery).search(old.encode_texts(TEXTS), 10, old.space))
 
 
 def test_all_sources_of_queries_together(run, gallery, specs, old, tmp_path):
@@ -89,12 +89,12 @@ def test_all_sources_of_queries_together(run, gallery, specs, old, tmp_path):
         SCENES.image(row).save(path)
     flags = ["--queries.file", tmp_path / "queries.txt",
              "--queries.images", f"[{tmp_path / 'photos'}, {pictures[2]}]"]  # fmt: skip
-    said = run("search", TEXTS[0], "--gallery", gallery, "--encoder", specs[0], "--json", *flags)
+    result = run("search", TEXTS[0], "--gallery", gallery, "--encoder", specs[0], "--json", *flags)
     vectors = np.concatenate([old.encode_texts(TEXTS), old.encode_images(pictures)])
-    assert_same(said, Gallery.open(gallery).search(vectors, 10, old.space))
-    assert [each["query"] for each in said.document["queries"]] == [*TEXTS, *map(str, pictures)]
-    assert [each["modality"] for each in said.document["queries"]] == ["text"] * 3 + ["image"] * 3
-    assert [ids[0] for ids in found(said)[0][3:]] == SCENES.ids[:3]  # a picture finds itself
+    assert_same(result, Gallery.open(gallery).search(vectors, 10, old.space))
+    assert [each["query"] for each in result.document["queries"]] == [*TEXTS, *map(str, pictures)]
+    assert [each["modality"] for each in result.document["queries"]] == ["text"] * 3 + ["image"] * 3
+    assert [ids[0] for ids in found(result)[0][3:]] == SCENES.ids[:3]  # a picture finds itself
 
 
 def test_a_store_is_searched_like_a_gallery(run, gallery, stores, specs):
@@ -121,9 +121,9 @@ def test_a_compatible_encoder_with_an_ensemble_that_needs_the_old_one(
     expected = Gallery.open(gallery).search(upgraded.encode_texts(TEXTS), 10, old.space)
     assert_same(run(*words), expected)
     assert_same(run(*words, "--old", specs[0]), expected)
-    said = run(*words, "--old", specs[1])
-    assert said.status == 2
-    assert "old encoder" in said.err
+    result = run(*words, "--old", specs[1])
+    assert result.status == 2
+    assert "old encoder" in result.err
 
 
 def test_a_recorded_model_that_is_gone(run, gallery, specs, projection, tmp_path):
@@ -133,10 +133,10 @@ def test_a_recorded_model_that_is_gone(run, gallery, specs, projection, tmp_path
     config = path / "config.json"
     config.write_text(config.read_text().replace(specs[1], "open_clip:local-dir:/no/model"))
     words = ["search", "--gallery", gallery, "--encoder", path, "a dog"]
-    said = run(*words)
-    assert said.status == 2
-    assert "/no/model" in said.err
-    assert "--new" in said.err
+    result = run(*words)
+    assert result.status == 2
+    assert "/no/model" in result.err
+    assert "--new" in result.err
     assert run(*words, "--new", specs[1]).status == 0
 
 
@@ -145,41 +145,41 @@ def test_a_foreign_space_is_refused(run, gallery, specs, tmp_path):
 
     other = tiny.tiny_open_clip(tmp_path / "other", seed=7, context_length=77)  # of the same dimension
     for spec in (other, specs[1]):
-        said = run("search", "a dog", "--gallery", gallery, "--encoder", spec, "--json")
-        assert said.status == 2
-        assert said.document["error"]["kind"] == "SpaceMismatchError"
-        assert spec in said.document["error"]["message"]
-        assert specs[0] in said.document["error"]["message"]
+        result = run("search", "a dog", "--gallery", gallery, "--encoder", spec, "--json")
+        assert result.status == 2
+        assert result.document["error"]["kind"] == "SpaceMismatchError"
+        assert spec in result.document["error"]["message"]
+        assert specs[0] in result.document["error"]["message"]
 
 
 @pytest.mark.parametrize(("name", "merge"), [("raw", RawMerge()), ("rank", RankMerge())])
 def test_a_mixed_gallery_with_a_merge_by_name(run, half_backfilled, specs, old, new, name, merge):
     flags = ["--encoder", specs[0], "--new", specs[1], "--merge", name, "--k", "20", "--json"]
-    said = run("search", "--gallery", half_backfilled, *flags, *TEXTS)
+    result = run("search", "--gallery", half_backfilled, *flags, *TEXTS)
     expected = Gallery.open(half_backfilled).search_mixed(
         old.encode_texts(TEXTS), new.encode_texts(TEXTS), 20, merge, old.space, new.space
     )
-    assert_same(said, expected)
+    assert_same(result, expected)
 
 
 def test_a_mixed_gallery_with_its_own_merge(run, half_backfilled, old, new, projection, tmp_path):
     """The compatible encoder's own base makes the new part's queries."""
     save_merge(half_backfilled, AffineMerge(0.7, 0.1))
-    said = run("search", "--gallery", half_backfilled, "--encoder", projection, *TEXTS, "--json")
+    result = run("search", "--gallery", half_backfilled, "--encoder", projection, *TEXTS, "--json")
     upgraded = load_upgraded(projection)
     queries = upgraded.encode_texts(TEXTS), new.encode_texts(TEXTS)
     expected = Gallery.open(half_backfilled).search_mixed(
         *queries, 10, AffineMerge(0.7, 0.1), upgraded.space, new.space
     )
-    assert_same(said, expected)
+    assert_same(result, expected)
     (tmp_path / "merge.json").write_text(json.dumps(RankMerge().to_dict()))
     words = ["search", "--gallery", half_backfilled, "--encoder", projection, *TEXTS, "--json"]
     other = run(*words, "--merge", tmp_path / "merge.json")
-    assert found(other) == found(run(*words, "--merge", "rank")) != found(said)
+    assert found(other) == found(run(*words, "--merge", "rank")) != found(result)
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--new", "NEW"], "--merge raw, rank or a file"),
         (["--merge", "rank"], "give its encoder as --new"),
@@ -189,11 +189,11 @@ def test_a_mixed_gallery_with_its_own_merge(run, half_backfilled, old, new, proj
         (["--part", "middle"], "no part 'middle'"),
     ],
 )
-def test_what_a_mixed_gallery_needs(run, half_backfilled, specs, words, told):
+def test_what_a_mixed_gallery_needs(run, half_backfilled, specs, words, message):
     words = [specs[1] if word == "NEW" else word for word in words]
-    said = run("search", "a dog", "--gallery", half_backfilled, "--encoder", specs[0], *words)
-    assert (said.status, said.out) == (2, "")
-    assert told in said.err
+    result = run("search", "a dog", "--gallery", half_backfilled, "--encoder", specs[0], *words)
+    assert (result.status, result.out) == (2, "")
+    assert message in result.err
 
 
 def test_one_part_of_a_mixed_gallery(run, half_backfilled, specs, new):
@@ -217,7 +217,7 @@ def test_once_all_is_backfilled_the_new_model_searches(run, half_backfilled, spe
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ([], "there is nothing to search for"),
         (["a dog", ""], "query 2 is blank"),
@@ -231,24 +231,24 @@ def test_once_all_is_backfilled_the_new_model_searches(run, half_backfilled, spe
         (["a dog", "--querys.file", "x"], "querys"),
     ],
 )
-def test_wrong_input_is_one_sentence(run, gallery, specs, words, told):
-    said = run("search", "--gallery", gallery, "--encoder", specs[0], *words, stdin="")
-    assert (said.status, said.out) == (2, "")
-    assert told in said.err
-    assert said.err.count("\n") == 1
+def test_wrong_input_is_one_sentence(run, gallery, specs, words, message):
+    result = run("search", "--gallery", gallery, "--encoder", specs[0], *words, stdin="")
+    assert (result.status, result.out) == (2, "")
+    assert message in result.err
+    assert result.err.count("\n") == 1
 
 
 def test_queries_that_are_no_text(run, gallery, specs, tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
-    for name, told in (("empty.txt", "holds no queries"), ("latin.txt", "latin.txt, line 1: not UTF-8")):
-        said = run("search", "--gallery", gallery, "--encoder", specs[0], "--queries.file", tmp_path / name)
-        assert said.status == 2
-        assert told in said.err
+    for name, message in (("empty.txt", "holds no queries"), ("latin.txt", "latin.txt, line 1: not UTF-8")):
+        result = run("search", "--gallery", gallery, "--encoder", specs[0], "--queries.file", tmp_path / name)
+        assert result.status == 2
+        assert message in result.err
 
 
 @pytest.mark.parametrize(
-    ("words", "stdin", "told"),
+    ("words", "stdin", "message"),
     [
         (["a dog", "half \ud83d"], "", r"query 2, 'half \ud83d', is not valid Unicode; write it in UTF-8"),
         (["-"], "a dog\nhalf \ud83d", "standard input, line 2: not UTF-8"),
@@ -258,11 +258,11 @@ def test_queries_that_are_no_text(run, gallery, specs, tmp_path):
         (["--queries.file", "/dev/zero"], "", "holds more than 1,024 bytes"),
     ],
 )
-def test_odd_bytes_are_one_sentence(run, gallery, specs, monkeypatch, words, stdin, told):
+def test_odd_bytes_are_one_sentence(run, gallery, specs, monkeypatch, words, stdin, message):
     monkeypatch.setattr("xbt.cli.output._MAX_BYTES", 1024)
-    said = run("search", "--gallery", gallery, "--encoder", specs[0], *words, stdin=stdin)
-    assert (said.status, said.out, said.err.count("\n")) == (2, "", 1)
-    assert told in said.err
+    result = run("search", "--gallery", gallery, "--encoder", specs[0], *words, stdin=stdin)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert message in result.err
 
 
 @fuzzed

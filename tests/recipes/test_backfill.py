@@ -69,19 +69,19 @@ def run(monkeypatch, capsys):
             runpy.run_path(str(ROOT / "recipes/backfill.py"), run_name="__main__")
         except SystemExit as ended:
             status = ended.code
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        errors = [line for line in said.err.replace("\r", "\n").splitlines() if "error:" in line]
-        return status, said.out, "".join(errors)
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        errors = [line for line in output.err.replace("\r", "\n").splitlines() if "error:" in line]
+        return status, output.out, "".join(errors)
 
     return call
 
 
 def test_a_whole_job(run, flags, tmp_path):
-    status, said, _ = run(*flags)
+    status, output, _ = run(*flags)
     assert status == 0
-    assert "backfilled 60 items; 60 of the order's 60 are taken up and 0 rejected; 100.0 %" in said
-    assert "mean of R@1, R@5 and R@10: " in said
+    assert "backfilled 60 items; 60 of the order's 60 are taken up and 0 rejected; 100.0 %" in output
+    assert "mean of R@1, R@5 and R@10: " in output
     out = tmp_path / "out"
     assert [point["position"] for point in lines(out / "curve.jsonl")] == [0, 20, 40, 60]
     assert json.loads((out / "result.json").read_text())["why"] == "nothing is left to do"
@@ -91,7 +91,7 @@ def test_a_whole_job(run, flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--order", "best"], "best"),
         (["--recall_target", "60"], "--recall_target is a fraction such as 0.6, got 60.0"),
@@ -101,10 +101,10 @@ def test_a_whole_job(run, flags, tmp_path):
         (["--nothing", "1"], "nothing"),
     ],
 )
-def test_wrong_input_is_one_sentence(run, flags, tmp_path, words, told):
+def test_wrong_input_is_one_sentence(run, flags, tmp_path, words, message):
     status, _, error = run(*flags, *words)
     assert (status, error.count("error:")) == (2, 1)
-    assert told in error
+    assert message in error
     assert not (tmp_path / "out" / "order.json").exists()
     assert len(Gallery.open(tmp_path / "gallery").parts) == 1
 
@@ -154,11 +154,11 @@ def test_killed_under_torchrun_and_continued_with_more_processes(models, flags, 
     assert made.ids_of("new") == done
     for processes in (3, 1):
         again = torchrun(processes, job)
-        said, _ = again.communicate(timeout=300)
-        assert again.returncode == 0, said
+        output, _ = again.communicate(timeout=300)
+        assert again.returncode == 0, output
         if processes == 3:
             assert (
-                f"backfilled {899 - len(done)} items; 900 of the order's 900 are taken up and 1 rej" in said
+                f"backfilled {899 - len(done)} items; 900 of the order's 900 are taken up and 1 rej" in output
             )
     made.reload()
     assert made.verify() == []

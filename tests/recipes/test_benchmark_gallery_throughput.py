@@ -41,9 +41,9 @@ def test_the_whole_script(script, monkeypatch, tmp_path, capsys):
     assert flat["disk"] >= 2 * 16
     assert quantised["memory"] > 0
     sizing = json.loads((tmp_path / "out_sizing.json").read_text())["rows"]
-    told = {row[""]: row["10,000,000 items"] for row in sizing}
-    assert told["to backfill with a slow one at 50 images/s"] == "55.6 h"
-    assert "GB memory" in told["index Flat"]
+    sizes = {row[""]: row["10,000,000 items"] for row in sizing}
+    assert sizes["to backfill with a slow one at 50 images/s"] == "55.6 h"
+    assert "GB memory" in sizes["index Flat"]
     assert "Sizing a gallery" in capsys.readouterr().out
 
 

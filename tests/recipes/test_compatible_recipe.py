@@ -42,10 +42,10 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [str(each) for each in arguments])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(RECIPE), run_name="__main__")
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        lines = [line for line in said.replace("\r", "\n").splitlines() if "error:" in line]
-        assert len(lines) == 1, said
+        output = capsys.readouterr().err
+        assert "Traceback" not in output
+        lines = [line for line in output.replace("\r", "\n").splitlines() if "error:" in line]
+        assert len(lines) == 1, output
         return caught.value.code, lines[0]
 
     return call
@@ -134,6 +134,6 @@ def test_a_corrupt_image_in_parquet_is_named_and_left_out(tmp_path, monkeypatch,
     table = table.set_column(table.schema.get_field_index("img"), table.schema.field("img"), column)
     pyarrow.parquet.write_table(table, file)
     train(labelled.paper("cifar100", "independent", root, tmp_path), monkeypatch)
-    said = capsys.readouterr().err
-    assert "warning: skipped 1 of 200 training images: image row-7 cannot be decoded" in said
+    output = capsys.readouterr().err
+    assert "warning: skipped 1 of 200 training images: image row-7 cannot be decoded" in output
     assert json.loads((tmp_path / "independent/result.json").read_text())["train_images"] == 199

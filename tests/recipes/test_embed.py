@@ -41,26 +41,26 @@ def run(monkeypatch, capsys):
             runpy.run_path(str(ROOT / "recipes/embed.py"), run_name="__main__")
         except SystemExit as ended:
             status = ended.code
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        errors = [line for line in said.err.replace("\r", "\n").splitlines() if "error:" in line]
-        assert len(errors) == (status != 0), said.err
-        return status, said.out, "".join(errors)
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        errors = [line for line in output.err.replace("\r", "\n").splitlines() if "error:" in line]
+        assert len(errors) == (status != 0), output.err
+        return status, output.out, "".join(errors)
 
     return call
 
 
 def test_scenes_and_captions(run, spec, tmp_path):
     common = ["--encoder", spec, "--shard_size", "20", "--batch_size", "8"]
-    status, said, _ = run(
+    status, output, _ = run(
         *common, "--output_dir", str(tmp_path / "a"), "--images.source", "scenes", "--images.limit", "30"
     )
-    assert (status, said.count("embedded 30 images in")) == (0, 1)
+    assert (status, output.count("embedded 30 images in")) == (0, 1)
     assert EmbeddingStore.open(tmp_path / "a").ids[29] == "scene-train-0-000029"
-    status, said, _ = run(
+    status, output, _ = run(
         *common, "--output_dir", str(tmp_path / "b"), "--captions.source", "scenes", "--captions.limit", "30"
     )
-    assert (status, said.count("embedded 30 texts in")) == (0, 1)
+    assert (status, output.count("embedded 30 texts in")) == (0, 1)
     assert EmbeddingStore.open(tmp_path / "b").ids[29] == "scene-train-0-000029#0"
 
 
@@ -134,9 +134,9 @@ def test_killed_under_torchrun_and_continued_with_more_processes(spec, job):
     committed = len(list(out.glob("in_progress/[0-9]*.json")))
     assert 10 <= committed < 75
     again = torchrun(2, flags)
-    said, _ = again.communicate(timeout=200)
-    assert again.returncode == 0, said
-    assert f"{20 * committed} in earlier runs" in said
+    output, _ = again.communicate(timeout=200)
+    assert again.returncode == 0, output
+    assert f"{20 * committed} in earlier runs" in output
     store = EmbeddingStore.open(out)
     store.verify()
     assert store.ids == [path.name for path in photos]
@@ -161,7 +161,7 @@ def test_interrupted_from_the_keyboard(job):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     running.send_signal(signal.SIGINT)
-    said, _ = running.communicate(timeout=60)
+    output, _ = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert "interrupted; the same command continues" in said
-    assert "Traceback" not in said
+    assert "interrupted; the same command continues" in output
+    assert "Traceback" not in output

@@ -25,10 +25,10 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        lines = [line for line in said.replace("\r", "\n").splitlines() if "error:" in line]
-        assert len(lines) == 1, said
+        output = capsys.readouterr().err
+        assert "Traceback" not in output
+        lines = [line for line in output.replace("\r", "\n").splitlines() if "error:" in line]
+        assert len(lines) == 1, output
         return caught.value.code, lines[0]
 
     return call

@@ -124,8 +124,8 @@ def test_stage1_killed_and_continued(models, tmp_path):
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert not (tmp_path / "killed/projection").exists()
-    said = launch(arguments)
-    assert "continues from step" in said
+    output = launch(arguments)
+    assert "continues from step" in output
     assert_same(*(tmp_path / run / "projection/model.safetensors" for run in ("whole", "killed")), 1e-6)
     results = [json.loads((tmp_path / run / "result.json").read_text()) for run in ("whole", "killed")]
     assert results[0]["history"] == results[1]["history"]

@@ -36,8 +36,8 @@ def test_operations_are_those_of_the_formula(script):
     assert encoder.short_context is not None
     assert script["full_context_flops"](encoder) == tower_flops(32, WIDTH, LAYERS, DIM)
     texts = ["a red circle", "a blue square"]  # 3 words each, a start and an end
-    told = script["text_lengths"](encoder, texts)
-    assert told == {"needed": 5, "context": 32, "full_context_flops": tower_flops(32, WIDTH, LAYERS, DIM)}
+    lengths = script["text_lengths"](encoder, texts)
+    assert lengths == {"needed": 5, "context": 32, "full_context_flops": tower_flops(32, WIDTH, LAYERS, DIM)}
     found = script["count_flops"](lambda: encoder.encode_texts(texts)) / 2
     assert found == tower_flops(5, WIDTH, LAYERS, DIM)
     patches, pixels = (32 // 8) ** 2, torch.zeros(3, 3, 32, 32)

@@ -91,7 +91,7 @@ def test_long_queries_are_wrapped_inside_their_column(tmp_path):
     assert (gap == 255).all()  # nothing runs into the images
 
 
-def test_a_title_makes_room_for_itself(tmp_path):
+def test_a_title_moves_the_rest_down(tmp_path):
     plain = pixels(comparison(tmp_path / "x.png"))
     titled = pixels(comparison(tmp_path / "y.png", title="What the search finds"))
     assert titled.shape[0] > plain.shape[0] + 20
@@ -190,14 +190,14 @@ def test_a_backfill_curve_that_cannot_be_drawn(tmp_path, fractions, recall, word
 def test_labels_of_lines_that_end_together_do_not_lie_on_each_other(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    told = []
+    places = []
     annotate = Axes.annotate
     monkeypatch.setattr(
         Axes,
         "annotate",
-        lambda self, text, place, **how: (told.append(place), annotate(self, text, place, **how)),
+        lambda self, text, place, **how: (places.append(place), annotate(self, text, place, **how)),
     )
     draw_backfill_curve([0, 1], {"a": [0.1, 0.8], "b": [0.2, 0.8], "c": [0.1, 0.5]}, tmp_path / "c.png")
-    heights = sorted(height for _, height in told)
+    heights = sorted(height for _, height in places)
     assert heights[:2] == [50.0, 80.0]
     assert 82 < heights[2] < 85

@@ -277,7 +277,7 @@ def test_missing_pictures_do_not_stop_the_report(tmp_path, better, pictures):
     assert any("Pictures could not be shown" in limit for limit in report.limits)
     page = (tmp_path / "out/report.html").read_text()
     assert "<img" not in page
-    assert "told 0 times" in page  # the captions stand for the pictures
+    assert "shown 0 times" in page  # the captions stand for the pictures
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def status(monkeypatch, capsys):
             runpy.run_path(str(RECIPE), run_name="__main__")
         except SystemExit as caught:
             code = caught.code
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return call
 
@@ -123,14 +123,14 @@ def flags(file, out, *more):
 
 
 def test_status_0_where_it_is_worth_it_and_1_where_a_threshold_is_missed(status, better, tmp_path):
-    code, said, _ = status(*flags(better, tmp_path / "out", "--fail_under.T2I", "0.5"))
+    code, output, _ = status(*flags(better, tmp_path / "out", "--fail_under.T2I", "0.5"))
     assert code == 0
-    assert said.startswith("Upgrade: ")
-    assert "met: fail_under.T2I 0.5" in said
+    assert output.startswith("Upgrade: ")
+    assert "met: fail_under.T2I 0.5" in output
     # A threshold changes no figure, so that the directory may be used again.
-    code, said, _ = status(*flags(better, tmp_path / "out", "--fail_under.T2I", "99"))
+    code, output, _ = status(*flags(better, tmp_path / "out", "--fail_under.T2I", "99"))
     assert code == 1
-    assert "missed: fail_under.T2I 99" in said
+    assert "missed: fail_under.T2I 99" in output
     assert "missed: fail_under.T2I 99" in (tmp_path / "out/report.html").read_text()
     # Another sample does.
     code, _, err = status(*flags(better, tmp_path / "out", "--seed", "5"))
@@ -139,15 +139,15 @@ def test_status_0_where_it_is_worth_it_and_1_where_a_threshold_is_missed(status,
 
 
 def test_status_1_where_the_answer_is_not_yes(status, better, tmp_path):
-    code, said, err = status(*flags(better, tmp_path / "out", "--sample", "10"))
+    code, output, err = status(*flags(better, tmp_path / "out", "--sample", "10"))
     assert code == 1
-    assert said.startswith("Upgrade: cannot be told from so few queries")
+    assert output.startswith("Upgrade: too few queries to decide")
     assert "too small for intervals" in err
 
 
 def test_status_2_for_a_wrong_input(status, better, tmp_path):
-    code, said, err = status(*flags(better, tmp_path / "out", "--vectors.old_images", "nothing"))
+    code, output, err = status(*flags(better, tmp_path / "out", "--vectors.old_images", "nothing"))
     assert code == 2
-    assert said == ""
+    assert output == ""
     assert "--vectors.old_images nothing is neither a key" in err
     assert "Traceback" not in err

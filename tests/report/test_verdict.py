@@ -117,13 +117,13 @@ def test_where_the_old_query_stays_the_choice_tells_why(ends, answer):
 def test_too_few_say_nothing_whatever_was_measured(n_chosen):
     found = verdict(world(BOTH, {"T2I": 0.9, "I2T": 0.9}, n_chosen=n_chosen))
     assert found.answer == "unknown"
-    assert found.sentence.startswith("Upgrade: cannot be told from so few queries: ")
+    assert found.sentence.startswith("Upgrade: too few queries to decide: ")
     assert str(n_chosen) in found.sentence
 
 
 def test_a_gain_in_one_direction_and_an_open_one():
     old, new = hits(0.3), hits(0.3).clone()
-    new[:6], new[50:56] = 50, 0  # as many mended as broken
+    new[:6], new[50:56] = 50, 0  # as many fixed as broken
     measured = world(BOTH, {"T2I": 0.5, "I2T": 0.3})
     measured.cells[UPGRADED] = cell(UPGRADED, T2I=hits(0.5), I2T=new)
     measured.cells[OLD] = cell(OLD, T2I=old, I2T=old)

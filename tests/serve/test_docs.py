@@ -69,8 +69,8 @@ def test_every_block_runs_in_order(place, capsys):
             assert language == "bash"
             for line in filter(None, text.splitlines()):
                 run_command(line)
-    said = capsys.readouterr().out
-    assert "33% backfilled" in said
+    output = capsys.readouterr().out
+    assert "33% backfilled" in output
     assert names["answer"].shape == (1, 16)
     assert (place / "exported/gallery.sql").is_file()
     assert (place / "query.onnx").is_file()
@@ -79,14 +79,14 @@ def test_every_block_runs_in_order(place, capsys):
 def test_a_mixed_search_in_sql_misses_no_item():
     """Both queries see one moment, and in case they do not, the old vectors are asked first."""
     (block,) = [text for _, language, text in BLOCKS if language == "sql" and "ADD COLUMN new" in text]
-    told = [line for line in block.splitlines() if line]
-    asked = [line for line in told if line.startswith("SELECT")]
+    lines = [line for line in block.splitlines() if line]
+    asked = [line for line in lines if line.startswith("SELECT")]
     assert ["new IS NULL" in line for line in asked] == [True, False]
     assert "new IS NOT NULL" in asked[1]
-    start = next(row for row, line in enumerate(told) if "REPEATABLE READ" in line)
-    assert told[start + 1 :] == [*asked, "COMMIT;"]
+    start = next(row for row, line in enumerate(lines) if "REPEATABLE READ" in line)
+    assert lines[start + 1 :] == [*asked, "COMMIT;"]
     # Indexes that are filtered afterwards would give fewer rows than asked for.
-    indexes = [line for line in told if line.startswith("CREATE INDEX")]
+    indexes = [line for line in lines if line.startswith("CREATE INDEX")]
     assert [line.rsplit("WHERE ")[1] for line in indexes] == ["new IS NULL;", "new IS NOT NULL;"]
 
 

@@ -30,18 +30,18 @@ def run(monkeypatch, capsys):
             runpy.run_path(str(RECIPE), run_name="__main__")
         except SystemExit as ended:
             status = ended.code
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return status, said.out, said.err
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        return status, output.out, output.err
 
     return call
 
 
 def test_a_store_is_exported_and_exported_again(run, store, tmp_path):
     flags = ["--source", store.path, "--output_dir", tmp_path / "out", "--pgvector.table", "photos"]
-    status, said, _ = run(*flags)
+    status, output, _ = run(*flags)
     assert status == 0
-    assert f"exported 60 items to {tmp_path / 'out'}: vectors.npy and items.parquet, gallery.sql" in said
+    assert f"exported 60 items to {tmp_path / 'out'}: vectors.npy and items.parquet, gallery.sql" in output
     first = (tmp_path / "out/gallery.sql").read_bytes()
     assert run(*flags)[0] == 0
     assert (tmp_path / "out/gallery.sql").read_bytes() == first
@@ -56,8 +56,8 @@ def test_a_gallery_on_disk_is_exported_while_it_is_written_to(run, tmp_path, row
     gallery.backfill(rows(5, 24), [f"a{n}" for n in range(5)], new_space)
     with gallery.writing():
         flags = ["--source", tmp_path / "gallery", "--output_dir", tmp_path / "out"]
-        status, _, said = run(*flags)
-        assert (status, "name one of these parts" in said) == (2, True)
+        status, _, output = run(*flags)
+        assert (status, "name one of these parts" in output) == (2, True)
         assert run(*flags, "--part", "old", "--overwrite", "true")[0] == 0
     assert np.array_equal(np.load(tmp_path / "out/vectors.npy"), rows(20)[5:])
 

@@ -77,17 +77,17 @@ def test_a_store_comes_back_whole(store, tmp_path, old_space, statement):
     assert ids == store.ids
     assert np.array_equal(vectors, store.read())
     assert metadata == store.metadata().to_pylist()
-    said = [each for each in statements(sql) if isinstance(each, str)]
-    assert said[2:5] == [
+    texts = [each for each in statements(sql) if isinstance(each, str)]
+    assert texts[2:5] == [
         "CREATE EXTENSION IF NOT EXISTS vector;",
         "BEGIN;",
         'CREATE TABLE "gallery"."photos" (\n  "id" text PRIMARY KEY,\n  "old" vector(16) NOT NULL,\n'
         '  "metadata" jsonb\n);',
     ]
-    comment = re.fullmatch(r'COMMENT ON COLUMN "gallery"."photos"."old" IS (.*);', said[5], re.S)
+    comment = re.fullmatch(r'COMMENT ON COLUMN "gallery"."photos"."old" IS (.*);', texts[5], re.S)
     space = EmbeddingSpace.from_dict(json.loads(literal(comment[1]))["space"])
     assert space.compare(old_space).verified
-    assert said[-2:] == ['CREATE INDEX ON "gallery"."photos" USING hnsw ("old" vector_ip_ops);', "COMMIT;"]
+    assert texts[-2:] == ['CREATE INDEX ON "gallery"."photos" USING hnsw ("old" vector_ip_ops);', "COMMIT;"]
     assert sql.count("INSERT INTO") == (9 if statement == "insert" else 0)
 
 
