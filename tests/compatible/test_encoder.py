@@ -96,7 +96,7 @@ def test_saving_without_lora_leaves_no_old_adapter_behind(specs, backend, tmp_pa
     )
 
 
-def test_base_can_be_given_anew(specs, backend, tmp_path):
+def test_another_base_can_be_given(specs, backend, tmp_path):
     compatible = make(specs, backend, lora=True)
     compatible.save_pretrained(tmp_path / "saved")
     expected = vectors(compatible)

@@ -268,7 +268,7 @@ def test_precision_is_that_of_the_encoders(specs):
     assert 0 < (compatible.encode_texts(TEXTS) - fine).abs().max() < 0.1
 
 
-def test_cut_texts_are_told_where_they_were_given(specs):
+def test_the_warning_about_cut_texts_points_to_the_caller(specs):
     compatible = CompatibleEncoder(*parts(specs, "open_clip")[:2])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

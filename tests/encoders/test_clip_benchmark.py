@@ -66,7 +66,7 @@ def upgrade(tmp_path_factory):
     root = tmp_path_factory.mktemp("upgrade")
     old = load_encoder(tiny.tiny_open_clip(root / "old", seed=4, context_length=96))
     new = load_encoder(tiny.tiny_transformers_clip(root / "new", seed=5, context_length=300))
-    texts = [caption for told in make_scenes(20, seed=9).captions for caption in told]
+    texts = [caption for group in make_scenes(20, seed=9).captions for caption in group]
     projection = fit_projection(
         new.encode_texts(texts), old.encode_texts(texts), new_space=new.space, old_space=old.space
     )
@@ -85,7 +85,7 @@ def single(recall):
 
 
 def test_premise_nothing_is_near_a_tie(upgrade, report):
-    captions = [caption for told in PAIRS.captions for caption in told]
+    captions = [caption for group in PAIRS.captions for caption in group]
     assert len(set(captions)) == len(captions)
     owners = torch.tensor([each[0] for each in PAIRS.positives_t2i])
     sides = [upgrade.old, upgrade.new, upgrade.upgraded]

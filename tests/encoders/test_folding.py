@@ -28,7 +28,7 @@ def check(encoder, atol=1e-5):
     assert folded.space.dim == 10
     assert torch.equal(encoder.encode_texts(TEXTS), texts)
     assert all(torch.equal(value, encoder.module.state_dict()[name]) for name, value in state.items())
-    # Every weight but those of the two last layers is shared; peft lists its own anew each time.
+    # All weights are shared but those of the two last layers. peft makes new parameters at each call.
     if not has_lora(encoder):
         kept = {id(each) for each in encoder.module.parameters()}
         assert 2 <= sum(id(each) not in kept for each in folded.module.parameters()) <= 4

@@ -27,7 +27,7 @@ def test_shares_weights_and_gives_the_encoders_vectors(encoder):
     assert tower.image_size == 32
 
 
-def test_built_anew_of_a_description_in_json(encoder):
+def test_a_tower_is_rebuilt_from_its_description_in_json(encoder):
     tower = take_image_tower(encoder)
     again = build_image_tower(json.loads(json.dumps(tower.architecture)))
     assert again.architecture == tower.architecture

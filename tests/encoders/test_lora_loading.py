@@ -41,7 +41,7 @@ def encoder(pristine):
 
 
 def disturb(model):
-    """Stands for training: every adapter weight gets some noise."""
+    """Imitate training: add noise to every adapter weight."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -269,7 +269,7 @@ class TestForeign:
         ).encode()
         with (folder / "adapter_model.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
-            file.truncate(8 + len(header) + size)  # sparse: it takes no room on disk
+            file.truncate(8 + len(header) + size)  # sparse: it takes no space on disk
         peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         with pytest.raises(EncoderError, match="1 are unknown to it, first y"):
             load_lora(encoder, folder)

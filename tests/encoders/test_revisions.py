@@ -49,22 +49,22 @@ def publish(cache: Path, repo: str, commits: tuple[str, ...], refs: dict[str, st
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    home = tmp_path_factory.mktemp("hub")
+    root = tmp_path_factory.mktemp("hub")
     commits, refs = (FIRST, SECOND), {"v1": FIRST, "main": SECOND}
-    publish(home / "hub", "org/oc", commits, refs, lambda path, seed: tiny_open_clip(path, seed))
-    publish(home / "hub", "org/tf", commits, refs, lambda path, seed: tiny_transformers_clip(path, seed))
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    publish(root / "hub", "org/oc", commits, refs, lambda path, seed: tiny_open_clip(path, seed))
+    publish(root / "hub", "org/tf", commits, refs, lambda path, seed: tiny_transformers_clip(path, seed))
+    environment = {**os.environ, "HF_HOME": str(root), "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_CACHE", None)
     specs = ["open_clip:hf-hub:org/oc", "transformers:org/tf"]
     done = subprocess.run(
         [sys.executable, "-c", CODE, *specs], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    return home / "hub", json.loads(done.stdout.splitlines()[-1])
+    return root / "hub", json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("spec", ["open_clip:hf-hub:org/oc", "transformers:org/tf"])
-def test_a_revision_is_loaded_recorded_and_told_from_another(found, spec):
+def test_a_revision_is_loaded_recorded_and_distinguished(found, spec):
     _, by_spec = found
     result = by_spec[spec]
     assert result["revisions"] == [FIRST, SECOND, SECOND]

@@ -180,7 +180,7 @@ def test_other_files_are_named(name, state, tmp_path):
     assert not any(word in message for word in ("weights_only", "\x1b", "\n"))
 
 
-def test_missing_and_unexpected_names_are_both_told(state, tmp_path):
+def test_missing_and_unexpected_names_are_both_reported(state, tmp_path):
     odd = renamed(state, lambda name: name.replace("visual.proj", "visual.projection"))
     torch.save(odd, tmp_path / "a.pt")
     with pytest.raises(EncoderError, match=r"missing are visual\.proj, unexpected are visual\.projection;"):
@@ -193,7 +193,7 @@ def test_missing_and_unexpected_names_are_both_told(state, tmp_path):
         load_weights_file(build(), tmp_path / "c.pt")
 
 
-def test_a_home_directory_is_expanded(state, tmp_path, monkeypatch):
+def test_a_tilde_in_a_path_is_expanded(state, tmp_path, monkeypatch):
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small-arch", SMALL)
     monkeypatch.setenv("HOME", str(tmp_path))
     torch.save(state, tmp_path / "a.pt")

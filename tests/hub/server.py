@@ -322,8 +322,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(data).encode(), {"Content-Type": "application/json"})
 
     def _error(self, status: int, code: str | None, message: str, headers: dict[str, str] | None = None):
-        told = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
-        self._send(status, json.dumps({"error": message}).encode(), told)
+        fields = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
+        self._send(status, json.dumps({"error": message}).encode(), fields)
 
     def _send(self, status: int, content: bytes, headers: dict[str, str], length: int | None = None) -> None:
         self.send_response(status)

@@ -168,11 +168,11 @@ def test_no_path_of_this_machine_is_pushed(hub, models, tmp_path):
     assert str(models) not in (tmp_path / "encoder/README.md").read_text()  # a card is for others
     with pytest.warns(UserWarning, match="is a directory here and is not shared") as caught:
         encoder.push_to_hub("org/e")
-    told = [str(each.message) for each in caught if each.category is UserWarning]
-    assert len(told) == 2
-    assert "'new-clip' is a directory here and is not shared" in told[0]
-    assert "must pass base=" in told[0]
-    assert "must pass old=" in told[1]
+    messages = [str(each.message) for each in caught if each.category is UserWarning]
+    assert len(messages) == 2
+    assert "'new-clip' is a directory here and is not shared" in messages[0]
+    assert "must pass base=" in messages[0]
+    assert "must pass old=" in messages[1]
     for name, content in everything(hub, "org/e").items():
         assert str(models) not in content, name
         assert str(tmp_path) not in content, name
@@ -228,17 +228,17 @@ def test_paths_in_a_projections_spaces_and_a_backbones_name(hub, models, tmp_pat
         ("transformers:openai/clip@3d74acf", None),
         ("timm:resnet18+oca", None),
         ("small_resnet", None),
-        ("open_clip:local-dir:/home/me/clip", "local:clip"),
+        ("open_clip:local-dir:/data/me/clip", "local:clip"),
         ("open_clip:local-dir:runs/new/model/", "local:model"),
         ("open_clip:ViT-B-32//srv/weights.pt", "local:weights.pt"),
         ("open_clip:ViT-B-32/weights.safetensors", "local:weights.safetensors"),
-        ("transformers:/home/me/clip", "local:clip"),
+        ("transformers:/data/me/clip", "local:clip"),
         ("transformers:~/clip", "local:clip"),
         ("transformers:../clip", "local:clip"),
         ("transformers:runs/a/b", "local:b"),
         (r"transformers:C:\models\clip", "local:clip"),
-        ("clip:transformers:/home/me/clip", "clip:local:clip"),
-        ("/home/me/clip", "local:clip"),
+        ("clip:transformers:/data/me/clip", "clip:local:clip"),
+        ("/data/me/clip", "local:clip"),
     ],
 )
 def test_public_names(spec, public):
@@ -266,7 +266,7 @@ def test_a_card_of_ones_own_is_kept(projection, report, tmp_path):
     projection.save_pretrained(tmp_path)
     page = tmp_path / "README.md"
     projection.save_pretrained(tmp_path, card=CardData(report=report))
-    assert "new/old" in page.read_text()  # its own card it writes anew
+    assert "new/old" in page.read_text()  # a card by xbt is replaced
     page.write_text("# mine\n")
     with pytest.warns(UserWarning, match=r"README\.md was not written by xbt and is kept as it is"):
         projection.save_pretrained(tmp_path, card=CardData(report=report))

@@ -43,9 +43,9 @@ def test_keys_of_a_newer_xbt_are_left_out_with_one_warning(projection, tmp_path)
         loaded = Projection.from_pretrained(tmp_path)
     assert torch.equal(loaded.weight, projection.weight)
     assert [each.category for each in caught] == [NewerConfigWarning]
-    told = str(caught[0].message)
-    assert f"xbt {NEWER} wrote this" in told
-    assert f"xbt {__version__} does not: novelty, options.novelty, new_space.novelty" in told
+    message = str(caught[0].message)
+    assert f"xbt {NEWER} wrote this" in message
+    assert f"xbt {__version__} does not: novelty, options.novelty, new_space.novelty" in message
 
 
 @pytest.mark.parametrize("version", [__version__, "0.0.1", None, "nonsense", 7])

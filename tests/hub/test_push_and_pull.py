@@ -189,7 +189,7 @@ def test_private_repositories(hub, projection, monkeypatch, tmp_path):
 def test_private_is_not_taken_for_granted(hub, projection):
     projection.push_to_hub("org/p")
     before = hub.repos["org/p"].refs["main"]
-    with pytest.raises(SavedPartError, match=r"org/p is there already and is public"):
+    with pytest.raises(SavedPartError, match=r"org/p already exists and is public"):
         projection.push_to_hub("org/p", private=True)
     assert hub.repos["org/p"].refs["main"] == before
 
@@ -266,7 +266,7 @@ def test_a_hiccup_of_the_server_is_waited_out(hub, projection, monkeypatch):
     assert torch.equal(Projection.from_pretrained("org/p").weight, projection.weight)
 
 
-def test_a_server_that_stays_broken_is_told_in_a_sentence(hub, projection):
+def test_a_persistent_server_error_is_one_sentence(hub, projection):
     projection.push_to_hub("org/p")
     hub.faults["/commit/"] = [500]
     other = LinearProjection.from_weight(torch.randn(8, 12))

@@ -1,4 +1,4 @@
-"""Saved parts: fetched from a directory or the Hugging Face Hub, read without unpickling, and shared."""
+"""Saving, loading and sharing: directories and Hugging Face Hub repositories, read without unpickling."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Model cards: what a saved part knows of itself, what its owner adds, and the two as one page.
+"""Model cards: facts of a saved artifact, data that its owner adds, and retrieval results as one page.
 
-Retrieval results as a model card tells them: a table for people, an index for the Hub.
+Results become a table for people and a ``model-index`` for the Hub.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
 DIRECTIONS = {"T2I": "text-to-image-retrieval", "I2T": "image-to-text-retrieval"}
-"""The two directions of search, as a report and as a card's index call them."""
+"""Search direction in a report → task name in a card's ``model-index``."""
+MARK = "<!-- Written by xbt. Remove this line, and xbt keeps the card as it is. -->"
+"""Marker of cards that xbt wrote and may replace."""
+UNNAMED = "path/or/repo"
+"""Source in a usage snippet while the repository is not known."""
+_DATASET = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @runtime_checkable
 class Report(Protocol):
-    """Whatever has results to tell: a :class:`~xbt.evaluation.RetrievalReport`."""
+    """Anything with results, such as a :class:`~xbt.evaluation.RetrievalReport`."""
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form with the key ``"cells"``."""
@@ -36,10 +41,10 @@ class Report(Protocol):
 
 @dataclass(frozen=True)
 class ResultCell:
-    """R@k of one pairing of query model and gallery model.
+    """R@k of one pair of query model and gallery model.
 
     Attributes:
-        name: Such as ``"new/old"``.
+        name: Query model and gallery model, such as ``"new/old"``.
         n_images: Images in the gallery.
         n_texts: Texts in the gallery.
         recall: Direction → ``"R@1"`` → fraction.
@@ -51,113 +56,30 @@ class ResultCell:
     recall: Mapping[str, Mapping[str, float]]
 
 
-def read_cells(report: Report | Mapping[str, Any] | str | Path) -> list[ResultCell]:
-    """Reads the cells of a report, of its dictionary, or of the ``retrieval.json`` it was written to.
-
-    Raises:
-        SavedPartError: If a file is missing or is not JSON.
-        ConfigError: If there are no cells, or one is malformed.
-    """
-    what = str(report) if isinstance(report, str | Path) else "the report"
-    if isinstance(report, str | Path):
-        report = read_json(Path(report))
-    values = report.to_dict() if isinstance(report, Report) else report
-    try:
-        cells = [
-            ResultCell(
-                str(each["name"]),
-                int(each["n_images"]),
-                int(each["n_texts"]),
-                {way: {str(k): _fraction(value) for k, value in each[way].items()} for way in DIRECTIONS},
-            )
-            for each in values["cells"]
-        ]
-        if not cells:
-            raise ValueError("it has no cells")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{what} is not a retrieval report ({type(error).__name__}: {error}); give the retrieval.json "
-            "that recipes/evaluate_retrieval.py wrote"
-        ) from error
-    return cells
-
-
-def eval_results(cells: list[ResultCell], evaluated_on: str | None) -> list[EvalResult]:
-    """The cells as entries of a card's ``model-index``, as fractions."""
-    first = cells[0]
-    name = " ".join((evaluated_on or "").split()) or f"{first.n_images:,} images and {first.n_texts:,} texts"
-    kind = name if is_repository(name) else "image-text-pairs"
-    return [
-        EvalResult(
-            task_type=task,
-            task_name=f"{way}, query model / gallery model",
-            dataset_type=kind,
-            dataset_name=name,
-            metric_type=f"recall_at_{k.rpartition('@')[2]}",
-            metric_name=" ".join(f"{cell.name} {way} {k}".split()),
-            metric_value=value,
-        )
-        for way, task in DIRECTIONS.items()
-        for cell in cells
-        for k, value in cell.recall[way].items()
-    ]
-
-
-def cells_table(cells: list[ResultCell]) -> str:
-    """The cells as a Markdown table in percent, with a line of what they were measured on."""
-    columns = [(way, k) for way in DIRECTIONS for k in cells[0].recall[way]]
-    lines = [
-        f"| query/gallery | {' | '.join(one_line(f'{way} {k}') for way, k in columns)} |",
-        f"|---|{'---:|' * len(columns)}",
-    ]
-    for cell in cells:
-        values = [f"{100 * cell.recall[way][k]:.1f}" if k in cell.recall[way] else "" for way, k in columns]
-        lines.append(f"| {one_line(cell.name)} | {' | '.join(values)} |")
-    return "\n".join(lines)
-
-
-def one_line(text: str) -> str:
-    """A label as text of a page: on one line, and without opening a column, code, a link or a tag."""
-    return re.sub(r"([\\|`\[\]<*])", r"\\\1", " ".join(text.split()))
-
-
-def _fraction(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{value!r} is not a fraction between 0 and 1")
-    return float(value)
-
-
-MARK = "<!-- Written by xbt. Remove this line, and xbt keeps the card as it is. -->"
-"""Stands in every card that xbt wrote, and so may replace."""
-UNNAMED = "path/or/repo"
-"""What a usage snippet loads where nobody knows yet where the part will be."""
-_DATASET = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-
-
 @dataclass(frozen=True)
 class CardData:
-    """What the owner of a saved part adds to its card.
+    """Card content that the owner of a saved artifact adds.
 
     Raises:
-        ConfigError: If a data set is not named as on the Hub.
+        ConfigError: If a data set name is not one of the Hub.
     """
 
     report: Report | Mapping[str, Any] | str | Path | None = None
     """Retrieval results: a :class:`~xbt.evaluation.RetrievalReport`, its dictionary, or the path of its
     ``retrieval.json``."""
     evaluated_on: str | None = None
-    """What the results were measured on, such as ``"nlphuji/flickr30k"`` or ``"our catalogue, May"``."""
+    """Data that the results were measured on, such as ``"nlphuji/flickr30k"`` or ``"our catalogue, May"``."""
     license: str | None = None
-    """Such as ``"apache-2.0"``; nothing is claimed if left out."""
+    """Licence, such as ``"apache-2.0"``; left out of the card if not given."""
     datasets: Sequence[str] = ()
-    """What the part was fitted on, as the Hub names it."""
+    """Hub names of the data sets that it was fitted on."""
     base: str | None = None
-    """Specification of the new model that holds everywhere, for one that was loaded from a directory here."""
+    """Public specification of the new model, if it was loaded from a local directory."""
     tags: Sequence[str] = ()
     """Further tags."""
 
     def __post_init__(self) -> None:
-        """Checks the names."""
+        """Check the names of the data sets."""
         for name in self.datasets:
             if not _DATASET.fullmatch(name):
                 raise ConfigError(f"{name!r} is not a data set of the Hub; write 'org/name', or leave it out")
@@ -165,18 +87,18 @@ class CardData:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a saved part knows of itself.
+    """Card content that a saved artifact provides itself.
 
     Attributes:
         title: The heading.
         summary: A paragraph on what it is.
-        snippet: Python code that uses it; ``{source}`` stands for where it is loaded from.
+        snippet: Python code that uses it, with ``{source}`` as a placeholder for the repository.
         method: A paragraph on how it was made, with the paper.
-        limits: Sentences on what it cannot do.
-        spaces: What to call a space → the space.
+        limits: Sentences on its limits.
+        spaces: Name of a space in the card → the space.
         base: Hub repository of the model that it adapts, if it has one.
-        tags: For the Hub.
-        pipeline_tag: For the Hub.
+        tags: Tags on the Hub.
+        pipeline_tag: Task on the Hub.
         packages: Python packages whose versions matter, besides xbt and torch.
     """
 
@@ -193,11 +115,11 @@ class CardFacts:
 
 
 def make_card(facts: CardFacts, data: CardData | None = None, source: str | None = None) -> ModelCard:
-    """Writes a card: front matter for the Hub, then a page for people. It holds no path of this machine.
+    """Write a card: front matter for the Hub, then a page for people, without paths of this machine.
 
     Args:
-        facts: What the part knows.
-        data: What its owner adds.
+        facts: The artifact's own content.
+        data: The owner's content.
         source: The repository that the usage snippet loads.
 
     Raises:
@@ -234,6 +156,82 @@ def quoted(text: str) -> str:
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
+def read_cells(report: Report | Mapping[str, Any] | str | Path) -> list[ResultCell]:
+    """Read the cells of a report, of its dictionary, or of the ``retrieval.json`` it was written to.
+
+    Raises:
+        SavedPartError: If a file is missing or is not JSON.
+        ConfigError: If there are no cells, or one is malformed.
+    """
+    source = str(report) if isinstance(report, str | Path) else "the report"
+    if isinstance(report, str | Path):
+        report = read_json(Path(report))
+    values = report.to_dict() if isinstance(report, Report) else report
+    try:
+        cells = [
+            ResultCell(
+                str(cell["name"]),
+                int(cell["n_images"]),
+                int(cell["n_texts"]),
+                {way: {str(k): _fraction(value) for k, value in cell[way].items()} for way in DIRECTIONS},
+            )
+            for cell in values["cells"]
+        ]
+        if not cells:
+            raise ValueError("it has no cells")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{source} is not a retrieval report ({type(error).__name__}: {error}); give the retrieval.json "
+            "that recipes/evaluate_retrieval.py wrote"
+        ) from error
+    return cells
+
+
+def eval_results(cells: list[ResultCell], evaluated_on: str | None) -> list[EvalResult]:
+    """The cells as entries of a card's ``model-index``, as fractions."""
+    first = cells[0]
+    name = " ".join((evaluated_on or "").split()) or f"{first.n_images:,} images and {first.n_texts:,} texts"
+    kind = name if is_repository(name) else "image-text-pairs"
+    return [
+        EvalResult(
+            task_type=task,
+            task_name=f"{way}, query model / gallery model",
+            dataset_type=kind,
+            dataset_name=name,
+            metric_type=f"recall_at_{k.rpartition('@')[2]}",
+            metric_name=" ".join(f"{cell.name} {way} {k}".split()),
+            metric_value=value,
+        )
+        for way, task in DIRECTIONS.items()
+        for cell in cells
+        for k, value in cell.recall[way].items()
+    ]
+
+
+def cells_table(cells: list[ResultCell]) -> str:
+    """The cells as a Markdown table in percent."""
+    columns = [(way, k) for way in DIRECTIONS for k in cells[0].recall[way]]
+    lines = [
+        f"| query/gallery | {' | '.join(one_line(f'{way} {k}') for way, k in columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+    ]
+    for cell in cells:
+        values = [f"{100 * cell.recall[way][k]:.1f}" if k in cell.recall[way] else "" for way, k in columns]
+        lines.append(f"| {one_line(cell.name)} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def one_line(text: str) -> str:
+    """Escape a label for Markdown: one line that opens no column, code, link or tag."""
+    return re.sub(r"([\\|`\[\]<*])", r"\\\1", " ".join(text.split()))
+
+
+def _fraction(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{value!r} is not a fraction between 0 and 1")
+    return float(value)
+
+
 def _results(cells: list[ResultCell], evaluated_on: str | None) -> str:
     if not cells:
         return (
@@ -244,8 +242,8 @@ def _results(cells: list[ResultCell], evaluated_on: str | None) -> str:
     on = f" of {one_line(evaluated_on)}" if evaluated_on else ""
     return (
         f"R@k in percent over {first.n_images:,} images and {first.n_texts:,} texts{on}: the share of "
-        "queries that find something right among their first k. T2I is a text query in the image gallery, "
-        "I2T an image query in the text gallery; new/old means queries of this part in a gallery of the old "
+        "queries with a correct result among their first k. T2I is a text query in the image gallery, I2T an "
+        "image query in the text gallery; new/old means queries of this model in a gallery of the old "
         f"model.\n\n{cells_table(cells)}"
     )
 
@@ -256,7 +254,7 @@ def _spaces(spaces: Mapping[str, EmbeddingSpace | None]) -> str:
         if space is not None:
             revision = quoted(space.revision) if space.revision else "not known"
             cells = (name, quoted(public_name(space.model)), revision)
-            # Within code a table still ends a cell at a bar.
+            # A bar ends a table cell even inside code.
             row = " | ".join(cell.replace("|", r"\|") for cell in cells)
             lines.append(f"| {row} | {space.dim} |")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Reading the config of a saved part: what is known, what is missing, and what only a newer xbt knows."""
+"""Reading the config of a saved artifact: known keys, missing keys, and keys of a newer xbt."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _dropped: ContextVar[dict[str, list[str]] | None] = ContextVar("dropped", defaul
 
 
 class NewerConfigWarning(UserWarning):
-    """A saved part has settings that only a newer xbt knows; they were left out."""
+    """A saved artifact has settings that only a newer xbt knows; they are ignored."""
 
 
 class SavedConfig:
-    """The config of a saved part.
+    """The config of a saved artifact.
 
-    A key that is not known is an error, because it may change what the vectors mean, unless the file says
-    that a newer xbt wrote it: then it is left out, and :func:`gathered_warning` says so once.
+    An unknown key is an error, because it may change the meaning of the vectors. If a newer xbt wrote the
+    file, the key is ignored instead, with a warning; see :func:`gathered_warning`.
 
     Attributes:
-        file: Where it was read.
-        values: All of it.
+        file: The config's file.
+        values: Its whole content.
 
     Raises:
         SavedPartError: If the file is missing or is not a JSON object.
@@ -55,11 +55,11 @@ class SavedConfig:
         """The config with these keys and no others.
 
         Args:
-            keys: Those that must be there.
-            optional: Those that may be.
+            keys: Required keys.
+            optional: Optional keys.
 
         Raises:
-            SavedPartError: If one is missing, or there is another and no newer xbt wrote it.
+            SavedPartError: If a key is missing or unknown, and no newer xbt wrote an unknown one.
         """
         missing = sorted(set(keys) - set(self.values))
         if missing:
@@ -70,12 +70,12 @@ class SavedConfig:
         return self.only(self.values, {*keys, *optional})
 
     def only(self, values: Mapping[str, Any], known: Collection[str], where: str = "") -> dict[str, Any]:
-        """A part of the config without the keys that only a newer xbt knows.
+        """A section of the config without the keys that only a newer xbt knows.
 
         Args:
-            values: The part.
+            values: The section.
             known: Every key it may have.
-            where: What the part is called, such as ``"options"``.
+            where: Name of the section, such as ``"options"``.
 
         Raises:
             SavedPartError: If it is not an object, or has unknown keys and no newer xbt wrote it.
@@ -90,7 +90,7 @@ class SavedConfig:
         return {key: value for key, value in values.items() if key in known}
 
     def space(self, name: str) -> EmbeddingSpace | None:
-        """A space that the config describes; ``None`` where it holds null.
+        """Read a space from the config; ``None`` for null.
 
         Raises:
             SavedPartError: If it is malformed.
@@ -133,7 +133,7 @@ class SavedConfig:
 
 @contextmanager
 def gathered_warning() -> Iterator[None]:
-    """Gathers what is left out of several configs within the block into one warning at its end."""
+    """Gather the ignored settings of several configs within the block into one warning at its end."""
     if _dropped.get() is not None:
         yield
         return
@@ -150,8 +150,7 @@ def gathered_warning() -> Iterator[None]:
 def _warn(written: str, unknown: list[str]) -> None:
     warnings.warn(
         f"xbt {written} wrote this and knows settings that xbt {__version__} does not: "
-        f"{', '.join(dict.fromkeys(unknown))}; they are left out, and the vectors may differ from those "
-        "intended: update xbt",
+        f"{', '.join(dict.fromkeys(unknown))}; they are ignored, so the vectors may be wrong: update xbt",
         NewerConfigWarning,
         stacklevel=4,
     )

@@ -1,4 +1,4 @@
-"""Which files a saved part consists of, and reading them without running or following anything."""
+"""Files of a saved artifact, read without running code or following links out of its directory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ PART_FILES = (
     "lora/adapter_config.json",
     "lora/adapter_model.safetensors",
 )
-"""Every file that a saved part can have: what is uploaded and downloaded, and nothing else."""
+"""Every file that a saved artifact can have; no other file is uploaded or downloaded."""
 MAX_JSON = 16 * 2**20
-"""Largest JSON file that is read, in bytes; probes of two large models take a tenth of it."""
+"""Largest JSON file that is read, in bytes; the probes of two large models need a tenth of it."""
 MAX_DEPTH = 32
 """Deepest nesting of a JSON file that is read."""
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
@@ -34,45 +34,42 @@ _AGAIN = "save or download it again"
 
 
 def is_pickled(name: str) -> bool:
-    """Whether a file is of a kind that holds, or may hold, pickled objects."""
+    """True if files with this ending may hold pickled objects."""
     return name.lower().endswith(_PICKLED)
 
 
 def is_snapshot(directory: Path) -> bool:
-    """Whether a directory is what the Hub cache keeps of one commit."""
+    """True if a directory is a snapshot of one commit in the Hub cache."""
     return directory.absolute().parent.name == "snapshots"
 
 
 def require_file(path: Path, directory: Path | None = None) -> Path:
-    """A file of a saved part, which must be there and must not lead elsewhere.
+    """Check that a file exists inside its directory, and return its path.
 
     Args:
         path: The file.
-        directory: The saved part's directory; by default the file's own.
-
-    Returns:
-        The path.
+        directory: The artifact's directory; by default the file's parent.
 
     Raises:
-        SavedPartError: If it is missing, or a symbolic link to outside of the directory, or for a snapshot in
-            the Hub cache to outside of its repository there.
+        SavedPartError: If it is missing, or a symbolic link that leaves the directory. A link in a snapshot
+            of the Hub cache may lead anywhere within its repository's cache folder.
     """
     root = (directory or path.parent).absolute()
     if not path.is_file():
         raise SavedPartError(f"{path} is missing: {_why_missing(root)}")
     # The Hub's cache is made of links: snapshots/COMMIT/file -> ../../blobs/HASH.
-    cache = next((each.parent for each in (root, *root.parents) if each.name == "snapshots"), None)
-    home = (cache or root).resolve()
-    if not path.resolve().is_relative_to(home):
+    cache = next((folder.parent for folder in (root, *root.parents) if folder.name == "snapshots"), None)
+    allowed = (cache or root).resolve()
+    if not path.resolve().is_relative_to(allowed):
         raise SavedPartError(
-            f"{path} is a link to {path.resolve()}, outside of {home}; links are not followed: put the file "
-            "itself there"
+            f"{path} is a link to {path.resolve()}, outside of {allowed}; such links are not followed: put "
+            "the file itself there"
         )
     return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+    """Read a JSON object.
 
     Raises:
         SavedPartError: If the file is missing, larger than :data:`MAX_JSON`, not a JSON object, nested too
@@ -96,46 +93,46 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _require_shallow(data: Any) -> None:
-    """Refuses what json parses, but what prints, copies or compares it would recurse into too deeply."""
+    """Refuse nesting that json parses but that printing, copying or comparing cannot recurse into."""
     level: list[Any] = [data] if isinstance(data, dict | list) else []
     for _ in range(MAX_DEPTH):
-        children = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [node for each in children for node in each if isinstance(node, dict | list)]
+        children = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for group in children for child in group if isinstance(child, dict | list)]
         if not level:
             return
     raise RecursionError
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Writes a config as every saved part keeps it."""
+    """Write a config as indented UTF-8 JSON."""
     text = json.dumps(config, indent=2, allow_nan=False)
     path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
-    """SHA-256 of files of a saved part, for its config."""
+    """SHA-256 of each of these files in a directory."""
     return {name: _digest(directory / name) for name in names}
 
 
 def check_digests(directory: Path, recorded: object) -> None:
-    """Compares files with the digests that were recorded when they were saved; older parts have none.
+    """Compare files with the digests that were recorded when they were saved, if any were.
 
     Raises:
-        SavedPartError: If a file is missing or is not the one that was saved, or the record names a file that
-            no saved part has.
+        SavedPartError: If a file is missing or was changed, or the record names a file that no saved artifact
+            has.
     """
     if recorded is None:
         return
     if not isinstance(recorded, dict) or not set(recorded) <= set(PART_FILES):
         raise SavedPartError(
-            f"the sha256 of {directory / CONFIG_NAME} must name files of a saved part, got "
+            f"the sha256 of {directory / CONFIG_NAME} must name files that xbt saves, got "
             f"{recorded!r:.200}; {_AGAIN}"
         )
     for name, digest in recorded.items():
         if _digest(require_file(directory / name, directory)) != digest:
             raise SavedPartError(
-                f"{directory / name} is not the file that was saved: its SHA-256 is not the one that "
-                f"{CONFIG_NAME} records; {_AGAIN}"
+                f"{directory / name} is not the file that was saved: its SHA-256 differs from the one in "
+                f"{CONFIG_NAME}; {_AGAIN}"
             )
 
 
@@ -145,14 +142,14 @@ def _digest(path: Path) -> str:
 
 
 def _why_missing(directory: Path) -> str:
-    pickled = sorted(each.name for each in directory.glob("*") if is_pickled(each.name))
+    pickled = sorted(file.name for file in directory.glob("*") if is_pickled(file.name))
     if pickled:
         return (
-            f"there is {pickled[0]}, which would have to be unpickled and could run any code; xbt reads "
-            "safetensors and JSON alone, so ask for these"
+            f"there is {pickled[0]}, but unpickling it could run any code; xbt reads only safetensors and "
+            "JSON, so ask for these"
         )
-    return "this directory was not saved by xbt, or only in part"
+    return "this directory was not saved by xbt, or is incomplete"
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number that JSON knows")
+    raise ValueError(f"{name} is not a JSON number")

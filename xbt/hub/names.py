@@ -1,4 +1,4 @@
-"""Names of models that mean the same on every machine, and those that are paths of this one."""
+"""Model names: public ones, valid on every machine, and local paths."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path, PurePosixPath
 from xbt.errors import SavedPartError
 
 Naming = Callable[[str], str]
-"""How a model's specification is written down: as it is, or without paths of this machine."""
+"""From a model's specification to the form that is written to a file, such as :func:`public_name`."""
 
 LOCAL = "local:"
-"""What stands before the name of a model that was a directory of whoever shared it."""
+"""Prefix for models that were local paths on the uploader's machine."""
 _WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def public_name(model: str) -> str:
-    """A specification without any path: ``"local:NAME"`` for what is a directory or file of this machine.
+    """A specification without paths: ``"local:NAME"`` for a directory or file of this machine.
 
     Args:
-        model: A specification of an encoder or backbone, or whatever a space is called.
+        model: A specification of an encoder or backbone, or the name of a space.
 
     Example:
         >>> public_name("open_clip:local-dir:/data/models/our-clip")
@@ -36,7 +36,7 @@ def public_name(model: str) -> str:
 
 
 def local_path(model: str) -> str | None:
-    """The path in a specification, or ``None`` where it is a name that holds everywhere."""
+    """The path in a specification, or ``None`` for a public name."""
     backend, _, rest = model.removeprefix("clip:").partition(":")
     if backend == "open_clip":
         if rest.startswith("local-dir:"):
@@ -50,7 +50,7 @@ def local_path(model: str) -> str | None:
 
 
 def resolved_name(model: str) -> str:
-    """A specification whose path, if it climbs by ``..``, is written from the root."""
+    """A specification with an absolute path in place of one that contains ``..``."""
     path = local_path(model)
     if path is None or ".." not in Path(path).parts:
         return model
@@ -58,26 +58,26 @@ def resolved_name(model: str) -> str:
 
 
 def require_loadable(model: str, what: str, option: str, foreign: bool) -> None:
-    """Refuses a recorded specification that does not mean a model of this machine's owner.
+    """Refuse a recorded specification that cannot, or must not, be loaded on this machine.
 
     Args:
         model: The specification that a config records.
-        what: What to call the model, such as ``"the base model recorded in DIR"``.
-        option: The option that names it.
-        foreign: Whether the config came from the Hub, so that its paths are somebody else's.
+        what: Name of the model in errors, such as ``"the base model recorded in DIR"``.
+        option: The option that names another model.
+        foreign: Whether the config came from the Hub, so that its paths belong to another machine.
 
     Raises:
-        SavedPartError: If it was a directory of whoever shared it, or a path that climbs by ``..``, or any
-            path in a foreign config.
+        SavedPartError: If it was a directory of the uploader's machine, or a path that contains ``..``, or
+            any path in a foreign config.
     """
     path = local_path(model)
     if model.startswith(LOCAL):
         name = model.removeprefix(LOCAL)
-        reason = f"is '{name}', a directory of the machine that it was shared from"
+        reason = f"is '{name}', a directory of the machine that uploaded it"
     elif path is not None and ".." in re.split(r"[/\\]", path):
-        reason = f"is '{model}', a path that climbs out of its directory, and is not followed"
+        reason = f"is '{model}', a path that leaves its directory and is not followed"
     elif path is not None and foreign:
-        reason = f"is '{model}', a path of another machine, and is not followed"
+        reason = f"is '{model}', a path of another machine and is not followed"
     else:
         return
     raise SavedPartError(f"{what} {reason}; pass {option} to name it here")

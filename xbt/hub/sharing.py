@@ -1,4 +1,4 @@
-"""One way to save, load and share whatever xbt makes."""
+"""One interface to save, load and share projections, ensembles, encoders and backbones."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from xbt.hub.transfer import fetch, require_repository, upload
 
 
 class HubArtifact(ModelHubMixin, library_name="xbt"):
-    """Saving, loading and pushing with one signature for projections, ensembles, encoders and backbones.
+    """Base class of everything that can be saved, loaded and pushed.
 
-    A part writes its files (:meth:`_write`), reads them (:meth:`_read`), and tells a card about itself
-    (:meth:`_facts`); the rest is here.
+    A subclass writes its files (:meth:`_write`), reads them (:meth:`_read`), and gives the facts for its
+    model card (:meth:`_facts`).
     """
 
     @abstractmethod
     def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        """Writes config and weights.
+        """Write config and weights.
 
         Args:
-            directory: Where to.
-            naming: How models are named: with their paths for this machine, or without for others.
-            card: What the owner adds; of it only ``base`` concerns the config.
+            directory: An existing directory.
+            naming: Form of model names: with paths for this machine, or without for others.
+            card: The owner's content; the config only uses its ``base``.
         """
 
     @classmethod
     @abstractmethod
     def _read(cls, directory: Path, device: str | torch.device) -> Self:
-        """Reads what :meth:`_write` wrote."""
+        """Read what :meth:`_write` wrote."""
 
     @abstractmethod
     def _facts(self, card: CardData) -> CardFacts:
-        """What the card says."""
+        """Facts for the model card."""
 
     def save_pretrained(
         self,
@@ -53,18 +53,18 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
         repo_id: str | None = None,
         **push_options: Any,
     ) -> CommitInfo | None:
-        """Writes config, weights and card.
+        """Write config, weights and card.
 
         Args:
-            save_directory: Made if it does not exist; an earlier part in it is replaced. A ``README.md`` that
-                xbt did not write is kept.
-            card: What the card also says: results, licence, data sets.
-            push_to_hub: Whether to push it as well; see :meth:`push_to_hub`.
-            repo_id: Where to, ``org/name``.
-            **push_options: Its other options.
+            save_directory: Made if it does not exist; earlier files of xbt in it are replaced. A
+                ``README.md`` that xbt did not write is kept.
+            card: Further content of the card: results, licence, data sets.
+            push_to_hub: Whether to push it too; see :meth:`push_to_hub`.
+            repo_id: Hub repository ``org/name`` to push to.
+            **push_options: Other options of :meth:`push_to_hub`.
 
         Returns:
-            The commit, if it was pushed.
+            The commit if it was pushed, else ``None``.
 
         Raises:
             SavedPartError: If the weights hold NaN, or it cannot be pushed.
@@ -89,29 +89,29 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
         revision: str | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Uploads config, weights and card to the Hugging Face Hub in one commit.
+        """Upload config, weights and card to the Hugging Face Hub in one commit.
 
-        What is uploaded names models without paths of this machine.
+        Uploaded files hold no paths of this machine.
 
         Args:
             repo_id: Hub repository ``org/name``, made if it does not exist.
-            card: What the card also says: results, licence, data sets.
+            card: Further content of the card: results, licence, data sets.
             commit_message: The commit's summary.
-            private: Whether a repository that is made is private, and one that is there must be.
-            token: Hub access token that may write; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+            private: Whether to make a new repository private; an existing one must be private then.
+            token: Hub access token with write access; by default that of ``hf auth login`` or ``HF_TOKEN``.
             revision: Branch to commit to, made if it does not exist.
             create_pr: Open a pull request instead of committing to the branch.
 
         Returns:
-            The commit; it is a string, its URL, and has the attributes ``oid`` and ``pr_url``.
+            The commit: a string (its URL) with the attributes ``oid`` and ``pr_url``.
 
         Raises:
-            SavedPartError: If the name, the token or the repository will not do, or the Hub does not
+            SavedPartError: If the name, the token or the repository is not accepted, or the Hub does not
                 answer.
             ConfigError: If the card's report cannot be read.
 
         Warns:
-            UserWarning: If a model was loaded from a directory here, which others do not have.
+            UserWarning: If a model was loaded from a local directory, which others do not have.
         """
         require_repository(repo_id)
         data = card or CardData()
@@ -140,14 +140,14 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
         force_download: bool = False,
         local_files_only: bool = False,
     ) -> Self:
-        """Loads what was saved, strictly, from a directory or a Hub repository.
+        """Load a saved artifact, strictly, from a directory or a Hub repository.
 
-        Nothing is unpickled, and nothing is believed before it is checked: names, shapes and sizes of the
-        weights are compared with the config before memory is taken.
+        Nothing is unpickled. Names, shapes and sizes of the weights are compared with the config before
+        memory is allocated.
 
         Args:
             pretrained_model_name_or_path: Directory, or Hub repository ``org/name``.
-            device: Where the weights go.
+            device: Device of the weights.
             revision: Branch, tag or commit on the Hub.
             cache_dir: The Hub cache to use instead of the default one.
             token: Hub access token, for private repositories.
@@ -155,14 +155,14 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
             local_files_only: Use the cache alone; ``HF_HUB_OFFLINE=1`` does so everywhere.
 
         Returns:
-            The part in evaluation mode.
+            The object in eval mode.
 
         Raises:
             SavedPartError: If a file is missing, damaged, changed, of another kind, or does not fit its
                 config.
 
         Warns:
-            NewerConfigWarning: If a newer xbt wrote settings that this one does not know.
+            NewerConfigWarning: If a newer xbt wrote settings that this version does not know.
         """
         directory = fetch(
             pretrained_model_name_or_path,
@@ -176,16 +176,16 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
             return cls._read(directory, device)
 
     def generate_model_card(self, card: CardData | None = None, repo_id: str | None = None) -> ModelCard:
-        """The card that is saved beside the weights; see :func:`~xbt.hub.cards.make_card`."""
+        """Make the card that is saved beside the weights; see :func:`~xbt.hub.cards.make_card`."""
         data = card or CardData()
         return make_card(self._facts(data), data, repo_id)
 
     def refresh_card(self, directory: Path, card: CardData | None = None) -> None:
-        """Writes the card of what is saved in a directory again; one that xbt did not write is kept.
+        """Write the card in a directory again; a card that xbt did not write is kept.
 
         Args:
-            directory: Where it was saved.
-            card: What the card also says.
+            directory: The directory that it was saved in.
+            card: Further content of the card.
 
         Raises:
             ConfigError, SavedPartError: If the card's report cannot be read.
@@ -193,37 +193,37 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
         _write_card(directory / CARD_NAME, self.generate_model_card(card), card)
 
     def _save(self, directory: Path, naming: Naming, card: CardData, repo_id: str | None) -> None:
-        # First what the owner may have got wrong: a report that cannot be read leaves nothing half-saved.
-        made = self.generate_model_card(card, repo_id)
+        # The card is made first, so that a report that cannot be read leaves nothing half-saved.
+        page = self.generate_model_card(card, repo_id)
         directory.mkdir(parents=True, exist_ok=True)
         self._write(directory, naming, card)
-        _write_card(directory / CARD_NAME, made, card)
+        _write_card(directory / CARD_NAME, page, card)
 
 
-def _write_card(page: Path, made: ModelCard, card: CardData | None) -> None:
-    if page.is_file() and MARK not in page.read_text(encoding="utf-8", errors="replace"):
+def _write_card(file: Path, page: ModelCard, card: CardData | None) -> None:
+    if file.is_file() and MARK not in file.read_text(encoding="utf-8", errors="replace"):
         if card not in (None, CardData()):
             warnings.warn(
-                f"{page} was not written by xbt and is kept as it is, without what you added; delete it to "
-                "have one made",
+                f"{file} was not written by xbt and is kept as it is, without the content of card=; delete "
+                "it to get a new card",
                 stacklevel=4,
             )
         return
-    made.save(page)
+    page.save(file)
 
 
 def warn_of_directories(names: dict[str, str], naming: Naming) -> None:
-    """Says, when names are made public, which models others will have to name themselves.
+    """Warn, when names are made public, about models that others must name themselves.
 
     Args:
         names: Option of ``from_pretrained`` → specification of the model.
-        naming: How they are written down.
+        naming: The form in which names are written.
     """
     for option, name in names.items():
         if naming(name) != name and naming(name).startswith(LOCAL):
             warnings.warn(
                 f"the model '{naming(name).removeprefix(LOCAL)}' is a directory here and is not shared: its "
-                f"path is left out, and who loads this must pass {option}=; or name its Hub repository with "
-                "card=CardData(base=...)",
+                f"path is left out, and others must pass {option}= to load this; or name its Hub repository "
+                "with card=CardData(base=...)",
                 stacklevel=6,
             )

@@ -1,7 +1,4 @@
-"""Fetching saved parts from a directory or the Hugging Face Hub.
-
-Uploading a saved part to the Hugging Face Hub.
-"""
+"""Downloading from, and uploading to, the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -25,16 +22,17 @@ from xbt.errors import SavedPartError
 from xbt.hub.files import CONFIG_NAME, PART_FILES, is_pickled
 
 SAFE_PATTERNS = ("*.json", "*.txt", "*.model")
-"""What is fetched of a foreign model's repository besides its weights: configs and the tokenizer's files, no
-code and nothing that would have to be unpickled."""
+"""Files that are downloaded from any model's repository besides its weights: configs and tokenizer files, no
+code and no pickles."""
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_OLD_ID = re.compile(r"\w[\w.-]*")
+DEFAULT_BRANCH = "main"
+_LEGACY_ID = re.compile(r"\w[\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class HubAccess:
-    """How the Hub is asked for a model.
+    """Options of a download from the Hub.
 
     Attributes:
         revision: Branch, tag or commit; the default branch if left out.
@@ -49,12 +47,12 @@ class HubAccess:
     local_files_only: bool = False
 
     def at(self, revision: str | None) -> HubAccess:
-        """The same at another revision."""
+        """The same options with another revision."""
         return replace(self, revision=revision)
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name has the form of a Hub repository, ``org/name``."""
+    """True if a name has the form of a Hub repository, ``org/name``."""
     return bool(_REPO_ID.fullmatch(name)) and not name.startswith(".") and ".." not in name
 
 
@@ -67,7 +65,7 @@ def fetch(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> Path:
-    """Returns a local directory that holds a saved part.
+    """Return a local directory of a saved artifact, downloaded if need be.
 
     Args:
         repo_or_dir: A directory, or a Hub repository ``org/name``.
@@ -78,11 +76,11 @@ def fetch(
         local_files_only: Use the cache alone.
 
     Returns:
-        The directory itself, or the Hub cache's snapshot with the files that a saved part can have.
+        The directory itself, or a snapshot in the Hub cache with the files that xbt saves.
 
     Raises:
         SavedPartError: If there is no such directory, repository or revision, the Hub cannot be reached, a
-            download is cut short, or the repository holds pickled files and none of xbt's.
+            download is cut short, or the repository holds only pickled files.
     """
     path = Path(repo_or_dir).expanduser()
     if path.is_dir():
@@ -98,46 +96,46 @@ def fetch_repository(
     needed: Sequence[str] = (CONFIG_NAME,),
     force_download: bool = False,
 ) -> Path:
-    """Returns the Hub cache's snapshot of a repository; a directory of that name is not looked at.
+    """Download a repository into the Hub cache and return its snapshot; local directories are ignored.
 
     Args:
-        name: Hub repository: ``org/name``, or for foreign models a name without an organisation.
-        access: How the Hub is asked.
-        patterns: Which files are fetched; by default those that a saved part can have.
-        needed: Files of which one must be there.
+        name: Hub repository: ``org/name``, or for models not saved by xbt a name without an organisation.
+        access: Hub access.
+        patterns: Files to download; by default those that xbt saves.
+        needed: Files of which at least one must exist.
         force_download: Download again what the cache already holds.
 
     Raises:
         SavedPartError: If there is no such repository or revision, the Hub cannot be reached, a download is
-            cut short, or the repository lacks what is needed.
+            cut short, or the repository has none of the needed files.
     """
-    if not is_repository(name) and (patterns is PART_FILES or not _OLD_ID.fullmatch(name)):
+    if not is_repository(name) and (patterns is PART_FILES or not _LEGACY_ID.fullmatch(name)):
         raise SavedPartError(
             f"directory {name} does not exist, and it is not a Hub repository 'org/name' either"
         )
     where = f"Hub repository {name}" + (f" at revision {access.revision}" if access.revision else "")
     try:
-        found = Path(
+        snapshot = Path(
             snapshot_download(
                 name,
                 revision=access.revision,
                 cache_dir=access.cache_dir,
                 token=access.token,
                 force_download=force_download,
-                # Some versions list a repository's files even where they must stay offline.
+                # Some versions of huggingface_hub list a repository's files even in offline mode.
                 local_files_only=access.local_files_only or is_offline_mode(),
                 allow_patterns=list(patterns),
             )
         )
-    except Exception as error:  # the HTTP library's own errors share no kind with the Hub's
-        raise SavedPartError(_reason(error, name, where)) from error
-    if not any((found / each).is_file() for each in needed):
-        own = " of xbt" if patterns is PART_FILES else ""
-        raise SavedPartError(_lacks(name, found, where, needed[0], own, access))
-    return found
+    except Exception as error:  # the HTTP library's errors have no common base class with the Hub's
+        raise SavedPartError(_why_not_fetched(error, name, where)) from error
+    if not any((snapshot / file).is_file() for file in needed):
+        owner = " of xbt" if patterns is PART_FILES else ""
+        raise SavedPartError(_why_incomplete(name, snapshot, where, needed[0], owner, access))
+    return snapshot
 
 
-def _reason(error: Exception, name: str, where: str) -> str:
+def _why_not_fetched(error: Exception, name: str, where: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{where} does not exist; look at the repository's branches and tags"
     if isinstance(error, GatedRepoError):
@@ -149,21 +147,21 @@ def _reason(error: Exception, name: str, where: str) -> str:
     return f"{where} cannot be fetched: {first_line(error)}; try again"
 
 
-def _lacks(name: str, snapshot: Path, where: str, needed: str, own: str, access: HubAccess) -> str:
-    """Why a repository lacks a file: it may hold another format, or nothing."""
+def _why_incomplete(name: str, snapshot: Path, where: str, needed: str, owner: str, access: HubAccess) -> str:
+    """Explain a missing file: the repository may hold pickles, or nothing of xbt."""
     files: list[str] = []
     if not access.local_files_only:
         try:
             files = HfApi(token=access.token).list_repo_files(name, revision=snapshot.name)
-        except Exception:  # only to say more: offline there is no list
+        except Exception:  # the list only improves the message, and offline there is none
             files = []
     pickled = sorted(filter(is_pickled, files))
     if pickled:
         return (
-            f"{where} holds {pickled[0]} and no {needed}{own}; what would have to be unpickled could run any "
-            "code and is not even fetched: ask for safetensors and JSON"
+            f"{where} holds {pickled[0]} and no {needed}{owner}; unpickling could run any code, so such "
+            "files are not even fetched: ask for safetensors and JSON"
         )
-    holds = "so it holds nothing that xbt saved" if own else "which the model needs; name another repository"
+    holds = "so it holds nothing that xbt saved" if owner else "which the model needs; use another one"
     return f"{where} has no {needed}, {holds}"
 
 
@@ -172,13 +170,13 @@ def _status(error: Exception) -> int | None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its type if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def split_revision(source: str) -> tuple[str, str | None]:
-    """Splits ``org/name@revision``; a path of an existing directory is never split."""
+    """Split ``org/name@revision``; a path of an existing directory is never split."""
     repo, at, revision = source.rpartition("@")
     if not at or not revision or Path(source).expanduser().exists() or not _REPO_ID.fullmatch(repo):
         return source, None
@@ -186,7 +184,7 @@ def split_revision(source: str) -> tuple[str, str | None]:
 
 
 def is_commit(revision: object) -> bool:
-    """Whether a revision is the full hash of a commit, which a branch or tag that moves is not."""
+    """True if a revision is the full hash of a commit, not a branch or tag, which can move."""
     return isinstance(revision, str) and bool(_COMMIT.fullmatch(revision))
 
 
@@ -197,20 +195,17 @@ def cached_commit(
 
     Args:
         repo: Hub repository ``org/name``.
-        filename: A file of it that was loaded.
+        filename: A file of it.
         revision: Branch, tag or commit; the default branch if left out.
         cache_dir: The Hub cache to look in instead of the default one.
     """
     try:
-        found = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
+        path = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
     except HFValidationError:
         return None
     # <cache>/models--org--name/snapshots/<commit>/<filename>
-    parts = Path(found).parts if isinstance(found, str) else ()
+    parts = Path(path).parts if isinstance(path, str) else ()
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-
-
-DEFAULT_BRANCH = "main"
 
 
 def upload(
@@ -223,14 +218,14 @@ def upload(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> CommitInfo:
-    """Uploads the files of a saved part in one commit; what an earlier part had and this one has not goes.
+    """Upload the files of a saved artifact in one commit, and delete files of an earlier one.
 
     Args:
-        directory: Where it was saved; of it only :data:`~xbt.hub.PART_FILES` are uploaded.
+        directory: The artifact's directory; only :data:`~xbt.hub.PART_FILES` in it are uploaded.
         repo_id: Hub repository ``org/name``, made if it does not exist.
         commit_message: The commit's summary.
-        private: Whether a repository that is made is private, and one that is there must be.
-        token: Hub access token that may write; by default the one of ``hf auth login`` or ``HF_TOKEN``.
+        private: Whether to make a new repository private; an existing one must be private then.
+        token: Hub access token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
         revision: Branch to commit to, made if it does not exist.
         create_pr: Open a pull request instead of committing to the branch.
 
@@ -238,7 +233,8 @@ def upload(
         The commit, whose string is its URL.
 
     Raises:
-        SavedPartError: If the name, the token or the repository will not do, or the Hub cannot be reached.
+        SavedPartError: If the name, the token or the repository is not accepted, or the Hub cannot be
+            reached.
     """
     require_repository(repo_id)
     if create_pr and revision not in (None, DEFAULT_BRANCH):
@@ -251,8 +247,8 @@ def upload(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise SavedPartError(
-                f"Hub repository {repo_id} is there already and is public; make it private in its settings, "
-                "or push to another"
+                f"Hub repository {repo_id} already exists and is public; make it private in its settings, or "
+                "push to another"
             )
         if revision not in (None, DEFAULT_BRANCH):
             api.create_branch(repo_id, branch=str(revision), exist_ok=True)
@@ -267,27 +263,23 @@ def upload(
         )
     except SavedPartError:
         raise
-    except Exception as error:  # the HTTP library's own errors share no kind with the Hub's
-        raise SavedPartError(_reason_pushing(error, repo_id)) from error
+    except Exception as error:  # see fetch_repository
+        raise SavedPartError(_why_not_pushed(error, repo_id)) from error
 
 
 def require_repository(repo_id: str) -> None:
-    """Refuses what is not the name of a Hub repository.
-
-    Raises:
-        SavedPartError: If it has another form than ``org/name``.
-    """
+    """Refuse a name that does not have the form ``org/name``, with a SavedPartError."""
     if not is_repository(repo_id):
         raise SavedPartError(f"{repo_id!r} is not the name of a Hub repository; write 'org/name'")
 
 
-def _reason_pushing(error: Exception, repo_id: str) -> str:
+def _why_not_pushed(error: Exception, repo_id: str) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return f"{repo_id} cannot be pushed to in offline mode; unset HF_HUB_OFFLINE"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    status = _status(error)
     if status in (401, 403, 404):
         return (
-            f"Hub repository {repo_id} cannot be written to ({status}); pass a token that may write there, "
+            f"Hub repository {repo_id} cannot be written to ({status}); pass a token with write access, "
             "or log in with 'hf auth login'"
         )
     return f"{repo_id} was not pushed: {first_line(error)}; nothing is lost, push again"

@@ -1,4 +1,4 @@
-"""Weights: written as safetensors, and read only once their names, shapes and sizes are known to fit."""
+"""Weights as safetensors, which are only read after names, shapes and sizes are checked."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from xbt.hub.files import require_file
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MAX_HEADER = 4 * 2**20
-"""Longest header of a safetensors file that is parsed, in bytes; a CLIP of 1,000 tensors has a 30th of it."""
+"""Longest header of a safetensors file that is parsed, in bytes; 1,000 tensors need a 30th of it."""
 _SPARE_BYTES = 4 * 2**20
 _SPARE_TENSORS = 10_000
-_TIMES = 8
+_BUDGET_FACTOR = 8
+"""A build may allocate this many times the size and number of the saved tensors."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _DTYPES = {
     torch.float16: "F16",
@@ -41,11 +42,11 @@ _DTYPES = {
 
 
 class Stored(NamedTuple):
-    """What the header of a safetensors file says of a tensor.
+    """Shape and type of a tensor in the header of a safetensors file.
 
     Attributes:
-        shape: Its shape.
-        dtype: Its type as safetensors calls it, such as ``"F32"``.
+        shape: The tensor's shape.
+        dtype: Name of its type in safetensors, such as ``"F32"``.
     """
 
     shape: tuple[int, ...]
@@ -53,10 +54,10 @@ class Stored(NamedTuple):
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Writes a module's state as safetensors.
+    """Write a module's state as safetensors.
 
     Raises:
-        SavedPartError: If a weight is NaN or infinite, or no plain tensor: such a part could not be loaded.
+        SavedPartError: If a weight is NaN or infinite, or not a plain dense tensor: it could not be loaded.
     """
     for name, tensor in module.state_dict().items():
         if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
@@ -71,18 +72,18 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Names, shapes and types of the tensors of a safetensors file, none of which is read.
+    """Read names, shapes and types of the tensors of a safetensors file, without their values.
 
     Raises:
         SavedPartError: If the file is missing or links elsewhere, its header is longer than
-            :data:`MAX_HEADER`, or its header and its size do not agree.
+            :data:`MAX_HEADER`, or its header does not agree with its size.
     """
     require_file(path)
     try:
         with path.open("rb") as start:
             # The format begins with the header's length: 8 bytes, little-endian.
             length = int.from_bytes(start.read(8), "little")
-        # A header longer than the file is a damaged one, which safetensors refuses without reading it.
+        # A header length beyond the file's end is damage, which safetensors refuses without reading it.
         if MAX_HEADER < length < path.stat().st_size:
             raise SavedPartError(
                 f"{path} has a header of {length:,} bytes, but at most {MAX_HEADER:,} are read; a model has "
@@ -90,7 +91,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             )
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: Stored(tuple(each.get_shape()), each.get_dtype()) for name, each in slices.items()}
+            return {name: Stored(tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except SavedPartError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
@@ -100,17 +101,17 @@ def read_header(path: Path) -> dict[str, Stored]:
 def build_and_load(
     path: Path, build: Callable[[], ModuleT], config: Path, spare_bytes: int = _SPARE_BYTES
 ) -> ModuleT:
-    """Builds the module that a config describes and fills it, once it is known that both agree.
+    """Build the module that a config describes, and load its weights once both agree.
 
-    A config is not trusted: while the module is built, no tensor may be made that is out of proportion to the
-    weights there are, so that a width of a thousand million is refused and not allocated. Names, shapes and
-    types are then compared with the file's header, and only after that are the weights read.
+    A config is not trusted. While the module is built, tensors that are far larger than the saved weights are
+    refused, so that a width of a thousand million allocates nothing. Names, shapes and types are then
+    compared with the file's header, and only after that the weights are read.
 
     Args:
         path: The safetensors file.
-        build: Makes the module; random numbers it draws do not move torch's global generator.
+        build: Makes the module; torch's global random state is not changed.
         config: The config's file, for messages.
-        spare_bytes: What may be made beyond eight times the weights' size.
+        spare_bytes: Bytes that may be allocated beyond eight times the weights' size.
 
     Returns:
         The module in evaluation mode.
@@ -119,7 +120,7 @@ def build_and_load(
         SavedPartError: If the file is missing, damaged, does not fit its config, or holds NaN or infinite
             values; or the config cannot be used.
     """
-    # What is drawn here is overwritten: it must not move the caller's random state.
+    # The random weights are overwritten, so drawing them must not change the caller's random state.
     with torch.random.fork_rng(devices=[]), proportionate([path], config, spare_bytes):
         module = build()
     load_weights(module, path)
@@ -128,19 +129,19 @@ def build_and_load(
 
 @contextmanager
 def proportionate(files: Sequence[Path], config: Path, spare_bytes: int = _SPARE_BYTES) -> Iterator[None]:
-    """Within it, no tensor may be made that is out of proportion to the weights there are.
+    """Refuse tensors within the block that are far larger than the weights in the files.
 
     Args:
-        files: The files of the weights; of safetensors the headers are read.
-        config: The file that says what is built, for messages.
-        spare_bytes: What may be made beyond eight times the files' size.
+        files: The weights files; safetensors are only read up to their headers.
+        config: The file that describes the module, for messages.
+        spare_bytes: Bytes that may be allocated beyond eight times the files' size.
 
     Raises:
-        SavedPartError: If a file is missing or damaged, or more is asked for.
+        SavedPartError: If a file is missing or damaged, or the block allocates too much.
     """
     n_bytes = sum(file.stat().st_size for file in map(require_file, files))
     n_tensors = sum(len(read_header(file)) for file in files if file.suffix == ".safetensors")
-    guard = _Budget(_TIMES * n_bytes + spare_bytes, _TIMES * n_tensors + _SPARE_TENSORS)
+    guard = _Budget(_BUDGET_FACTOR * n_bytes + spare_bytes, _BUDGET_FACTOR * n_tensors + _SPARE_TENSORS)
     try:
         with guard:
             yield
@@ -154,7 +155,7 @@ def proportionate(files: Sequence[Path], config: Path, spare_bytes: int = _SPARE
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Loads safetensors into a module, strictly: every name, shape and type must agree.
+    """Load safetensors into a module, strictly: every name, shape and type must agree.
 
     Raises:
         SavedPartError: If the file is missing, damaged, does not fit the module, or holds NaN or infinite
@@ -166,38 +167,38 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 
 def stored(tensor: Tensor) -> Stored:
-    """How a tensor is described in a header."""
+    """The header entry of a tensor."""
     return Stored(tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
 
 
 def check_fit(path: Path, header: Mapping[str, Stored], expected: Mapping[str, Stored]) -> None:
-    """Compares a header with what a config implies.
+    """Compare a header with the tensors that a config implies.
 
     Raises:
-        SavedPartError: If a tensor is missing, unexpected, or of another shape or type; any float will do
-            where a float is expected.
+        SavedPartError: If a tensor is missing, unexpected, or of another shape or type. Any float type is
+            accepted for a float.
     """
     missing, extra = sorted(expected.keys() - header.keys()), sorted(header.keys() - expected.keys())
     if missing or extra:
         raise SavedPartError(
             f"{path} does not fit its config: missing tensors {_some(missing)}, unexpected {_some(extra)}"
         )
-    for name, found in header.items():
+    for name, saved in header.items():
         needed = expected[name]
-        if found.shape != needed.shape:
+        if saved.shape != needed.shape:
             raise SavedPartError(
-                f"{path} does not fit its config: tensor {name} has the shape {found.shape}, "
+                f"{path} does not fit its config: tensor {name} has the shape {saved.shape}, "
                 f"the config needs {needed.shape}"
             )
-        if found.dtype != needed.dtype and not {found.dtype, needed.dtype} <= set(_FLOATS):
+        if saved.dtype != needed.dtype and not {saved.dtype, needed.dtype} <= set(_FLOATS):
             raise SavedPartError(
-                f"{path} does not fit its config: tensor {name} has the type {found.dtype}, the config needs "
+                f"{path} does not fit its config: tensor {name} has the type {saved.dtype}, the config needs "
                 f"{needed.dtype}"
             )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a safetensors file, all of them finite.
+    """Read the tensors of a safetensors file and check that all values are finite.
 
     Raises:
         SavedPartError: If the file is missing, damaged, or holds NaN or infinite values.
@@ -224,10 +225,10 @@ def _some(names: list[str]) -> str:
 
 
 class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses operations that make, or read, a tensor larger than is left of a budget, before they run.
+    """Refuses operations, before they run, that create or read a tensor beyond a memory budget.
 
     Attributes:
-        refused: In words, what was refused.
+        refused: Description of the refused allocation, or ``None``.
     """
 
     def __init__(self, n_bytes: int, n_tensors: int) -> None:
@@ -239,17 +240,19 @@ class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = [each for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)]
-        # A tensor that was expanded is small until somebody copies it.
-        largest = max((each.numel() * each.element_size() for each in given), default=0)
+        inputs = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
+        # An expanded tensor is small until it is copied.
+        largest = max((tensor.numel() * tensor.element_size() for tensor in inputs), default=0)
         if largest > self._largest:
             self._refuse(f"a tensor of {largest:,} bytes")
-        made = _made(func, args, given)
-        if made is not None:
-            self._bytes -= made * 4
+        n_elements = _factory_elements(func, args, inputs)
+        if n_elements is not None:
+            self._bytes -= n_elements * 4
             self._tensors -= 1
             if self._bytes < 0:
-                self._refuse(f"tensors of more than {self._largest:,} bytes, the last of them {made * 4:,}")
+                self._refuse(
+                    f"tensors of more than {self._largest:,} bytes, the last of them {n_elements * 4:,}"
+                )
             if self._tensors < 0:
                 self._refuse("more tensors than that")
         return func(*args, **(kwargs or {}))
@@ -259,16 +262,16 @@ class _Budget(TorchDispatchMode):  # type: ignore[no-untyped-call]
         raise MemoryError(what)
 
 
-def _made(func: Any, args: tuple[Any, ...], given: list[Tensor]) -> int | None:
-    """How many elements a factory makes; ``None`` for every other operation."""
+def _factory_elements(func: Any, args: tuple[Any, ...], inputs: list[Tensor]) -> int | None:
+    """Number of elements that a factory function creates; ``None`` for every other operation."""
     name = func.overloadpacket.__name__
-    if given and not name.startswith("new_"):
+    if inputs and not name.startswith("new_"):
         return None
-    numbers = [each for each in args if isinstance(each, int | float) and not isinstance(each, bool)]
+    numbers = [arg for arg in args if isinstance(arg, int | float) and not isinstance(arg, bool)]
     if name == "eye":
         return int(numbers[0]) * int(numbers[-1])
     if name in ("arange", "linspace", "logspace"):
-        # The larger of the ends and of the number of steps; nobody asks for a million small steps.
+        # An estimate: the largest of both ends and the number of steps. Models use steps of 1 or more.
         return int(max(map(abs, numbers), default=0))
-    sizes = next((each for each in args if isinstance(each, list | tuple)), None)
-    return None if sizes is None else math.prod(int(each) for each in sizes)
+    shape = next((arg for arg in args if isinstance(arg, list | tuple)), None)
+    return None if shape is None else math.prod(map(int, shape))
