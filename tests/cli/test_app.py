@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from xbt.cli import Outcome, app, commands
+from xbt.cli import CommandResult, app, commands
 from xbt.cli.commands import COMMANDS, Command
 from xbt.errors import DataError
 from xbt.version import __version__
@@ -32,7 +32,7 @@ def answer(settings):
     print("a job that prints")
     os.write(1, b"a library in C that prints\n")
     subprocess.run([sys.executable, "-c", "print('a child that prints')"], check=True)
-    return Outcome({"source": settings.source, "figure": float("nan")}, f"found {settings.source}", 1)
+    return CommandResult({"source": settings.source, "figure": float("nan")}, f"found {settings.source}", 1)
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_a_reader_that_has_gone_away_is_no_error(tmp_path):
 
 
 def unicode_answer(settings):
-    return Outcome({}, "ein Hündchen")
+    return CommandResult({}, "ein Hündchen")
 
 
 def lost(settings):

@@ -81,7 +81,7 @@ def test_remove_all_or_none(run, gallery):
     assert result.status == 2
     assert "'nobody'" in result.err
     assert len(Gallery.open(gallery)) == COUNT
-    assert "nothing is to be removed" in run("gallery", "remove", gallery).err
+    assert "no items to remove" in run("gallery", "remove", gallery).err
 
 
 def test_verify_finds_damage(run, gallery, stores):

@@ -10,7 +10,7 @@ from hub.helpers import adapted
 from huggingface_hub import ModelCard
 
 from xbt.backbones import CompatibleBackbone, ImagePreprocessing, load_backbone
-from xbt.cli.push import PushConfig, PushResult, find_part, push
+from xbt.cli.push import PushConfig, PushResult, find_artifact, push
 from xbt.compatible import CompatibleEncoder
 from xbt.config import config_to_dict
 from xbt.errors import ConfigError
@@ -92,7 +92,7 @@ def test_a_backbone_an_ensemble_and_a_head_are_recognised(hub, tmp_path):
     assert set(hub.files("org/b", "trial")) == {"README.md", "config.json", "model.safetensors"}
     assert hub.files("org/b") == {}
     assert push(PushConfig(str(tmp_path / "ensemble"), "org/q")).kind == "QueryEnsemble"
-    assert find_part(tmp_path / "head") == (tmp_path / "head", CompatibleHead)
+    assert find_artifact(tmp_path / "head") == (tmp_path / "head", CompatibleHead)
 
 
 def test_a_directory_of_several_runs_is_not_guessed(projection, tmp_path):
@@ -100,9 +100,9 @@ def test_a_directory_of_several_runs_is_not_guessed(projection, tmp_path):
         projection.save_pretrained(tmp_path / stage)
     (tmp_path / "stage2/compatible/config.json").write_text('{"format": "compatible_encoder"}')
     with pytest.raises(SavedPartError, match=r"holds 2 things to share: .*stage1/proj.*, .*stage2/"):
-        find_part(tmp_path)
-    assert find_part(tmp_path / "stage2")[1] is CompatibleEncoder
-    assert find_part(tmp_path / "stage1") == (tmp_path / "stage1/projection", Projection)
+        find_artifact(tmp_path)
+    assert find_artifact(tmp_path / "stage2")[1] is CompatibleEncoder
+    assert find_artifact(tmp_path / "stage1") == (tmp_path / "stage1/projection", Projection)
 
 
 def test_nothing_to_share(projection, tmp_path):

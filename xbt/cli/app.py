@@ -1,4 +1,4 @@
-"""From a command line to an exit status."""
+"""Entry point of ``xbt``: parse the command line, run the command, return an exit status."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from xbt.errors import ConfigError, XbtError
 from xbt.version import __version__
 
 BUG = 70
-"""Exit status of what is no user's fault: 1 is an answer."""
+"""Exit status of an unexpected error; 1 is taken by negative answers."""
 JSON = "--json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
-        argv: The words after ``xbt``; ``None`` reads the process's own.
+        argv: Arguments after ``xbt``; by default those of the process.
 
     Returns:
         The exit status; see :mod:`xbt.cli`.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except XbtError as error:
         print(f"xbt: error: {error}", file=sys.stderr)
         if JSON in words:
-            with suppress(XbtError):  # what cannot be shown is the lesser error
+            with suppress(XbtError):  # the first error matters more than a closed output
                 show(_error("xbt", error, 2))
         return 2
 
@@ -60,12 +60,12 @@ def _overview_or_command(words: list[str]) -> int:
 
 
 def run_command(command: Command, flags: list[str]) -> int:
-    """Parses a command's flags, runs it, and shows what it found.
+    """Parse the flags of a command, run it and print its result.
 
     Returns:
         The exit status.
     """
-    from xbt.config import run_guarded  # a quarter of a second that --help need not wait
+    from xbt.config import run_guarded  # slow to import, and not needed by --help
     from xbt.processes import is_main_process
 
     as_document = JSON in flags
@@ -75,32 +75,32 @@ def run_command(command: Command, flags: list[str]) -> int:
         if not command.processes and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError(f"{command.prog} runs in one process; launch it with --num_processes 1")
         with prints_on_stderr():
-            outcome = command.run(config)
-        if is_main_process() and not (outcome.error and as_document):  # then the error is the document
-            show(outcome.to_json() if as_document else outcome.text)
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome.status
+            result = command.run(config)
+        if is_main_process() and not (result.error and as_document):  # the error document comes instead
+            show(result.to_json() if as_document else result.text)
+        if result.error is not None:
+            raise result.error
+        return result.status
 
     interrupted = "interrupted" + ("; the same command continues where it was" if command.resumable else "")
 
-    def tell(error: BaseException, status: int) -> None:
+    def report(error: BaseException, status: int) -> None:
         message = interrupted if isinstance(error, KeyboardInterrupt) else None
         if as_document:
-            with suppress(XbtError):  # what cannot be shown is the lesser error
+            with suppress(XbtError):  # the first error matters more than a closed output
                 show(_error(command.prog, error, status, message))
 
     try:
-        return run_guarded(work, command.prog, tell, interrupted)
+        return run_guarded(work, command.prog, report, interrupted)
     except Exception as error:
         traceback.print_exc()
         if is_main_process():
-            tell(error, BUG)
+            report(error, BUG)
         return BUG
 
 
 def parse(command: Command, flags: Sequence[str]) -> Any:
-    """A command's config from its flags.
+    """Parse the flags of a command into its config.
 
     Raises:
         ConfigError: As :func:`~xbt.config.parse_config`.
@@ -127,12 +127,12 @@ def parse(command: Command, flags: Sequence[str]) -> Any:
 
 
 def _optional_groups(config_class: type[Any]) -> list[str]:
-    """What can stand below keys that may be left out as a whole, which the list of flags does not show."""
+    """Help lines for the keys of optional groups, which the list of flags does not show."""
     lines = []
     for name, hint in get_type_hints(config_class).items():
-        group = next((each for each in get_args(hint) if is_dataclass(each)), None)
+        group = next((option for option in get_args(hint) if is_dataclass(option)), None)
         if group is not None:
-            listed = ", ".join(f".{each.name}" for each in fields(group))
+            listed = ", ".join(f".{key.name}" for key in fields(group))
             lines += [*wrap(f"--{name} has the keys {listed} (see --{name}.help)", 80), ""]
     return lines
 
@@ -141,11 +141,11 @@ def _add_words(config: Any, key: str, words: list[str]) -> None:
     *groups, name = key.split(".")
     for group in groups:
         config = getattr(config, group)
-    there = getattr(config, name)
-    setattr(config, name, [*([there] if isinstance(there, str) else there), *words])
+    present = getattr(config, name)
+    setattr(config, name, [*([present] if isinstance(present, str) else present), *words])
 
 
 def _error(prog: str, error: BaseException, status: int, message: str | None = None) -> str:
     kind = type(error).__name__
-    told = {"command": prog, "kind": kind, "message": message or str(error) or kind, "status": status}
-    return as_json({"error": told})
+    document = {"command": prog, "kind": kind, "message": message or str(error) or kind, "status": status}
+    return as_json({"error": document})

@@ -1,4 +1,4 @@
-"""Which commands there are. Nothing is imported before one of them is called."""
+"""Table of all commands. Their modules are imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from xbt.cli.output import Outcome
+from xbt.cli.output import CommandResult
 from xbt.errors import ConfigError
 
 
@@ -17,13 +17,13 @@ class Command:
     """One command.
 
     Attributes:
-        name: As it is typed: a word or two.
-        help: What it does, in a line.
-        config: Where its config's dataclass is, as ``"module:name"``.
-        function: Where the function is that takes the config and returns an :class:`Outcome`.
-        example: A command that works, with line breaks.
-        first: The key that a first word without a flag stands for.
-        words: The key of a list that other words without a flag are added to.
+        name: Name on the command line, one or two words.
+        help: Description in one line.
+        config: Location of the config dataclass, as ``"module:name"``.
+        function: Location of the function that maps the config to a :class:`CommandResult`.
+        example: A working command, with line breaks.
+        first: Key of the first positional argument.
+        words: Key of the list that takes further positional arguments.
         processes: Whether several processes may share the work.
         resumable: Whether the same command continues after a kill.
     """
@@ -40,21 +40,21 @@ class Command:
 
     @property
     def prog(self) -> str:
-        """What it is called."""
+        """Full name, with ``xbt`` before it."""
         return f"xbt {self.name}"
 
     def config_class(self) -> type[Any]:
-        """The config's dataclass."""
-        found: type[Any] = resolve_name(self.config)
-        return found
+        """Dataclass of the config."""
+        config_class: type[Any] = resolve_name(self.config)
+        return config_class
 
-    def run(self, config: Any) -> Outcome:
-        """Does the command's work."""
-        function: Callable[[Any], Outcome] = resolve_name(self.function)
+    def run(self, config: Any) -> CommandResult:
+        """Run the command."""
+        function: Callable[[Any], CommandResult] = resolve_name(self.function)
         return function(config)
 
 
-_GALLERY, _GALLERY_CONFIGS = "xbt.cli.gallery", "xbt.cli.gallery"
+_GALLERY = "xbt.cli.gallery"
 
 COMMANDS = (
     Command(
@@ -69,7 +69,7 @@ COMMANDS = (
     ),
     Command(
         "fit",
-        "fit a projection, or choose one (and whether at all) by held-out pairs",
+        "fit a projection, or choose one (if any helps) on held-out pairs",
         "xbt.cli.fit:FitConfig",
         "xbt.cli.jobs:fit",
         "xbt fit --old_store stores/captions_b32 --new_store stores/captions_l14 --output_dir runs/fit\n"
@@ -123,8 +123,8 @@ COMMANDS = (
     ),
     Command(
         "gallery create",
-        "make a gallery, of a store or empty",
-        f"{_GALLERY_CONFIGS}:CreateConfig",
+        "create a gallery, from a store or empty",
+        f"{_GALLERY}:CreateConfig",
         f"{_GALLERY}:create",
         "xbt gallery create gallery --store stores/photos_b32",
         first="gallery",
@@ -132,7 +132,7 @@ COMMANDS = (
     Command(
         "gallery add",
         "add a store's items to a gallery",
-        f"{_GALLERY_CONFIGS}:AddConfig",
+        f"{_GALLERY}:AddConfig",
         f"{_GALLERY}:add",
         "xbt gallery add gallery --store stores/new_photos_b32",
         first="gallery",
@@ -140,7 +140,7 @@ COMMANDS = (
     Command(
         "gallery remove",
         "remove items from a gallery",
-        f"{_GALLERY_CONFIGS}:RemoveConfig",
+        f"{_GALLERY}:RemoveConfig",
         f"{_GALLERY}:remove",
         "xbt gallery remove gallery 2019/beach.jpg 2019/forest.jpg",
         first="gallery",
@@ -149,69 +149,72 @@ COMMANDS = (
     Command(
         "gallery verify",
         "read every byte of a gallery or store and name what is damaged",
-        f"{_GALLERY_CONFIGS}:GalleryConfig",
+        f"{_GALLERY}:GalleryConfig",
         f"{_GALLERY}:verify",
         "xbt gallery verify gallery",
         first="gallery",
     ),
     Command(
         "gallery compact",
-        "free the room of removed and superseded items",
-        f"{_GALLERY_CONFIGS}:GalleryConfig",
+        "free the disk space of removed and superseded items",
+        f"{_GALLERY}:GalleryConfig",
         f"{_GALLERY}:compact",
         "xbt gallery compact gallery",
         first="gallery",
     ),
     Command(
         "gallery info",
-        "say what is in a gallery or store, and which model made it",
-        f"{_GALLERY_CONFIGS}:GalleryConfig",
+        "describe a gallery or store and the model that made it",
+        f"{_GALLERY}:GalleryConfig",
         f"{_GALLERY}:info",
         "xbt gallery info gallery",
         first="gallery",
     ),
 )
-"""Every command, in the order in which they are listed."""
+"""All commands, in the order of ``xbt --help``."""
 
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
-    """The command that a command line begins with, and the rest of the line.
+    """Find the command at the start of a command line.
+
+    Returns:
+        The command, and the rest of the line.
 
     Raises:
-        ConfigError: If there is no such command; the message names the nearest.
+        ConfigError: If there is no such command; the message suggests the closest name.
     """
     for length in (2, 1):
         for command in COMMANDS:
             if command.name == " ".join(words[:length]):
                 return command, list(words[length:])
     typed = " ".join(words[:2] if words[0] == "gallery" else words[:1])
-    near = difflib.get_close_matches(typed, [each.name for each in COMMANDS], 1)
+    near = difflib.get_close_matches(typed, [command.name for command in COMMANDS], 1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"there is no command {typed!r}; {hint}xbt --help lists them")
 
 
 def overview(prefix: str = "") -> str:
-    """The help of ``xbt``, or of a group of commands such as ``"gallery "``."""
-    chosen = [each for each in COMMANDS if each.name.startswith(prefix)]
-    width = max(len(each.name) for each in chosen)
+    """Help text of ``xbt``, or of a group of commands such as ``"gallery "``."""
+    chosen = [command for command in COMMANDS if command.name.startswith(prefix)]
+    width = max(len(command.name) for command in chosen)
     lines = [
         f"usage: xbt {prefix}COMMAND [--config FILE] [--key value ...] [--json]",
         "",
         "Put a better CLIP in front of a gallery that an older one embedded."
         if not prefix
-        else "Make, fill, check and describe galleries.",
+        else "Create, fill, check and describe galleries.",
         "",
         "commands:",
-        *(f"  {each.name.ljust(width)}  {each.help}" for each in chosen),
+        *(f"  {command.name.ljust(width)}  {command.help}" for command in chosen),
         "",
-        "Every key of a command's config is a flag, nested ones with dots (--images.source photos/), or",
-        "stands in a YAML file (--config FILE). Results go to standard output, as one JSON document with",
-        "--json; progress, warnings and errors go to standard error.",
+        "Every key of a command's config is a flag, nested keys with dots (--images.source photos/), or a",
+        "key of a YAML file (--config FILE). Results go to standard output, with --json as one JSON",
+        "document. Progress, warnings and errors go to standard error.",
         "",
-        "  xbt COMMAND --help  its keys, with an example",
-        "  xbt --version       which xbt this is",
+        "  xbt COMMAND --help  show the keys, with an example",
+        "  xbt --version       show the version",
         "",
-        "exit status: 0; 1 if the answer is no (report, gallery verify); 2 for what you can mend; 70 for a",
-        "bug; 130 after an interrupt",
+        "exit status: 0 for success; 1 if the answer is no (report, gallery verify); 2 for an error that",
+        "you can fix; 70 for a bug; 130 after an interrupt",
     ]
     return "\n".join(lines)

@@ -1,7 +1,4 @@
-"""The job of ``xbt fit``: vectors of the same items under both models, a projection, and what uses it.
-
-The settings of ``xbt fit``.
-"""
+"""The job of ``xbt fit``: embed items with both models, fit or choose a projection, and save it."""
 
 from __future__ import annotations
 
@@ -46,57 +43,57 @@ _AUTO_ALONE = {
 class FitConfig:
     """Fit a projection from the new space to the old one, or choose one by held-out image-text pairs.
 
-    Fitted to captions, which both encoders embed, or to two stores of the same items. With pairs, the
-    candidates are judged on queries they have not seen, and where no gain is shown the old query stays.
+    The projection is fitted to captions, which both encoders embed, or to two stores of the same items. With
+    pairs, candidates are compared on held-out queries, and the old query is kept where no gain is shown.
 
-    Writes ``projection/``, of a choice ``decision.json``, and, if the new encoder is named, ``compatible/``,
-    the encoder that makes queries for the old gallery, to the output directory.
+    Writes to the output directory: ``projection/``; after a choice ``decision.json``; if the new encoder is
+    given ``compatible/``, the encoder of queries for the old gallery.
     """
 
     output_dir: str
-    """Where everything goes."""
+    """Output directory."""
     old: str | None = None
     """The encoder that embedded the gallery; needed for captions and pairs."""
     new: str | None = None
     """The encoder that will query it; needed for captions and pairs."""
     captions: CaptionSource | None = None
-    """The text corpus to fit to, or ..."""
+    """Text corpus to fit to. Give this or the two stores."""
     old_store: str | None = None
-    """... a store of any items under the old encoder, and ..."""
+    """Store of any items under the old encoder."""
     new_store: str | None = None
-    """... one of the same items, in the same order, under the new encoder."""
+    """Store of the same items, in the same order, under the new encoder."""
     pairs: PairSource | None = None
-    """Image-text pairs: to choose by (auto), or to learn from for the methods that can; their captions are
-    taken out of the corpus."""
+    """Image-text pairs, for the choice (auto) or for methods that learn from them; their captions are removed
+    from the corpus."""
     method: str | None = None
     """auto, which chooses (the default with pairs); procrustes (the default without), ridge, low_rank,
     whitened_procrustes, lambda_orthogonal, mean_shift, identity, mlp or xbt."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The method's own options, such as --options.noise 0.3."""
+    """Options of the method, such as --options.noise 0.3."""
     thorough: bool = False
     """auto: also try the trained projections, which takes minutes."""
     use_old: bool = True
-    """auto: whether the old query tower may run at search time, beside the new one."""
+    """auto: whether the old model may run at search time, beside the new one."""
     ks: list[int] = field(default_factory=lambda: [1, 5, 10])
-    """auto: cut-offs that count, on average; [1] judges by R@1 alone."""
+    """auto: cut-offs whose mean recall decides; [1] uses R@1 only."""
     confidence: float = 0.95
-    """auto: one-sided confidence with which a direction must gain to be deployed."""
+    """auto: one-sided confidence of the gain that a direction needs to be deployed."""
     every_k: bool = False
-    """auto: whether every k must gain with that confidence, not their mean alone."""
+    """auto: whether every k must gain with that confidence, not only their mean."""
     folds: int = 5
-    """auto: folds of fitting and of judging."""
+    """auto: folds of the cross-validation."""
     seed: int = 0
-    """Fixes folds and bootstrap, and the noise and order of the methods that train."""
+    """Seed of folds and bootstrap, and of the noise and order of trained methods."""
     device: str | None = None
-    """Where the encoders run; the GPU if there is one."""
+    """Device of the encoders; by default the GPU if there is one."""
     overwrite: bool = False
     """Replace the results of another run in the output directory."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
-            ConfigError: If there is nothing to fit to, or a setting lacks another one that it needs.
+            ConfigError: If there is nothing to fit to, or a setting needs another one that is missing.
         """
         stores = [self.old_store, self.new_store]
         if any(stores) and not all(stores):
@@ -119,14 +116,14 @@ class FitConfig:
 
     @property
     def chosen_method(self) -> str:
-        """The method; where none is named, auto with pairs and else Procrustes."""
+        """The method; by default auto with pairs and Procrustes without."""
         return self.method or (CLOSED_FORM if self.pairs is None else AUTO)
 
     @property
     def selection(self) -> dict[str, Any]:
         """Options of auto, by name; see :class:`~xbt.projections.SelectionOptions`."""
-        own = {name: getattr(self, name) for name in (*_AUTO_ALONE, "seed")}
-        return {**own, "ks": tuple(self.ks), **self.options}
+        selection = {name: getattr(self, name) for name in (*_AUTO_ALONE, "seed")}
+        return {**selection, "ks": tuple(self.ks), **self.options}
 
 
 CAPTION = "caption"
@@ -137,12 +134,12 @@ class FitResult:
     """Result of a fit and where it is saved.
 
     Attributes:
-        method: By which method.
+        method: Name of the method.
         items: Items the projection was fitted to.
         dims: Dimension of the new and of the old vectors.
         decision: The choice of ``auto``.
         projection: Directory of the projection.
-        compatible: Directory of the compatible encoder; ``None`` where the new encoder was not named.
+        compatible: Directory of the compatible encoder; ``None`` if the new encoder was not given.
     """
 
     method: str
@@ -171,7 +168,7 @@ class FitResult:
             lines = [
                 f"{self.method}: {self.dims[0]} → {self.dims[1]} dimensions, fitted to {self.items:,} items"
             ]
-        # Behind a choice the projection alone is not what was chosen.
+        # A choice may combine the projection with the old query, so the projection alone would mislead.
         if self.decision is None or self.compatible is None:
             lines.append(f"projection: {self.projection}")
         if self.compatible is not None:
@@ -180,14 +177,14 @@ class FitResult:
 
 
 @dataclass(frozen=True)
-class _Material:
+class _FitData:
     """Vectors and encoders of a fit.
 
     Attributes:
         sides: Vectors of the same items of the new and of the old model.
-        items: How many.
-        pairs: Of both models.
-        encoders: The new and the old encoder, where they are named.
+        items: Number of items.
+        pairs: Vectors of the pairs under both models.
+        encoders: The new and the old encoder, if given.
         skipped: Images of the pairs that cannot be decoded.
     """
 
@@ -199,10 +196,7 @@ class _Material:
 
 
 def run_fit(config: FitConfig) -> FitResult:
-    """Fit or choose a projection and save it, with the encoder that uses it where that is named.
-
-    Args:
-        config: What to do.
+    """Fit or choose a projection and save it, with its compatible encoder if the new encoder is given.
 
     Returns:
         The result; print it.
@@ -221,20 +215,20 @@ def run_fit(config: FitConfig) -> FitResult:
     if method == AUTO:
         SelectionOptions.of(options)
     run = RunDirectory(config.output_dir, config, config.overwrite)
-    material = _gather(config)
-    new_space, old_space = (None if encoder is None else encoder.space for encoder in material.encoders)
-    new, old = material.sides
+    data = _gather(config)
+    new_space, old_space = (None if encoder is None else encoder.space for encoder in data.encoders)
+    new, old = data.sides
     if method == AUTO:
         decision = choose_projection(
-            new, old, pairs=material.pairs, new_space=new_space, old_space=old_space, **options
+            new, old, pairs=data.pairs, new_space=new_space, old_space=old_space, **options
         )
         run.prepare()
-        return _save(run, method, material, decision.projection, decision)
+        return _save(run, method, data, decision.projection, decision)
     fitted = fit_projection(
-        new, old, method, pairs=material.pairs, new_space=new_space, old_space=old_space, **options
+        new, old, method, pairs=data.pairs, new_space=new_space, old_space=old_space, **options
     )
     run.prepare()
-    return _save(run, method, material, fitted, None)
+    return _save(run, method, data, fitted, None)
 
 
 def _method_options(config: FitConfig) -> dict[str, Any]:
@@ -242,22 +236,22 @@ def _method_options(config: FitConfig) -> dict[str, Any]:
     method, options = config.chosen_method, dict(config.options)
     if method not in METHODS:
         known = ", ".join(sorted([AUTO, *METHODS]))
-        raise ConfigError(f"--method {method!r} is not known; there is {known}")
+        raise ConfigError(f"--method {method!r} is not known; use one of {known}")
     grouped_options(method, options)
     if "seed" in option_names(method):
         options.setdefault("seed", config.seed)
     return options
 
 
-def _gather(config: FitConfig) -> _Material:
+def _gather(config: FitConfig) -> _FitData:
     """Load encoders, and open or embed the vectors to fit to."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     readable = None if config.pairs is None else load_readable_pairs(config.pairs, progress=True)
     pairs, rejected = readable or (None, [])
-    taken = set() if pairs is None else set(pairs.texts)
+    held_out = set() if pairs is None else set(pairs.texts)
     corpus, stores = None, None
     if config.captions is not None:
-        corpus = [text for text in dict.fromkeys(read_captions(config.captions)) if text not in taken]
+        corpus = [text for text in dict.fromkeys(read_captions(config.captions)) if text not in held_out]
         if not corpus:
             raise ConfigError("every caption is one of the pairs' own; give --captions of other images")
     else:
@@ -270,17 +264,17 @@ def _gather(config: FitConfig) -> _Material:
                 f"has {len(stores[1])}, but both must be of the same items"
             )
     new, old = (None if spec is None else load_encoder(spec, device) for spec in (config.new, config.old))
-    skipped = [{"id": each.id, "reason": each.reason} for each in rejected]
+    skipped = [{"id": image.id, "reason": image.reason} for image in rejected]
     vectors = None if pairs is None or new is None or old is None else embed_pairs(pairs, new, old)
     if stores is not None:
         _require_spaces(stores, (new, old))
-        sides, count = _without(stores, taken)
-        return _Material(sides, count, vectors, (new, old), skipped)
+        sides, count = _without(stores, held_out)
+        return _FitData(sides, count, vectors, (new, old), skipped)
     assert corpus is not None
     assert new is not None
     assert old is not None
     embedded = new.encode_texts(corpus, progress=True), old.encode_texts(corpus, progress=True)
-    return _Material(embedded, len(corpus), vectors, (new, old), skipped)
+    return _FitData(embedded, len(corpus), vectors, (new, old), skipped)
 
 
 def _require_spaces(
@@ -291,20 +285,20 @@ def _require_spaces(
             encoder.space.require(store.space, f"{flag}_store {store.path}")
         elif encoder is None and store.space is None:
             raise DataError(
-                f"{flag}_store {store.path} does not say which model made its vectors, and a projection must "
-                f"know; give {flag} as well"
+                f"{flag}_store {store.path} does not record the model of its vectors, which a projection "
+                f"needs; give {flag} as well"
             )
 
 
 def _without(
-    stores: tuple[EmbeddingStore, EmbeddingStore], taken: set[str]
+    stores: tuple[EmbeddingStore, EmbeddingStore], held_out: set[str]
 ) -> tuple[tuple[Source, Source], int]:
-    """The stores as they are or, where captions of the pairs are in them, the vectors of the others."""
+    """Vectors of the stores without those of held-out captions, and their number."""
     first = stores[0]
-    if not taken or CAPTION not in first.columns:
+    if not held_out or CAPTION not in first.columns:
         return stores, len(first)
     captions = first.metadata([CAPTION])[CAPTION].to_pylist()
-    rows = np.array([row for row, text in enumerate(captions) if text not in taken], np.int64)
+    rows = np.array([row for row, text in enumerate(captions) if text not in held_out], np.int64)
     if not len(rows):
         raise ConfigError(
             "every caption of the stores is one of the pairs' own; give stores of other captions"
@@ -319,7 +313,7 @@ def _without(
 
 
 def embed_pairs(pairs: ImageTextPairs, new: DualEncoder, old: DualEncoder) -> PairVectors:
-    """Embed pairs with both models; images are decoded batch by batch, for each of them."""
+    """Embed pairs with both models; each decodes the images batch by batch."""
     images = LazyImages(pairs)
     (new_texts, new_images), (old_texts, old_images) = (
         (encoder.encode_texts(list(pairs.texts), progress=True), encoder.encode_images(images, progress=True))
@@ -330,23 +324,23 @@ def embed_pairs(pairs: ImageTextPairs, new: DualEncoder, old: DualEncoder) -> Pa
 
 
 def _save(
-    run: RunDirectory, method: str, material: _Material, projection: Projection, decision: Decision | None
+    run: RunDirectory, method: str, data: _FitData, projection: Projection, decision: Decision | None
 ) -> FitResult:
-    """Write the projection, the decision, and the encoder that makes queries with them."""
-    new, old = material.encoders
+    """Write the projection, the decision, and the compatible encoder."""
+    new, old = data.encoders
     if decision is None:
         projection.save_pretrained(run.path / "projection")
     else:
         decision.save(run.path)
-        run.write_json("decision.json", {**decision.to_dict(), "skipped_images": material.skipped})
+        run.write_json("decision.json", {**decision.to_dict(), "skipped_images": data.skipped})
         (run.path / "decision.txt").write_text(f"{decision}\n", encoding="utf-8")
     compatible = None
     if new is not None and projection.old_space is not None:
         ensemble = None if decision is None else decision.ensemble
-        beside = old if decision is not None and decision.needs_old else None
+        second = old if decision is not None and decision.needs_old else None
         compatible = run.path / "compatible"
-        CompatibleEncoder(new, projection, ensemble, beside).save_pretrained(compatible)
+        CompatibleEncoder(new, projection, ensemble, second).save_pretrained(compatible)
     dims = projection.new_dim, projection.old_dim
-    result = FitResult(method, material.items, dims, decision, run.path / "projection", compatible)
+    result = FitResult(method, data.items, dims, decision, run.path / "projection", compatible)
     run.write_json("result.json", result.to_dict())
     return result

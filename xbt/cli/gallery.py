@@ -1,9 +1,4 @@
-"""The commands that make, fill and maintain galleries.
-
-The settings of the commands that make, fill and look after galleries.
-
-Descriptions of stores and galleries.
-"""
+"""The commands ``xbt gallery …``: create, fill, check and describe galleries."""
 
 from __future__ import annotations
 
@@ -12,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xbt.backfill.merge_file import MERGE
-from xbt.cli.output import Outcome, read_lines
+from xbt.cli.output import CommandResult, read_lines
 from xbt.config import require_local
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, XbtError
@@ -25,29 +20,28 @@ from xbt.store.layout import MANIFEST, read_record
 
 @dataclass
 class CreateConfig:
-    """Make a gallery: of a store that is there, or an empty one for the vectors of an encoder."""
+    """Create a gallery from a store, or an empty one for the vectors of an encoder."""
 
     gallery: str
-    """Its directory, which must be empty or not exist."""
+    """Directory of the gallery, which must be empty or not exist."""
     store: str | None = None
-    """A store, or a folder that clip-retrieval wrote, whose items become the gallery's first ones. It is read
-    where it is and must stay there."""
+    """Store or clip-retrieval folder with the first items; it is read in place, so do not move it."""
     encoder: str | None = None
-    """The encoder whose vectors the gallery is for; needed unless the store says it."""
+    """Encoder of the gallery's vectors; needed unless the store records it."""
     modality: Literal["image", "text"] | None = None
-    """What the vectors are of; needed only for a clip-retrieval folder that holds both."""
+    """Modality of the vectors; needed only for a clip-retrieval folder that holds both."""
     index: str = "Flat"
     """A string of FAISS's index_factory: Flat (exact), IVF1024,Flat, HNSW32, ..."""
     tuning: str = ""
     """Search parameters of the index, such as nprobe=64 or efSearch=128."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of the vectors on disk that are added later."""
+    """Type on disk of vectors that are added later."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
-            ConfigError: If nothing says of which space the vectors are, or the gallery is a URL.
+            ConfigError: If the space of the vectors is not given, or the gallery is a URL.
         """
         require_local(self.gallery, "--gallery")
         if self.store is None and self.encoder is None:
@@ -56,20 +50,20 @@ class CreateConfig:
 
 @dataclass
 class AddConfig:
-    """Add a store's items to a gallery: to its part of the same space, with ids and metadata."""
+    """Add the items of a store to the gallery's part of the same space, with ids and metadata."""
 
     gallery: str
-    """The gallery's directory."""
+    """Directory of the gallery."""
     store: str
-    """The store (xbt embed makes one), whose vectors are copied."""
+    """Store (made by xbt embed) whose vectors are copied."""
     existing: Literal["error", "skip", "replace"] = "error"
-    """What to do with items that the gallery has already: refuse and add nothing, leave them as they are, or
-    put the store's in their place. After a kill, skip goes on."""
+    """For items that the gallery already has: error adds nothing, skip keeps them, replace takes the store's.
+    After a kill, skip continues."""
     batch_size: int = 65_536
     """Items per write."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
             ConfigError: If the batch size is below 1.
@@ -80,26 +74,26 @@ class AddConfig:
 
 @dataclass
 class RemoveConfig:
-    """Remove items from a gallery; all of them or, if one is not there, none."""
+    """Remove items from a gallery; if one is missing, none is removed."""
 
     gallery: str
-    """The gallery's directory."""
+    """Directory of the gallery."""
     ids: str | list[str] = field(default_factory=list)
-    """The items' ids."""
+    """Ids of the items."""
     file: str | None = None
     """A file with an id on each line; - is standard input."""
 
 
 @dataclass
 class GalleryConfig:
-    """Look at a gallery or store as a whole."""
+    """A gallery or store as a whole."""
 
     gallery: str
-    """The directory of a gallery or, to look at it, of a store."""
+    """Directory of a gallery; verify and info also take a store."""
 
 
 def describe_store(store: EmbeddingStore) -> dict[str, Any]:
-    """A store: where it is, how many vectors of what, and its columns."""
+    """Describe a store: path, size, modality, columns and model."""
     return {
         "store": str(store.path),
         "items": len(store),
@@ -112,7 +106,7 @@ def describe_store(store: EmbeddingStore) -> dict[str, Any]:
 
 
 def describe_gallery(gallery: Gallery, path: Path) -> dict[str, Any]:
-    """A gallery on disk: its parts, how far it is backfilled, its index, and how its parts are merged."""
+    """Describe a gallery on disk: parts, fraction backfilled, index and merge."""
     merge = path / MERGE
     return {
         "gallery": str(path),
@@ -136,29 +130,29 @@ def describe_gallery(gallery: Gallery, path: Path) -> dict[str, Any]:
 
 
 def describe_space(space: EmbeddingSpace | None, dim: int) -> dict[str, Any]:
-    """The model that made vectors; unknown for a folder that clip-retrieval wrote."""
+    """Dimension and model of vectors; the model is ``None`` for a clip-retrieval folder."""
     model, revision = (None, None) if space is None else (space.model, space.revision)
     return {"dim": dim, "model": model, "revision": revision}
 
 
 def size_of(path: Path) -> int:
-    """Bytes of all files below a directory."""
+    """Total bytes of the files below a directory."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def as_text(about: dict[str, Any]) -> str:
-    """A description for people: a line for each figure, and a block for each part."""
-    plain = {name: value for name, value in about.items() if name != "parts"}
-    blocks = [_lines(plain), *(_lines(part, "  ") for part in about.get("parts", ()))]
+def as_text(document: dict[str, Any]) -> str:
+    """Format a description: a line for each value, and a block for each part."""
+    plain = {name: value for name, value in document.items() if name != "parts"}
+    blocks = [_lines(plain), *(_lines(part, "  ") for part in document.get("parts", ()))]
     return "\n".join(line for block in blocks for line in block)
 
 
-def _lines(figures: dict[str, Any], indent: str = "") -> list[str]:
-    width = max(map(len, figures))
-    return [f"{indent}{name.ljust(width)}  {_shown(name, value)}" for name, value in figures.items()]
+def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
+    width = max(map(len, values))
+    return [f"{indent}{name.ljust(width)}  {_format(name, value)}" for name, value in values.items()]
 
 
-def _shown(name: str, value: Any) -> str:
+def _format(name: str, value: Any) -> str:
     if value is None or value in ("", []):
         return "-"
     if name == "fraction_backfilled":
@@ -168,8 +162,8 @@ def _shown(name: str, value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def create(config: CreateConfig) -> Outcome:
-    """Make a gallery."""
+def create(config: CreateConfig) -> CommandResult:
+    """Create a gallery."""
     space = None if config.encoder is None else load_encoder(config.encoder).space
     gallery = Gallery.create(
         config.gallery,
@@ -180,61 +174,63 @@ def create(config: CreateConfig) -> Outcome:
         tuning=config.tuning,
         dtype=config.dtype,
     )
-    return _described(gallery)
+    return _description(gallery)
 
 
-def add(config: AddConfig) -> Outcome:
-    """Adds a store's items; each batch is in the gallery once it is written."""
+def add(config: AddConfig) -> CommandResult:
+    """Add the items of a store; each batch is in the gallery once it is written."""
     gallery, store = Gallery.open(config.gallery), EmbeddingStore.open(config.store)
     added = replaced = 0
     with gallery.writing():
-        known = {name for name in store.ids if name in gallery}
-        if known and config.existing == "error":
+        existing = {name for name in store.ids if name in gallery}
+        if existing and config.existing == "error":
             raise DataError(
-                f"{len(known)} of the {len(store)} items of {store.path} are in {config.gallery} already, "
-                f"first {next(name for name in store.ids if name in known)!r}; leave them as they are with "
-                "--existing skip, or put the store's in their place with --existing replace"
+                f"{len(existing)} of the {len(store)} items of {store.path} are already in {config.gallery}, "
+                f"first {next(name for name in store.ids if name in existing)!r}; keep the gallery's with "
+                "--existing skip, or take the store's with --existing replace"
             )
         for start in range(0, len(store), config.batch_size):
             stop = min(start + config.batch_size, len(store))
             names = store.ids[start:stop]
-            there = [name for name in names if name in known]
-            rows = [row for row, name in enumerate(names) if name not in known or config.existing != "skip"]
+            present = [name for name in names if name in existing]
+            skip = existing if config.existing == "skip" else set()
+            rows = [row for row, name in enumerate(names) if name not in skip]
             if not rows:
                 continue
             metadata = store.metadata(None, start, stop).take(rows) if store.columns else None
             vectors = store.read(start, stop)[rows]
-            if there and config.existing == "replace":
-                gallery.remove(there)
-                replaced += len(there)
+            if present and config.existing == "replace":
+                gallery.remove(present)
+                replaced += len(present)
             gallery.add(vectors, [names[row] for row in rows], store.space, metadata)
             added += len(rows)
     skipped = len(store) - added
-    about = {"gallery": config.gallery, "added": added, "replaced": replaced, "skipped": skipped}
+    document = {"gallery": config.gallery, "added": added, "replaced": replaced, "skipped": skipped}
     text = (
         f"added {added} items to {config.gallery}, {replaced} of them in place of others; {skipped} were "
         f"there already; it has {len(gallery)} now"
     )
-    return Outcome({**about, "items": len(gallery)}, text)
+    return CommandResult({**document, "items": len(gallery)}, text)
 
 
-def remove(config: RemoveConfig) -> Outcome:
-    """Removes items."""
+def remove(config: RemoveConfig) -> CommandResult:
+    """Remove items."""
     names = [config.ids] if isinstance(config.ids, str) else list(config.ids)
     if config.file is not None:
         names += read_lines(config.file, "ids")
     if not names:
         raise DataError(
-            f"nothing is to be removed from {config.gallery}; give ids, or --file with one on each line"
+            f"no items to remove from {config.gallery} were given; give ids, or --file with one on each line"
         )
     gallery = Gallery.open(config.gallery)
     gallery.remove(names)
-    about = {"gallery": config.gallery, "removed": len(names), "items": len(gallery)}
-    return Outcome(about, f"removed {len(names)} items from {config.gallery}; it has {len(gallery)} now")
+    document = {"gallery": config.gallery, "removed": len(names), "items": len(gallery)}
+    text = f"removed {len(names)} items from {config.gallery}; it has {len(gallery)} now"
+    return CommandResult(document, text)
 
 
-def verify(config: GalleryConfig) -> Outcome:
-    """Looks for damage; the status says whether there is any."""
+def verify(config: GalleryConfig) -> CommandResult:
+    """Check for damage; the status is 1 if there is any."""
     path = Path(config.gallery).expanduser()
     is_gallery = Gallery.exists(path)
     try:
@@ -247,12 +243,12 @@ def verify(config: GalleryConfig) -> Outcome:
             raise
         faults = [str(error)]  # too damaged to be opened
     text = "\n".join(faults) if faults else f"{config.gallery} is whole: every byte is as it was written"
-    return Outcome(
+    return CommandResult(
         {"gallery": config.gallery, "whole": not faults, "faults": faults}, text, int(bool(faults))
     )
 
 
-def compact(config: GalleryConfig) -> Outcome:
+def compact(config: GalleryConfig) -> CommandResult:
     """Free the disk space of removed and moved items."""
     path = Path(config.gallery).expanduser()
     gallery = Gallery.open(path)
@@ -260,21 +256,21 @@ def compact(config: GalleryConfig) -> Outcome:
     gallery.compact()
     gallery.close()
     after = size_of(path)
-    about = {"gallery": config.gallery, "bytes_before": before, "bytes": after}
-    return Outcome(about, f"{config.gallery} took {before:,} bytes and takes {after:,} now")
+    document = {"gallery": config.gallery, "bytes_before": before, "bytes": after}
+    return CommandResult(document, f"{config.gallery} took {before:,} bytes and takes {after:,} now")
 
 
-def info(config: GalleryConfig) -> Outcome:
-    """Describes a gallery or a store."""
-    found = open_source(config.gallery)
-    if isinstance(found, Gallery):
-        return _described(found)
-    assert isinstance(found, EmbeddingStore)
-    about = describe_store(found)
-    return Outcome(about, as_text(about))
+def info(config: GalleryConfig) -> CommandResult:
+    """Describe a gallery or a store."""
+    source = open_source(config.gallery)
+    if isinstance(source, Gallery):
+        return _description(source)
+    assert isinstance(source, EmbeddingStore)
+    document = describe_store(source)
+    return CommandResult(document, as_text(document))
 
 
-def _described(gallery: Gallery) -> Outcome:
-    assert gallery.path is not None  # those on disk have one
-    about = describe_gallery(gallery, gallery.path)
-    return Outcome(about, as_text(about))
+def _description(gallery: Gallery) -> CommandResult:
+    assert gallery.path is not None  # it is on disk
+    document = describe_gallery(gallery, gallery.path)
+    return CommandResult(document, as_text(document))

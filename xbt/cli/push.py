@@ -1,4 +1,4 @@
-"""The push job: find what a directory holds, load it to be sure of it, and share it on the Hub."""
+"""The job of ``xbt push``: find a saved artifact, check that it loads, and upload it to the Hub."""
 
 from __future__ import annotations
 
@@ -14,53 +14,53 @@ from xbt.hub import CARD_NAME, CONFIG_NAME, CardData, HubArtifact, SavedPartErro
 from xbt.projections import Projection, QueryEnsemble
 
 RESULTS_NAME = "retrieval.json"
-"""What the evaluation writes; taken from the run's directory where no results are named."""
-_NOT_PARTS = ("checkpoints", "vectors", "images", "projection", "ensemble", "lora")
-_DEPTH = 3
+"""Results of an evaluation; found in the run's directory unless given."""
+_SKIPPED_FOLDERS = ("checkpoints", "vectors", "images", "projection", "ensemble", "lora")
+_MAX_DEPTH = 3
 
 
 @dataclass
 class PushConfig:
     """Share a projection, ensemble, compatible encoder or backbone on the Hugging Face Hub.
 
-    The access token comes from ``hf auth login`` or the environment variable ``HF_TOKEN``, and from nowhere
-    else: a config file is no place for it.
+    The access token comes only from ``hf auth login`` or the environment variable ``HF_TOKEN``, never from a
+    config file.
     """
 
     directory: str
-    """What to share: where it was saved, or the output directory of the run that saved it."""
+    """Directory of the saved artifact, or the output directory of the run that saved it."""
     repo: str
-    """Hub repository, org/name; made if it does not exist."""
+    """Hub repository, org/name; created if it does not exist."""
     private: bool | None = None
-    """Whether a repository that is made is private, and one that is there must be; by default as the
-    organisation has it."""
+    """Whether a new repository is private, and an existing one must be; by default the organisation's
+    setting."""
     revision: str | None = None
-    """Branch to commit to, made if it does not exist; main by default."""
+    """Branch to commit to, created if it does not exist; main by default."""
     message: str | None = None
-    """The commit's summary."""
+    """Summary of the commit."""
     create_pr: bool = False
     """Open a pull request instead of committing to main."""
     results: str | None = None
-    """The retrieval.json whose cells the card shows; by default the one in the directory, if there is one."""
+    """The retrieval.json whose cells the card shows; by default the one in the directory, if any."""
     evaluated_on: str | None = None
-    """What the results were measured on, such as nlphuji/flickr30k."""
+    """Data set of the results, such as nlphuji/flickr30k."""
     license: str | None = None
-    """Such as apache-2.0; nothing is claimed if left out."""
+    """Licence, such as apache-2.0; none is claimed by default."""
     datasets: list[str] = field(default_factory=list)
-    """What it was fitted on, as the Hub names it."""
+    """Data sets that it was fitted on, by their Hub names."""
     base: str | None = None
-    """Specification of the new model that holds everywhere, for one that was loaded from a directory here."""
+    """Public specification of the new model, if it was loaded from a local directory."""
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What was pushed, and where.
+    """Result of a push.
 
     Attributes:
         url: Address of the commit, or of the pull request.
-        commit: Its hash.
-        kind: What was found, such as ``"CompatibleEncoder"``.
-        path: Where it was found.
+        commit: Hash of the commit.
+        kind: Class of the artifact, such as ``"CompatibleEncoder"``.
+        path: Its directory.
     """
 
     url: str
@@ -73,26 +73,23 @@ class PushResult:
         return asdict(self)
 
     def format(self) -> str:
-        """The result in two lines, for a terminal."""
+        """Format the result in two lines, for a terminal."""
         return f"pushed the {self.kind} in {self.path}\n{self.url}"
 
 
 def push(config: PushConfig) -> PushResult:
-    """Finds, loads and pushes; of a run's directory only the saved part, never vectors or checkpoints.
-
-    Args:
-        config: What to share, and where.
+    """Find, load and push an artifact; vectors and checkpoints of a run are never uploaded.
 
     Raises:
-        SavedPartError: If there is nothing to share or more than one thing, it is damaged, or the repository
-            will not do.
+        SavedPartError: If there is no artifact or more than one, it is damaged, or the repository cannot be
+            used.
         XbtError: If a compatible encoder's base model, or the results, cannot be read.
 
     Warns:
-        UserWarning: If a model was loaded from a directory here, which others do not have.
+        UserWarning: If a model was loaded from a local directory, which others do not have.
     """
     directory = Path(config.directory).expanduser()
-    path, kind = find_part(directory)
+    path, kind = find_artifact(directory)
     results = config.results or _results_beside(directory, path)
     card = CardData(
         report=results,
@@ -102,8 +99,8 @@ def push(config: PushConfig) -> PushResult:
         base=config.base,
     )
     options: dict[str, Any] = {"load_old": False} if kind is CompatibleEncoder else {}
-    part = kind.from_pretrained(path, **options)
-    commit = part.push_to_hub(
+    artifact = kind.from_pretrained(path, **options)
+    commit = artifact.push_to_hub(
         config.repo,
         card=card,
         commit_message=config.message,
@@ -111,14 +108,14 @@ def push(config: PushConfig) -> PushResult:
         revision=config.revision,
         create_pr=config.create_pr,
     )
-    # What lies in the directory tells the same as what was pushed.
+    # Keep the local card equal to the pushed one.
     if (path / CARD_NAME).is_file() and card != CardData():
-        part.refresh_card(path, card)
-    return PushResult(commit.pr_url or str(commit), commit.oid, type(part).__name__, str(path))
+        artifact.refresh_card(path, card)
+    return PushResult(commit.pr_url or str(commit), commit.oid, type(artifact).__name__, str(path))
 
 
-def find_part(directory: Path) -> tuple[Path, type[HubArtifact]]:
-    """The saved part in a directory, or in a run's output directory.
+def find_artifact(directory: Path) -> tuple[Path, type[HubArtifact]]:
+    """Find the saved artifact in a directory, or in a run's output directory.
 
     Raises:
         SavedPartError: If there is none, or more than one; the message lists them.
@@ -130,30 +127,32 @@ def find_part(directory: Path) -> tuple[Path, type[HubArtifact]]:
     kind = _kind(directory)
     if kind is not None:
         return directory, kind
-    found = list(_parts_below(directory, _DEPTH))
-    if len(found) == 1:
-        return found[0]
-    if found:
-        listed = ", ".join(str(path) for path, _ in found)
-        raise SavedPartError(f"{directory} holds {len(found)} things to share: {listed}; name one of them")
-    pickled = sorted(each.name for each in directory.iterdir() if is_pickled(each.name))
+    artifacts = list(_artifacts_below(directory, _MAX_DEPTH))
+    if len(artifacts) == 1:
+        return artifacts[0]
+    if artifacts:
+        listed = ", ".join(str(path) for path, _ in artifacts)
+        raise SavedPartError(
+            f"{directory} holds {len(artifacts)} things to share: {listed}; name one of them"
+        )
+    pickled = sorted(file.name for file in directory.iterdir() if is_pickled(file.name))
     raise SavedPartError(
         f"{directory} holds no projection, ensemble, compatible encoder or backbone that xbt saved"
         + (f"; {pickled[0]} would have to be unpickled and is not shared" if pickled else "")
     )
 
 
-def _parts_below(directory: Path, depth: int) -> Iterator[tuple[Path, type[HubArtifact]]]:
-    for child in sorted(each for each in directory.iterdir() if each.is_dir() and not each.is_symlink()):
+def _artifacts_below(directory: Path, depth: int) -> Iterator[tuple[Path, type[HubArtifact]]]:
+    for child in sorted(path for path in directory.iterdir() if path.is_dir() and not path.is_symlink()):
         kind = _kind(child)
         if kind is not None:
             yield child, kind
-        elif depth > 1 and child.name not in _NOT_PARTS and not child.name.startswith("."):
-            yield from _parts_below(child, depth - 1)
+        elif depth > 1 and child.name not in _SKIPPED_FOLDERS and not child.name.startswith("."):
+            yield from _artifacts_below(child, depth - 1)
 
 
 def _kind(directory: Path) -> type[HubArtifact] | None:
-    """The class of what was saved in a directory; ``None`` if nothing was, or a model of another library."""
+    """Class of the artifact in a directory; ``None`` if there is none, or a model of another library."""
     if not (directory / CONFIG_NAME).is_file():
         return None
     try:
@@ -172,11 +171,11 @@ def _kind(directory: Path) -> type[HubArtifact] | None:
     return CompatibleHead if kind in CompatibleHead._kinds else None
 
 
-def _results_beside(directory: Path, part: Path) -> str | None:
-    """The results that the run's directory holds, looked for from the part upwards."""
-    for place in (part, *part.parents):
-        if (place / RESULTS_NAME).is_file():
-            return str(place / RESULTS_NAME)
-        if place == directory:
+def _results_beside(directory: Path, artifact: Path) -> str | None:
+    """Results in the run's directory, searched from the artifact upwards."""
+    for folder in (artifact, *artifact.parents):
+        if (folder / RESULTS_NAME).is_file():
+            return str(folder / RESULTS_NAME)
+        if folder == directory:
             break
     return None

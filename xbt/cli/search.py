@@ -1,7 +1,4 @@
-"""The job of ``xbt search``: the queries, an encoder for each part of the gallery, and the ranked items.
-
-The settings of ``xbt search``.
-"""
+"""The job of ``xbt search``: read queries, encode them for each part of the gallery, rank the items."""
 
 from __future__ import annotations
 
@@ -28,53 +25,53 @@ from xbt.store.layout import read_record
 
 @dataclass
 class Queries:
-    """What to search for."""
+    """Texts and images to search for."""
 
     texts: str | list[str] = field(default_factory=list)
-    """Texts; words without a flag are the same, and a lone - reads standard input."""
+    """Texts, also given as positional arguments; - reads standard input."""
     file: str | None = None
     """A file with a text on each line; - is standard input."""
     images: str | list[str] = field(default_factory=list)
-    """Pictures: files, or folders that are searched with the folders below them."""
+    """Image files, or folders, which are read with their subfolders."""
 
 
 @dataclass
 class SearchConfig:
-    """Search a gallery with texts or pictures.
+    """Search a gallery with texts or images.
 
-    Vectors of a foreign space are refused. While a gallery is backfilled, each part is searched by a model of
+    Vectors of another space are refused. While a gallery is backfilled, each part is searched with a model of
     its space, and the results are merged.
     """
 
     gallery: str
-    """The gallery's directory; a store will do as well, and is searched exactly, in memory."""
+    """Directory of a gallery, or of a store, which is searched exactly in memory."""
     encoder: str
-    """What makes the queries: an encoder such as open_clip:ViT-B-32-quickgelu/openai, or the directory or Hub
-    repository (org/name@revision) of a compatible encoder or a projection."""
+    """Encoder of the queries: a specification such as open_clip:ViT-B-32-quickgelu/openai, or the directory
+    or Hub repository (org/name@revision) of a compatible encoder or a projection."""
     queries: Queries = field(default_factory=Queries)
-    """What to search for."""
+    """Texts and images to search for."""
     k: int = 10
-    """Results per query, at most as many as there are items."""
+    """Results per query, at most the number of items."""
     new: str | None = None
-    """The new encoder: it makes the queries of a backfilled part, and stands in for the one that a compatible
-    encoder or projection has on record."""
+    """New encoder: for queries to a backfilled part, and in place of the one that a compatible encoder or
+    projection has recorded."""
     old: str | None = None
-    """The old encoder, where an ensemble needs it and the one on record does not hold on this machine."""
+    """Old encoder, if an ensemble needs it and its recorded specification is not valid on this machine."""
     part: str | None = None
-    """Search this part alone: old or new."""
+    """Search only this part: old or new."""
     merge: str | None = None
-    """How the two parts of a gallery are merged: raw, rank, or a file; by default the gallery's own
-    merge.json, which xbt backfill --support writes."""
+    """Merge of the two parts' results: raw, rank, or a file; by default the gallery's merge.json, which xbt
+    backfill --support writes."""
     batch_size: int = 256
     """Queries per forward pass."""
     device: str | None = None
-    """Where the encoders run; the GPU if there is one."""
+    """Device of the encoders; by default the GPU if there is one."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
-            ConfigError: If a number is too small, or ``merge`` is of no use.
+            ConfigError: If a number is too small, or ``merge`` has no effect.
         """
         for name in ("k", "batch_size"):
             if getattr(self, name) < 1:
@@ -92,19 +89,19 @@ _MERGES = {"raw": RawMerge, "rank": RankMerge}
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found.
+    """Result of a search.
 
     Attributes:
-        gallery: Where.
-        queries: Texts, and after them the paths of pictures.
-        n_texts: How many of them are texts.
-        found: For each query the items and their scores.
+        gallery: Path of the gallery.
+        queries: Texts, then the paths of images.
+        n_texts: Number of texts.
+        hits: Items and scores of each query.
     """
 
     gallery: str
     queries: list[str]
     n_texts: int
-    found: Hits
+    hits: Hits
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form, with ranks from 1."""
@@ -113,7 +110,7 @@ class Answer:
                 {"rank": rank, "id": item, "score": float(score)}
                 for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1)
             ]
-            for items, scores in zip(self.found.ids, self.found.scores, strict=True)
+            for items, scores in zip(self.hits.ids, self.hits.scores, strict=True)
         ]
         kinds = ["text" if row < self.n_texts else "image" for row in range(len(self.queries))]
         return {
@@ -126,7 +123,7 @@ class Answer:
 
     def __str__(self) -> str:
         blocks = []
-        for query, items, scores in zip(self.queries, self.found.ids, self.found.scores, strict=True):
+        for query, items, scores in zip(self.queries, self.hits.ids, self.hits.scores, strict=True):
             width = len(str(len(items)))
             lines = [
                 f"  {rank:>{width}}  {score:7.4f}  {item}"
@@ -137,17 +134,14 @@ class Answer:
 
 
 def run_search(config: SearchConfig) -> Answer:
-    """Searches a gallery or a store.
-
-    Args:
-        config: What to search, with what, and for what.
+    """Search a gallery or a store.
 
     Returns:
-        The first k items of every query; print it.
+        The k best items of every query; print it.
 
     Raises:
-        XbtError: If there is no query, the gallery, an encoder or a picture cannot be used, or the queries
-            are of a foreign space.
+        XbtError: If there is no query, the gallery, an encoder or an image cannot be used, or the queries
+            are in another space.
     """
     queries = read_queries(config.queries)
     gallery = _open(config.gallery)
@@ -157,21 +151,21 @@ def run_search(config: SearchConfig) -> Answer:
     encoders = _encoders(config, parts, device)
     vectors = [_embed(encoder, queries, config.batch_size) for encoder in encoders]
     if merge is None:
-        found = gallery.search(vectors[0], config.k, encoders[0].space, parts[0].name)
+        hits = gallery.search(vectors[0], config.k, encoders[0].space, parts[0].name)
     else:
         spaces = encoders[0].space, encoders[1].space
-        found = gallery.search_mixed(vectors[0], vectors[1], config.k, merge, *spaces)
+        hits = gallery.search_mixed(vectors[0], vectors[1], config.k, merge, *spaces)
     texts, images = list(queries.texts), list(queries.images)
-    return Answer(config.gallery, texts + images, len(texts), found)
+    return Answer(config.gallery, texts + images, len(texts), hits)
 
 
 def read_queries(queries: Queries) -> Queries:
-    """The texts of all sources together, and the pictures of folders one by one.
+    """Collect the texts of all sources, and list the images of folders.
 
     Raises:
-        ConfigError: If there is no query at all.
+        ConfigError: If there is no query.
         DataError: If a text is blank or not valid Unicode, a file cannot be read, or a folder holds no
-            picture.
+            image.
     """
     texts, images = (
         [given] if isinstance(given, str) else given for given in (queries.texts, queries.images)
@@ -187,30 +181,30 @@ def read_queries(queries: Queries) -> Queries:
             raise DataError(f"query {number} is blank; write what to search for")
         if not is_unicode(text):
             raise DataError(f"query {number}, {text!r}, is not valid Unicode; write it in UTF-8")
-    pictures = []
+    files = []
     for image in images:
         path = Path(image).expanduser()
-        pictures += [str(path / name) for name in list_images(path)] if path.is_dir() else [str(path)]
-    if not texts and not pictures:
+        files += [str(path / name) for name in list_images(path)] if path.is_dir() else [str(path)]
+    if not texts and not files:
         raise ConfigError(
             'there is nothing to search for; give a text ("a dog on a beach"), --queries.file, '
             "--queries.images, or - to read texts from standard input"
         )
-    return replace(queries, texts=texts, file=None, images=pictures)
+    return replace(queries, texts=texts, file=None, images=files)
 
 
 def _open(path: str) -> Gallery:
-    """A gallery to be read; of a store, one in memory."""
-    found = open_source(path)
-    if isinstance(found, EmbeddingStore):
-        return Gallery.build(found.read(), found.ids, found.space)
-    return found
+    """Open a gallery for reading; load a store as a gallery in memory."""
+    source = open_source(path)
+    if isinstance(source, EmbeddingStore):
+        return Gallery.build(source.read(), source.ids, source.space)
+    return source
 
 
 def _parts(gallery: Gallery, chosen: str | None) -> list[PartSummary]:
-    """What is to be searched: the part that was asked for, or those that have items."""
+    """Parts to search: the one asked for, or all that have items."""
     if chosen is not None:
-        gallery.ids_of(chosen)  # which refuses a part that is not there
+        gallery.ids_of(chosen)  # refuses an unknown part
         return [part for part in gallery.parts if part.name == chosen]
     return [part for part in gallery.parts if part.count] or [gallery.parts[0]]
 
@@ -231,22 +225,22 @@ def _merge(config: SearchConfig, gallery: Gallery) -> Merge:
 
 
 def _encoders(config: SearchConfig, parts: list[PartSummary], device: str) -> list[DualEncoder]:
-    """For each part an encoder of its space; where there is none, the one that the gallery will refuse."""
-    known = [load_searcher(config, device)]
-    if isinstance(known[0], CompatibleEncoder):
-        known.append(known[0].new)
+    """An encoder for each part; where none fits, the main one, which the gallery refuses with a reason."""
+    candidates = [load_searcher(config, device)]
+    if isinstance(candidates[0], CompatibleEncoder):
+        candidates.append(candidates[0].new)
     chosen = []
     for part in parts:
-        fitting = _fitting(known, part)
+        fitting = _fitting(candidates, part)
         if fitting is None and config.new is not None:
-            known.append(load_encoder(config.new, device))
-            fitting = _fitting(known, part)
+            candidates.append(load_encoder(config.new, device))
+            fitting = _fitting(candidates, part)
         if fitting is None and len(parts) > 1:
             raise ConfigError(
-                f"the part {part.name!r} of {config.gallery} is of the space {part.space}; give its encoder "
+                f"the part {part.name!r} of {config.gallery} is in the space {part.space}; give its encoder "
                 f"as --{'encoder' if part is parts[0] else 'new'}, or search one part with --part"
             )
-        chosen.append(fitting or known[0])
+        chosen.append(fitting or candidates[0])
     return chosen
 
 
@@ -254,15 +248,13 @@ def _fitting(encoders: list[DualEncoder], part: PartSummary) -> DualEncoder | No
     space = part.space
     if space is None:
         return encoders[0] if encoders[0].dim == part.dim else None
-    return next((each for each in encoders if each.dim == space.dim and space.same_as(each.space)), None)
+    return next(
+        (encoder for encoder in encoders if encoder.dim == space.dim and space.same_as(encoder.space)), None
+    )
 
 
 def load_searcher(config: SearchConfig, device: str) -> DualEncoder:
-    """The encoder, compatible encoder or projection that a config names.
-
-    Raises:
-        XbtError: If it cannot be loaded.
-    """
+    """Load the encoder, compatible encoder or projection that a config names."""
     if config.encoder.startswith(BACKENDS):
         return load_encoder(config.encoder, device)
     source, revision = split_revision(config.encoder)
@@ -273,7 +265,7 @@ def load_searcher(config: SearchConfig, device: str) -> DualEncoder:
 
 
 def _embed(encoder: DualEncoder, queries: Queries, batch_size: int) -> Tensor:
-    """(n, dim) vectors: texts first, then pictures."""
+    """(n, dim) vectors: texts first, then images."""
     texts, images = list(queries.texts), list(queries.images)
     blocks = []
     if texts:
