@@ -1,16 +1,14 @@
-"""The identity of an embedding space: which model made the vectors, and how.
+"""The identity of an embedding space: the model that made the vectors, and its settings.
 
 Same dimension, other model is the silent failure: scores come out, and they mean nothing. A space therefore
-carries, besides names, a *probe*: the vectors its encoder gives for fixed texts and drawn images. Two spaces
-are the same when their probes agree, whatever they are called. A probe does not show every difference: where
-declared settings differ although the probes agree, the answer is *unverified*.
+has a *probe* besides its name: its encoder's vectors of sixteen fixed texts and four drawn images. Two spaces
+are the same when their probes agree, whatever their names. A probe does not show every difference. If the
+probes agree but declared settings differ, the result is *unverified*.
 
-The probe of every space: sixteen fixed texts and four drawn images.
-
-A probe must react to whatever makes two models' vectors incomparable. The texts differ in length, subject
-and punctuation. The images are chosen against resampling: two zone plates hold every spatial frequency, one
-larger and one smaller than any CLIP's input; the others show squashing in the place of cropping, and swapped
-colours or normalisation.
+A probe must react to everything that makes two models' vectors incomparable. The texts differ in length,
+subject and punctuation. Two zone plates hold every spatial frequency, so they show differences in resampling;
+one is larger and one smaller than any CLIP's input. The other images show squashing instead of cropping, and
+swapped colours or normalisation.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from torch import Tensor
 from xbt.errors import DataError, SpaceMismatchError, UnverifiedSpaceWarning
 
 PROBE_VERSION = 2
-"""Raised whenever a probe text or image changes; probes of different versions cannot be compared."""
+"""Incremented whenever a probe text or image changes; probes of different versions cannot be compared."""
 
 PROBE_TEXTS = (
     "a photo of a dog",
@@ -50,51 +48,23 @@ PROBE_TEXTS = (
     "3 apples, 2 pears & a knife",
 )
 """The sixteen fixed texts of a probe."""
-
-
-def draw_probe_images() -> list[Image.Image]:
-    """Draws the four fixed images: a large and a small zone plate, a disc off the middle, coloured dots.
-
-    Returns:
-        Four RGB images of 600×600, 48×48, 96×64 and 400×260 pixels, the same on every machine.
-    """
-    disc = Image.new("RGB", (96, 64), (30, 120, 60))
-    ImageDraw.Draw(disc).ellipse((16, 8, 64, 56), fill=(240, 200, 30))
-    return [_zone_plate(600), _zone_plate(48), disc, _dots(400, 260)]
-
-
-def _zone_plate(size: int) -> Image.Image:
-    """Rings that become finer outwards, at another rate in each colour: resampling changes all of them."""
-    y, x = np.mgrid[:size, :size].astype(np.float64)
-    squared = (x - 0.3 * size) ** 2 + (y - 0.4 * size) ** 2
-    planes = [127.5 + 127.5 * np.cos(np.pi * rate * squared / (2.2 * size)) for rate in (1.0, 1.3, 0.8)]
-    return Image.fromarray(np.rint(np.stack(planes, axis=-1)).astype(np.uint8))
-
-
-def _dots(width: int, height: int) -> Image.Image:
-    """Every pixel another colour, from Knuth's multiplicative hash of its number."""
-    numbers = np.arange(1, 3 * width * height + 1, dtype=np.uint64)
-    values = (numbers * np.uint64(2654435761) >> np.uint64(13)) & np.uint64(255)
-    return Image.fromarray(values.astype(np.uint8).reshape(height, width, 3))
-
-
 MAX_DIM = 2**20
 """Largest dimension of a space that is read."""
 
 SAME_COSINE = 0.999
-"""Two probes agree when every pair of their vectors has at least this cosine."""
+"""Minimum cosine of every pair of vectors of two probes that agree."""
 
 _TEXT_SETTINGS = ("text_activation", "text_cleaning", "context_length")
 
 
 class SpaceComparison(NamedTuple):
-    """A comparison of two spaces.
+    """The result of comparing two spaces.
 
     Attributes:
         same: Whether vectors of the two may be compared with each other.
-        verified: Whether that is sure. It is not where a probe is missing, so that only names could be
-            compared, nor where probes agree but declared settings differ.
-        reason: The ground on which they are distinguished, or taken for the same, in a few words.
+        verified: Whether this is certain. It is not if a probe is missing, so that only names were compared,
+            or if probes agree but declared settings differ.
+        reason: The reason in a few words.
     """
 
     same: bool
@@ -103,7 +73,7 @@ class SpaceComparison(NamedTuple):
 
     @property
     def state(self) -> Literal["same", "unverified", "other"]:
-        """The answer in one word: ``require`` accepts the first, warns at the second, refuses the third."""
+        """The result in one word; ``require`` accepts "same", warns at "unverified" and refuses "other"."""
         if not self.same:
             return "other"
         return "same" if self.verified else "unverified"
@@ -116,13 +86,13 @@ class EmbeddingSpace:
     Attributes:
         model: The encoder's specification, such as ``"open_clip:ViT-B-32-quickgelu/openai"``.
         dim: Dimension of the vectors.
-        preprocessing: Image backend, size, interpolation, mean and standard deviation, for people to read.
-        probe: (20, dim) float32 CPU tensor, the vectors of the probe's texts followed by those of its drawn
-            images (:mod:`xbt.space`); the texts' rows are zero where a model has no text tower. ``None`` when
-            the encoder itself was not at hand, and then only names can be compared.
-        revision: The commit of the model's Hub repository, where it is known.
+        preprocessing: Image backend, size, interpolation, mean and standard deviation.
+        probe: (20, dim) float32 CPU tensor: vectors of the probe's texts, then of its drawn images. The rows
+            of texts are zero for a model without a text tower. ``None`` if the encoder was not available;
+            then only names can be compared.
+        revision: The commit of the model's Hub repository, if known.
         normalisation: ``"unit"`` for rows of length 1, ``"none"`` for rows as the model gives them.
-        settings: What else the vectors depend on: activations, cleaning of texts, context length.
+        settings: Other settings that change vectors: activations, cleaning of texts, context length.
     """
 
     model: str
@@ -134,17 +104,17 @@ class EmbeddingSpace:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def agreement(self, other: EmbeddingSpace) -> float | None:
-        """Smallest cosine between the two probes' vectors, or ``None`` where a probe is missing."""
+        """Smallest cosine between the two probes' vectors, or ``None`` if a probe is missing."""
         cosines = self._cosines(other)
         return None if cosines is None else float(cosines.min())
 
     def compare(self, other: EmbeddingSpace) -> SpaceComparison:
-        """Compares two spaces: the same or not, sure or not, and the ground.
+        """Compare two spaces.
 
-        Probes decide where both spaces have one: every pair of probe vectors must have a cosine of at least
-        :data:`SAME_COSINE`. The answer is verified unless the preprocessing or settings that both declare
-        differ. Without probes the names decide, and revision and declared settings where both are known; such
-        an answer is never verified.
+        If both spaces have probes, every pair of probe vectors must have a cosine of at least
+        :data:`SAME_COSINE`. The result is verified unless preprocessing or settings that both declare differ.
+        Without probes the names decide, and revisions and declared settings if both spaces have them. Such a
+        result is never verified.
         """
         if self.dim != other.dim:
             return SpaceComparison(False, True, "their dimensions differ")
@@ -176,35 +146,37 @@ class EmbeddingSpace:
         return self.compare(other).same
 
     def require(self, other: EmbeddingSpace, what: str) -> None:
-        """Refuses a foreign space.
+        """Refuse another space.
 
         Args:
-            other: The space that was offered.
-            what: What was offered, such as ``"the query vectors"``.
+            other: The space of the vectors or model that was passed in.
+            what: Name of the thing that was passed in, such as ``"the query vectors"``.
 
         Raises:
-            SpaceMismatchError: If the spaces differ; the message names both and the ground.
+            SpaceMismatchError: If the spaces differ; the message names both and the reason.
 
         Warns:
             UnverifiedSpaceWarning: If a probe is missing and the space is accepted by its name alone, or the
-                probes agree and the declared settings differ.
+                probes agree but declared settings differ.
         """
-        found = self.compare(other)
-        if not found.same:
+        comparison = self.compare(other)
+        if not comparison.same:
             raise SpaceMismatchError(
-                f"the space of {what} is {other}, but {self} is needed ({found.reason}); "
+                f"the space of {what} is {other}, but {self} is needed ({comparison.reason}); "
                 "use the model that made it or project into that space"
             )
-        if not found.verified:
+        if not comparison.verified:
             warnings.warn(
-                f"the space of {what}, {other}, is unverified: {found.reason}",
+                f"the space of {what}, {other}, is unverified: {comparison.reason}",
                 UnverifiedSpaceWarning,
                 stacklevel=2,
             )
 
     @property
     def _declared(self) -> dict[str, Any]:
-        size = self.preprocessing.get("size")  # what images are resized to, unless they are cropped from more
+        size = self.preprocessing.get(
+            "size"
+        )  # resize_to is only declared if images are cropped from a larger size
         return {**({} if size is None else {"resize_to": size}), **self.preprocessing, **self.settings}
 
     def _cosines(self, other: EmbeddingSpace) -> Tensor | None:
@@ -248,10 +220,10 @@ class EmbeddingSpace:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote; a probe of another version cannot be compared and is dropped.
+        """Read the result of :meth:`to_dict`; a probe of another version is dropped.
 
         Raises:
-            DataError: If it is no object, or a value is missing or malformed.
+            DataError: If it is not an object, or a value is missing or malformed.
         """
         if not isinstance(data, Mapping):
             raise DataError(f"a space must be a JSON object, got a {type(data).__name__}; save it again")
@@ -269,10 +241,36 @@ class EmbeddingSpace:
         )
 
 
+def draw_probe_images() -> list[Image.Image]:
+    """Draw the four fixed images: a large and a small zone plate, an off-centre disc, coloured dots.
+
+    Returns:
+        Four RGB images of 600×600, 48×48, 96×64 and 400×260 pixels, the same on every machine.
+    """
+    disc = Image.new("RGB", (96, 64), (30, 120, 60))
+    ImageDraw.Draw(disc).ellipse((16, 8, 64, 56), fill=(240, 200, 30))
+    return [_zone_plate(600), _zone_plate(48), disc, _dots(400, 260)]
+
+
+def _zone_plate(size: int) -> Image.Image:
+    """Rings that become finer outwards, at a different rate per colour; any resampling changes them."""
+    y, x = np.mgrid[:size, :size].astype(np.float64)
+    squared = (x - 0.3 * size) ** 2 + (y - 0.4 * size) ** 2
+    planes = [127.5 + 127.5 * np.cos(np.pi * rate * squared / (2.2 * size)) for rate in (1.0, 1.3, 0.8)]
+    return Image.fromarray(np.rint(np.stack(planes, axis=-1)).astype(np.uint8))
+
+
+def _dots(width: int, height: int) -> Image.Image:
+    """Pseudo-random colours: Knuth's multiplicative hash of each pixel's number."""
+    numbers = np.arange(1, 3 * width * height + 1, dtype=np.uint64)
+    values = (numbers * np.uint64(2654435761) >> np.uint64(13)) & np.uint64(255)
+    return Image.fromarray(values.astype(np.uint8).reshape(height, width, 3))
+
+
 def _text(data: Mapping[str, Any], key: str) -> str:
     value: Any = data.get(key)
     try:
-        return str(value.encode(), "utf-8")  # half a surrogate cannot be encoded
+        return str(value.encode(), "utf-8")  # a lone surrogate cannot be encoded
     except (AttributeError, UnicodeEncodeError) as error:
         raise DataError(f"the {key} of a space must be text, got {_shown(value)}; save it again") from error
 
@@ -292,7 +290,7 @@ def _object(data: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    # Never the content of a container: it may be nested too deeply to be shown.
+    # Containers are not printed, because they may be nested too deeply.
     return f"{value!a:.80}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
@@ -302,7 +300,7 @@ def _probe(data: Mapping[str, Any], dim: int) -> Tensor | None:
         return None
     try:
         values = np.frombuffer(base64.b64decode(encoded), dtype="<f2").astype(np.float32).reshape(-1, dim)
-    except (TypeError, ValueError) as error:  # no text, no base64, no fp16 numbers, or not rows of dim
+    except (TypeError, ValueError) as error:  # not text, not base64, not fp16, or not rows of dim
         raise DataError(f"the probe of a space is damaged ({error}); save the space again") from error
     if not np.isfinite(values).all():
         raise DataError("the probe of a space holds NaN or infinite values; save the space again")

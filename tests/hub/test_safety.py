@@ -229,7 +229,7 @@ def test_what_was_saved_before_there_were_digests_loads(tmp_path):
         ("[" * 200_000 + "]" * 200_000, "nested too deeply"),
         ('{"a":' * 200_000 + "1" + "}" * 200_000, "nested too deeply"),
         ('{"kind": "linear", "new_dim": NaN}', "NaN is not a JSON number"),
-        ('{"kind": "linear", "new_dim": Infinity}', "Infinity is not a number"),
+        ('{"kind": "linear", "new_dim": Infinity}', "Infinity is not a JSON number"),
         ('{"new_dim": ' + "9" * 10_000 + "}", "not valid JSON"),
         ('{"pad": "' + "x" * (16 * 2**20) + '"}', "at most 16,777,216 are read"),
         ("\x00\x01", "not valid JSON"),

@@ -1,10 +1,4 @@
-"""A CLIP seen as two functions: texts to vectors and images to vectors.
-
-Multiplying a matrix into the last layer of each tower, so that mapping vectors costs nothing.
-
-A tower ends in z ∝ P x. The vectors of a linear map W of them are normalise(W z) = normalise((W P) x), so
-that replacing P by W P gives them without another step.
-"""
+"""The interface of every CLIP: texts and images to vectors, and folding a matrix into its towers."""
 
 from __future__ import annotations
 
@@ -53,111 +47,33 @@ from xbt.errors import (
 from xbt.images import ImageSource
 from xbt.space import PROBE_TEXTS, EmbeddingSpace, draw_probe_images
 
-
-def fold_layers(module: nn.Module, layers: Mapping[str, str], weight: Tensor, name: str) -> nn.Module:
-    """A module that shares all its weights with another one, but for its last layers.
-
-    Args:
-        module: The model, which is not changed.
-        layers: Per tower, the path of an ``nn.Linear``, or of an (in, dim) parameter that rows are
-            multiplied with.
-        weight: (out_dim, dim) matrix to multiply each of them with.
-        name: What to call the model in errors.
-
-    Raises:
-        EncoderError: If one of the layers is anything else.
-    """
-    folded = module
-    for tower, path in layers.items():
-        layer = _at(module, path)
-        if type(layer) is not nn.Linear and not (isinstance(layer, nn.Parameter) and layer.ndim == 2):
-            what = "nothing" if layer is None else f"a {type(layer).__name__}"
-            raise EncoderError(
-                f"the {tower} tower of {name} ends in {what} at {path}, not in a matrix, so the projection "
-                "cannot be folded into it; use it unfolded"
-            )
-        folded = _with_layer(folded, path, _composed(layer, weight))
-    return folded
-
-
-def has_path(module: nn.Module, path: str) -> bool:
-    """Whether a module has something at a dotted path."""
-    return _at(module, path) is not None
-
-
-def _at(module: Any, path: str) -> Any:
-    for step in path.split("."):
-        module = getattr(module, step, None)
-    return module
-
-
-def _composed(layer: nn.Linear | nn.Parameter, weight: Tensor) -> nn.Linear | nn.Parameter:
-    with torch.no_grad():
-        if isinstance(layer, nn.Parameter):
-            matrix = weight.to(layer.device, torch.float64)
-            return nn.Parameter((layer.double() @ matrix.T).to(layer.dtype), requires_grad=False)
-        old = layer.weight
-        matrix = weight.to(old.device, torch.float64)
-        bias = layer.bias is not None
-        made = nn.Linear(layer.in_features, len(weight), bias, device=old.device, dtype=old.dtype)
-        made.requires_grad_(False).train(layer.training)
-        made.weight.copy_(matrix @ old.double())
-        if bias:
-            made.bias.copy_(matrix @ layer.bias.double())
-        return made
-
-
-def _with_layer(module: nn.Module, path: str, layer: nn.Module | nn.Parameter) -> nn.Module:
-    """A shallow copy along the path; everything beside it is shared."""
-    step, _, rest = path.partition(".")
-    view = copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        view.__dict__[registry] = dict(getattr(module, registry))
-    setattr(view, step, _with_layer(getattr(module, step), rest, layer) if rest else layer)
-    return view
-
-
 Precision = Literal["fp32", "bf16"]
 
 MAX_SIDE = 4096
-"""Largest side in pixels that a model's preprocessing may make of an image."""
+"""Largest side in pixels of an image after a model's preprocessing."""
 MAX_CONTEXT = 2**16
-"""Most tokens per text."""
-
-
-def require_side(*sides: int) -> None:
-    """Refuses images of a size that no CLIP takes, before one is made.
-
-    Raises:
-        EncoderError: If a side has more than :data:`MAX_SIDE` pixels.
-    """
-    for side in sides:
-        if side > MAX_SIDE:
-            raise EncoderError(
-                f"the preprocessing makes images of {side} pixels a side, but at most {MAX_SIDE} are made; "
-                "check the model's config"
-            )
+"""Largest number of tokens per text."""
 
 
 class DualEncoder(ABC):
-    """One CLIP, whichever library it comes from.
+    """A CLIP of any library.
 
-    Vectors have unit length everywhere. ``embed_*`` are differentiable and stay on the encoder's device, for
-    training; ``encode_*`` take raw texts and images and return float32 CPU tensors, for everything else.
+    Vectors always have unit length. ``embed_*`` are differentiable and stay on the encoder's device, for
+    training. ``encode_*`` take raw texts and images and return float32 CPU tensors.
 
     Attributes:
-        name: The specification it was loaded from, such as ``"open_clip:ViT-B-32-quickgelu/openai"``.
+        name: The specification that it was loaded from, such as ``"open_clip:ViT-B-32-quickgelu/openai"``.
         module: The CLIP itself. Loaded encoders are frozen (``requires_grad`` is off), fp32 and in eval mode.
             peft wraps it once LoRA is added.
         dim: Dimension of the vectors.
         context_length: Number of tokens that texts are padded or cut to.
-        preprocessing: How images become pixels, as JSON-able values; part of the space.
-        image_transform: From an RGB image to (3, height, width) float32 pixels, always with PIL's own
-            resampling. Picklable and without weights, so that worker processes can be given it.
-        precision: What ``encode_*`` compute in: ``"fp32"``, or ``"bf16"``, which is autocast; the vectors are
-            float32 either way. ``embed_*`` leave it to the training loop.
-        lora_targets: Per tower, a regular expression for the modules that LoRA adapts by default.
-        revision: The commit of the model's Hub repository, where it is known.
+        preprocessing: Settings that turn images into pixels, as JSON-able values; part of the space.
+        image_transform: From an RGB image to (3, height, width) float32 pixels, always with PIL's
+            resampling. Picklable and without weights, for worker processes.
+        precision: Precision of ``encode_*``: ``"fp32"``, or ``"bf16"`` for autocast. The vectors are float32
+            in both cases. ``embed_*`` leave precision to the training loop.
+        lora_targets: Tower → regular expression for the modules that LoRA adapts by default.
+        revision: The commit of the model's Hub repository, if known.
     """
 
     lora_targets: ClassVar[dict[str, str]]
@@ -176,8 +92,8 @@ class DualEncoder(ABC):
         require_side(*preprocessing.get("size", ()))
         if context_length > MAX_CONTEXT:
             raise EncoderError(
-                f"'{name}' takes texts of {context_length} tokens, but at most {MAX_CONTEXT} are made; check "
-                "its config"
+                f"'{name}' takes texts of {context_length} tokens, but at most {MAX_CONTEXT} are allowed; "
+                "check its config"
             )
         self.name = name
         self.module = module
@@ -191,13 +107,13 @@ class DualEncoder(ABC):
     @property
     @abstractmethod
     def text_transform(self) -> TextTransform:
-        """From n texts to their tokens, padded or cut to the context; picklable, without weights."""
+        """Function from n texts to tokens, padded or cut to the context; picklable, without weights."""
 
     @abstractmethod
     def _text_features(self, tokens: Tensor) -> Tensor:
         """(n, dim) text vectors of any length, from (n, length) tokens.
 
-        Where the tower can, it takes fewer tokens than the context; whether that is exact gets tested.
+        A tower may take fewer tokens than the context; :attr:`short_context` tests if that is exact.
         """
 
     @abstractmethod
@@ -206,13 +122,13 @@ class DualEncoder(ABC):
 
     @abstractmethod
     def _towers(self) -> list[nn.Module]:
-        """The image and the text tower: the modules in which nearly all of the time is spent."""
+        """The image and the text tower: the modules that take nearly all of the time."""
 
     def folded(self, weight: Tensor) -> DualEncoder:
-        """An encoder whose vectors are mapped by a matrix before they are normalised, at no cost.
+        """Fold a matrix into the towers: vectors are mapped before they are normalised, at no cost.
 
         The last layer of each tower is replaced by its product with the matrix. All other weights are shared
-        with this encoder, which stays as it is.
+        with this encoder, which does not change.
 
         Args:
             weight: (out_dim, dim) matrix W.
@@ -236,7 +152,7 @@ class DualEncoder(ABC):
         return twin
 
     def _last_layers(self) -> dict[str, str]:
-        """Per tower, the path of the layer that makes the vectors."""
+        """Tower → path of the layer that makes the vectors."""
         raise EncoderError(
             f"it is not known how {type(self).__name__} makes its vectors, so nothing can be folded into "
             f"{self.name}; use the projection unfolded"
@@ -244,12 +160,12 @@ class DualEncoder(ABC):
 
     @property
     def _bare(self) -> Any:
-        # Without peft, which only passes calls on: its layers sit inside the model.
+        # Without peft's wrapper, which only forwards calls: its layers are inside the model.
         return self._clip.get_base_model() if hasattr(self.module, "get_base_model") else self.module
 
     @property
     def _clip(self) -> Any:
-        # The module again, for attributes that only the backend's classes have.
+        # The module typed as Any, for attributes that only the backend's classes have.
         return self.module
 
     @property
@@ -265,19 +181,20 @@ class DualEncoder(ABC):
 
     @property
     def space(self) -> EmbeddingSpace:
-        """The space of this encoder's vectors; its probe is computed at first use and kept."""
+        """The space of this encoder's vectors; its probe is computed at first use and cached."""
         if self._space is None:
-            # Probe texts that a short context cuts identify the model as well as whole ones: no warning.
+            # No warning about cut texts: cut probe texts identify a model as well as whole ones.
             texts, _ = self._encode_texts(list(PROBE_TEXTS), len(PROBE_TEXTS), precision="fp32")
             images = [(image, None) for image in draw_probe_images()]
-            probe = torch.cat([texts, *(each.vectors for each in self._encode_batches([images], 0, "fp32"))])
+            encoded = self._encode_batches([images], 0, "fp32")
+            probe = torch.cat([texts, *(batch.vectors for batch in encoded)])
             self._space = EmbeddingSpace(
                 self.name, self.dim, dict(self.preprocessing), probe, self.revision, settings=self.settings
             )
         return self._space
 
     def try_towers(self) -> None:
-        """Embeds one text and one image; an error of the model comes out as it is."""
+        """Embed one text and one image, so that errors of the model appear now."""
         with self._evaluating():
             self._text_features(self._moved(self.text_transform([PROBE_TEXTS[0]]).tokens))
             pixels = self.image_transform(draw_probe_images()[2])
@@ -290,36 +207,35 @@ class DualEncoder(ABC):
         return describe_model(text, image, self.text_transform, self.context_length)
 
     def invalidate_space(self) -> None:
-        """Forgets the probe and :attr:`short_context`; call it whenever the weights have changed."""
+        """Forget the probe and :attr:`short_context`; call this whenever the weights have changed."""
         self._space = None
         self._short_context = None
 
     @property
     def short_context(self) -> ShortContext | None:
-        """The padding that need not be computed, or ``None`` if all of it counts.
+        """Padding that can be skipped, or ``None`` if all of it counts.
 
-        Found out at first use, by encoding a few texts both ways, and kept.
+        Tested at first use by encoding a few texts both ways, and cached.
         """
         if self._short_context is None:
             probes, _ = self.text_transform(list(PROBES))
             with self._evaluating():
-                found = find_short_context(self._text_features, probes.to(self.device))
-            self._short_context = (found,)
+                self._short_context = (find_short_context(self._text_features, probes.to(self.device)),)
         return self._short_context[0]
 
     def compile_towers(self) -> Self:
-        """Compiles both towers with ``torch.compile``, and returns the encoder itself.
+        """Compile both towers with ``torch.compile``, and return the encoder itself.
 
-        The first batches of each shape then take minutes, the following ones less time; it pays on a GPU
-        when very much is encoded. Vectors change by rounding.
+        The first batches of each shape then take minutes, and later ones less time. This pays off on a GPU
+        for very large jobs. Vectors change by rounding.
         """
-        _ = self.short_context  # found out before, because its probes have shapes that never occur again
+        _ = self.short_context  # before compiling, because the shapes of its probes never occur again
         for tower in self._towers():
             tower.compile()
         return self
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves the weights, merged LoRA included, and returns the encoder itself."""
+        """Move the weights, merged LoRA included, and return the encoder itself."""
         target = torch.device(device)
         if not hasattr(self.module, "peft_config"):
             self.module.to(target)
@@ -331,7 +247,7 @@ class DualEncoder(ABC):
         return self
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Tokenises texts, padded or cut to the context length.
+        """Tokenise texts, padded or cut to the context length.
 
         Args:
             texts: n texts.
@@ -341,10 +257,10 @@ class DualEncoder(ABC):
 
         Raises:
             DataError: If a single string is given instead of a list, or an item is not a string.
-            EncoderError: If the tokenizer gives an id the model does not know.
+            EncoderError: If the tokenizer gives an id that the model does not know.
 
         Warns:
-            TruncationWarning: If texts were cut; it says how many.
+            TruncationWarning: With the number of texts that were cut, if any.
         """
         checked = as_texts(texts)
         tokens, cut = self.text_transform(checked)
@@ -352,17 +268,17 @@ class DualEncoder(ABC):
         return tokens
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """Turns an RGB image into (3, height, width) float32 pixels with :attr:`image_transform`."""
+        """Turn an RGB image into (3, height, width) float32 pixels with :attr:`image_transform`."""
         return self.image_transform(image)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Embeds tokens differentiably.
+        """Embed tokens differentiably.
 
-        Padding that changes nothing is cut off first, which is exact in vectors and gradients.
+        Padding that changes nothing is cut off first. Vectors and gradients stay exact.
 
         Args:
-            tokens: (n, length) int64 on any device; ``length`` is the context length or, where
-                :attr:`short_context` is known to be exact, less.
+            tokens: (n, length) int64 on any device; ``length`` is the context length, or less if the encoder
+                has a :attr:`short_context`.
 
         Returns:
             (n, dim) unit rows on the encoder's device.
@@ -372,20 +288,20 @@ class DualEncoder(ABC):
         return self._embed_whole(tokens)
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
-        """Embeds (n, 3, H, W) pixels as (n, dim) unit rows on the encoder's device, differentiably."""
+        """Embed (n, 3, H, W) pixels as (n, dim) unit rows on the encoder's device, differentiably."""
         return normalize(self._image_features(self._moved(pixels)).float(), dim=-1)
 
     def encode_texts(
         self, texts: Sequence[str], batch_size: int = 256, progress: bool = False, num_workers: int = 0
     ) -> Tensor:
-        """Encodes texts: each distinct one once, and without padding that changes nothing.
+        """Encode each distinct text once, without padding that changes nothing.
 
         Args:
             texts: n texts.
-            batch_size: Most texts per forward pass. On CUDA that is meant at full context, and as many more
-                short ones are taken as make the same number of tokens.
+            batch_size: Maximum number of texts per forward pass. On CUDA this holds for texts of full
+                context; batches of shorter texts are larger, up to the same number of tokens.
             progress: Whether to show a progress bar on stderr.
-            num_workers: Processes that tokenise ahead; with 0 it is done in this process.
+            num_workers: Processes that tokenise ahead; 0 tokenises in this process.
 
         Returns:
             (n, dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
@@ -394,7 +310,7 @@ class DualEncoder(ABC):
             DataError: If the texts are not a list of strings, or the model returns NaN.
 
         Warns:
-            TruncationWarning: Once, with the number of texts that were cut.
+            TruncationWarning: Once, with the number of texts that were cut, if any.
         """
         checked = as_texts(texts)
         vectors, cut = self._encode_texts(checked, batch_size, progress, num_workers, self.precision)
@@ -408,14 +324,14 @@ class DualEncoder(ABC):
         progress: bool = False,
         num_workers: int = 0,
     ) -> Tensor:
-        """Encodes images, decoding them batch by batch.
+        """Encode images, decoding them batch by batch.
 
         Args:
             images: n PIL images, paths, or bytes of encoded images.
             batch_size: Images per forward pass.
             progress: Whether to show a progress bar on stderr.
-            num_workers: Processes that read and preprocess images while the model computes, at most two
-                batches each ahead; with 0 only one batch is held at a time.
+            num_workers: Processes that read and preprocess images while the model computes, each at most two
+                batches ahead; with 0 only one batch is in memory at a time.
 
         Returns:
             (n, dim) float32 CPU tensor with unit rows and without a graph; n may be 0.
@@ -429,7 +345,7 @@ class DualEncoder(ABC):
         parts = [torch.zeros(0, self.dim)]
         with tqdm(total=len(items), unit="image", disable=not progress, file=sys.stderr) as bar:
             batches = numbered(items, batch_size)
-            num_workers = min(num_workers, -(-len(items) // batch_size))  # no more than there is to do
+            num_workers = min(num_workers, -(-len(items) // batch_size))  # no idle workers
             for encoded in self._encode_batches(batches, num_workers, self.precision):
                 if encoded.rejected:
                     raise ImageError(encoded.rejected[min(encoded.rejected)])
@@ -440,20 +356,20 @@ class DualEncoder(ABC):
     def encode_image_batches(
         self, batches: Iterable[Sequence[ImageSource]], num_workers: int = 0
     ) -> Iterator[EncodedImages]:
-        """Encodes a stream of batches of images.
+        """Encode a stream of batches of images.
 
         Args:
-            batches: PIL images, paths, or bytes of encoded images, in batches that each are one forward
-                pass. Consumed in the calling process, at most two batches per worker ahead.
-            num_workers: Processes that read and preprocess images while the model computes; with 0 it is done
-                in this process, with the same results.
+            batches: PIL images, paths, or bytes of encoded images; one forward pass per batch. Consumed in
+                the calling process, at most two batches per worker ahead.
+            num_workers: Processes that read and preprocess images while the model computes; 0 does this in
+                the calling process, with the same results.
 
         Yields:
-            One result per batch, in order. Images that cannot be read are reported in it, not raised.
+            One result per batch, in order. It lists images that cannot be read; they raise no error.
 
         Raises:
             DataError: If the model returns NaN, the system rather than an image is at fault, or a worker
-                dies. Whatever ``batches`` raises comes out after the results of the batches before it.
+                dies. An exception of ``batches`` is raised after the results of the batches before it.
         """
         named = ([(source, None) for source in batch] for batch in batches)
         return self._encode_batches(named, num_workers, self.precision)
@@ -466,7 +382,7 @@ class DualEncoder(ABC):
         num_workers: int = 0,
         precision: Precision = "fp32",
     ) -> tuple[Tensor, int]:
-        """(n, dim) vectors, and how many of the texts were cut."""
+        """(n, dim) vectors, and the number of texts that were cut."""
         require_positive(batch_size)
         distinct = DistinctTexts.of(texts)
         times = distinct.where.bincount(minlength=len(distinct.texts))
@@ -485,7 +401,7 @@ class DualEncoder(ABC):
                 for broken in not_finite(vectors[window])[:1]:
                     self._raise_nan("text", distinct.first(start + broken))
                 n_cut += int(times[window][cut].sum())
-        # Copied only where a text occurs twice.
+        # A copy is only needed if a text occurs twice.
         return vectors if len(vectors) == len(texts) else vectors[distinct.where], n_cut
 
     def _encode_batches(
@@ -493,18 +409,18 @@ class DualEncoder(ABC):
     ) -> Iterator[EncodedImages]:
         decoded = decode_batches(batches, self.image_transform, num_workers, pin_memory=self._on_cuda)
         launched = (
-            (each, self._launch(self.embed_pixels, each.pixels, precision) if each.kept else self._nothing)
-            for each in decoded
+            (batch, self._launch(self.embed_pixels, batch.pixels, precision) if batch.kept else self._nothing)
+            for batch in decoded
         )
         seen = 0
-        for each, vectors in received(launched):
+        for batch, vectors in received(launched):
             for broken in not_finite(vectors)[:1]:
-                self._raise_nan("image", seen + each.kept[broken])
-            seen += len(each.kept) + len(each.rejected)
-            yield EncodedImages(vectors, each.kept, each.rejected, each.notes)
+                self._raise_nan("image", seen + batch.kept[broken])
+            seen += len(batch.kept) + len(batch.rejected)
+            yield EncodedImages(vectors, batch.kept, batch.rejected, batch.notes)
 
     def _launch(self, embed: Callable[[Tensor], Tensor], batch: Tensor, precision: Precision) -> HostCopy:
-        # Entered for every batch: nothing of it may last while a caller of a generator does other things.
+        # Entered per batch, so that eval mode and autocast don't leak while the generator is suspended.
         with self._evaluating(), self._autocast(precision):
             return HostCopy(embed(batch))
 
@@ -516,7 +432,7 @@ class DualEncoder(ABC):
         return normalize(self._text_features(self._moved(tokens)).float(), dim=-1)
 
     def _moved(self, batch: Tensor) -> Tensor:
-        # Copied while the device computes, if it lies in page-locked memory.
+        # From page-locked memory this copies while the device computes.
         return batch.to(self.device, non_blocking=self._on_cuda)
 
     @property
@@ -530,7 +446,7 @@ class DualEncoder(ABC):
     def _autocast(self, precision: Precision) -> AbstractContextManager[Any]:
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision is {precision!r}, but must be 'fp32' or 'bf16'")
-        # Also switched off, so that vectors do not depend on where in a training loop they are made.
+        # Explicitly off for fp32, so that a training loop's autocast does not change the vectors.
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
     def _raise_nan(self, unit: str, number: int) -> NoReturn:
@@ -540,12 +456,12 @@ class DualEncoder(ABC):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Eval mode without gradients; afterwards every module is back in the mode it was in."""
+        """Eval mode without gradients; afterwards every module gets its former mode back."""
         training = [module for module in self.module.modules() if module.training]
         if training:
             self.module.eval()
         try:
-            # Not inference_mode: its tensors cannot take part in autograd, and users train on the vectors.
+            # Not inference_mode: autograd refuses its tensors, and users train on the vectors.
             with torch.no_grad():
                 yield
         finally:
@@ -563,3 +479,81 @@ class DualEncoder(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}('{self.name}', dim={self.dim})"
+
+
+def require_side(*sides: int) -> None:
+    """Refuse sides of more than :data:`MAX_SIDE` pixels with an EncoderError, before an image is made."""
+    for side in sides:
+        if side > MAX_SIDE:
+            raise EncoderError(
+                f"the preprocessing makes images of {side} pixels a side, but at most {MAX_SIDE} are "
+                "allowed; check the model's config"
+            )
+
+
+def fold_layers(module: nn.Module, layers: Mapping[str, str], weight: Tensor, name: str) -> nn.Module:
+    """Multiply a matrix into the last layer of each tower, so that mapping vectors costs nothing.
+
+    A tower ends in z ∝ P x. Mapped by W, its unit vectors are normalise(W z) = normalise((W P) x), so that
+    replacing P by W P gives the mapped vectors without another step.
+
+    Args:
+        module: The model, which is not changed.
+        layers: Tower → path of an ``nn.Linear``, or of an (in, dim) parameter that rows are multiplied with.
+        weight: (out_dim, dim) matrix to multiply each of them with.
+        name: Name of the model in errors.
+
+    Returns:
+        A module that shares all other weights with the model.
+
+    Raises:
+        EncoderError: If one of the layers is of another type.
+    """
+    folded = module
+    for tower, path in layers.items():
+        layer = _at(module, path)
+        if type(layer) is not nn.Linear and not (isinstance(layer, nn.Parameter) and layer.ndim == 2):
+            last = "nothing" if layer is None else f"a {type(layer).__name__}"
+            raise EncoderError(
+                f"the {tower} tower of {name} ends in {last} at {path}, not in a matrix, so the projection "
+                "cannot be folded into it; use it unfolded"
+            )
+        folded = _with_layer(folded, path, _composed(layer, weight))
+    return folded
+
+
+def has_path(module: nn.Module, path: str) -> bool:
+    """True if a module has an attribute at a dotted path."""
+    return _at(module, path) is not None
+
+
+def _at(module: Any, path: str) -> Any:
+    for step in path.split("."):
+        module = getattr(module, step, None)
+    return module
+
+
+def _composed(layer: nn.Linear | nn.Parameter, weight: Tensor) -> nn.Linear | nn.Parameter:
+    with torch.no_grad():
+        if isinstance(layer, nn.Parameter):
+            matrix = weight.to(layer.device, torch.float64)
+            return nn.Parameter((layer.double() @ matrix.T).to(layer.dtype), requires_grad=False)
+        old = layer.weight
+        matrix = weight.to(old.device, torch.float64)
+        bias = layer.bias is not None
+        product = nn.Linear(layer.in_features, len(weight), bias, device=old.device, dtype=old.dtype)
+        product.requires_grad_(False).train(layer.training)
+        product.weight.copy_(matrix @ old.double())
+        if bias:
+            product.bias.copy_(matrix @ layer.bias.double())
+        return product
+
+
+def _with_layer(module: nn.Module, path: str, layer: nn.Module | nn.Parameter) -> nn.Module:
+    """A copy with another layer at a path; modules outside of the path are shared."""
+    step, _, rest = path.partition(".")
+    view = copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        view.__dict__[registry] = dict(getattr(module, registry))
+    setattr(view, step, _with_layer(getattr(module, step), rest, layer) if rest else layer)
+    return view

@@ -1,4 +1,4 @@
-"""Checks on what encoders are given and what they give."""
+"""Checks of an encoder's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def as_texts(texts: Sequence[str]) -> list[str]:
     """The texts as a list.
 
     Raises:
-        DataError: If they are a single string, or one of them is no valid text.
+        DataError: If they are a single string, or one of them is not valid text.
     """
     if isinstance(texts, str | bytes):
         raise DataError(f"texts must be a list of strings, got the single text {texts!r}; write [text]")
@@ -29,7 +29,7 @@ def as_texts(texts: Sequence[str]) -> list[str]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"texts[{number}] is not valid Unicode: {text!r} has half a surrogate") from error
+            raise DataError(f"texts[{number}] is not valid Unicode: {text!r} has a lone surrogate") from error
     return items
 
 
@@ -37,14 +37,14 @@ def as_images(images: Sequence[ImageSource]) -> Sequence[ImageSource]:
     """The images as a sequence.
 
     Raises:
-        DataError: If they are a single image, or a Dataset whose end is not known or is not where it says.
+        DataError: If they are a single image, or a Dataset without a length or with a wrong one.
     """
     if isinstance(images, str | bytes | os.PathLike | Image.Image):
         raise DataError(f"images must be a list, got a single {type(images).__name__}; write [image]")
-    # A sequence is left as it is: it may read its images only when they are asked for.
+    # A sequence is not copied: it may read its images lazily.
     if isinstance(images, Sequence) or not hasattr(images, "__getitem__"):
         return images if isinstance(images, Sequence) else list(images)
-    # A Dataset of torch need not end by itself: only its length tells.
+    # Iterating over a torch Dataset may never end, so its length is needed.
     if not hasattr(images, "__len__"):
         raise DataError(
             f"images is a {type(images).__name__} without a length; give a list, or define __len__"
@@ -58,7 +58,7 @@ def as_images(images: Sequence[ImageSource]) -> Sequence[ImageSource]:
 
 
 def numbered(images: Sequence[ImageSource], batch_size: int) -> Iterator[list[NamedImage]]:
-    """Batches in which images without a path are called by their number."""
+    """Batches of images; those without a path are named by their number."""
     for start in range(0, len(images), batch_size):
         batch: list[NamedImage] = []
         for number in range(start, min(start + batch_size, len(images))):
@@ -68,12 +68,12 @@ def numbered(images: Sequence[ImageSource], batch_size: int) -> Iterator[list[Na
 
 
 def require_positive(batch_size: int) -> None:
-    """Refuses batches of nothing with a ConfigError."""
+    """Refuse a batch size below 1 with a ConfigError."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1")
 
 
 def not_finite(vectors: Tensor) -> list[int]:
-    """The rows in which a value is NaN or infinite."""
+    """Rows that hold NaN or infinite values."""
     rows: list[int] = torch.nonzero(~torch.isfinite(vectors).all(dim=1)).flatten().tolist()
     return rows
