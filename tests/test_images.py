@@ -279,7 +279,7 @@ def test_want_of_memory_is_no_fault_of_the_image(picture, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(Image.Image, "convert", fail)
-    with pytest.raises(DataError, match=r"image a/b cannot be read for want of memory; .* run") as caught:
+    with pytest.raises(DataError, match=r"image a/b cannot be read: memory ran out; .* run") as caught:
         read_image(data, name="a/b")
     assert not isinstance(caught.value, ImageError)
 

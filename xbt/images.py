@@ -1,7 +1,4 @@
-"""Reading images.
-
-Image formats that Pillow reads only where another package, or a newer Pillow, helps it.
-"""
+"""Reading of images, including formats that Pillow only reads with a plugin package or in a newer version."""
 
 from __future__ import annotations
 
@@ -24,20 +21,20 @@ from PIL import Image, UnidentifiedImageError
 
 from xbt.errors import DataError, ImageError
 
-HEAD = 16
-"""Bytes at the beginning of a file that tell these formats."""
+_HEAD = 16
+"""Number of bytes at the start of a file that identify a plugin's format."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """What it takes to read a format.
+    """Pillow plugin for an image format.
 
     Attributes:
-        format: Its name.
-        suffix: Its usual suffix.
-        begins: What its files begin with.
-        module: The module that teaches Pillow to read it.
-        package: How to install that.
+        format: Name of the format.
+        suffix: Usual suffix of its files.
+        begins: Pattern of the first bytes of its files.
+        module: Module of the plugin.
+        package: Package that contains the module.
     """
 
     format: str
@@ -47,7 +44,7 @@ class Plugin:
     package: str
 
     def load(self) -> bool:
-        """Whether Pillow reads the format, once the module has been imported where there is one."""
+        """Import the plugin if necessary and installed; return True if Pillow can then read the format."""
         return _load(self)
 
 
@@ -65,7 +62,7 @@ _PLUGINS = (
 
 
 def plugin_for(head: bytes) -> Plugin | None:
-    """The plugin for what begins with these bytes; ``None`` for what no plugin makes readable."""
+    """Return the plugin for a file that begins with these bytes; ``None`` if there is none."""
     return next((plugin for plugin in _PLUGINS if plugin.begins.match(head)), None)
 
 
@@ -76,7 +73,7 @@ def _load(plugin: Plugin) -> bool:
             module = import_module(plugin.module)
         except ImportError:
             return False
-        if plugin.module == "pillow_heif":  # the others register themselves when they are imported
+        if plugin.module == "pillow_heif":  # the others register themselves on import
             module.register_heif_opener()
     return plugin.suffix in Image.registered_extensions()
 
@@ -84,14 +81,14 @@ def _load(plugin: Plugin) -> bool:
 ImageSource = Image.Image | str | os.PathLike[str] | bytes
 
 MAX_PIXELS = 89_478_485
-"""Images with more pixels are refused undecoded, as decompression bombs; it is Pillow's own warning level."""
+"""Maximum number of pixels, at which Pillow warns of decompression bombs; larger images are not decoded."""
 MAX_ASPECT_RATIO = 100
-"""Images that are this many times longer than wide are refused: a CLIP resizes the shorter side to a few
-hundred pixels, which would make the longer one gigantic."""
+"""Maximum ratio of the longer to the shorter side. A CLIP resizes the shorter side to a few hundred pixels,
+which would make the longer side of a narrower image huge."""
 
 _DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...
 _WORDS = {"1": "black and white", "L": "grayscale", "LA": "grayscale", "P": "palette", "PA": "palette"}
-_NOT_THE_IMAGE = (
+_SYSTEM_ERRORS = (
     errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
     errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
     errno.ENETDOWN, errno.ENETUNREACH,
@@ -100,14 +97,14 @@ _URL = re.compile(r"\s*(?:[a-z][a-z0-9+.-]+://|https?:/|data:image/)", re.IGNORE
 
 
 def is_url(text: str) -> bool:
-    """True if a text that stands for an image is a URL, which is no path and is never fetched."""
+    """Return True if a string that names an image is a URL; URLs are never fetched."""
     return _URL.match(text) is not None
 
 
 class ListedPath(str):
-    """A path that knows the folder it was listed from, which tells a lost file from a lost disk.
+    """A path with the folder it was listed from, to distinguish a missing file from an unmounted disk.
 
-    It is refused when it leads out of that folder: such a name comes from a file that somebody else wrote.
+    A path that leaves the folder is refused, because names come from untrusted files.
 
     Attributes:
         root: The folder.
@@ -116,21 +113,21 @@ class ListedPath(str):
     root: str
 
     def __new__(cls, path: str, root: str) -> Self:
-        """Joins nothing: the path holds the root already."""
-        made = super().__new__(cls, path)
-        made.root = root
-        return made
+        """Keep a path that already includes the root."""
+        listed = super().__new__(cls, path)
+        listed.root = root
+        return listed
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # for pickling
         return str(self), self.root
 
 
 class ReadImage(NamedTuple):
-    """An image, and what was lost on the way.
+    """A decoded image, and a note of what was lost in the conversion.
 
     Attributes:
         image: RGB, completely decoded.
-        note: What was converted or dropped, such as ``"CMYK converted to RGB"`` or ``"first of 12 frames"``;
+        note: The conversions and losses, such as ``"CMYK converted to RGB"`` or ``"first of 12 frames"``;
             ``None`` if the image was plain RGB.
     """
 
@@ -139,24 +136,25 @@ class ReadImage(NamedTuple):
 
 
 def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
-    """Decodes one image completely, converts it to RGB and says what that changed.
+    """Decode one image completely, convert it to RGB, and note what the conversion changed.
 
-    As in CLIP's own preprocessing, colour profiles and EXIF orientation are not applied, transparency is
-    dropped rather than blended, and of several frames the first is taken.
+    As in CLIP's own preprocessing, colour profiles and EXIF orientation are ignored, transparency is dropped
+    rather than blended, and only the first of several frames is used.
 
     Args:
         source: A PIL image, a path, or the bytes of an encoded image.
-        name: What to call it in an error; a path names itself.
+        name: Name of the image in error messages; the path by default.
 
     Returns:
         The RGB image and the note.
 
     Raises:
-        ImageError: If the file is missing, no regular file, unreadable, empty, truncated or not an image; is
-            a URL, or a listed path that leads out of its folder; has more than :data:`MAX_PIXELS` pixels or
-            an aspect ratio above :data:`MAX_ASPECT_RATIO`; or has more than 8 bits per pixel in one channel
-            (converting clips these). Whatever a decoder raises becomes an ImageError.
-        DataError: If the system, not the image, is at fault: a disk or network fails, memory or open files
+        ImageError: If the file is missing, not a regular file, unreadable, empty, truncated or not an image.
+            If it is a URL, or a listed path that leaves its folder. If it has more than :data:`MAX_PIXELS`
+            pixels, an aspect ratio above :data:`MAX_ASPECT_RATIO`, or more than 8 bits per pixel in one
+            channel (the conversion would clip these). Any other error of a decoder also becomes an
+            ImageError.
+        DataError: If the system, not the image, is at fault: a disk or network fails, memory or file handles
             run out, or the folder that the image was listed from is gone.
     """
     label = _label(source, name)
@@ -165,7 +163,7 @@ def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
             _check_size(opened)
             notes = _conversions(opened)
             opened.load()
-            _check_size(opened)  # an icon's header may tell another size than the image in it
+            _check_size(opened)  # an icon's header may give another size than the image in it
             image = opened.convert("RGB")
             notes += _dropped_frames(opened)
     except ImageError as error:
@@ -173,7 +171,7 @@ def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
     except FileNotFoundError as error:
         _require_folder(source, label, error)
         raise ImageError(f"image {label} does not exist") from error
-    except UnidentifiedImageError as error:  # its own message holds an address in memory
+    except UnidentifiedImageError as error:  # its message contains a memory address
         raise ImageError(f"image {label} cannot be decoded: it is in no format that Pillow reads") from error
     except Exception as error:  # decoders raise struct.error, EOFError, OverflowError, ...
         blame_the_system(error, f"image {label}")
@@ -183,15 +181,15 @@ def read_image(source: ImageSource, name: str | None = None) -> ReadImage:
 
 
 def load_image(source: ImageSource, name: str | None = None) -> Image.Image:
-    """Decodes one image completely and converts it to RGB: :func:`read_image` without the note."""
+    """Decode one image completely and convert it to RGB: :func:`read_image` without the note."""
     return read_image(source, name).image
 
 
 @contextmanager
 def _caught_warnings() -> Iterator[list[str]]:
-    """Gathers what Pillow warns of, in the list that it gives; it is complete at the end."""
+    """Collect Pillow's warnings in the yielded list, which is complete when the context ends."""
     texts: list[str] = []
-    # Catching changes the process's state: done in several threads at once, it would swallow other warnings.
+    # Catching warnings changes global state: in several threads at once, it would swallow other warnings.
     if threading.current_thread() is not threading.main_thread():
         yield texts
         return
@@ -200,7 +198,7 @@ def _caught_warnings() -> Iterator[list[str]]:
         try:
             yield texts
         finally:
-            # A bomb's warning tells nothing that _check_size does not; the other ones belong to the note.
+            # _check_size already covers the decompression-bomb warning; all others belong in the note.
             texts += [_one_line(warning.message) for warning in caught]
 
 
@@ -224,8 +222,8 @@ def _open(source: ImageSource) -> AbstractContextManager[Image.Image]:
             raise ImageError("is empty: it has zero bytes")
         return _identify(io.BytesIO(source))
     _require_path(source)
-    status = os.stat(source)  # noqa: PTH116 - a Path would be made for every one of millions of strings
-    # Opening a FIFO waits for a writer that may never come; a device may never end.
+    status = os.stat(source)  # noqa: PTH116 - avoid a Path per image, of which there may be millions
+    # Opening a FIFO may wait forever for a writer; reading a device may never end.
     if not stat.S_ISREG(status.st_mode):
         kind = "directory" if stat.S_ISDIR(status.st_mode) else "pipe, socket or device"
         raise ImageError(f"is a {kind}, not a file")
@@ -238,7 +236,7 @@ def _require_path(source: str | os.PathLike[str]) -> None:
     path = os.fspath(source)
     if is_url(path):
         raise ImageError("is a URL, which is not fetched; download it first, for example with img2dataset")
-    # Almost every path can be seen to be in its folder.
+    # Fast path: almost every path visibly starts with its folder.
     if isinstance(source, ListedPath) and (".." in path or not path.startswith(f"{source.root}/")):
         root = os.path.abspath(source.root)  # noqa: PTH100
         if os.path.commonpath([root, os.path.abspath(path)]) != root:  # noqa: PTH100
@@ -249,7 +247,7 @@ def _identify(source: Path | io.BytesIO) -> Image.Image:
     try:
         return Image.open(source)
     except UnidentifiedImageError:
-        head = source.getvalue()[:HEAD] if isinstance(source, io.BytesIO) else _first_bytes(source)
+        head = source.getvalue()[:_HEAD] if isinstance(source, io.BytesIO) else _first_bytes(source)
         plugin = plugin_for(head)
         if plugin is None:
             raise
@@ -262,13 +260,13 @@ def _identify(source: Path | io.BytesIO) -> Image.Image:
 
 def _first_bytes(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(HEAD)
+        return file.read(_HEAD)
 
 
 def _check_size(opened: Image.Image) -> None:
-    """Looks at what the header says, before anything is decoded."""
+    """Check the header before anything is decoded."""
     if opened.format == "EPS":
-        raise ImageError("is PostScript, which is a program to be run; convert it to PNG")
+        raise ImageError("is PostScript, which is a program and is never run; convert it to PNG")
     width, height = opened.size
     if width * height > MAX_PIXELS:
         raise ImageError(f"has {width} x {height} pixels, more than the {MAX_PIXELS} that are accepted")
@@ -280,7 +278,7 @@ def _check_size(opened: Image.Image) -> None:
 
 
 def _conversions(opened: Image.Image) -> list[str]:
-    """What ``convert("RGB")`` is going to change."""
+    """List the changes that ``convert("RGB")`` will make."""
     mode = opened.mode
     if mode.split(";")[0] in _DEEP_MODES:
         raise ImageError(
@@ -288,7 +286,7 @@ def _conversions(opened: Image.Image) -> list[str]:
             "to 8 bits"
         )
     notes = []
-    # Pillow keeps 16 bits only in single channels; in several it silently takes the upper 8 of them.
+    # Pillow keeps 16 bits only in single-channel images; otherwise it silently drops the lower 8 bits.
     if any(";16" in str(tile) for tile in getattr(opened, "tile", [])):
         notes.append("16 bits per channel reduced to 8")
     if mode not in ("RGB", "RGBA", "RGBa", "RGBX"):
@@ -301,31 +299,31 @@ def _conversions(opened: Image.Image) -> list[str]:
 def _dropped_frames(opened: Image.Image) -> list[str]:
     try:
         frames = getattr(opened, "n_frames", 1)
-    except Exception:  # the first frame is sound; a later one is not
+    except Exception:  # the first frame is intact, but a later one is damaged
         return ["first of several frames"]
     return [f"first of {frames} frames"] if frames > 1 else []
 
 
 def blame_the_system(error: Exception, what: str) -> None:
-    """Tells a failing system from a bad image, which would go on record and never be tried again.
+    """Raise if an error was caused by the system, so that the image is not recorded as rejected for good.
 
     Args:
-        error: What reading or preprocessing raised.
-        what: What was being read, such as ``"image a.png"``.
+        error: The error of reading or preprocessing.
+        what: Name of the input, such as ``"image a.png"``.
 
     Raises:
-        DataError: If it is no fault of the image's.
+        DataError: If the system, not the image, caused the error.
     """
-    # Torch has no MemoryError of its own.
+    # Torch raises a RuntimeError when memory runs out.
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         raise DataError(
-            f"{what} cannot be read for want of memory; free some, or use fewer workers or smaller batches, "
+            f"{what} cannot be read: memory ran out; free some, or use fewer workers or smaller batches, "
             "and run the same command again"
         ) from error
-    if isinstance(error, OSError) and error.errno in _NOT_THE_IMAGE:
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
         raise DataError(
-            f"{what} cannot be read: {error.strerror}, which is no fault of the image; fix that, or take "
-            "the image away if it is the only one, and run the same command again"
+            f"{what} cannot be read: {error.strerror}, an error of the system, not of the image; fix that, "
+            "or remove the image if it is the only one affected, and run the same command again"
         ) from error
 
 
@@ -335,9 +333,9 @@ def _require_folder(source: ImageSource, label: str, error: FileNotFoundError) -
     listed = isinstance(source, ListedPath)
     folder = source.root if isinstance(source, ListedPath) else os.path.dirname(source) or "."  # noqa: PTH120
     try:
-        with os.scandir(folder) as found:
-            # There was something in it when it was listed: a lost mount leaves an empty folder behind.
-            if not listed or next(found, None) is not None:
+        with os.scandir(folder) as entries:
+            # An unmounted disk leaves an empty folder, but the folder had entries when it was listed.
+            if not listed or next(entries, None) is not None:
                 return
     except PermissionError:
         return

@@ -301,7 +301,7 @@ def test_a_stream_that_is_not_there(parquet, options, words):
         ),
         ({"source": "a.tar", "limit": 3}, "limit 3 was given with a.tar"),
         ({"source": "a.json", "streaming": True}, "streaming True was given with a.json"),
-        ({"source": "hf:x", "streaming": True, "limit": 3}, "the end of a stream is not known"),
+        ({"source": "hf:x", "streaming": True, "limit": 3}, "the length of a stream is not known"),
         ({"source": "hf:x", "image_size": 64}, "image_size 64 was given with hf:x"),
         ({"source": " "}, "source is empty"),
         ({"source": "photos", "limit": 0}, "limit is 0"),

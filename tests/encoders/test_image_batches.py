@@ -129,7 +129,7 @@ def test_a_fault_of_the_system_is_one_sentence(tmp_path, monkeypatch, num_worker
     if place != "preprocess":
         monkeypatch.setattr(place, fail)
     transform = fail if place == "preprocess" else Threads()
-    words = "Input/output error" if isinstance(error, OSError) else "for want of memory"
+    words = "Input/output error" if isinstance(error, OSError) else "memory ran out"
     with pytest.raises(DataError, match=f"^[^\n]*{words}[^\n]*$") as caught:
         list(decode_batches([[(str(tmp_path / "a.png"), None)]], transform, num_workers))
     assert not isinstance(caught.value, ImageError)
@@ -330,5 +330,5 @@ def test_a_reader_that_breaks_off_makes_no_noise(capfd):
 
 
 def test_other_errors_of_a_worker_s_threads_are_shown(capsys):
-    workers._all_but_a_lost_reader(ValueError, ValueError("of another kind"), None)
+    workers._ignore_lost_connections(ValueError, ValueError("of another kind"), None)
     assert "of another kind" in capsys.readouterr().err

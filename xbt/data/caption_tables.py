@@ -1,6 +1,6 @@
 """Text files with an image's name and a caption on each line, with or without a header.
 
-The formats that public data sets have::
+Formats of public data sets::
 
     1000268201_693b08cb0e.jpg#0<TAB>A child in a dress .     Flickr8k.token.txt, results_20130124.token
     image_name| comment_number| comment                      results.csv of Flickr30k on Kaggle
@@ -9,10 +9,10 @@ The formats that public data sets have::
     1007129816.jpg,The man with pierced ears , and a hat .
     filepath<TAB>title                                       open_clip
 
-Most of them look like CSV and are not quoted: captions hold commas and quotes as they are. What a CSV
-writer made has the same header. A file is read as quoted CSV if all of it may come from a CSV writer: every
-record has as many fields as the first, every field with a delimiter or a quote is quoted, and captions are
-quoted where they need it, or all of them. Otherwise captions are taken as they stand.
+Most of these look like CSV but are not quoted: captions contain bare commas and quotes. Files from a real CSV
+writer have the same header. A file is read as quoted CSV only if a CSV writer could have produced all of it:
+every record has as many fields as the first, every field with a delimiter or a quote is quoted, and captions
+are quoted either only where needed or always. Otherwise captions are read literally, quotes included.
 """
 
 from __future__ import annotations
@@ -28,48 +28,38 @@ from xbt.data.files import kind_of
 from xbt.errors import DataError
 
 TABLE_KINDS = (".csv", ".tsv", ".token")
-"""Suffixes of files that are tables; a .txt file may be one."""
+"""Suffixes of tables; a .txt file may also be one."""
 IMAGE_COLUMNS = (
-    *(
-        "image",
-        "images",
-        "img",
-        "image_name",
-        "image_file",
-        "image_path",
-        "img_path",
-        "filename",
-        "file_name",
-    ),
-    *("filepath", "file_path", "file", "path", "image_id", "img_id", "image_url", "url"),
-)
+    "image", "images", "img", "image_name", "image_file", "image_path", "img_path", "filename", "file_name",
+    "filepath", "file_path", "file", "path", "image_id", "img_id", "image_url", "url",
+)  # fmt: skip
 CAPTION_COLUMNS = (
-    *("caption", "captions", "caption_text", "text", "comment", "sentence", "raw", "title", "description"),
+    "caption", "captions", "caption_text", "text", "comment", "sentence", "raw", "title", "description",
     "alt_text",
-)
-"""Names by which columns are found, in the order in which they are tried."""
+)  # fmt: skip
+"""Known column names, in the order in which they are tried."""
 _NAME = r"(?P<image>.+?\.(?:jpe?g|png|webp|gif|bmp|tiff?)(?:\.\d+)?)"
 _LINES = {
-    # Flickr's token files; a space in place of the tab comes from editors.
+    # Flickr's token files; some editors replace the tab by spaces.
     "#": re.compile(_NAME + r"#\d+[\t ]+(?P<caption>.*)", re.IGNORECASE),
-    # One line of results.csv lacks its second bar.
+    # One line of results.csv lacks the second bar.
     "|": re.compile(_NAME + r"\s*\|\s*(?:\d+\s*\|?)?(?P<caption>.*)", re.IGNORECASE),
     "\t": re.compile(rf'"?{_NAME}"?\t(?:\d+\t)?(?P<caption>.*)', re.IGNORECASE),
     ",": re.compile(rf'"?{_NAME}"?\s*,(?P<caption>.*)', re.IGNORECASE),
     ";": re.compile(rf'"?{_NAME}"?;(?P<caption>.*)', re.IGNORECASE),
 }
 _ID = re.compile(r"\d{6}|#\d")
-_CANNOT_TELL = 0.2
-"""Share of lines with a name or an id above which a text file is no list of captions."""
+_MAX_NAMED = 0.2
+"""Maximum share of lines with an image name or id in a plain list of captions."""
 
 
 class TableRow(NamedTuple):
-    """One line of such a file.
+    """One row of a caption table.
 
     Attributes:
-        number: Its line, from 1.
-        image: The image's name; ``None`` where the file has no column of them.
-        caption: The caption as it stands.
+        number: Line number, from 1.
+        image: The image's name; ``None`` if the file has no image column.
+        caption: The unchanged caption.
     """
 
     number: int
@@ -94,24 +84,24 @@ def read_table(
     caption_column: str | None = None,
     pairs: bool = False,
 ) -> list[TableRow] | None:
-    """Reads images' names and captions from a text file.
+    """Read image names and captions from a text file.
 
     Args:
-        text: What a .txt, .token, .csv or .tsv file holds.
-        path: The file, for its suffix and for errors.
-        image_column: Column of the names, if it has another name than usual.
-        caption_column: Column of the captions, likewise.
+        text: Content of a .txt, .token, .csv or .tsv file.
+        path: The file, for its suffix and for error messages.
+        image_column: Column of the image names, if it has an unusual name.
+        caption_column: Column of the captions, if it has an unusual name.
         pairs: Whether every line must name an image.
 
     Returns:
-        A row for each line that is not blank, without a header; ``None`` if a .txt file is no table.
+        One row per non-blank line, without the header; ``None`` if a .txt file is not a table.
 
     Raises:
-        DataError: If a column does not exist or comes twice, a line is of another
-            form than the others, or it cannot be told whether the file names images.
+        DataError: If a column does not exist or occurs twice, a line has another format than the others, or
+            it is unclear whether the file names images.
 
     Warns:
-        UserWarning: If captions seem to be quoted, but the file as a whole is not.
+        UserWarning: If captions look quoted, but the file as a whole is not quoted CSV.
     """
     lines = [(n, line.strip(" \r")) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -147,10 +137,10 @@ def _find_header(
     return None
 
 
-def _column(names: list[str], wanted: str | None, known: Sequence[str], path: Path) -> int | None:
+def _column(names: list[str], wanted: str | None, usual_names: Sequence[str], path: Path) -> int | None:
     if wanted is None:
         plain = [re.sub(r"[ -]", "_", name.lower()) for name in names]
-        wanted, names = next((name for name in known if name in plain), None), plain
+        wanted, names = next((name for name in usual_names if name in plain), None), plain
     if wanted is None or wanted not in names:
         return None
     if names.count(wanted) > 1:
@@ -159,20 +149,21 @@ def _column(names: list[str], wanted: str | None, known: Sequence[str], path: Pa
 
 
 def _delimiter(lines: list[Line], path: Path, required: bool) -> str | None:
-    """The delimiter after the names with which all lines begin; ``None`` for lines without names."""
+    """Detect the delimiter after the image name at the start of each line; ``None`` without names."""
     counts = {
-        each: sum(form.fullmatch(line) is not None for _, line in lines) for each, form in _LINES.items()
+        delimiter: sum(form.fullmatch(line) is not None for _, line in lines)
+        for delimiter, form in _LINES.items()
     }
-    delimiter = max(counts, key=lambda each: counts[each])
+    delimiter = max(counts, key=lambda key: counts[key])
     form, count = _LINES[delimiter], counts[delimiter]
     others = [line for line in lines if form.fullmatch(line[1]) is None] if count else lines
     if count and (not others or (others == lines[:1] and delimiter in lines[0][1])):
         return delimiter
-    if not required and count <= _CANNOT_TELL * len(lines):
-        if sum(_has_id(line) for _, line in lines) > (1 - _CANNOT_TELL) * len(lines):
+    if not required and count <= _MAX_NAMED * len(lines):
+        if sum(_has_id(line) for _, line in lines) > (1 - _MAX_NAMED) * len(lines):
             raise DataError(
                 f"{path} seems to begin every line with an id, such as the first, {lines[0][1][:60]!r}; "
-                "write captions alone, or a .csv file with the header image,caption"
+                "write only captions, or a .csv file with the header image,caption"
             )
         return None
     if not count:
@@ -181,19 +172,19 @@ def _delimiter(lines: list[Line], path: Path, required: bool) -> str | None:
     number, line = others[0]
     raise DataError(
         f"{path}, line {number}: {line[:60]!r} does not begin with an image's name and a delimiter, as "
-        f"{count} of {len(lines)} lines do; write name.jpg,caption on every line, or captions alone"
+        f"{count} of {len(lines)} lines do; write name.jpg,caption on every line, or only captions"
     )
 
 
 def _has_id(line: str) -> bool:
-    """Whether a line has words after one that looks like a name: 1000268201_693b08cb0e#0, say."""
+    """Return True if text follows a first word that looks like an id, such as 1000268201_693b08cb0e#0."""
     first, *others = re.split(r"[\s,|;]", line, maxsplit=1)
     return bool(others) and _ID.search(first) is not None
 
 
 def _refuse_nameless(lines: list[Line], path: Path) -> None:
     if kind_of(path) == ".txt":
-        return  # the caller knows what to say
+        return  # the caller raises a more specific error
     raise DataError(
         f"{path} has no header with a caption column, and its first line {lines[0][1][:60]!r} does not begin "
         "with an image's name; write image,caption on the first line"
@@ -201,24 +192,24 @@ def _refuse_nameless(lines: list[Line], path: Path) -> None:
 
 
 def _rows_below(header: _Header, text: str, lines: list[Line], path: Path) -> list[TableRow]:
-    parsed, broken = _parse_csv(text, header.delimiter, header.caption)
+    parsed, invalid_line = _parse_csv(text, header.delimiter, header.caption)
     if parsed is not None:
         return [
             TableRow(number, _image(fields, header), fields[header.caption]) for number, fields in parsed[1:]
         ]
     rows = [_split(header, number, line, path) for number, line in lines]
-    _warn_quoted(rows, header.delimiter, broken, path)
+    _warn_quoted(rows, header.delimiter, invalid_line, path)
     return rows
 
 
 def _split(header: _Header, number: int, line: str, path: Path) -> TableRow:
-    """Takes a line that is not quoted apart; what is too much belongs to the caption, if it comes last."""
+    """Split an unquoted line; surplus delimiters belong to the caption if it is the last column."""
     last = len(header.names) - 1
     form = _LINES[header.delimiter]
     if header.image == 0 and header.caption == last and (last == 1 or header.delimiter == "|"):
-        found = form.fullmatch(line)  # names may have the delimiter in them
-        if found is not None:
-            return TableRow(number, found["image"].strip(), found["caption"].strip())
+        match = form.fullmatch(line)  # names may contain the delimiter
+        if match is not None:
+            return TableRow(number, match["image"].strip(), match["caption"].strip())
     fields = line.split(header.delimiter, last if header.caption == last else -1)
     if len(fields) != len(header.names):
         raise DataError(
@@ -234,9 +225,9 @@ def _image(fields: list[str], header: _Header) -> str | None:
 
 def _rows_without_header(delimiter: str, text: str, lines: list[Line], path: Path) -> list[TableRow]:
     if delimiter == "#":
-        parsed, broken = None, None
+        parsed, invalid_line = None, None
     else:
-        parsed, broken = _parse_csv(text, delimiter, -1)
+        parsed, invalid_line = _parse_csv(text, delimiter, -1)
     if parsed is not None and len(parsed[-1][1]) <= 3:
         numbered = all(fields[1].strip().isdecimal() for _, fields in parsed if len(fields) == 3)
         if len(parsed[-1][1]) == 2 or numbered:
@@ -244,21 +235,26 @@ def _rows_without_header(delimiter: str, text: str, lines: list[Line], path: Pat
             return [TableRow(n, fields[0].strip(), fields[-1]) for n, fields in parsed if n >= first]
     rows = []
     for number, line in lines:
-        found = _LINES[delimiter].fullmatch(line)
-        assert found is not None  # _delimiter sees to it
-        rows.append(TableRow(number, found["image"].strip(), found["caption"].strip()))
-    _warn_quoted(rows, delimiter, broken, path)
+        match = _LINES[delimiter].fullmatch(line)
+        assert match is not None  # _delimiter has checked every line
+        rows.append(TableRow(number, match["image"].strip(), match["caption"].strip()))
+    _warn_quoted(rows, delimiter, invalid_line, path)
     return rows
 
 
 def _parse_csv(
     text: str, delimiter: str, caption: int
 ) -> tuple[list[tuple[int, list[str]]] | None, int | None]:
-    """The records of quoted CSV; or ``None`` and the first line that no CSV writer writes, if one line is."""
+    """Parse quoted CSV.
+
+    Returns:
+        Line number and fields of each record, or ``None`` if no CSV writer can have written the text; and the
+        first line that shows this, if there is one.
+    """
     lines = [f"{line}\n" for line in text.split("\n")]
     reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
     records: list[tuple[int, list[str]]] = []
-    quoted = needless = bare = 0
+    quoted = unneeded = bare = 0
     before = 0
     try:
         for fields in reader:
@@ -271,18 +267,18 @@ def _parse_csv(
             if records:  # the first may be a header
                 value, is_quoted = fields[caption], quotes[caption]
                 quoted += is_quoted
-                needless += is_quoted and not any(mark in value for mark in (delimiter, '"', "\n", "\r"))
+                unneeded += is_quoted and not any(char in value for char in (delimiter, '"', "\n", "\r"))
                 bare += not is_quoted and bool(value.strip())
             records.append((number, fields))
     except csv.Error:
         return None, reader.line_num
-    if not records or (needless and bare):
+    if not records or (unneeded and bare):
         return None, None
     return records, None
 
 
 def _quotes(raw: str, fields: list[str], delimiter: str) -> list[bool] | None:
-    """For each field whether it is quoted in its record; ``None`` if no CSV writer writes it so."""
+    """Quoted flag of each field of a record; ``None`` if no CSV writer writes the record like this."""
     quotes = []
     rest = raw
     for field in fields:
@@ -299,18 +295,18 @@ def _quotes(raw: str, fields: list[str], delimiter: str) -> list[bool] | None:
     return quotes
 
 
-def _warn_quoted(rows: list[TableRow], delimiter: str, broken: int | None, path: Path) -> None:
-    looks = [
+def _warn_quoted(rows: list[TableRow], delimiter: str, invalid_line: int | None, path: Path) -> None:
+    quoted = [
         row.number
         for row in rows
         if len(row.caption) > 1
         and row.caption[0] == row.caption[-1] == '"'
         and (delimiter in row.caption or '""' in row.caption[1:-1])
     ]
-    if looks:
-        because = f"line {broken} is not" if broken is not None else "others have quotes without need"
+    if quoted:
+        because = f"line {invalid_line} is not" if invalid_line is not None else "others have unneeded quotes"
         warnings.warn(
-            f"{len(looks)} captions of {path}, first in line {looks[0]}, look like quoted CSV, but "
-            f"{because}; all are taken as they stand, with their quotes",
+            f"{len(quoted)} captions of {path}, first in line {quoted[0]}, look like quoted CSV, but "
+            f"{because}; all captions are read literally, with their quotes",
             stacklevel=2,
         )

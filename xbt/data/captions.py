@@ -1,7 +1,4 @@
-"""Captions without images: the text corpora that projections are trained on.
-
-Readers of caption files: one caption with its id at a time.
-"""
+"""Captions without images: the text corpora for training projections, and the readers of caption files."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import pyarrow.parquet as pq
 
 from xbt.data.caption_tables import TABLE_KINDS, read_table
 from xbt.data.files import (
-    _COLUMN,
+    COLUMN_HINT,
     DEFAULT_COUNT,
     as_captions,
     check_is_file,
@@ -38,20 +35,20 @@ from xbt.data.scenes import scene_captions
 from xbt.errors import ConfigError, DataError
 
 Row = tuple[str, str | None]
-"""An id, and the caption if there is one."""
+"""An id, and its caption or None."""
 _USUAL_COLUMN = "caption"
 
 
 def read_rows(path: Path, column: str, split: str | None) -> Iterator[Row]:
-    """Reads the captions of a file.
+    """Read the captions of a file.
 
     Args:
-        path: A .txt, .token, .csv, .tsv, .jsonl or .json file, each perhaps with .gz, or a .parquet file.
+        path: A .txt, .token, .csv, .tsv, .jsonl or .json file (each may end in .gz), or a .parquet file.
         column: Key or column of .jsonl, .parquet, .csv and .tsv that holds a caption or a list of captions.
         split: Split of a Karpathy file.
 
     Returns:
-        An id and a caption at a time, blank ones included; errors may come up on the way.
+        Pairs of id and caption, blank captions included. Errors may be raised during iteration.
 
     Raises:
         ConfigError: If a split is given for a file that has none.
@@ -79,23 +76,23 @@ def _read_lines(path: Path, column: str) -> Iterator[Row]:
     text = read_text(path)
     table = read_table(text, path, caption_column=wanted)
     if table is None:
-        for row, line in enumerate(_split_lines(text)):
-            yield f"row-{row}", line
+        for position, line in enumerate(_split_lines(text)):
+            yield f"row-{position}", line
         return
     seen: Counter[str] = Counter()
-    for row, each in enumerate(table):
-        where = f"{path}, line {each.number}"
-        value = unpacked(each.caption, where)
-        if each.image is None:
-            yield from named_rows(value, f"row-{row}", where)
+    for position, row in enumerate(table):
+        where = f"{path}, line {row.number}"
+        value = unpacked(row.caption, where)
+        if row.image is None:
+            yield from named_rows(value, f"row-{position}", where)
             continue
         for caption in as_captions(value, where):
-            yield f"{each.image}#{seen[each.image]}", caption
-            seen[each.image] += 1
+            yield f"{row.image}#{seen[row.image]}", caption
+            seen[row.image] += 1
 
 
 def _split_lines(text: str) -> list[str]:
-    # Only line feeds end a line: a caption may contain other characters that str.splitlines splits at.
+    # Only line feeds end a line: captions may contain other characters that str.splitlines splits at.
     return text.removesuffix("\n").split("\n")
 
 
@@ -108,7 +105,7 @@ def _read_jsonl(path: Path, column: str) -> Iterator[Row]:
         where = f"{path}, line {number}"
         row = parse_json(line, where, first_line=None)
         if not isinstance(row, dict):
-            raise DataError(f"{where}: not a JSON object; write one object with the key {column!r} a line")
+            raise DataError(f"{where}: not a JSON object; write one object with the key {column!r} per line")
         check_column(column, list(row), where)
         yield from named_rows(row[column], f"row-{count}", f"{where}, column {column!r}")
         count += 1
@@ -118,8 +115,8 @@ def _read_json(path: Path, split: str | None) -> Iterator[Row]:
     content = read_json(path)
     if is_karpathy(content):
         for image in parse_karpathy(content, path, split):
-            for position, told in enumerate(image.sentences):
-                yield f"{image.name}#{position}", told
+            for position, sentence in enumerate(image.sentences):
+                yield f"{image.name}#{position}", sentence
         return
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
@@ -155,9 +152,9 @@ def _read_parquet(path: Path, column: str) -> Iterator[Row]:
 
 
 def _column_size(metadata: Any, column: str) -> int:
-    """Bytes of a column once it is unpacked, by the file's own account."""
+    """Uncompressed size of a column in bytes, as stated in the file's metadata."""
     groups = (metadata.row_group(row) for row in range(metadata.num_row_groups))
-    chunks = (group.column(place) for group in groups for place in range(group.num_columns))
+    chunks = (group.column(index) for group in groups for index in range(group.num_columns))
     return sum(
         chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column
     )
@@ -175,19 +172,19 @@ def _values(cells: Any, path: Path) -> list[Any]:
         raise
 
 
-def named_rows(value: Any, name: str, where: str, fix: str = _COLUMN) -> Iterator[Row]:
-    """The captions of one cell and their ids: the row's own, with ``#<position>`` if it holds a list."""
-    told = as_captions(value, where, fix)
-    if len(told) == 1 and not isinstance(value, list):
-        yield name, told[0]
+def named_rows(value: Any, name: str, where: str, fix: str = COLUMN_HINT) -> Iterator[Row]:
+    """Captions of one cell with their ids: the row's id, followed by ``#<position>`` for a list."""
+    captions = as_captions(value, where, fix)
+    if len(captions) == 1 and not isinstance(value, list):
+        yield name, captions[0]
         return
-    for position, caption in enumerate(told):
+    for position, caption in enumerate(captions):
         yield f"{name}#{position}", caption
 
 
 @dataclass
 class CaptionSource:
-    """Where captions come from.
+    """Source of captions.
 
     Raises:
         ConfigError: If ``limit`` is below 1 or ``source`` is empty.
@@ -195,21 +192,21 @@ class CaptionSource:
 
     source: str
     """A .txt, .jsonl, .csv, .tsv, .token or .json file (Karpathy's splits or COCO captions; each may end in
-    .gz), a .parquet file, hf: and a Hub data set or a local directory, or scenes for the built-in world. Of a
-    file that names images, such as Flickr8k.token.txt, the captions alone are read."""
+    .gz), a .parquet file, hf: and a Hub data set or a local directory, or scenes (built in). From a file that
+    names images, such as Flickr8k.token.txt, only the captions are read."""
     column: str = "caption"
     """Column or key that holds a caption, or a list of captions, per row (.jsonl, .parquet, .csv, .tsv,
     hf:)."""
     split: str | None = None
-    """Split to read (Karpathy's .json, hf:, scenes); a + joins two of Karpathy's."""
+    """Split to read (Karpathy's .json, hf:, scenes); + joins several splits of a Karpathy file."""
     subset: str | None = None
     """Configuration of a Hub data set."""
     limit: int | None = None
-    """Take only so many captions, chosen at random with the seed, in the original order."""
+    """Maximum number of captions; they are drawn at random with the seed and keep the original order."""
     seed: int = 0
-    """Seed of that choice."""
+    """Seed of the random draw."""
     id_column: str | None = None
-    """Column of an hf: source that holds a unique id per row; otherwise the position makes the id."""
+    """Column of an hf: source that holds a unique id per row; by default the id is the row number."""
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -217,13 +214,13 @@ class CaptionSource:
 
 
 def read_captions(source: CaptionSource | str) -> list[str]:
-    """Reads captions from a file, a Hugging Face data set or the built-in scenes.
+    """Read captions from a file, a Hugging Face data set or the built-in scenes.
 
     Args:
-        source: What to read; a plain string stands for ``CaptionSource(string)``.
+        source: The source; a plain string means ``CaptionSource(string)``.
 
     Returns:
-        The captions, stripped, without blank ones, in the source's order.
+        The captions in the source's order, stripped, without blank ones.
 
     Raises:
         ConfigError: If an option does not apply to this kind of source.
@@ -231,8 +228,8 @@ def read_captions(source: CaptionSource | str) -> list[str]:
             where there is one, and the fix.
 
     Warns:
-        UserWarning: If captions were left out that are not valid Unicode, or captions seem to be quoted in a
-            file that is not.
+        UserWarning: If captions were left out because they are not valid Unicode, or if captions look quoted
+            but the file is not quoted CSV.
 
     Example:
         >>> read_captions("captions.txt.gz")
@@ -241,20 +238,20 @@ def read_captions(source: CaptionSource | str) -> list[str]:
     """
     if isinstance(source, str):
         source = CaptionSource(source)
-    found, broken = 0, []
+    total, invalid = 0, []
     captions = []
     for name, caption in _rows(source):
-        found += 1
+        total += 1
         if caption is None or not caption.strip():
             continue
         if is_unicode(caption):
             captions.append(caption.strip())
         else:
-            broken.append(name)
-    _refuse_empty(source, found, len(captions))
-    if broken:
+            invalid.append(name)
+    _refuse_empty(source, total, len(captions))
+    if invalid:
         warnings.warn(
-            f"{len(broken)} of the {found} captions of {source.source}, first {broken[0]!r}, are not valid "
+            f"{len(invalid)} of the {total} captions of {source.source}, first {invalid[0]!r}, are not valid "
             "Unicode (half of a surrogate pair, as in a text that was cut short) and are left out",
             stacklevel=2,
         )
@@ -262,16 +259,16 @@ def read_captions(source: CaptionSource | str) -> list[str]:
 
 
 def read_caption_rows(source: CaptionSource) -> tuple[list[str], list[str | None]]:
-    """Reads captions with an id each: what :func:`read_captions` reads, and the blank ones.
+    """Read captions with ids, including the blank ones that :func:`read_captions` leaves out.
 
     Args:
-        source: What to read.
+        source: The source.
 
     Returns:
-        Ids and captions. An id is ``"<image name>#<position>"`` in Karpathy's files and the scenes, as
-        Flickr30k's own token files write it, and in other text that names images; the annotation's id in
-        COCO's; otherwise the row's, with a position where a row holds a list: ``"row-17"``, ``"row-17#0"``.
-        With a limit, captions that are blank or not valid Unicode are left out.
+        Ids and captions. In Karpathy's files, the scenes, and text files that name images, an id is
+        ``"<image name>#<position>"``, as in Flickr30k's token files. In COCO's files it is the annotation's
+        id. Otherwise it is the row's id, followed by a position if the row holds a list: ``"row-17"``,
+        ``"row-17#0"``. With a limit, captions that are blank or not valid Unicode are left out.
 
     Raises:
         ConfigError: As :func:`read_captions`.
@@ -288,10 +285,10 @@ def read_caption_rows(source: CaptionSource) -> tuple[list[str], list[str | None
 
 
 def require_unique(ids: Sequence[str], source: str) -> None:
-    """Checks that no id occurs twice.
+    """Check that no id occurs twice.
 
     Raises:
-        DataError: If one does; the message names it.
+        DataError: If an id occurs twice; the message names it.
     """
     if len(set(ids)) == len(ids):
         return
@@ -302,13 +299,13 @@ def require_unique(ids: Sequence[str], source: str) -> None:
         seen.add(name)
 
 
-def _refuse_empty(source: CaptionSource, found: int, usable: int) -> None:
-    if not found:
+def _refuse_empty(source: CaptionSource, total: int, usable: int) -> None:
+    if not total:
         raise DataError(f"{source.source} is empty: it holds no caption; give a source with captions")
     if not usable:
         raise DataError(
-            f"{source.source} holds {found} captions, but all are only spaces or not valid Unicode; give one "
-            "with words"
+            f"{source.source} holds {total} captions, but all are only spaces or not valid Unicode; give a "
+            "source with text"
         )
 
 

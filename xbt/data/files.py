@@ -1,6 +1,6 @@
-"""Text and JSON files, plain or gzipped, and files found by name; errors say what is wrong and where.
+"""Shared helpers for data files: text and JSON (plain or gzipped), caption cells, file lookup and splits.
 
-What the option ``split`` may say: one name, several joined by ``+``, or ``all``.
+Every error names the file, the line where there is one, and the fix.
 """
 
 from __future__ import annotations
@@ -19,9 +19,33 @@ from typing import Any, Literal
 
 from xbt.errors import ConfigError, DataError
 
+DEFAULT_COUNT = 10_000
+"""Number of built-in scenes if no limit is given."""
+ALL_SPLITS = "all"
+COLUMN_HINT = "name the column that holds text"
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm",
+        ".avif", ".heic", ".heif", ".hif", ".jxl",
+    ]
+)  # fmt: skip
+"""Suffixes, in lower case, of images in folders and tar files. Formats that need a Pillow plugin are
+included: without the plugin such an image is recorded as rejected, not silently skipped."""
+MAX_UNPACKED = 2 << 30
+"""Maximum unpacked size of a compressed file, in bytes."""
+MAX_RATIO = 50
+"""Maximum compression ratio of files that unpack to more than :data:`FREE_UNPACKED` bytes; captions reach 3
+to 15."""
+FREE_UNPACKED = 64 << 20
+"""Unpacked size in bytes up to which any compression ratio is accepted."""
+_BLOCK = 1 << 20
+_FORMS: tuple[Literal["NFC"], Literal["NFKC"]] = ("NFC", "NFKC")
+_ABSENT = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR)
+"""Error numbers for a file that does not exist."""
+
 
 def check_source(source: str, limit: int | None) -> None:
-    """Checks what caption and pair sources share.
+    """Check the options that all sources share.
 
     Raises:
         ConfigError: If ``limit`` is below 1 or ``source`` is empty.
@@ -32,18 +56,8 @@ def check_source(source: str, limit: int | None) -> None:
         raise ConfigError(f"limit is {limit}, but must be at least 1; leave it out to take everything")
 
 
-DEFAULT_COUNT = 10_000
-
-
-_COLUMN = "name the column that holds text"
-
-
-def _raw(value: Any) -> Any:
-    return value["raw"] if isinstance(value, dict) and "raw" in value else value
-
-
 def unpacked(value: Any, where: str = "") -> Any:
-    """Captions that a table without lists holds as JSON in a string, as a list; anything else as it is."""
+    """Parse a string that holds a JSON list of captions; return any other value unchanged."""
     if isinstance(value, str) and value.startswith('["') and value.endswith('"]'):
         try:
             return parse_json(value, where)
@@ -52,57 +66,40 @@ def unpacked(value: Any, where: str = "") -> Any:
     return value
 
 
-def as_captions(value: Any, where: str, fix: str = _COLUMN) -> list[str | None]:
-    """Returns a cell as a list of captions.
+def as_captions(value: Any, where: str, fix: str = COLUMN_HINT) -> list[str | None]:
+    """Convert a cell to a list of captions.
 
-    It may hold a string, a list of strings, or nothing; in place of a string or of the list, also Karpathy's
-    structure with the string or strings under ``raw``.
+    A cell holds a string, a list of strings, or nothing. A string or list may also be wrapped in Karpathy's
+    structure, under the key ``raw``.
 
     Args:
         value: The cell.
-        where: Its place, for the error.
-        fix: What to do about it, likewise.
+        where: File and row of the cell, for the error message.
+        fix: The hint at the end of the error message.
 
     Returns:
-        Its captions; None where the data has none.
+        The captions; None where the data has none.
 
     Raises:
         DataError: If it holds something else.
     """
     raw = _raw(value)
-    told = [_raw(item) for item in raw] if isinstance(raw, list) else [raw]
-    for item in told:
-        if item is not None and not isinstance(item, str):
+    captions = [_raw(item) for item in raw] if isinstance(raw, list) else [raw]
+    for caption in captions:
+        if caption is not None and not isinstance(caption, str):
             raise DataError(
-                f"{where}: a {type(item).__name__} ({str(item)[:40]!r}) where a caption should be; {fix}"
+                f"{where}: a {type(caption).__name__} ({str(caption)[:40]!r}) where a caption should be; "
+                f"{fix}"
             )
-    return told
+    return captions
 
 
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm",
-        ".avif", ".heic", ".heif", ".hif", ".jxl",
-    ]
-)  # fmt: skip
-"""Suffixes, in lower case, by which images are recognised in folders and in tar files. What Pillow needs a
-plugin for is among them: without the plugin it goes on record rather than be passed over."""
-
-
-MAX_UNPACKED = 2 << 30
-"""Largest size in bytes to which a packed file may unpack."""
-MAX_RATIO = 50
-"""Largest ratio of unpacked to packed size, above :data:`FREE_UNPACKED`; captions pack 3 to 15 times."""
-FREE_UNPACKED = 64 << 20
-"""Unpacked size in bytes below which the ratio may be any."""
-_BLOCK = 1 << 20
-_FORMS: tuple[Literal["NFC"], Literal["NFKC"]] = ("NFC", "NFKC")
-_ABSENT = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR)
-"""Errors that mean that there is no such file."""
+def _raw(value: Any) -> Any:
+    return value["raw"] if isinstance(value, dict) and "raw" in value else value
 
 
 def read_text(path: Path) -> str:
-    """Reads a UTF-8 file, unpacking it if its name ends in ``.gz``.
+    """Read a UTF-8 file; unpack it if its name ends in ``.gz``.
 
     Args:
         path: The file.
@@ -120,7 +117,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
     if not data:
-        raise DataError(f"{path} is empty; give a file with something in it")
+        raise DataError(f"{path} is empty; give a file with content")
     return decode(data, str(path))
 
 
@@ -144,41 +141,43 @@ def read_json(path: Path) -> Any:
         path: The file.
 
     Returns:
-        What it holds.
+        The parsed document.
 
     Raises:
-        DataError: As :func:`read_text`, or if it is not JSON; the message gives the line.
+        DataError: As :func:`read_text`, or if the file is not JSON; the message gives the line.
     """
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str | bytes, where: str, first_line: int | None = 1) -> Any:
-    """Parses JSON that came from a file.
+    """Parse JSON that was read from a file.
 
     Args:
         text: The document; bytes are UTF-8.
-        where: The file, and the line of a document of one line, for the error.
-        first_line: Line of the file on which the document begins; ``None`` where ``where`` names the line.
+        where: Name of the file for the error message, with the line if the document is a single line.
+        first_line: Line of the file on which the document begins; ``None`` if ``where`` names the line.
 
     Raises:
-        DataError: If it is no valid JSON, nested too deeply, or holds a number of too many digits.
+        DataError: If it is not valid JSON, is nested too deeply, or holds a number with too many digits.
     """
     try:
         return json.loads(text)
     except RecursionError as error:
         raise DataError(f"{where}: not valid JSON (nested too deeply); fix or remove it") from error
-    except ValueError as error:  # broken UTF-8 and numbers of thousands of digits too
-        place, reason = "", str(error)
+    except ValueError as error:  # also raised for broken UTF-8 and for numbers with thousands of digits
+        position, reason = "", str(error)
         if isinstance(error, json.JSONDecodeError):
-            place = "" if first_line is None else f", line {error.lineno + first_line - 1}"
+            position = "" if first_line is None else f", line {error.lineno + first_line - 1}"
             reason = error.msg
         elif isinstance(error, UnicodeDecodeError):
             reason = "not UTF-8"
-        raise DataError(f"{where}{place}: not valid JSON ({reason}); fix it or download it again") from error
+        raise DataError(
+            f"{where}{position}: not valid JSON ({reason}); fix it or download it again"
+        ) from error
 
 
 def is_unicode(text: str) -> bool:
-    """Tells valid Unicode from a text with half of a surrogate pair, which no encoder can read."""
+    """Return False if the text contains half of a surrogate pair, which no encoder can read."""
     if text.isascii():
         return True
     try:
@@ -189,10 +188,10 @@ def is_unicode(text: str) -> bool:
 
 
 def check_is_file(path: Path) -> None:
-    """Checks that a path names a regular file.
+    """Check that a path names a regular file.
 
     Raises:
-        DataError: If it does not exist, is a directory, or is a pipe or device, which may never end.
+        DataError: If it does not exist, or is a directory, a pipe or a device (reading one may never end).
     """
     if path.is_dir():
         raise DataError(f"{path} is a directory; name a file in it, or write hf:{path} for a data set in it")
@@ -203,7 +202,7 @@ def check_is_file(path: Path) -> None:
 
 
 def kind_of(path: Path) -> str:
-    """Returns a file's suffix in lower case, the one before ``.gz`` where it is gzipped."""
+    """Return a file's suffix in lower case; for a gzipped file, the suffix before ``.gz``."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -211,12 +210,12 @@ def kind_of(path: Path) -> str:
 
 
 def name_within(folder: str | Path, name: str, where: str | None = None) -> str:
-    """Returns a file's name relative to a folder, and refuses one that leads out of it.
+    """Return a file's name relative to a folder; refuse a name that leaves the folder.
 
     Args:
         folder: The folder.
         name: A name with forward slashes, relative to the folder, or an absolute path in it.
-        where: The record that names the file, for the error.
+        where: The record that names the file, for the error message.
 
     Returns:
         The name without ``.`` and ``..``.
@@ -225,96 +224,95 @@ def name_within(folder: str | Path, name: str, where: str | None = None) -> str:
         DataError: If the name leaves the folder.
     """
     if ".." not in name and "//" not in name and not name.startswith(("/", "./")):
-        return name  # almost every name: the rest takes time
-    inside = posixpath.normpath(name)
-    if inside.startswith("/"):
+        return name  # fast path for almost every name
+    relative = posixpath.normpath(name)
+    if relative.startswith("/"):
         root = posixpath.abspath(os.fspath(folder)).rstrip("/")
-        inside = inside.removeprefix(f"{root}/") if inside.startswith(f"{root}/") else ".."
-    if inside == ".." or inside.startswith("../"):
+        relative = relative.removeprefix(f"{root}/") if relative.startswith(f"{root}/") else ".."
+    if relative == ".." or relative.startswith("../"):
         raise DataError(
             f"{where or 'a record'} names the file {name[:100]!r}, which lies outside of the folder "
             f"{folder}; write names relative to that folder, or set image_root to one that holds them all"
         )
-    return inside
+    return relative
 
 
 def find_file(folder: str | Path, name: str, where: str | None = None) -> Path | None:
-    """Finds a file below a folder, by its name in any Unicode normal form.
+    """Find a file below a folder by its name in any Unicode normal form.
 
-    macOS and some archives write ``é`` as two characters (NFD) where most files name it as one (NFC). A name
-    is taken as it stands if there is such a file. Otherwise each of its parts, folders too, is compared in
-    normal form with what is in the folder.
+    macOS and some archives write ``é`` as two characters (NFD), while most files write it as one (NFC). The
+    exact name is tried first. Otherwise every component of the name, folders too, is compared in normal form
+    with the entries of its folder.
 
     Args:
         folder: The folder.
         name: A name with forward slashes, relative to the folder.
-        where: The record that names the file, for the error.
+        where: The record that names the file, for the error message.
 
     Returns:
-        The file's path as it is spelled on disk; ``None`` if there is no such file.
+        The path as spelled on disk; ``None`` if there is no such file.
 
     Raises:
         DataError: If the name leaves the folder, or cannot be looked up.
     """
-    inside = name_within(folder, name, where)
-    path = Path(folder, inside)
+    relative = name_within(folder, name, where)
+    path = Path(folder, relative)
     try:
         if path.is_file():
             return path
         for form in _FORMS:
             paths = [Path(folder)]
-            for part in inside.split("/"):
-                paths = [above / name for above in paths for name in _spelled(above, part, form)]
-            found = [each for each in paths if each.is_file()]
-            # In NFC equal names are one text; in NFKC they may be two.
-            if found and (form == "NFC" or len(found) == 1):
-                return found[0]
+            for component in relative.split("/"):
+                paths = [parent / name for parent in paths for name in _spellings(parent, component, form)]
+            matches = [path for path in paths if path.is_file()]
+            # Names with equal NFC are the same text. Names with equal NFKC may be different texts.
+            if matches and (form == "NFC" or len(matches) == 1):
+                return matches[0]
         return None
     except OSError as error:
         if error.errno in _ABSENT:
             return None
-        raise DataError(f"{path} cannot be looked up ({error.strerror}); fix that") from error
+        raise DataError(
+            f"{path} cannot be looked up ({error.strerror}); check the disk and permissions"
+        ) from error
 
 
-def _spelled(folder: Path, part: str, form: Literal["NFC", "NFKC"]) -> list[str]:
-    """The names in a folder that are equal to one in a normal form, that name itself first."""
+def _spellings(folder: Path, name: str, form: Literal["NFC", "NFKC"]) -> list[str]:
+    """Entries of a folder whose normal form equals that of ``name``; an exact match comes first."""
     if not folder.is_dir():
         return []
-    normal = unicodedata.normalize(form, part)
+    normal = unicodedata.normalize(form, name)
     listed = _names(str(folder), folder.stat().st_mtime_ns, form).get(normal, [])
-    # Names in ASCII are not listed.
-    return list(dict.fromkeys([each for each in (part, normal) if (folder / each).exists()] + listed))
+    exact = [spelling for spelling in (name, normal) if (folder / spelling).exists()]  # ASCII is not listed
+    return list(dict.fromkeys(exact + listed))
 
 
 @lru_cache(maxsize=64)
 def _names(folder: str, changed: int, form: Literal["NFC", "NFKC"]) -> dict[str, list[str]]:
-    """The names in a folder that are not ASCII, by their normal form.
-
-    ``changed`` makes a folder that has changed another one for the cache.
-    """
+    """Non-ASCII names in a folder by their normal form; ``changed`` is the folder's mtime, a cache key."""
     names: dict[str, list[str]] = {}
-    for name in os.listdir(folder):  # noqa: PTH208 - names alone
+    for name in os.listdir(folder):  # noqa: PTH208 - only names are needed
         if not name.isascii():
             names.setdefault(unicodedata.normalize(form, name), []).append(name)
     return names
 
 
 def check_unpacked(path: Path, size: int) -> None:
-    """Checks what a packed file unpacks to, or has unpacked to so far.
+    """Check the unpacked size of a compressed file against the limits.
 
     Args:
-        path: The packed file.
-        size: Unpacked bytes.
+        path: The compressed file.
+        size: Unpacked bytes so far.
 
     Raises:
-        DataError: If they are more than :data:`MAX_UNPACKED` or :data:`MAX_RATIO` times the file's size.
+        DataError: If ``size`` exceeds :data:`MAX_UNPACKED` or :data:`MAX_RATIO` times the file's size.
     """
     packed = path.stat().st_size
     limit = min(MAX_UNPACKED, max(FREE_UNPACKED, MAX_RATIO * packed))
     if size > limit:
         raise DataError(
-            f"{path} ({packed:,} bytes) unpacks to more than {limit:,} bytes, the limit for its size; if it "
-            "can be trusted, unpack it with gunzip, or write it again without compression"
+            f"{path} ({packed:,} bytes) unpacks to more than {limit:,} bytes, the limit for its size; if you "
+            "trust it, unpack it with gunzip, or write it again without compression"
         )
 
 
@@ -322,7 +320,7 @@ def _unpack(path: Path) -> bytes:
     try:
         with gzip.open(path) as file:
             size = 0
-            # Measured before anything is kept: a bomb then takes no memory.
+            # Measure the size before keeping anything, so that a gzip bomb takes no memory.
             while block := file.read(_BLOCK):
                 size += len(block)
                 check_unpacked(path, size)
@@ -336,22 +334,19 @@ def _unpack(path: Path) -> bytes:
         raise DataError(f"{path} is a truncated or damaged gzip file; copy or download it again") from error
 
 
-ALL_SPLITS = "all"
-
-
 def choose_splits(split: str | None, present: Sequence[str], where: str) -> list[str]:
-    """Reads the option ``split``.
+    """Parse the option ``split``.
 
     Args:
-        split: A name, several joined by ``+`` (``"val+restval"``), ``"all"``, or ``None`` for all as well.
-        present: The splits that there are.
-        where: What to call the source in the error.
+        split: A name, several joined by ``+`` (``"val+restval"``), or ``"all"``; ``None`` also means all.
+        present: The existing splits.
+        where: Name of the source for the error message.
 
     Returns:
-        The chosen names, each once, in the order of ``present``.
+        The chosen names without repetition, in the order of ``present``.
 
     Raises:
-        DataError: If a split does not exist; the message lists those that do.
+        DataError: If a split does not exist; the message lists the existing ones.
     """
     if split is None or (split.strip() == ALL_SPLITS and ALL_SPLITS not in present):
         return list(present)

@@ -1,8 +1,8 @@
-"""Local directories in the formats of the Hub; no file in them decides that another place is read.
+"""Local directories in the formats of the Hub; files outside of the directory are never read.
 
-A directory may come from a stranger. Its data set card (``README.md``) names data files, and so does the
-``state.json`` of ``Dataset.save_to_disk``: both are checked before datasets obeys them, and every file that
-they lead to is checked again before it is read.
+A directory may come from an untrusted source. Its data set card (``README.md``) names data files, and so does
+the ``state.json`` of ``Dataset.save_to_disk``. Both are checked before datasets uses them. Every file named
+there is checked again before it is read.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ HUB_PREFIX = "hf:"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _CARDS = ("README.md", ".huggingface.yaml")
 _FORMATS = frozenset(["parquet", "json", "csv", "arrow", "text", "imagefolder", "webdataset"])
-"""Formats that are read: the others of datasets need libraries that follow links of their own (HDF5)."""
-_LARGEST_CARD = 1 << 20
-_LARGEST_MATTER = 1 << 17
-_DEEPEST = 100
-"""Brackets in brackets, for which PyYAML takes time that grows with the square."""
+"""Supported formats; datasets reads others, such as HDF5, with libraries that follow links in the file."""
+_MAX_CARD_BYTES = 1 << 20
+_MAX_YAML_CHARS = 1 << 17
+_MAX_NESTING = 100
+"""Maximum nesting of brackets; PyYAML's time grows with its square."""
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_MOST_BLANK_LINES = 50
-_LONGEST_PATTERN = 500
-_MOST_WILDCARDS = 3
+_MAX_BLANK_LINES = 50
+_MAX_PATTERN_LENGTH = 500
+_MAX_WILDCARDS = 3
 
 
 def directory_of(source: str) -> Path | None:
-    """The local directory that a source names, if it names one.
+    """Return the local directory that a source names; ``None`` for a Hub data set.
 
     Raises:
         DataError: If it is a file, or a path that does not exist.
@@ -55,22 +55,22 @@ def directory_of(source: str) -> Path | None:
 
 
 def was_saved(directory: Path) -> bool:
-    """True if ``save_to_disk`` made the directory, which then cannot be streamed."""
+    """Return True if ``save_to_disk`` wrote the directory; such a directory cannot be streamed."""
     return (directory / _STATE).exists() or (directory / _SPLITS).exists()
 
 
 def open_folder(directory: Path, subset: str | None) -> Any:
-    """Opens a local directory.
+    """Open a local directory.
 
     Args:
         directory: The directory.
-        subset: One of the configurations that its card names.
+        subset: One of the configurations in its card.
 
     Returns:
         A ``datasets.Dataset`` or ``datasets.DatasetDict``.
 
     Raises:
-        DataError: If a file in it names one that lies elsewhere, or cannot be read.
+        DataError: If a file in it cannot be read, or names a file outside of the directory.
     """
     if was_saved(directory):
         for folder in _saved_splits(directory):
@@ -82,10 +82,10 @@ def open_folder(directory: Path, subset: str | None) -> Any:
 
 
 def open_builder(directory: Path, subset: str | None) -> Any:
-    """Opens a directory of data files without reading them.
+    """Open a directory of data files without reading them.
 
     Returns:
-        A ``datasets.DatasetBuilder``, whose data files are regular files of the directory.
+        A ``datasets.DatasetBuilder`` whose data files are regular files of the directory.
 
     Raises:
         DataError: As :func:`open_folder`.
@@ -94,7 +94,7 @@ def open_builder(directory: Path, subset: str | None) -> Any:
         _check_card(directory / name, directory)
     builder = datasets.load_dataset_builder(str(directory), subset, cache_dir=str(_cache_of(directory)))
     kind = type(builder).__module__.split(".")[-1]
-    if not _FORMATS & {each.__module__.split(".")[-1] for each in type(builder).__mro__}:
+    if not _FORMATS & {base.__module__.split(".")[-1] for base in type(builder).__mro__}:
         raise DataError(
             f"{directory} holds files of the format {kind}; give parquet, jsonl, csv or image files"
         )
@@ -108,30 +108,30 @@ def open_builder(directory: Path, subset: str | None) -> Any:
 
 @contextmanager
 def translated(source: str, advice: str) -> Iterator[None]:
-    """Turns whatever datasets raises into one sentence.
+    """Translate any error of the datasets library into one sentence.
 
     Args:
-        source: What is being opened.
-        advice: What to check.
+        source: Name of the source that is being opened.
+        advice: The fix, for the end of the message.
 
     Raises:
-        DataError: In place of any error that is not the project's own.
+        DataError: Instead of any error that is not an XbtError.
     """
     try:
         yield
     except XbtError:
         raise
     except Exception as error:
-        # The hub client, fsspec, pyarrow and the builders share no kind of error.
+        # huggingface_hub, fsspec, pyarrow and the builders have no common base error.
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise DataError(f"{source} cannot be opened ({type(error).__name__}: {reason}); {advice}") from error
 
 
 def _cache_of(directory: Path) -> Path:
-    """A cache for these very files.
+    """Cache directory for exactly these files.
 
-    Where a directory has a data set card, datasets (5.2) caches its data by the directory's name and card
-    alone: another directory of that name, or other files in this one, would be answered from the cache.
+    If a directory has a data set card, datasets (5.2) keys its cache by the directory's name and card only.
+    It would then return stale data for another directory of that name, or after the files have changed.
     """
     resolved = directory.resolve()
     digest = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape"))
@@ -143,30 +143,30 @@ def _cache_of(directory: Path) -> Path:
 
 
 def _check_card(card: Path, directory: Path) -> None:
-    """Checks the data files that a card names, and that parsing it ends soon."""
+    """Check the data files that a card names, and that the card can be parsed quickly."""
     if not os.path.lexists(card):
         return
     _check_inside(card, directory)
-    if card.stat().st_size > _LARGEST_CARD:
+    if card.stat().st_size > _MAX_CARD_BYTES:
         raise DataError(f"{card} has {card.stat().st_size:,} bytes, too many for a card; remove it")
     try:
         text = card.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{card} is not UTF-8; save it in UTF-8, or remove it") from error
-    if re.search(rf"(?:\r?\n|\r){{{_MOST_BLANK_LINES}}}", text):
-        raise DataError(f"{card} has more than {_MOST_BLANK_LINES} blank lines in a row; remove them")
+    if re.search(rf"(?:\r?\n|\r){{{_MAX_BLANK_LINES}}}", text):
+        raise DataError(f"{card} has more than {_MAX_BLANK_LINES} blank lines in a row; remove them")
     if card.name == _CARDS[0]:
-        matter = REGEX_YAML_BLOCK.search(text)  # datasets finds it by the same expression
+        matter = REGEX_YAML_BLOCK.search(text)  # datasets uses the same expression
         text = matter[2] if matter is not None else ""
     try:
         _check_yaml(text, card)
-        said = yaml.load(text, Loader=_LOADER)
+        metadata = yaml.load(text, Loader=_LOADER)
     except XbtError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{card}: its YAML cannot be read ({reason}); fix it, or remove the file") from error
-    configs = said.get("configs") if isinstance(said, dict) else None
+    configs = metadata.get("configs") if isinstance(metadata, dict) else None
     for config in configs if isinstance(configs, list) else []:
         if isinstance(config, dict):
             for pattern in _patterns([config.get("data_files"), config.get("data_dir")]):
@@ -174,29 +174,29 @@ def _check_card(card: Path, directory: Path) -> None:
 
 
 def _check_yaml(text: str, card: Path) -> None:
-    """Checks that YAML can be read in little time and memory."""
+    """Check that YAML can be parsed in little time and memory."""
     depth = 0
-    for token in yaml.scan(text[: _LARGEST_MATTER + 1], Loader=_LOADER):
+    for token in yaml.scan(text[: _MAX_YAML_CHARS + 1], Loader=_LOADER):
         if isinstance(token, yaml.AliasToken):
-            raise DataError(f"{card} has YAML aliases, which can unpack without end; write them out")
+            raise DataError(f"{card} has YAML aliases, which can expand without limit; write the values out")
         depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
         depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
-        if depth > _DEEPEST:
-            raise DataError(f"{card} has more than {_DEEPEST} brackets in brackets; remove the file")
-    if len(text) > _LARGEST_MATTER:
+        if depth > _MAX_NESTING:
+            raise DataError(f"{card} has more than {_MAX_NESTING} levels of nested brackets; remove the file")
+    if len(text) > _MAX_YAML_CHARS:
         raise DataError(f"{card} has {len(text):,} characters of YAML, too many for a card; remove the file")
 
 
 def _patterns(value: Any) -> Iterator[str]:
-    """Every string in a value of any structure; names of splits are among them, and are harmless."""
+    """Yield every string in a nested value; this includes names of splits, which do no harm."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):
-        for each in value:
-            yield from _patterns(each)
+        for item in value:
+            yield from _patterns(item)
     elif isinstance(value, dict):
-        for each in value.values():
-            yield from _patterns(each)
+        for item in value.values():
+            yield from _patterns(item)
 
 
 def _check_pattern(pattern: str, card: Path) -> None:
@@ -208,11 +208,11 @@ def _check_pattern(pattern: str, card: Path) -> None:
         or ".." in parts
     ):
         raise DataError(
-            f"{card} names the data files {pattern[:100]!r}, which lie outside of {card.parent}; only files "
-            "in the directory are read: correct the card, or remove it"
+            f"{card} names the data files {pattern[:100]!r}, which lie outside of {card.parent}; fix the "
+            "card to name only files in the directory, or remove it"
         )
     wildcards = max(len(re.findall(r"\*+|\?", part)) for part in parts)
-    if len(pattern) > _LONGEST_PATTERN or wildcards > _MOST_WILDCARDS or parts.count("**") > 2:
+    if len(pattern) > _MAX_PATTERN_LENGTH or wildcards > _MAX_WILDCARDS or parts.count("**") > 2:
         raise DataError(
             f"{card} names data files by the pattern {pattern[:100]!r}, which is too long or has too many "
             "wildcards; write a simpler one"
@@ -220,17 +220,17 @@ def _check_pattern(pattern: str, card: Path) -> None:
 
 
 def _check_inside(file: Path, directory: Path) -> None:
-    """Checks that a path is a regular file and lies in the directory, also when links are followed."""
+    """Check that a path is a regular file in the directory after links are resolved."""
     try:
         resolved = file.resolve(strict=True)
         regular = stat.S_ISREG(resolved.stat().st_mode)
     except (OSError, RuntimeError, ValueError) as error:
         raise DataError(f"{file} cannot be found ({error}); copy or download {directory} again") from error
-    root = directory.resolve()
-    roots = [root]
-    if root.parent.name == "snapshots":  # of the Hub's cache, whose files are links to its blobs
-        roots.append(root.parent.parent / "blobs")
-    if not any(resolved.is_relative_to(each) for each in roots):
+    folder = directory.resolve()
+    roots = [folder]
+    if folder.parent.name == "snapshots":  # the Hub's cache links its files to blobs
+        roots.append(folder.parent.parent / "blobs")
+    if not any(resolved.is_relative_to(root) for root in roots):
         raise DataError(
             f"{file} leads to {resolved}, outside of {directory}; copy the file into the directory"
         )
@@ -239,12 +239,11 @@ def _check_inside(file: Path, directory: Path) -> None:
 
 
 def _saved_splits(directory: Path) -> list[Path]:
-    """The folders that hold a ``state.json``: the directory itself, and those of its splits."""
+    """Folders that hold a ``state.json``: the directory itself and the folders of its splits."""
     folders = [directory] if (directory / _STATE).exists() else []
     if not (directory / _SPLITS).exists():
         return folders
-    said = _read_record(directory / _SPLITS, directory)
-    names = said.get("splits")
+    names = _read_record(directory / _SPLITS, directory).get("splits")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{directory / _SPLITS} does not list the splits; save the data set again")
     for name in names:
@@ -257,14 +256,14 @@ def _saved_splits(directory: Path) -> list[Path]:
 
 
 def _check_saved(folder: Path, directory: Path) -> None:
-    """Checks the files that a ``state.json`` names."""
+    """Check the files that a ``state.json`` names."""
     state = _read_record(folder / _STATE, directory)
     _read_record(folder / "dataset_info.json", directory)
-    files = [each for value in state.values() if isinstance(value, list) for each in value]
-    for each in files:
-        if not isinstance(each, dict):  # such as the columns of a format
+    items = [item for value in state.values() if isinstance(value, list) for item in value]
+    for item in items:
+        if not isinstance(item, dict):  # such as the columns of a format
             continue
-        name = each.get("filename")
+        name = item.get("filename")
         if not isinstance(name, str) or not name or "://" in name:
             raise DataError(f"{folder / _STATE} lists a file without a name; save the data set again")
         _check_inside(folder / name, directory)
@@ -274,14 +273,14 @@ def _check_saved(folder: Path, directory: Path) -> None:
 def _read_record(path: Path, directory: Path) -> dict[str, Any]:
     check_is_file(path)
     _check_inside(path, directory)
-    said = read_json(path)
-    if not isinstance(said, dict):
-        raise DataError(f"{path} is not what save_to_disk writes; save the data set again")
-    return said
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise DataError(f"{path} was not written by save_to_disk; save the data set again")
+    return record
 
 
 def _check_arrow(path: Path) -> None:
-    """Checks that nothing in an Arrow file points outside of it: it is read by its own offsets later."""
+    """Check that no offset in an Arrow file points outside of it, because later reads trust the offsets."""
     try:
         with pa.memory_map(str(path)) as file:
             try:

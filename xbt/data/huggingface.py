@@ -1,12 +1,8 @@
-"""Data sets of the Hugging Face Hub, and local directories in their formats.
+"""Data sets of the Hugging Face Hub and local directories in its formats.
 
-Image–text pairs in Hugging Face data sets, under the column names that people give them.
-
-Copies of Flickr30k and COCO on the Hub differ in everything but their pixels: the captions are a list under
-``caption``, ``text`` or ``alt_text``, or Karpathy's structure under ``sentences``; there is a row for every
-image, or one for every caption; the splits are the data set's own, or a column beside the captions.
-
-Hugging Face data sets read as streams, without downloading them first.
+Copies of Flickr30k and COCO on the Hub differ in their layout. The captions are a list under ``caption``,
+``text`` or ``alt_text``, or Karpathy's structure under ``sentences``. There is one row per image, or one per
+caption. The splits are those of the data set, or a column next to the captions.
 """
 
 from __future__ import annotations
@@ -35,17 +31,16 @@ _ADVICE = "check its name and subset, and that it holds parquet or jsonl files r
 
 
 def open_dataset(source: str, subset: str | None = None, split: str | None = None) -> Any:
-    """Opens one split of a data set.
+    """Open one split of a data set.
 
     Args:
-        source: ``hf:`` and the name of a Hub data set, or a local directory that ``Dataset.save_to_disk``
-            made or that holds parquet or jsonl files.
+        source: ``hf:`` and the name of a Hub data set, or a local directory that was written by
+            ``Dataset.save_to_disk`` or holds parquet or jsonl files.
         subset: Configuration of a Hub data set.
-        split: Which split; may be left out where there is only one. Several are joined by ``+``, and ``all``
-            takes every one.
+        split: Name of the split; optional if there is only one. ``+`` joins several, ``all`` takes all.
 
     Returns:
-        A ``datasets.Dataset``, nothing of it decoded.
+        A ``datasets.Dataset``; nothing is decoded.
 
     Raises:
         DataError: If it cannot be opened, there is no such split, or there are several and none is chosen.
@@ -55,20 +50,20 @@ def open_dataset(source: str, subset: str | None = None, split: str | None = Non
 
 
 def open_rows(source: str, subset: str | None, split: str | None, split_column: str | None) -> Any:
-    """Opens the wanted rows of a data set whose splits are its own, or are named by a column.
+    """Open the rows of some splits; the splits are those of the data set or the values of a column.
 
-    A data set with a single split and a column ``split`` is Karpathy's file as a table: the column then has
-    the last word, for its one split may be called ``"test"`` and hold the training images as well.
+    A data set with a single split and a column ``split`` is a Karpathy file as a table. The column then takes
+    precedence: the single split may be named ``"test"`` and still hold the training images.
 
     Args:
         source: As for :func:`open_dataset`.
         subset: Configuration of a Hub data set.
-        split: Which splits, as for :func:`open_dataset`.
-        split_column: The column that tells them, where it has another name or there are several splits as
-            well.
+        split: The splits, as for :func:`open_dataset`.
+        split_column: The column that names the split, if it is not called ``split`` or the data set also has
+            several splits.
 
     Returns:
-        A ``datasets.Dataset``, nothing of it decoded.
+        A ``datasets.Dataset``; nothing is decoded.
 
     Raises:
         DataError: As :func:`open_dataset`, or if there is no such column.
@@ -81,16 +76,16 @@ def open_rows(source: str, subset: str | None, split: str | None, split_column: 
     else:
         opened = _open(directory, source, subset, None)
     if split_column is None:
-        split_column = _telling_column(opened, split)
+        split_column = _default_split_column(opened, split)
     if split_column is None:
         return _choose_split(opened, source, split)
     rows = _choose_split(opened, source, ALL_SPLITS)
-    named = [str(value) for value in read_column(rows, split_column, source)]
-    wanted = choose_splits(split, sorted(set(named)), f"{source}, column {split_column!r},")
-    return rows.select([row for row, name in enumerate(named) if name in wanted])
+    split_of_row = [str(value) for value in read_column(rows, split_column, source)]
+    wanted = choose_splits(split, sorted(set(split_of_row)), f"{source}, column {split_column!r},")
+    return rows.select([row for row, name in enumerate(split_of_row) if name in wanted])
 
 
-def _telling_column(opened: Any, split: str | None) -> str | None:
+def _default_split_column(opened: Any, split: str | None) -> str | None:
     if isinstance(opened, datasets.DatasetDict):
         if len(opened) > 1:
             return None
@@ -101,20 +96,20 @@ def _telling_column(opened: Any, split: str | None) -> str | None:
 def _open(directory: Path | None, source: str, subset: str | None, split: str | None) -> Any:
     with translated(source, _ADVICE):
         if directory is None:
-            # Asking for the split lets a Hub data set be downloaded in part.
-            part = None if split == ALL_SPLITS else split
-            return datasets.load_dataset(source.removeprefix(HUB_PREFIX), subset, split=part)
+            # With a split, only its part of a Hub data set is downloaded.
+            requested = None if split == ALL_SPLITS else split
+            return datasets.load_dataset(source.removeprefix(HUB_PREFIX), subset, split=requested)
         return open_folder(directory, subset)
 
 
 def _choose_split(opened: Any, source: str, split: str | None) -> Any:
     if not isinstance(opened, datasets.DatasetDict):
-        own = None if opened.split is None else str(opened.split)
-        if split in (None, ALL_SPLITS, own):
+        only_split = None if opened.split is None else str(opened.split)
+        if split in (None, ALL_SPLITS, only_split):
             return opened
-        if own is None:
+        if only_split is None:
             raise DataError(f"{source} has no splits, but {split!r} was asked for; leave split out")
-        raise DataError(f"{source} has no split {split!r}; it has only {own}")
+        raise DataError(f"{source} has no split {split!r}; it has only {only_split}")
     if split is None and len(opened) > 1:
         raise DataError(f"{source} has the splits {', '.join(opened)}; choose one with split")
     chosen = [opened[name] for name in choose_splits(split, list(opened), source)]
@@ -122,25 +117,25 @@ def _choose_split(opened: Any, source: str, split: str | None) -> Any:
 
 
 def check_column(column: str, columns: Sequence[str], where: str) -> None:
-    """Checks that a column exists.
+    """Check that a column exists.
 
     Raises:
-        DataError: If it does not; the message lists the columns there are.
+        DataError: If it does not; the message lists the existing columns.
     """
     if column not in columns:
         raise DataError(f"{where} has no column {column!r}; it has {', '.join(map(str, columns))}")
 
 
 def read_column(dataset: Any, column: str, source: str) -> list[Any]:
-    """Reads one column of a data set and leaves the others, images above all, untouched.
+    """Read one column of a data set without reading the others, above all the images.
 
     Args:
         dataset: A ``datasets.Dataset``.
-        column: Its name.
-        source: What to call the data set in the error.
+        column: Name of the column.
+        source: Name of the data set in error messages.
 
     Returns:
-        One value a row.
+        One value per row.
 
     Raises:
         DataError: If there is no such column, or it is damaged.
@@ -151,7 +146,7 @@ def read_column(dataset: Any, column: str, source: str) -> list[Any]:
 
 
 def read_ids(dataset: Any, column: str | None, source: str) -> list[str]:
-    """One id a row: the column's values, or ``"row-0"``, ``"row-1"``, ... where no column is named.
+    """Return one id per row: the column's values, or ``"row-0"``, ``"row-1"``, ... without a column.
 
     Raises:
         DataError: If there is no such column, or a row has no id.
@@ -167,20 +162,19 @@ def read_ids(dataset: Any, column: str | None, source: str) -> list[str]:
 
 
 class HubImages(Sequence[ImageSource]):
-    """An image column, whose rows are handed out encoded, so that a damaged one can be named and left out."""
+    """An image column that returns encoded images, so that a damaged one can be reported and left out."""
 
     def __init__(self, dataset: Any, column: str, source: str, image_root: str | None = None) -> None:
-        """Takes the column without decoding it.
+        """Open the column without decoding it.
 
         Args:
             dataset: A ``datasets.Dataset``.
             column: A column of ``datasets.Image``, of encoded bytes, or of paths.
-            source: What to call the data set in errors.
-            image_root: Folder that relative paths in the column are relative to; the data set's own where
-                it is local.
+            source: Name of the data set in error messages.
+            image_root: Base folder of relative paths in the column; the data set's own folder by default.
 
         Raises:
-            DataError: If there is no such column or it cannot hold images, or it holds URLs.
+            DataError: If there is no such column, it cannot hold images, or it holds URLs.
         """
         self._dataset = undecoded(dataset, column, source)
         self._column = column
@@ -202,34 +196,34 @@ class HubImages(Sequence[ImageSource]):
 
 
 def image_roots(source: str, image_root: str | None) -> list[str]:
-    """The folders that paths in an image column may lead into; relative ones are relative to the first.
+    """Folders that may contain the files of an image column; relative paths start at the first one.
 
     Args:
-        source: The data set, whose own folder is the first unless ``image_root`` is given.
-        image_root: Folder that relative paths are relative to.
+        source: The data set; its own folder comes first unless ``image_root`` is given.
+        image_root: Base folder of relative paths.
     """
     directory = directory_of(source)
-    given = directory or Path() if image_root is None else Path(image_root).expanduser()
-    own = [directory] if directory is not None else []
-    # What datasets has unpacked, and what the Hub's client has fetched.
+    first = directory or Path() if image_root is None else Path(image_root).expanduser()
+    local = [directory] if directory is not None else []
+    # Files unpacked by datasets, and files downloaded by huggingface_hub.
     caches = [datasets.config.HF_DATASETS_CACHE, datasets.config.HF_CACHE_HOME]
-    return [os.path.abspath(folder) for folder in (given, *own, *caches)]  # noqa: PTH100
+    return [os.path.abspath(folder) for folder in (first, *local, *caches)]  # noqa: PTH100
 
 
 def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
-    """Leaves a data set its image column, encoded as it is stored, and the ``others``.
+    """Select the image column, encoded as stored, and the columns ``others``.
 
     Args:
         dataset: A ``datasets.Dataset`` or ``datasets.IterableDataset``.
         column: A column of ``datasets.Image``, of encoded bytes, or of paths.
-        source: What to call the data set in errors.
-        others: Columns to keep beside it.
+        source: Name of the data set in error messages.
+        others: Other columns to keep.
 
     Returns:
-        A data set of the same kind.
+        A data set of the same type.
 
     Raises:
-        DataError: If there is no such column or it cannot hold images, or it holds URLs.
+        DataError: If there is no such column, it cannot hold images, or it holds URLs.
     """
     if column not in dataset.column_names and (hint := url_hint(dataset.column_names)):
         raise DataError(
@@ -243,7 +237,7 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
         _refuse_urls(dataset, column, source)
         return dataset
-    # Where the table does not say that they are images, their structure does.
+    # A column without the Image type may still have its structure.
     if isinstance(feature, dict) and {"bytes"} <= set(feature) <= {"bytes", "path"}:
         feature = feature["bytes"]
     if getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
@@ -256,7 +250,7 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
 
 
 def url_hint(columns: Sequence[str]) -> str:
-    """What to do where no column holds images, but one may hold their URLs; empty if there is none."""
+    """Hint for a data set without images but with a column of URLs; empty if there is no such column."""
     urls = [name for name in columns if _URL_COLUMN.search(name)]
     if not urls:
         return ""
@@ -267,7 +261,7 @@ def url_hint(columns: Sequence[str]) -> str:
 
 
 def _refuse_urls(dataset: Any, column: str, source: str) -> None:
-    """Looks at the first rows: URLs in a later one are refused when it is its turn."""
+    """Refuse URLs in the first rows; URLs in later rows are refused when they are read."""
     texts = getattr(dataset.features[column], "dtype", None) in ("string", "large_string")
     with translated(source, "copy or download it again"):
         if isinstance(dataset, datasets.IterableDataset):
@@ -281,39 +275,39 @@ def _refuse_urls(dataset: Any, column: str, source: str) -> None:
 
 
 def as_image(cell: Any, roots: Sequence[str]) -> ImageSource:
-    """An undecoded cell of an image column as encoded bytes, or as a path.
+    """Convert an undecoded cell of an image column to encoded bytes or a path.
 
     Args:
         cell: The cell.
-        roots: The folders that a path may lead into; see :func:`image_roots`.
+        roots: Folders that may contain the file; see :func:`image_roots`.
     """
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if not isinstance(cell, str):
-        # A row without an image becomes no bytes, which no decoder accepts: it is named like any other.
+        # A row without an image becomes empty bytes, which the decoder rejects with the row's id.
         return bytes(cell) if cell is not None else b""
     if is_url(cell):
         return cell
     path = os.path.join(roots[0], cell)  # noqa: PTH118 - no Path per image
-    root = next((each for each in roots if path.startswith(f"{each}/")), roots[0])
+    root = next((folder for folder in roots if path.startswith(f"{folder}/")), roots[0])
     return ListedPath(as_spelled(path, root, os.path.relpath(path, root)), root)
 
 
 IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "sentences_raw", "original_alt_text")
-"""Names by which the columns are found. Where captions were rewritten as ``alt_text``, the original ones
-count; ``alt_text`` is taken where it stands alone."""
+"""Known names of caption columns. ``alt_text`` may hold rewritten captions, so it is used only if none of
+these exists."""
 ID_COLUMNS = ("image_id", "img_id", "imgid", "cocoid", "filename", "file_name", "image_name")
-"""Columns that may tell rows of one image, in the order in which they are tried."""
+"""Known names of columns that identify the image of a row, in the order in which they are tried."""
 
 
 class HubPairs(NamedTuple):
-    """What such a data set holds.
+    """Image–text pairs of a data set.
 
     Attributes:
         ids: The id column's values, or ``"row-0"``, ...
         images: The undecoded images.
-        captions: The captions of each image as they stand, blank ones included.
+        captions: The unchanged captions of each image, blank ones included.
     """
 
     ids: list[str]
@@ -322,7 +316,7 @@ class HubPairs(NamedTuple):
 
 
 def read_hub_pairs(source: PairSource) -> HubPairs:
-    """Reads the captions of a data set and finds its images; none is decoded.
+    """Read the captions of a data set and locate its images; no image is decoded.
 
     Args:
         source: A source of the kind ``"hf"``.
@@ -331,11 +325,11 @@ def read_hub_pairs(source: PairSource) -> HubPairs:
         The pairs, in the data set's order.
 
     Raises:
-        DataError: If it cannot be opened, a split or column does not exist, more than one column may be
-            meant, a cell holds no caption, or rows of one id have several captions each.
+        DataError: If it cannot be opened, a split or column does not exist, several columns could be meant, a
+            cell is not a caption, or rows with the same id have several captions each.
 
     Warns:
-        UserWarning: If rows with one caption each were joined by a column that nobody named.
+        UserWarning: If rows with one caption each were joined by a column that was not given.
     """
     dataset = open_rows(source.source, source.subset, source.split, source.split_column)
     image_column, caption_column = _find_columns(source, dataset.column_names)
@@ -343,7 +337,7 @@ def read_hub_pairs(source: PairSource) -> HubPairs:
     captions = []
     for row, value in enumerate(read_column(dataset, caption_column, source.source)):
         where = f"{source.source}, row {row}, column {caption_column!r}"
-        captions.append([told or "" for told in as_captions(unpacked(value), where)])
+        captions.append([caption or "" for caption in as_captions(unpacked(value), where)])
     return _join(source, dataset, images, captions)
 
 
@@ -353,46 +347,48 @@ def _find_columns(source: PairSource, columns: Sequence[str]) -> tuple[str, str]
             f"{source.source} is a WebDataset, one caption a line in 'txt'; write hf://datasets/"
             f"{source.source.removeprefix('hf:')} for a Hub data set, or the plain path of a folder"
         )
-    found = []
-    for given, known, option in (
+    chosen = []
+    for given, usual_names, option in (
         (source.image_column, IMAGE_COLUMNS, "image_column"),
         (source.caption_column, CAPTION_COLUMNS, "caption_column"),
     ):
         if given is not None:
             check_column(given, columns, source.source)
-            found.append(given)
+            chosen.append(given)
             continue
-        there = [name for name in known if name in columns]
-        if not there and known is CAPTION_COLUMNS and "alt_text" in columns:
-            there = ["alt_text"]
-        if len(there) != 1:
+        candidates = [name for name in usual_names if name in columns]
+        if not candidates and usual_names is CAPTION_COLUMNS and "alt_text" in columns:
+            candidates = ["alt_text"]
+        if len(candidates) != 1:
             what = (
-                f"the columns {' and '.join(there)}, any of which may be" if there else "no column known as"
+                f"the columns {' and '.join(candidates)}, any of which may be"
+                if candidates
+                else "no column known as"
             )
-            hint = url_hint(columns) if known is IMAGE_COLUMNS and not there else ""
+            hint = url_hint(columns) if usual_names is IMAGE_COLUMNS and not candidates else ""
             raise DataError(
                 f"{source.source} has {what} the {option.removesuffix('_column')}; it has "
                 f"{', '.join(columns)}: choose with {option}{hint}"
             )
-        found.append(there[0])
-    return found[0], found[1]
+        chosen.append(candidates[0])
+    return chosen[0], chosen[1]
 
 
 def _join(source: PairSource, dataset: Any, images: HubImages, captions: list[list[str]]) -> HubPairs:
-    """Makes one image of the rows that show it."""
+    """Join rows that show the same image."""
     plain = HubPairs([f"row-{row}" for row in range(len(images))], images, captions)
-    one_each = all(len(told) <= 1 for told in captions)
+    one_each = all(len(texts) <= 1 for texts in captions)
     if source.id_column is not None:
         names = read_ids(dataset, source.id_column, source.source)
     else:
-        column = _repeating(dataset, source.source)
+        column = _repeated_id_column(dataset, source.source)
         if column is None or not one_each:
             return plain
         names = read_ids(dataset, column, source.source)
         warnings.warn(
             f"the {len(names)} rows of {source.source} hold one caption each, and are joined to "
-            f"{len(set(names))} images by the column {column!r}; name another one with id_column if that is "
-            "wrong",
+            f"{len(set(names))} images by the column {column!r}; if that is wrong, name another one with "
+            "id_column",
             stacklevel=5,
         )
     first: dict[str, int] = {}
@@ -404,12 +400,12 @@ def _join(source: PairSource, dataset: Any, images: HubImages, captions: list[li
                 f"{row}, with several captions each; remove the duplicate, or name a column of unique ids"
             )
         first.setdefault(name, row)
-        joined.setdefault(name, []).extend(captions[row])  # its rows need not stand side by side
+        joined.setdefault(name, []).extend(captions[row])  # rows of one image may be apart
     return HubPairs(list(first), SelectedImages(images, list(first.values())), list(joined.values()))
 
 
-def _repeating(dataset: Any, source: str) -> str | None:
-    """The first of the known id columns in which a value comes twice."""
+def _repeated_id_column(dataset: Any, source: str) -> str | None:
+    """First of the known id columns with a repeated value."""
     for column in ID_COLUMNS:
         if column in dataset.column_names:
             values = read_column(dataset, column, source)
@@ -430,24 +426,24 @@ class StreamedImages(SourceShard):
         roots: Sequence[str],
         state: str = "",
     ) -> None:
-        """Keeps what it is given.
+        """Keep the shard.
 
         Args:
-            shard: A ``datasets.IterableDataset`` with nothing but the columns that follow, undecoded.
-            name: What ids begin with, unless a column gives them.
+            shard: An undecoded ``datasets.IterableDataset`` with only the columns below.
+            name: Prefix of the ids, unless a column gives them.
             column: The image column.
             id_column: The column of ids, if there is one.
-            roots: Folders that paths in the image column may lead into, the one they are relative to first.
-            state: What tells the data set's files from others in their place.
+            roots: Folders that may contain the images; relative paths start at the first one.
+            state: Fingerprint of the data set's files.
         """
         self.name, self._state = name, state
         self._shard, self._column, self._id_column, self._roots = shard, column, id_column, roots
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Reads rows ``start`` to ``stop``, undecoded.
+        """Read rows ``start`` to ``stop`` without decoding them.
 
         Raises:
-            DataError: If the stream breaks off.
+            DataError: If the stream breaks.
         """
         rows = iter(self._shard.skip(start) if start else self._shard)
         row = start
@@ -466,7 +462,7 @@ class StreamedImages(SourceShard):
             row += 1
 
     def digest(self) -> str:
-        """SHA-256 of the name and the state: after files were replaced, their rows would be mixed."""
+        """SHA-256 of the name and the state, so that a job does not continue with replaced files."""
         return digest_of([self.name, self._state])
 
     def _entry(self, cells: dict[str, Any], row: int) -> Entry:
@@ -486,26 +482,25 @@ def stream_images(
     id_column: str | None,
     image_root: str | None = None,
 ) -> list[StreamedImages]:
-    """Opens an image column of a data set as streams, one for each of its own shards.
+    """Open an image column of a data set as streams, one per file of the data set.
 
     Args:
         source: ``hf:`` and the name of a Hub data set, or a local directory with parquet or jsonl files.
         subset: Configuration of a Hub data set.
-        split: Which split; may be left out where there is only one.
+        split: Name of the split; optional if there is only one.
         column: The image column.
-        id_column: A column of unique ids; otherwise shard and row make the id.
-        image_root: Folder that paths in the image column are relative to; the data set's own where it is
-            local.
+        id_column: A column of unique ids; by default the id is made of shard and row.
+        image_root: Base folder of relative paths in the image column; the data set's own folder by default.
 
     Returns:
-        The streams, in the data set's order.
+        The streams in the data set's order.
 
     Raises:
-        DataError: If it cannot be opened as a stream, or lacks the split or a column.
+        DataError: If it cannot be opened as a stream, or the split or a column does not exist.
     """
-    dataset, state = _open_hf_streams(source, subset, split)
+    dataset, state = _open_stream(source, subset, split)
     if dataset.column_names is None:
-        raise DataError(f"{source} does not say which columns it has; leave out streaming")
+        raise DataError(f"{source} does not state its columns; leave out streaming")
     dataset = undecoded(dataset, column, source, *([id_column] if id_column is not None else []))
     count = dataset.num_shards
     width = len(str(count - 1))
@@ -522,8 +517,8 @@ def stream_images(
     ]
 
 
-def _open_hf_streams(source: str, subset: str | None, split: str | None) -> tuple[Any, str]:
-    """The stream, and the state of its files."""
+def _open_stream(source: str, subset: str | None, split: str | None) -> tuple[Any, str]:
+    """Open a split as a stream; also return the fingerprint of its files."""
     directory = directory_of(source)
     if directory is not None and was_saved(directory):
         raise DataError(f"{source} was made by save_to_disk and cannot be streamed; leave out streaming")
@@ -539,11 +534,11 @@ def _open_hf_streams(source: str, subset: str | None, split: str | None) -> tupl
     split = split or next(iter(opened))
     if split not in opened:
         raise DataError(f"{source} has no split {split!r}; it has {names}")
-    return opened[split], _state((builder.config.data_files or {}).get(split))
+    return opened[split], _files_state((builder.config.data_files or {}).get(split))
 
 
-def _state(files: Any) -> str:
-    """Sizes and times of local files; names, revisions and ETags of others."""
+def _files_state(files: Any) -> str:
+    """Fingerprint of files: sizes and times if local, otherwise names, revisions and ETags."""
     local = [Path(file) for file in files or ()]
     if all(path.is_file() for path in local):
         return " ".join(f"{path.stat().st_size} {path.stat().st_mtime_ns}" for path in local)

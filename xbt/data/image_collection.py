@@ -1,4 +1,4 @@
-"""Images without captions, wherever they are: what a job embeds."""
+"""Sources of an embedding job: images without captions from folders, files, tars and data sets; captions."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _OPTIONS: dict[str, set[str]] = {
     "hf": {"image_root", "split", "subset", "image_column", "id_column", "streaming", "limit"},
     "scenes": {"split", "limit", "image_size"},
 }
-"""The options that apply to each kind of source, besides the seed."""
+"""Options of each kind of source, besides the seed."""
 
 
 @dataclass
 class ImageCollection:
-    """Where images come from.
+    """Source of images.
 
     Raises:
         ConfigError: If ``source`` is empty, ``limit`` is below 1, or an option does not apply to this kind of
@@ -38,47 +38,46 @@ class ImageCollection:
     """
 
     source: str
-    """A folder, which is searched with the folders below it; a Karpathy split file (dataset_*.json or
-    .json.gz); WebDataset tars (a path or URL, a glob, or a pattern such as shards/{000..099}.tar); hf: and a
-    Hub data set or a local directory; or scenes for the built-in world."""
+    """A folder, searched with its subfolders; a Karpathy split file (dataset_*.json or .json.gz); WebDataset
+    tars (a path or URL, a glob, or a pattern such as shards/{000..099}.tar); hf: and a Hub data set or a
+    local directory; or scenes (built in)."""
     image_root: str | None = None
-    """Folder that image names are relative to (Karpathy's files, where it is the file's own folder by
-    default, and hf: sources that hold paths, where it is the data set's own folder). No name may lead out of
-    it."""
+    """Base folder of the image names, which no name may leave. The default is the folder of a Karpathy file,
+    and the folder of an hf: data set with paths."""
     split: str | None = None
-    """Split to read (Karpathy's files, hf:, scenes); a + joins two of Karpathy's."""
+    """Split to read (Karpathy's files, hf:, scenes); + joins several splits of a Karpathy file."""
     subset: str | None = None
     """Configuration of a Hub data set."""
     image_column: str = "image"
-    """Column of an hf: source that holds the image, its bytes or its path."""
+    """Column of an hf: source with the images, their bytes or their paths."""
     id_column: str | None = None
-    """Column of an hf: source that holds a unique id per row; otherwise the row's number makes the id."""
+    """Column of an hf: source with a unique id per row; by default the id is the row number."""
     streaming: bool = False
-    """Read an hf: source as a stream, without downloading it first; its own shards are then what processes
-    share."""
+    """Read an hf: source as a stream, without downloading it first. Processes then share the work by the
+    files of the data set."""
     limit: int | None = None
-    """Take only so many images, chosen at random with the seed, in the original order; not for streams."""
+    """Maximum number of images, drawn at random with the seed, in the original order; not for streams."""
     seed: int = 0
-    """Seed of that choice."""
+    """Seed of the random draw."""
     image_size: int = 32
-    """Side in pixels of the built-in scenes."""
+    """Side of the built-in scenes in pixels."""
     include_hidden: bool = False
-    """Take hidden files of a folder as well: names that begin with a dot, and what lies in folders that
-    systems keep for thumbnails and attributes (.thumbnails, @eaDir, __MACOSX)."""
+    """Also take hidden files of a folder: names that begin with a dot, and files in system folders for
+    thumbnails and attributes (.thumbnails, @eaDir, __MACOSX)."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         check_source(self.source, self.limit)
-        known = {name: field.default for name, field in self.__dataclass_fields__.items()}
+        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
         for name in sorted(set.union(*_OPTIONS.values()) - _OPTIONS[self.kind]):
-            if getattr(self, name) != known[name]:
+            if getattr(self, name) != defaults[name]:
                 raise ConfigError(
                     f"{name} {getattr(self, name)!r} was given with {self.source}, which is of the kind "
                     f"{self.kind!r} and has no such option; leave it out"
                 )
         if self.streaming and self.limit is not None:
             raise ConfigError(
-                f"limit {self.limit} was given, but the end of a stream is not known; leave it out"
+                f"limit {self.limit} was given, but the length of a stream is not known; leave it out"
             )
 
     @property
@@ -94,14 +93,15 @@ class ImageCollection:
 
 
 def open_images(images: ImageCollection) -> ItemSource:
-    """Opens a collection of images; none is decoded, and files that are missing are only noticed when read.
+    """Open a collection of images; none is decoded, and a missing file is only noticed when it is read.
 
     Args:
-        images: Where they are.
+        images: The source.
 
     Returns:
-        The images with their ids: the path relative to a folder; a Karpathy file's image name; the tar's name
-        and the sample's key; the id column, or ``"row-17"`` (``"shard-3/row-17"`` in streams).
+        The images with their ids: the path relative to the folder; the image name in a Karpathy file; the
+        tar's name and the sample's key; the value of the id column, or ``"row-17"`` (``"shard-3/row-17"`` in
+        streams).
 
     Raises:
         DataError: If there is no such source, it holds no image, or an id occurs twice.
@@ -116,25 +116,25 @@ def open_images(images: ImageCollection) -> ItemSource:
         columns = (images.image_column, images.id_column, images.image_root)
         streams = stream_images(images.source, images.subset, images.split, *columns)
         return ItemSource(images.source, "image", streams)
-    ids, found = _list(images)
+    ids, listed = _list(images)
     if not ids:
         raise DataError(f"{images.source} is empty: it holds no image; give a source with images")
     require_unique(ids, images.source)
     if images.limit is not None and images.limit < len(ids):
         rows = choose_subset(len(ids), images.limit, images.seed)
-        ids, found = [ids[row] for row in rows], SelectedImages(found, rows)
-    return ItemSource(images.source, "image", [ListedImages(ids, found)])
+        ids, listed = [ids[row] for row in rows], SelectedImages(listed, rows)
+    return ItemSource(images.source, "image", [ListedImages(ids, listed)])
 
 
 def open_captions(captions: CaptionSource) -> ItemSource:
-    """Opens a caption corpus, or the captions of WebDataset tars.
+    """Open a caption corpus, or the captions of WebDataset tars.
 
     Args:
-        captions: Where they are.
+        captions: The source.
 
     Returns:
-        The captions with their ids; see :func:`~xbt.data.captions.read_caption_rows`. In tars an id is the
-        tar's name, the sample's key and the line: ``"000/000017#0"``.
+        The captions with their ids; see :func:`~xbt.data.captions.read_caption_rows`. For tars, an id
+        consists of the tar's name, the sample's key and the line: ``"000/000017#0"``.
 
     Raises:
         ConfigError: If an option does not apply to this kind of source.
@@ -165,8 +165,8 @@ def _list(images: ImageCollection) -> tuple[list[str], Sequence[ImageSource]]:
         return scenes.ids, scenes.images
     if images.kind == "hf":
         dataset = open_dataset(images.source, images.subset, images.split)
-        found = HubImages(dataset, images.image_column, images.source, images.image_root)
-        return read_ids(dataset, images.id_column, images.source), found
+        column = HubImages(dataset, images.image_column, images.source, images.image_root)
+        return read_ids(dataset, images.id_column, images.source), column
     if images.kind == "karpathy":
         check_is_file(path)
         root = path.parent if images.image_root is None else Path(images.image_root).expanduser()

@@ -1,4 +1,4 @@
-"""What a job embeds: items with ids, in parts that can be read from anywhere on."""
+"""Input of an embedding job: items with ids, in shards that can be read from any position."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from xbt.images import ImageSource
 
 
 class SelectedImages(Sequence[ImageSource]):
-    """Some rows of a sequence of images, still unread."""
+    """View of some rows of a sequence of images; nothing is read."""
 
     def __init__(self, images: Sequence[ImageSource], rows: list[int]) -> None:
-        # A selection of a selection looks into the original, so that chains do not grow.
+        # A selection of a selection refers to the original, so that chains do not grow.
         self._images: Sequence[ImageSource] = images
         self._rows: list[int] = rows
         if isinstance(images, SelectedImages):
@@ -42,7 +42,7 @@ class SelectedImages(Sequence[ImageSource]):
 
 
 def choose_subset(count: int, limit: int | None, seed: int) -> list[int]:
-    """Chooses ``limit`` of ``count`` positions at random, in ascending order; all where that is not fewer."""
+    """Draw ``limit`` of ``count`` positions at random, in ascending order; all if there are not more."""
     if seed < 0:
         raise ConfigError(f"seed is {seed}, but must not be negative")
     if limit is None or limit >= count:
@@ -53,21 +53,21 @@ def choose_subset(count: int, limit: int | None, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Rejected:
-    """An item that was left out."""
+    """An item that was left out, and the reason."""
 
     id: str
-    """Which one."""
+    """Id of the item."""
     reason: str
-    """Why, in a sentence."""
+    """One sentence."""
 
 
 class Item(NamedTuple):
     """One image or text.
 
     Attributes:
-        id: Its name, unique in its source.
+        id: Unique name within the source.
         value: The undecoded image, or the text.
-        metadata: One value for each of its part's columns.
+        metadata: One value for each column of its shard.
     """
 
     id: str
@@ -76,15 +76,15 @@ class Item(NamedTuple):
 
 
 Entry = Item | Rejected
-"""An item, or one that is known to be unusable before anything is decoded."""
+"""An item, or one that is known to be unusable without decoding it."""
 
 
 class SourceShard(ABC):
-    """A sequence of entries that is the same whenever it is read.
+    """A sequence of entries that is the same on every read.
 
     Attributes:
-        name: Names it within its source.
-        length: Its number of entries, or ``None`` for a stream, whose end is only known when it is reached.
+        name: Name within the source.
+        length: Number of entries; ``None`` for a stream, whose end is unknown until it is reached.
         columns: Names of the items' metadata.
     """
 
@@ -94,24 +94,24 @@ class SourceShard(ABC):
 
     @abstractmethod
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Reads entries ``start`` to ``stop`` (or the end) in order, without decoding what comes before."""
+        """Read entries ``start`` to ``stop`` (or the end) in order, without decoding earlier ones."""
 
     def digest(self) -> str:
-        """SHA-256 that tells this part from others: of its ids (and texts), or of what a stream is read from.
+        """SHA-256 that identifies the content: the ids (and texts), or the files behind a stream.
 
-        A job continues only while it is the same.
+        A job can continue only if it is unchanged.
         """
         return digest_of([self.name])
 
 
 @dataclass(frozen=True)
 class ItemSource:
-    """Everything that a job embeds.
+    """All items of an embedding job.
 
     Attributes:
-        name: What to call it in messages.
+        name: Name of the source in messages.
         modality: ``"image"`` or ``"text"``.
-        parts: One part with a length, or any number of streams.
+        parts: One shard of known length, or any number of streams.
     """
 
     name: str
@@ -120,25 +120,25 @@ class ItemSource:
 
     @property
     def length(self) -> int | None:
-        """Number of entries, or ``None`` where it cannot be known beforehand."""
+        """Number of entries; ``None`` for streams."""
         lengths = [part.length for part in self.parts]
         return None if None in lengths else sum(length or 0 for length in lengths)
 
     def digest(self) -> str:
-        """SHA-256 over all parts in their order."""
+        """SHA-256 over the digests of all parts in order."""
         return hashlib.sha256("".join(part.digest() for part in self.parts).encode()).hexdigest()
 
 
 class ListedImages(SourceShard):
-    """Images that can be read in any order: files, rows of a data set, an array."""
+    """Images with random access: files, rows of a data set, an array."""
 
     def __init__(self, ids: Sequence[str], images: Sequence[ImageSource]) -> None:
-        """Keeps the lists.
+        """Keep the lists.
 
         Args:
             ids: One unique name per image.
-            images: One path, PIL image or encoded image each; indexed only when it is its turn. If the first
-                is a path, all must be, and they become the column ``image_path``.
+            images: One path, PIL image or encoded image each; indexed only when it is read. If the first is a
+                path, all must be paths, and they become the column ``image_path``.
         """
         self.name = "images"
         self.length = len(ids)
@@ -147,11 +147,11 @@ class ListedImages(SourceShard):
 
     @property
     def ids(self) -> list[str]:
-        """The ids of all images, as :meth:`read` gives them; no image is touched."""
+        """Ids of all images, as :meth:`read` returns them; no image is read."""
         return [readable(name) for name in self._ids]
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Reads images ``start`` to ``stop`` undecoded."""
+        """Read images ``start`` to ``stop`` without decoding them."""
         for row in range(*slice(start, stop).indices(len(self._ids))):
             image = self._images[row]
             path = readable(str(image)) if isinstance(image, str) else ""
@@ -159,48 +159,48 @@ class ListedImages(SourceShard):
             yield Item(readable(self._ids[row]), image, metadata)
 
     def digest(self) -> str:
-        """SHA-256 of the ids in their order."""
+        """SHA-256 of the ids in order."""
         return digest_of(self._ids)
 
 
 class ListedTexts(SourceShard):
-    """Texts in memory. Blank ones and those that are not valid Unicode are on record as rejected."""
+    """Texts in memory. Blank and invalid Unicode texts are recorded as rejected."""
 
     columns = ("caption",)
 
     def __init__(self, ids: Sequence[str], texts: Sequence[str | None]) -> None:
-        """Keeps n ids and n texts; ``None`` stands for a text that the source does not have."""
+        """Keep n ids and n texts; ``None`` means that the source has no text."""
         self.name = "texts"
         self.length = len(ids)
         self._ids, self._texts = ids, texts
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Reads texts ``start`` to ``stop``, stripped."""
+        """Read texts ``start`` to ``stop``, stripped."""
         for row in range(*slice(start, stop).indices(len(self._ids))):
             yield text_entry(self._ids[row], self._texts[row])
 
     def digest(self) -> str:
-        """SHA-256 of the ids and texts in their order."""
+        """SHA-256 of the ids and texts in order."""
         return digest_of(self._ids, [text or "" for text in self._texts])
 
 
 def text_entry(name: str, text: str | None) -> Entry:
-    """A caption as an item, or the reason why it is none."""
-    told = (text or "").strip()
-    if not told:
+    """Make an item of a caption, or reject it with a reason."""
+    caption = (text or "").strip()
+    if not caption:
         return Rejected(readable(name), "the caption is blank")
-    if readable(told) != told:
-        return Rejected(readable(name), f"the caption is not valid Unicode: {readable(told)!r}")
-    return Item(readable(name), told, {"caption": told})
+    if readable(caption) != caption:
+        return Rejected(readable(name), f"the caption is not valid Unicode: {readable(caption)!r}")
+    return Item(readable(name), caption, {"caption": caption})
 
 
 def readable(text: str) -> str:
-    """The text in valid Unicode: half surrogates, as in file names that are not UTF-8, are spelled out."""
+    """Escape lone surrogates (as in file names that are not UTF-8), so that the text is valid Unicode."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def digest_of(*columns: Sequence[str]) -> str:
-    """SHA-256 of texts in their order."""
+    """SHA-256 of all texts in order."""
     digest = hashlib.sha256()
     for column in columns:
         for text in column:

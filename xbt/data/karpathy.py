@@ -1,7 +1,7 @@
-"""The reader of Karpathy's split files, ``dataset_{flickr8k,flickr30k,coco}.json``.
+"""Reader of Karpathy's split files, ``dataset_{flickr8k,flickr30k,coco}.json``.
 
-Published results on Flickr30k and COCO use these splits and the ``raw`` sentences; COCO's images have five,
-six or seven captions, all of which count.
+Published results on Flickr30k and COCO use these splits and the ``raw`` sentences. COCO's images have five,
+six or seven captions, and all of them count.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ class KarpathyImage:
     """One record of a split file."""
 
     name: str
-    """The file name, with its folder (``val2014/COCO_...jpg``) where the file gives one."""
+    """The file name, with its folder (``val2014/COCO_...jpg``) if the file gives one."""
     split: str
     """``train``, ``restval``, ``val`` or ``test``."""
     sentences: tuple[str, ...]
-    """The captions as people wrote them (``raw``), stripped; blank ones are kept."""
+    """The original captions (``raw``), stripped; blank ones are kept."""
 
 
 def is_karpathy(content: Any) -> bool:
-    """Tells Karpathy's format from other JSON: an object with images but without COCO's annotations."""
+    """Return True for Karpathy's format: an object with images but without COCO's annotations."""
     return isinstance(content, dict) and "images" in content and "annotations" not in content
 
 
 def read_karpathy(path: Path, split: str | None = None, root: Path | None = None) -> list[KarpathyImage]:
-    """Reads a Karpathy split file, plain or gzipped.
+    """Read a Karpathy split file, plain or gzipped.
 
     Args:
         path: The ``dataset_*.json`` file.
-        split: ``train`` means the split of that name alone; ``train+restval`` joins two; ``all`` or None
-            takes every one. COCO's own train set is ``train+restval``.
-        root: Folder that the names are relative to, and may not leave; ``None`` if no image will be read.
+        split: Name of a split; ``+`` joins several; ``all`` or None takes all of them. COCO's train set is
+            ``train+restval``.
+        root: Base folder of the names, which a name may not leave; ``None`` if no image will be read.
 
     Returns:
         The images of the split, in the file's order.
 
     Raises:
-        DataError: If the file cannot be read or is not of this format, a record lacks a key or its name
-            leaves the folder (the message gives its position), or there is no such split (the message lists
-            those there are).
+        DataError: If the file cannot be read or has another format, a record lacks a key or its name leaves
+            the folder (the message gives its position), or there is no such split (the message lists the
+            existing ones).
     """
     content = read_json(path)
     if not is_karpathy(content):
@@ -59,7 +59,7 @@ def read_karpathy(path: Path, split: str | None = None, root: Path | None = None
 def parse_karpathy(
     content: Any, path: Path, split: str | None = None, root: Path | None = None
 ) -> list[KarpathyImage]:
-    """Parses what :func:`read_karpathy` reads; ``path`` only names the file in errors."""
+    """Parse the JSON content of a split file; ``path`` is only used in error messages."""
     records = content["images"]
     if not isinstance(records, list) or not records:
         raise DataError(f"{path} is empty: its 'images' hold no record; give a complete split file")

@@ -1,9 +1,4 @@
-"""Images with a class each.
-
-Reading which class every image has: from class folders, and from Hugging Face data sets.
-
-Where images with classes come from: what a backbone is trained and judged on.
-"""
+"""Images with one class label each, from class folders or Hugging Face data sets: data for backbones."""
 
 from __future__ import annotations
 
@@ -31,14 +26,14 @@ from xbt.images import ImageSource, load_image
 
 
 class LabelledImages:
-    """Images with a class each; images stay unread until one is asked for.
+    """Images with one class each; images are read on access.
 
     Attributes:
-        ids: One unique name per image: the path below the folder, or ``"row-17"`` of a Hub data set.
-        images: One lazily read source per image.
+        ids: One unique name per image: the path below the folder, or ``"row-17"`` for a Hub data set.
+        images: One source per image, read lazily.
         labels: (n,) int64 tensor with values from 0 to ``n_classes - 1``.
-        class_names: The names of all the data set's classes, those without a selected image too.
-        n_classes: Number of classes of the selection: 50 where the first 50 of 100 were asked for.
+        class_names: Names of all classes of the data set, including those without a selected image.
+        n_classes: Number of classes in the selection, such as 50 for the first 50 of 100 classes.
 
     Example:
         >>> images = load_labelled(LabelledSource("cifar100", split="train", classes=50))
@@ -54,17 +49,18 @@ class LabelledImages:
         class_names: Sequence[str],
         n_classes: int | None = None,
     ) -> None:
-        """Checks that ids, images and labels belong together.
+        """Check that ids, images and labels match.
 
         Args:
             ids: One name per image, unique.
-            images: One path, PIL image or encoded image each; indexed only when an image is needed.
+            images: One path, PIL image or encoded image each; indexed only when an image is read.
             labels: One class per image.
-            class_names: The names of all classes.
-            n_classes: Number of classes that may occur, all of them by default.
+            class_names: Names of all classes.
+            n_classes: Number of classes that may occur; all by default.
 
         Raises:
-            DataError: If the lengths differ, there is no image, an id occurs twice, or a label is no class.
+            DataError: If the lengths differ, there is no image, an id occurs twice, or a label is out of
+                range.
         """
         require_lengths(ids=ids, images=images, labels=labels)
         values = torch.as_tensor(labels)
@@ -84,7 +80,7 @@ class LabelledImages:
         self.n_classes = len(class_names) if n_classes is None else n_classes
         if not 1 <= self.n_classes <= len(class_names):
             raise DataError(
-                f"n_classes is {self.n_classes}, but there are names for {len(class_names)} classes; name all"
+                f"n_classes is {self.n_classes}, but there are {len(class_names)} class names; give all names"
             )
         self.ids = ids
         self.images = images
@@ -110,7 +106,7 @@ class LabelledImages:
         return len(self.class_names)
 
     def image(self, row: int) -> Image.Image:
-        """Decodes one image to RGB.
+        """Decode one image to RGB.
 
         Raises:
             ImageError: If it cannot be decoded; the message names its id.
@@ -118,13 +114,13 @@ class LabelledImages:
         return load_image(image_at(self.images, row), name=self.ids[row])
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
-        """Returns some of the images in the given order; no image is read, and the classes stay.
+        """Return some of the images in the given order; no image is read, and the classes do not change.
 
         Args:
-            rows: Rows, each at most once and not negative.
+            rows: Rows, not negative and without repetition.
 
         Raises:
-            DataError: If there is no row, or one is out of range or given twice.
+            DataError: If there is no row, or one is out of range or occurs twice.
         """
         chosen = [int(row) for row in rows]
         for row in chosen:
@@ -140,33 +136,33 @@ class LabelledImages:
 
 
 SPLIT_FOLDERS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
-"""Names of folders that are taken for splits when a directory holds nothing else."""
+"""Folder names that are read as splits if a directory holds no other folders."""
 
 Labelled = tuple[list[str], Sequence[ImageSource], NDArray[np.int64], list[str]]
-"""Ids, unread images, the class of each image, and the names of all classes."""
+"""Ids, unread images, (n,) class of each image, and the names of all classes."""
 
 
 class HubColumns(NamedTuple):
-    """The columns of a data set that hold image and class; ``None`` where they are to be found out."""
+    """Image column and label column of a data set; ``None`` to detect it."""
 
     image: str | None
     label: str | None
 
 
 def read_class_folders(directory: Path, split: str | None) -> Labelled:
-    """Reads a directory in which every class has a folder, with its images in and below it.
+    """Read a directory with one folder per class; images may be in subfolders.
 
     Args:
-        directory: Where the class folders are, or the folders of the splits.
-        split: The folder below ``directory`` that holds the class folders.
+        directory: Parent of the class folders, or of the split folders.
+        split: The folder in ``directory`` that holds the class folders.
 
     Returns:
-        Ids are paths relative to the class folders' own folder. Classes are the folders in alphabetical
-        order, empty ones too, so that two splits agree as long as they have the same folders.
+        Ids are paths relative to the parent of the class folders. Classes are the folders in alphabetical
+        order, including empty ones, so that splits with the same folders have the same classes.
 
     Raises:
-        DataError: If there is no such folder or no image, an image lies in no class folder, or the folders
-            are splits and none is chosen.
+        DataError: If there is no such folder or no image, an image is not in a class folder, or the
+            folders are splits and none is chosen.
     """
     folder = directory if split is None else directory / split
     if not folder.is_dir():
@@ -194,21 +190,21 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def read_hub_labels(source: str, subset: str | None, split: str | None, columns: HubColumns) -> Labelled:
-    """Reads the classes of a Hugging Face data set; images stay encoded where they are.
+    """Read the classes of a Hugging Face data set; no image is decoded.
 
     Args:
         source: ``hf:`` and the name of a Hub data set, or a local directory.
         subset: Configuration of a Hub data set.
-        split: Which split; may be left out where there is only one.
-        columns: The columns of image and class.
+        split: Name of the split; optional if there is only one.
+        columns: Image column and label column.
 
     Returns:
-        Ids are the rows' numbers. Class names are those of the label column where it has them
-        (``ClassLabel``), the distinct words in alphabetical order, or the numbers up to the largest label.
+        Ids are ``"row-0"``, ... Class names are those of a ``ClassLabel`` column, the distinct strings of a
+        string column in alphabetical order, or otherwise the numbers up to the largest label.
 
     Raises:
-        DataError: If it cannot be opened, a column does not exist, is ambiguous or holds something else, or a
-            row has no class.
+        DataError: If it cannot be opened, a column does not exist, is ambiguous or has a wrong type, or a row
+            has no class.
     """
     dataset = open_dataset(source, subset, split)
     image = _column(dataset, columns.image, datasets.Image, "image", source)
@@ -218,17 +214,19 @@ def read_hub_labels(source: str, subset: str | None, split: str | None, columns:
 
 
 def _column(dataset: Any, chosen: str | None, kind: type, usual: str, source: str) -> str:
-    """The chosen column, or else the only one of the kind, or else the one with the usual name."""
+    """Return the chosen column, else the only column of the type, else the column with the usual name."""
     if chosen is not None:
         check_column(chosen, dataset.column_names, source)
         return chosen
-    found: list[str] = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
-    if len(found) == 1:
-        return found[0]
+    matches: list[str] = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+    if len(matches) == 1:
+        return matches[0]
     if usual in dataset.column_names:
         return usual
     what = (
-        f"the columns {_listed(found)}" if found else "no such column among " + _listed(dataset.column_names)
+        f"the columns {_listed(matches)}"
+        if matches
+        else "no such column among " + _listed(dataset.column_names)
     )
     raise DataError(f"{source} has {what} for the {usual}; choose one with {usual}_column")
 
@@ -250,8 +248,8 @@ def _labels(dataset: Any, column: str, source: str) -> tuple[NDArray[np.int64], 
     if "int" not in dtype:
         raise DataError(f"{source}: the column {column!r} holds {dtype}, not classes; name the label column")
     labels = np.array(values, dtype=np.int64)
-    named = isinstance(feature, datasets.ClassLabel)
-    names = list(feature.names) if named else [str(number) for number in range(int(labels.max()) + 1)]
+    has_names = isinstance(feature, datasets.ClassLabel)
+    names = list(feature.names) if has_names else [str(number) for number in range(int(labels.max()) + 1)]
     _check_range(labels, len(names), column, source)
     return labels, names
 
@@ -270,15 +268,15 @@ PRESETS: dict[str, tuple[str, HubColumns]] = {
     "cifar100": ("hf:uoft-cs/cifar100", HubColumns("img", "fine_label")),
     "imagenet-1k": ("hf:ILSVRC/imagenet-1k", HubColumns("image", "label")),
 }
-"""Data sets known by name: where the Hub has them, and their columns."""
+"""Data sets with a short name: their Hub repository and columns."""
 
 
 @dataclass
 class LabelledSource:
-    """Where images with classes come from, and which part of them is taken.
+    """Source of labelled images, and the selection from it.
 
-    First the classes are chosen, then the fraction of each class, then the limit; the order stays the
-    source's.
+    The classes are selected first, then the fraction of each class, then the limit. The source's order is
+    kept.
 
     Raises:
         ConfigError: If ``source`` is empty, a number is out of range, or an option does not apply to this
@@ -287,58 +285,58 @@ class LabelledSource:
 
     source: str
     """cifar100; imagenet-1k (its Hub repository is gated: accept the terms there and log in, or give root);
-    hf: and a Hub data set or a local directory; or a local directory, with a folder for every class or with
-    the files of a Hub data set."""
+    hf: and a Hub data set or a local directory; or a local directory with one folder per class or with the
+    files of a Hub data set."""
     root: str | None = None
-    """Local directory that holds the files of cifar100 or imagenet-1k, so that nothing is downloaded."""
+    """Local directory with the files of cifar100 or imagenet-1k; nothing is downloaded."""
     split: str | None = None
-    """Split to read; in a directory of class folders, the folder below it that holds them."""
+    """Split to read; in a local directory, the subfolder that holds the class folders."""
     subset: str | None = None
     """Configuration of a Hub data set."""
     image_column: str | None = None
-    """Column that holds the image; where none is named, the only one that holds images."""
+    """Column with the images; by default the only column of images."""
     label_column: str | None = None
-    """Column that holds the class; where none is named, the only one of classes, or label."""
+    """Column with the classes; by default the only column of classes, or label."""
     classes: int | None = None
-    """Take only the first so many classes, in the data set's own order (a class split)."""
+    """Take only this many classes, the first ones in the data set's order (a class split)."""
     fraction: float | None = None
-    """Take only this part of every class, at least one image, chosen with the seed (a data split); the choice
-    for a smaller fraction is part of the one for a larger."""
+    """Take only this fraction of every class, at least one image, drawn with the seed (a data split). The
+    draw for a smaller fraction is a subset of the draw for a larger one."""
     limit: int | None = None
-    """Take only so many images in all, chosen at random with the seed."""
+    """Maximum number of images; they are drawn at random with the seed."""
     seed: int = 0
-    """Seed of these choices."""
+    """Seed of the random draws."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         check_source(self.source, self.limit)
         if self.classes is not None and self.classes < 1:
             raise ConfigError(f"classes is {self.classes}, but must be at least 1; leave it out to take all")
         if self.fraction is not None and not 0 < self.fraction <= 1:
-            raise ConfigError(f"fraction is {self.fraction}, but must lie above 0 and be at most 1")
+            raise ConfigError(f"fraction is {self.fraction}, but must be above 0 and at most 1")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, but must not be negative")
         if self.root is not None and self.source not in PRESETS:
             raise ConfigError(
                 f"root {self.root!r} was given with {self.source}, but only {' and '.join(PRESETS)} have "
-                "one; make the directory the source"
+                "this option; give the directory as the source"
             )
 
 
 def load_labelled(source: LabelledSource | str) -> LabelledImages:
-    """Opens images with classes; none is decoded.
+    """Open labelled images; none is decoded.
 
     Args:
-        source: What to read; a plain string stands for ``LabelledSource(string)``.
+        source: The source; a plain string means ``LabelledSource(string)``.
 
     Returns:
-        The selected images. Labels are the data set's own numbers; where classes are folders or words, their
-        rank in alphabetical order.
+        The selected images. Labels are the data set's own numbers. For folders or strings, they are the
+        positions in alphabetical order.
 
     Raises:
         ConfigError: If an option does not apply to this kind of source.
-        DataError: If the source cannot be read or holds no image, a label is missing or no class of the data
-            set, or more classes are asked for than there are; the message names the place and the fix.
+        DataError: If the source cannot be read or holds no image, a label is missing or out of range, or more
+            classes are requested than exist; the message names the row and the fix.
 
     Example:
         >>> load_labelled("flowers/")
@@ -350,7 +348,7 @@ def load_labelled(source: LabelledSource | str) -> LabelledImages:
     total = len(class_names)
     if source.classes is not None and source.classes > total:
         raise DataError(
-            f"classes is {source.classes}, but {source.source} has only {total}; ask for at most that many"
+            f"classes is {source.classes}, but {source.source} has only {total}; request at most that many"
         )
     n_classes = source.classes or total
     rows = _choose(labels, n_classes, source)
@@ -369,7 +367,7 @@ def load_labelled(source: LabelledSource | str) -> LabelledImages:
 
 
 def _read(source: LabelledSource) -> Labelled:
-    name, usual = PRESETS.get(source.source, (source.source, HubColumns(None, None)))
+    name, preset = PRESETS.get(source.source, (source.source, HubColumns(None, None)))
     if source.root is not None:
         name = source.root
     directory = Path(name).expanduser()
@@ -379,7 +377,7 @@ def _read(source: LabelledSource) -> Labelled:
             f"set, or one of {', '.join(PRESETS)}"
         )
     if name.startswith(HUB_PREFIX) or _holds_dataset(directory):
-        columns = HubColumns(source.image_column or usual.image, source.label_column or usual.label)
+        columns = HubColumns(source.image_column or preset.image, source.label_column or preset.label)
         return read_hub_labels(name, source.subset, source.split, columns)
     for option in ("subset", "image_column", "label_column"):
         value = getattr(source, option)
@@ -392,7 +390,7 @@ def _read(source: LabelledSource) -> Labelled:
 
 
 def _holds_dataset(directory: Path) -> bool:
-    """Whether a directory holds a data set's files, and not class folders."""
+    """Return True if a directory holds the files of a data set instead of class folders."""
     names = ("state.json", "dataset_dict.json")
     return any((directory / name).exists() for name in names) or any(
         next(directory.glob(pattern), None) is not None for pattern in ("*.parquet", "*/*.parquet")
@@ -400,13 +398,13 @@ def _holds_dataset(directory: Path) -> bool:
 
 
 def _choose(labels: NDArray[np.int64], n_classes: int, source: LabelledSource) -> NDArray[np.int64]:
-    """The rows that are taken, ascending."""
+    """Select rows, in ascending order."""
     kept = labels < n_classes
     if source.fraction is not None:
         for label in np.unique(labels[kept]):
             members = np.flatnonzero(labels == label)
             count = max(1, round(source.fraction * len(members)))
-            # Drawn by class and cut from one order: neither other classes nor the fraction change it.
+            # One permutation per class: the draw depends neither on other classes nor on the fraction.
             order = np.random.default_rng([source.seed, int(label)]).permutation(len(members))
             kept[members[order[count:]]] = False
     rows = np.flatnonzero(kept)

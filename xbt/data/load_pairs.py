@@ -1,4 +1,4 @@
-"""Loading image–text pairs: caption files, CLIP_benchmark's tars, Hugging Face data sets, the scenes."""
+"""Loading of image–text pairs from caption files, tars, Hugging Face data sets and the built-in scenes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ __all__ = ["ImageTextPairs", "PairSource", "Rejected", "load_pairs", "load_reada
 
 
 def load_pairs(source: PairSource | str) -> ImageTextPairs:
-    """Loads images with their captions; no image is decoded yet.
+    """Load images with their captions; no image is decoded yet.
 
-    Captions are stripped. Blank ones, those that are not valid Unicode, and images without a caption are left
-    out, with a warning that counts them: a blank query has no answer, and an image without captions none that
-    asks for it.
+    Captions are stripped. Captions that are blank or not valid Unicode are left out, as are images without a
+    caption. A warning counts them.
 
     Args:
-        source: What to load; a plain string stands for ``PairSource(string)``.
+        source: The source; a plain string means ``PairSource(string)``.
 
     Returns:
         The pairs in the source's order.
@@ -35,7 +34,7 @@ def load_pairs(source: PairSource | str) -> ImageTextPairs:
     Raises:
         ConfigError: If an option does not apply to this kind of source.
         DataError: If the source cannot be read, image files are missing or lie outside of the image root, an
-            image comes twice, or no image has a caption.
+            image occurs twice, or no image has a caption.
 
     Warns:
         UserWarning: If captions or images were left out.
@@ -60,14 +59,14 @@ def load_pairs(source: PairSource | str) -> ImageTextPairs:
 def load_readable_pairs(
     source: PairSource | str, progress: bool = False
 ) -> tuple[ImageTextPairs, list[Rejected]]:
-    """Loads pairs and leaves out, by name and count, the images that cannot be decoded.
+    """Load pairs and leave out images that cannot be decoded, with a warning that names and counts them.
 
     Args:
-        source: What to load.
-        progress: Whether to show a bar while every image is decoded once.
+        source: The source; a plain string means ``PairSource(string)``.
+        progress: Whether to show a progress bar while every image is decoded once.
 
     Returns:
-        The readable pairs, and the others with the reason.
+        The pairs with a readable image, and the rejected images with the reason.
 
     Raises:
         DataError: If the source cannot be used or no image can be read.
@@ -79,10 +78,10 @@ def load_readable_pairs(
 
 
 def keep_readable(pairs: ImageTextPairs, progress: bool = False) -> tuple[ImageTextPairs, list[Rejected]]:
-    """Leaves out of loaded pairs what cannot be decoded; see :func:`load_readable_pairs`."""
+    """Leave out images that cannot be decoded; see :func:`load_readable_pairs`."""
     pairs, rejected = pairs.drop_unreadable(progress=progress)
     if rejected:
-        listed = "; ".join(each.reason for each in rejected[:5])
+        listed = "; ".join(image.reason for image in rejected[:5])
         more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
         count = len(pairs) + len(rejected)
         warnings.warn(f"skipped {len(rejected)} of {count} images: {listed}{more}", stacklevel=3)
@@ -90,7 +89,7 @@ def keep_readable(pairs: ImageTextPairs, progress: bool = False) -> tuple[ImageT
 
 
 def _read(source: PairSource) -> tuple[list[str], Sequence[ImageSource], list[list[str]]]:
-    """Ids, undecoded images, and the captions as they stand."""
+    """Read ids, undecoded images and unchanged captions."""
     if source.kind == "hf":
         return read_hub_pairs(source)
     if source.kind == "tars":
@@ -105,33 +104,34 @@ def _read(source: PairSource) -> tuple[list[str], Sequence[ImageSource], list[li
 def _with_captions(
     ids: list[str], images: Sequence[ImageSource], captions: list[list[str]], source: str, fix: str
 ) -> ImageTextPairs:
-    """Makes pairs of the images that have a caption and warns about what is left out."""
+    """Make pairs of the images with a caption, and warn about the captions and images left out."""
     if not ids:
         raise DataError(f"{source} is empty: it holds no image; give a source with image–text pairs")
-    spoken = [[words for caption in each if (words := caption.strip())] for each in captions]
-    kept = [[words for words in each if is_unicode(words)] for each in spoken]
-    silent = [name for name, each in zip(ids, kept, strict=True) if not each]
-    if len(silent) == len(ids):
+    nonblank = [[stripped for text in texts if (stripped := text.strip())] for texts in captions]
+    kept = [[text for text in texts if is_unicode(text)] for texts in nonblank]
+    captionless = [name for name, texts in zip(ids, kept, strict=True) if not texts]
+    if len(captionless) == len(ids):
         raise DataError(f"none of the {len(ids)} images of {source} has a caption; {fix}")
     blank, invalid = (
-        sum(map(len, before)) - sum(map(len, after)) for before, after in ((captions, spoken), (spoken, kept))
+        sum(map(len, before)) - sum(map(len, after))
+        for before, after in ((captions, nonblank), (nonblank, kept))
     )
     left_out = []
-    if silent:
+    if captionless:
         left_out.append(
-            f"{len(silent)} of {len(ids)} images of {source} have no caption and are left out, first "
-            f"{silent[0]}"
+            f"{len(captionless)} of {len(ids)} images of {source} have no caption and are left out, first "
+            f"{captionless[0]}"
         )
     if blank:
         left_out.append(f"{blank} of the captions of {source} are blank and are left out")
     if invalid:
-        first = next(name for name, *each in zip(ids, spoken, kept, strict=True) if each[0] != each[1])
+        first = next(name for name, before, after in zip(ids, nonblank, kept, strict=True) if before != after)
         left_out.append(
             f"{invalid} of the captions of {source}, first one of {readable(first)!r}, are not valid Unicode "
             "(half of a surrogate pair, as in a text that was cut short) and are left out"
         )
     if left_out:
         warnings.warn("; ".join(left_out), stacklevel=3)
-    # The placeholder never leaves this function: it keeps rows aligned until the silent ones are gone.
-    pairs = ImageTextPairs(ids, images, [each or [""] for each in kept])
-    return pairs.select([row for row, each in enumerate(kept) if each]) if silent else pairs
+    # The placeholder [""] keeps rows aligned until select() removes the images without a caption.
+    pairs = ImageTextPairs(ids, images, [texts or [""] for texts in kept])
+    return pairs.select([row for row, texts in enumerate(kept) if texts]) if captionless else pairs

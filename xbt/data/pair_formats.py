@@ -1,8 +1,7 @@
-"""Files that name images and give their captions: Karpathy's and COCO's JSON, and lines of text.
+"""Readers of image–text pairs: JSON of Karpathy and COCO, lines of text, and CLIP_benchmark's tar folders.
 
-CLIP_benchmark's folders of tars with images and their captions.
-
-The layout (LAION's CLIP_benchmark, ``clip_benchmark_export_wds``; ``clip-benchmark/wds_*`` on the Hub)::
+Layout of a tar folder (LAION's CLIP_benchmark, ``clip_benchmark_export_wds``; ``clip-benchmark/wds_*`` on the
+Hub)::
 
     dataset_type.txt      retrieval
     test/nshards.txt      2
@@ -40,11 +39,11 @@ from xbt.images import ImageSource
 
 
 class NamedImages(NamedTuple):
-    """What such a file holds.
+    """Image names and captions of a file.
 
     Attributes:
-        names: The file name of each image, with its folder where the file gives one.
-        captions: The captions of each image as they stand, blank ones included.
+        names: The file name of each image, with its folder if the file gives one.
+        captions: The unchanged captions of each image, blank ones included.
     """
 
     names: list[str]
@@ -58,24 +57,24 @@ def read_pair_file(
     image_column: str | None = None,
     caption_column: str | None = None,
 ) -> NamedImages:
-    """Reads images and captions from a file, plain or gzipped.
+    """Read image names and captions from a file, plain or gzipped.
 
     Args:
-        path: A Karpathy split file or a file in COCO's caption format (``.json``), or text with an image's
+        path: A Karpathy split file or a file in COCO's caption format (``.json``), or text with an image
             name and a caption on each line (``.txt``, ``.token``, ``.csv``, ``.tsv``); see
             :mod:`~xbt.data.caption_tables`.
-        split: Splits of a Karpathy file; the other formats hold one split each.
-        root: Folder that the names are relative to, and may not leave.
-        image_column: Column of the names in a table, where it has an unusual name.
-        caption_column: Column of the captions, likewise.
+        split: Splits of a Karpathy file; a file in another format holds one split.
+        root: Base folder of the names; a name may not leave it.
+        image_column: Column of the image names in a table, if it has an unusual name.
+        caption_column: Column of the captions in a table, if it has an unusual name.
 
     Returns:
         The images in the file's order.
 
     Raises:
         ConfigError: If a split is given for a file that has none.
-        DataError: If the file cannot be read, is of another format, or a name leaves the folder; the message
-            gives the place.
+        DataError: If the file cannot be read, has another format, or a name leaves the folder; the message
+            gives the line or record.
     """
     check_is_file(path)
     kind = kind_of(path)
@@ -88,11 +87,11 @@ def read_pair_file(
     content = read_json(path) if kind == ".json" else None
     if is_karpathy(content):
         records = parse_karpathy(content, path, split, root)
-        return NamedImages([each.name for each in records], [list(each.sentences) for each in records])
+        return NamedImages([image.name for image in records], [list(image.sentences) for image in records])
     if split is not None:
         raise ConfigError(
-            f"split {split!r} was given, but {path} has no splits: it is one; leave split out and name the "
-            "file of the split that you mean"
+            f"split {split!r} was given, but {path} has no splits; leave split out and give the file of "
+            "the split that you want"
         )
     if kind == ".json":
         return read_coco_captions(content, path, root)
@@ -102,16 +101,16 @@ def read_pair_file(
 def read_image_lines(
     path: Path, root: Path, image_column: str | None = None, caption_column: str | None = None
 ) -> NamedImages:
-    """Reads text with an image's name and a caption on each line.
+    """Read text with an image name and a caption on each line.
 
     Args:
         path: The file; its first line may be a header.
-        root: Folder that the names are relative to, and may not leave.
-        image_column: Column of the names, where it has an unusual name.
-        caption_column: Column of the captions, likewise.
+        root: Base folder of the names; a name may not leave it.
+        image_column: Column of the image names, if it has an unusual name.
+        caption_column: Column of the captions, if it has an unusual name.
 
     Returns:
-        The images in the order in which they first occur.
+        The images in order of first occurrence.
 
     Raises:
         DataError: If the file cannot be read, holds no image, or a line does not name one.
@@ -125,7 +124,7 @@ def read_image_lines(
             )
         name_within(root, row.image, where)
         captions.setdefault(row.image, []).extend(
-            each or "" for each in as_captions(unpacked(row.caption, where), where, "fix the line")
+            caption or "" for caption in as_captions(unpacked(row.caption, where), where, "fix the line")
         )
     if not captions:
         raise DataError(
@@ -136,19 +135,19 @@ def read_image_lines(
 
 
 def read_coco_captions(content: Any, path: Path, root: Path) -> NamedImages:
-    """Joins the images and the annotations of a file in COCO's caption format; nocaps uses it as well.
+    """Join the images and annotations of a file in COCO's caption format, which nocaps also uses.
 
     Args:
-        content: What the file holds: ``images`` with ``id`` and ``file_name``, and ``annotations`` with
+        content: The parsed file: ``images`` with ``id`` and ``file_name``, and ``annotations`` with
             ``image_id`` and ``caption``.
-        path: The file, for errors.
-        root: Folder that the names are relative to, and may not leave.
+        path: The file, for error messages.
+        root: Base folder of the names; a name may not leave it.
 
     Returns:
         The images in the file's order.
 
     Raises:
-        DataError: If a record lacks a key, an id is no number or string or occurs twice, a name leaves the
+        DataError: If a record lacks a key, an id is not a number or string or occurs twice, a name leaves the
             folder, or a caption belongs to no image of the file; the message gives the position.
     """
     names: dict[Any, str] = {}
@@ -172,7 +171,7 @@ def read_coco_captions(content: Any, path: Path, root: Path) -> NamedImages:
                 f"{where} is a caption of the image {identity!r}, which is not among the file's 'images'; "
                 "give a complete file"
             )
-        captions[identity] += [each or "" for each in as_captions(caption, where, "fix the record")]
+        captions[identity] += [text or "" for text in as_captions(caption, where, "fix the record")]
     return NamedImages(list(names.values()), list(captions.values()))
 
 
@@ -201,18 +200,18 @@ def _values(record: Any, keys: tuple[str, str], where: str, kind: str) -> tuple[
 
 
 _HUB_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(/.*)?")
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 _NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 _PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
 class TarredPairs(NamedTuple):
-    """What such a folder holds.
+    """Image–text pairs of a tar folder.
 
     Attributes:
         ids: ``"<split>/<shard>/<key>"`` of each image.
-        images: The encoded images, read from their tar when one is asked for.
-        captions: The captions of each image as they stand, blank ones included.
+        images: The encoded images, read from their tar on access.
+        captions: The unchanged captions of each image, blank ones included.
     """
 
     ids: list[str]
@@ -221,19 +220,19 @@ class TarredPairs(NamedTuple):
 
 
 class TarredImages(Sequence[ImageSource]):
-    """Images that are read from the middle of their (uncompressed) tars, on any file system of fsspec."""
+    """Images read by offset from uncompressed tars, on any file system of fsspec."""
 
     def __init__(self) -> None:
         self._tars: list[str] = []
-        self._places: list[tuple[int, int, int]] = []
+        self._ranges: list[tuple[int, int, int]] = []  # number of the tar, offset, size
 
-    def add(self, tar: str, places: Sequence[tuple[int, int]]) -> None:
-        """Appends the images of one tar, given offset and size of each."""
+    def add(self, tar: str, ranges: Sequence[tuple[int, int]]) -> None:
+        """Append the images of one tar, given the offset and size of each."""
         self._tars.append(tar)
-        self._places += [(len(self._tars) - 1, *place) for place in places]
+        self._ranges += [(len(self._tars) - 1, offset, size) for offset, size in ranges]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._ranges)
 
     @overload
     def __getitem__(self, index: int) -> bytes: ...
@@ -242,26 +241,27 @@ class TarredImages(Sequence[ImageSource]):
     def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
         if isinstance(index, slice):
             return [self[row] for row in range(*index.indices(len(self)))]
-        tar, start, size = self._places[index]
+        tar, start, size = self._ranges[index]
         files, path = fsspec.core.url_to_fs(self._tars[tar])
         return bytes(files.cat_file(path, start=start, end=start + size))
 
 
 def read_retrieval_folder(source: str, split: str | None) -> TarredPairs:
-    """Lists the images and captions of such a folder; no image is decoded.
+    """List the images and captions of a tar folder; no image is decoded.
 
     Args:
-        source: A folder, a URL that fsspec opens, or ``hf://datasets/org/name``, perhaps with ``@revision``
-            and a folder in the repository, of which the wanted splits are fetched to the Hub cache.
-        split: ``test``, several joined by ``+``, or ``all``; may be left out where there is only one.
+        source: A folder, a URL that fsspec opens, or ``hf://datasets/org/name``, optionally with
+            ``@revision`` and a folder in the repository; the requested splits are downloaded to the Hub
+            cache.
+        split: ``test``, several joined by ``+``, or ``all``; optional if there is only one split.
 
     Returns:
         The pairs, shard by shard.
 
     Raises:
-        DataError: If it is no such folder, its ``dataset_type.txt`` says something else than ``retrieval``, a
-            split or a shard is missing, a tar is compressed or damaged, a caption file has no picture, or a
-            sample comes twice, or the Hub repository cannot be fetched.
+        DataError: If it is not a tar folder, its ``dataset_type.txt`` is not ``retrieval``, a split or shard
+            is missing, a tar is compressed or damaged, a caption file has no image, a sample occurs twice, or
+            the Hub repository cannot be downloaded.
     """
     hub = _HUB_URL.fullmatch(source)
     root = source.rstrip("/") if hub is None else _fetch_splits(hub, split)
@@ -275,30 +275,30 @@ def read_retrieval_folder(source: str, split: str | None) -> TarredPairs:
     kind = _read_text(files, f"{base}/dataset_type.txt")
     if kind is not None and kind.strip().lower() != "retrieval":
         raise DataError(
-            f"{source} is a data set of the type {kind.strip()!r}, says its dataset_type.txt; give one of "
-            "the type 'retrieval'"
+            f"{source} has the type {kind.strip()!r} in its dataset_type.txt; give a data set of the type "
+            "'retrieval'"
         )
     if split is None and len(present) > 1:
         raise DataError(f"{source} has the splits {', '.join(present)}; choose one with split")
     pairs = TarredPairs([], TarredImages(), [])
     for name in choose_splits(split, present, source):
-        for number in range(_shards(files, f"{base}/{name}", f"{source}/{name}")):
+        for number in range(_shard_count(files, f"{base}/{name}", f"{source}/{name}")):
             _add_shard(pairs, f"{root}/{name}/{number}.tar", f"{name}/{number}")
     return pairs
 
 
 def _fetch_splits(hub: re.Match[str], split: str | None) -> str:
-    """The snapshot of a Hub data set, with the wanted splits in it."""
+    """Download the requested splits of a Hub data set; return the local folder."""
     repo, revision, folder = hub[1], hub[2], (hub[3] or "").strip("/")
-    inside = f"{folder}/" if folder else ""
-    # The small files first: they tell which splits there are.
-    patterns = [f"{inside}dataset_type.txt", f"{inside}*/nshards.txt"]
+    prefix = f"{folder}/" if folder else ""
+    # Download the small files first: they list the splits.
+    patterns = [f"{prefix}dataset_type.txt", f"{prefix}*/nshards.txt"]
     snapshot = _snapshot(repo, revision, patterns)
     root = f"{snapshot}/{folder}".rstrip("/")
     present = _splits(*_file_system(root))
     if split is not None or len(present) == 1:
         wanted = choose_splits(split or ALL_SPLITS, present, f"hf://datasets/{repo}")
-        patterns += [f"{inside}{name}/*" for name in wanted]
+        patterns += [f"{prefix}{name}/*" for name in wanted]
         _snapshot(repo, revision, patterns)
     return root
 
@@ -306,7 +306,7 @@ def _fetch_splits(hub: re.Match[str], split: str | None) -> str:
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
     try:
         return snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
-    except Exception as error:  # the HTTP library's own errors share no kind with the Hub's
+    except Exception as error:  # errors of the HTTP library and of huggingface_hub have no common base
         at = f" at revision {revision}" if revision else ""
         raise DataError(
             f"the Hub data set {repo}{at} cannot be fetched ({one_line(error)[:300]}); check its name and "
@@ -323,8 +323,7 @@ def _file_system(root: str) -> tuple[Any, str]:
 
 
 def _splits(files: Any, base: str) -> list[str]:
-    found = (path for path in sorted(files.glob(f"{base}/*/nshards.txt")))
-    return [str(path).rsplit("/", 2)[1] for path in found]
+    return [str(path).rsplit("/", 2)[1] for path in sorted(files.glob(f"{base}/*/nshards.txt"))]
 
 
 def _read_text(files: Any, path: str) -> str | None:
@@ -333,27 +332,25 @@ def _read_text(files: Any, path: str) -> str | None:
     return str(files.cat_file(path).decode("utf-8", "replace"))
 
 
-def _shards(files: Any, base: str, where: str) -> int:
-    """How many shards a split has: what nshards.txt says, if they are all there."""
-    told = (_read_text(files, f"{base}/nshards.txt") or "").strip()
-    if not told.isdecimal() or len(told) > _MOST_DIGITS or int(told) < 1:
-        raise DataError(
-            f"{where}/nshards.txt says {told[:40]!r} where the number of tars should be; correct it"
-        )
-    count = int(told)
+def _shard_count(files: Any, base: str, where: str) -> int:
+    """Number of shards of a split, from nshards.txt; all must exist."""
+    text = (_read_text(files, f"{base}/nshards.txt") or "").strip()
+    if not text.isdecimal() or len(text) > _MAX_DIGITS or int(text) < 1:
+        raise DataError(f"{where}/nshards.txt says {text[:40]!r}, which is not a number of tars; correct it")
+    count = int(text)
     present = {str(path).rsplit("/", 1)[-1] for path in files.glob(f"{base}/*.tar")}
-    # Counted by the tars that are there: the number may be any.
-    there = {stem for name in present if _NUMBER.fullmatch(stem := name.removesuffix(".tar"))}
-    absent = count - sum(int(stem) < count for stem in there)
+    # Loop over the existing tars, not up to count, which may be huge.
+    numbers = {stem for name in present if _NUMBER.fullmatch(stem := name.removesuffix(".tar"))}
+    absent = count - sum(int(stem) < count for stem in numbers)
     if absent:
-        first = next(number for number in range(count) if str(number) not in there)
+        first = next(number for number in range(count) if str(number) not in numbers)
         raise DataError(
             f"{where}/nshards.txt says {count} tars, but {absent} of them are missing, first {first}.tar; "
             "copy or download them"
         )
     if len(present) > count:
         raise DataError(
-            f"{where}/nshards.txt says {count} tars, but {len(present)} are there; take the surplus away or "
+            f"{where}/nshards.txt says {count} tars, but {len(present)} exist; remove the surplus or "
             "correct the number"
         )
     return count
@@ -365,18 +362,18 @@ def _add_shard(pairs: TarredPairs, tar: str, name: str) -> None:
             packed = _PACKED.get(file.read(2))
         if packed is not None:
             raise DataError(
-                f"{tar} is compressed ({packed}), and images cannot be read from its middle; unpack it"
+                f"{tar} is compressed ({packed}), so images cannot be read from it by offset; unpack it"
             )
         captions = dict(_captions(tar))
-        places: list[tuple[int, int]] = []
+        ranges: list[tuple[int, int]] = []
         for sample in read_samples(tar, "image"):
             if sample.fault == missing("image"):
                 raise DataError(
-                    f"{tar}, sample {sample.key}: a caption file without a picture; write the tar again"
+                    f"{tar}, sample {sample.key}: a caption file without an image; write the tar again"
                 )
             if sample.fault is not None:
                 raise DataError(f"{tar}, sample {sample.key}: {sample.fault}; write the tar again")
-            places.append(sample.place)
+            ranges.append(sample.range)
             pairs.ids.append(readable(f"{name}/{sample.key}"))
             pairs.captions.append(captions.get(sample.key, []))
     except DataError:
@@ -385,18 +382,18 @@ def _add_shard(pairs: TarredPairs, tar: str, name: str) -> None:
         raise DataError(
             f"{tar} cannot be read to its end ({one_line(error)}); copy or download it again"
         ) from error
-    pairs.images.add(tar, places)
+    pairs.images.add(tar, ranges)
 
 
 def _captions(tar: str) -> Iterator[tuple[str, list[str]]]:
     for sample in read_samples(tar, "caption"):
         if sample.fault == missing("caption"):
-            continue  # an image without captions, as other formats have them too
+            continue  # an image without captions is allowed, as in other formats
         if sample.fault is not None:
             raise DataError(f"{tar}, sample {sample.key}: {sample.fault}; write the tar again")
         try:
             text = sample.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(f"{tar}: {sample.member} is not UTF-8; write the tar again") from error
-        # A line break within a caption was exported as a backslash and an n.
+        # CLIP_benchmark exports a line break within a caption as a backslash and an n.
         yield sample.key, [line.replace("\\n", "\n") for line in text.splitlines()]

@@ -1,7 +1,4 @@
-"""Images with any number of captions each, and the relevance between them.
-
-Where image–text pairs come from, as a config says it.
-"""
+"""Image–text pairs, any number of captions per image, and the options of their source."""
 
 from __future__ import annotations
 
@@ -28,12 +25,12 @@ _T = TypeVar("_T")
 class ImageTextPairs:
     """Images and their captions, any number of captions per image.
 
-    Images stay where they are (on disk, encoded, in an array) until one is asked for, so that a copy can be
-    sent to data-loading workers cheaply.
+    Images stay on disk, encoded, or in an array until they are accessed, so a copy for data-loading workers
+    is cheap.
 
     Attributes:
         ids: One unique name per image.
-        images: One lazily read source per image.
+        images: One source per image, read lazily.
         captions: The captions of each image, at least one.
 
     Example:
@@ -44,15 +41,15 @@ class ImageTextPairs:
     def __init__(
         self, ids: Sequence[str], images: Sequence[ImageSource], captions: Sequence[Sequence[str]]
     ) -> None:
-        """Checks that ids, images and captions belong together.
+        """Check that ids, images and captions match.
 
         Args:
             ids: One name per image, unique.
-            images: One path, PIL image or encoded image each; indexed only when an image is needed.
+            images: One path, PIL image or encoded image each; indexed only when an image is read.
             captions: The captions of each image.
 
         Raises:
-            DataError: If the lengths differ, there is no image, an id occurs twice or an image has no
+            DataError: If the lengths differ, there is no image, an id occurs twice, or an image has no
                 caption.
         """
         require_lengths(ids=ids, images=images, captions=captions)
@@ -69,12 +66,12 @@ class ImageTextPairs:
             twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
             raise DataError(f"the image id {twice!r} occurs more than once; ids must be unique")
         captions = as_listed(captions, "captions")
-        for name, own in zip(ids, captions, strict=True):
-            if isinstance(own, str) or not own:
+        for name, texts in zip(ids, captions, strict=True):
+            if isinstance(texts, str) or not texts:
                 raise DataError(f"the captions of image {name!r} must be a list of at least one string")
         self.ids = ids
         self.images = images
-        self.captions = [list(own) for own in captions]
+        self.captions = [list(texts) for texts in captions]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -83,7 +80,7 @@ class ImageTextPairs:
         return f"ImageTextPairs({len(self)} images, {len(self.texts)} captions)"
 
     def image(self, index: int) -> Image.Image:
-        """Decodes one image.
+        """Decode one image.
 
         Args:
             index: Row of the image.
@@ -99,38 +96,38 @@ class ImageTextPairs:
 
     @cached_property
     def texts(self) -> list[str]:
-        """All captions in one list, image by image."""
-        return [caption for own in self.captions for caption in own]
+        """All captions in one list, in the order of the images."""
+        return [caption for texts in self.captions for caption in texts]
 
     @cached_property
     def text_image(self) -> list[int]:
-        """The row of the image that each of ``texts`` describes."""
-        return [row for row, own in enumerate(self.captions) for _ in own]
+        """Row of the image for each of ``texts``."""
+        return [row for row, texts in enumerate(self.captions) for _ in texts]
 
     @property
     def positives_t2i(self) -> list[list[int]]:
-        """For each of ``texts``, the rows of the images that answer it."""
+        """Rows of the relevant images for each of ``texts``."""
         return [[row] for row in self.text_image]
 
     @property
     def positives_i2t(self) -> list[list[int]]:
-        """For each image, the positions in ``texts`` of the captions that answer it."""
+        """Positions in ``texts`` of the relevant captions for each image."""
         positives: list[list[int]] = [[] for _ in self.ids]
         for position, row in enumerate(self.text_image):
             positives[row].append(position)
         return positives
 
     def select(self, indices: Sequence[int]) -> ImageTextPairs:
-        """Returns some of the images with their captions, in the given order; no image is read.
+        """Return some of the images with their captions, in the given order; no image is read.
 
         Args:
-            indices: Rows, each at most once and not negative.
+            indices: Rows, not negative and without repetition.
 
         Returns:
             A new collection that shares the image sources.
 
         Raises:
-            DataError: If there is no index, or one is out of range or given twice.
+            DataError: If there is no index, or one is out of range or occurs twice.
         """
         rows = [int(row) for row in indices]
         for row in rows:
@@ -140,11 +137,11 @@ class ImageTextPairs:
         return ImageTextPairs([self.ids[row] for row in rows], images, [self.captions[row] for row in rows])
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ImageTextPairs, ImageTextPairs]:
-        """Holds out a random part of the images, with all their captions.
+        """Hold out a random part of the images, with all their captions.
 
         Args:
-            fraction: Part to hold out, above 0 and below 1; at least one image stays on either side.
-            seed: Chooses the part.
+            fraction: Fraction to hold out, above 0 and below 1; either side gets at least one image.
+            seed: Random seed.
 
         Returns:
             The remaining pairs and the held-out pairs, disjoint, both in the original order.
@@ -159,20 +156,20 @@ class ImageTextPairs:
             raise DataError("one image cannot be split into two parts; give at least two")
         count = min(max(round(fraction * len(self)), 1), len(self) - 1)
         held_out = choose_subset(len(self), count, seed)
-        taken = set(held_out)
-        return self.select([row for row in range(len(self)) if row not in taken]), self.select(held_out)
+        excluded = set(held_out)
+        return self.select([row for row in range(len(self)) if row not in excluded]), self.select(held_out)
 
     def drop_unreadable(
         self, workers: int = 4, progress: bool = False
     ) -> tuple[ImageTextPairs, list[Rejected]]:
-        """Decodes every image once and leaves out those that cannot be decoded.
+        """Decode every image once and leave out those that cannot be decoded.
 
         Args:
-            workers: Threads that decode.
-            progress: Whether to show a bar.
+            workers: Number of decoding threads.
+            progress: Whether to show a progress bar.
 
         Returns:
-            The pairs whose image can be read, and the others with the reason, in the original order.
+            The pairs with a readable image, and the rejected images with the reason, in the original order.
 
         Raises:
             DataError: If no image can be read; the message gives the reason of the first.
@@ -202,7 +199,7 @@ class ImageTextPairs:
 
 
 def require_lengths(**columns: object) -> None:
-    """Checks that each of some arguments has a length: a Dataset of torch without one may never end.
+    """Check that each argument has a length; a torch Dataset without one may never end.
 
     Raises:
         DataError: If one has none; the message names the argument.
@@ -213,7 +210,7 @@ def require_lengths(**columns: object) -> None:
 
 
 def as_listed(values: Sequence[_T], name: str) -> list[_T]:
-    """The values as a list of the length that they say they have.
+    """Return the values as a list; its length must equal ``len(values)``.
 
     Raises:
         DataError: If there are more or fewer.
@@ -227,10 +224,10 @@ def as_listed(values: Sequence[_T], name: str) -> list[_T]:
 
 
 def image_at(images: Sequence[ImageSource], row: int) -> ImageSource:
-    """One of some images.
+    """Return one image source.
 
     Raises:
-        DataError: If there are fewer than their length says.
+        DataError: If there are fewer images than their length says.
     """
     try:
         return images[row]
@@ -240,13 +237,13 @@ def image_at(images: Sequence[ImageSource], row: int) -> ImageSource:
         ) from error
 
 
-_HUB_ALONE = ("subset", "image_column", "caption_column", "id_column", "split_column")
-_TABLE_TOO = ("image_column", "caption_column")
+_HUB_OPTIONS = ("subset", "image_column", "caption_column", "id_column", "split_column")
+_TABLE_OPTIONS = ("image_column", "caption_column")
 
 
 @dataclass
 class PairSource:
-    """Where images with captions come from.
+    """Source of image–text pairs.
 
     Raises:
         ConfigError: If ``limit`` is below 1 or ``source`` is empty.
@@ -254,41 +251,39 @@ class PairSource:
 
     source: str
     """A Karpathy split file (dataset_*.json), a file in COCO's caption format (.json; nocaps too) or text
-    with an image's name and a caption on each line (.txt, .csv, .tsv, .token; CLIP_benchmark's, Flickr's and
-    Kaggle's formats), each perhaps with .gz; a folder of CLIP_benchmark's tars, local or at
-    hf://datasets/ORG/NAME; hf: and a Hub data set or a local directory of parquet files; or scenes for the
-    built-in world."""
+    with an image name and a caption on each line (.txt, .csv, .tsv, .token; the formats of CLIP_benchmark,
+    Flickr and Kaggle), each optionally with .gz; a folder of CLIP_benchmark's tars, local or at
+    hf://datasets/ORG/NAME; hf: and a Hub data set or a local directory of parquet files; or scenes (built
+    in)."""
     image_root: str | None = None
-    """Folder that image names are relative to; the file's own folder by default."""
+    """Base folder of the image names; the folder of the file by default."""
     split: str | None = None
-    """Split to read; a + joins several (val+restval), all takes every one."""
+    """Split to read; + joins several (val+restval), all takes all of them."""
     image_column: str | None = None
-    """Column of an hf: source that holds the image, its bytes or its path, or of a .csv or .tsv file that
-    holds its name; found by its name if left out."""
+    """Column with the images, their bytes or paths (hf:), or with their names (.csv, .tsv); found by its name
+    if left out."""
     caption_column: str | None = None
-    """Column of an hf: source, a .csv or a .tsv file that holds a caption or a list of captions; found by its
-    name if left out."""
+    """Column with a caption or a list of captions (hf:, .csv, .tsv); found by its name if left out."""
     subset: str | None = None
     """Configuration of a Hub data set."""
     limit: int | None = None
-    """Take only so many images, chosen at random with the seed, in the original order."""
+    """Maximum number of images; they are drawn at random with the seed and keep the original order."""
     seed: int = 0
-    """Seed of that choice."""
+    """Seed of the random draw."""
     image_size: int = 32
-    """Side in pixels of the built-in scenes; other sources ignore it."""
+    """Side of the built-in scenes in pixels; other sources ignore it."""
     id_column: str | None = None
-    """Column of an hf: source that names the image; rows of one name are one image with several captions."""
+    """Column of an hf: source that identifies the image; rows with the same value are one image."""
     split_column: str | None = None
-    """Column of an hf: source that says which split a row belongs to, where the data set keeps them
-    together."""
+    """Column of an hf: source with the split of each row, if the data set does not have separate splits."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         check_source(self.source, self.limit)
 
     @property
     def kind(self) -> str:
-        """``"scenes"``, ``"hf"``, ``"tars"`` (a folder or URL of CLIP_benchmark's) or ``"file"``."""
+        """``"scenes"``, ``"hf"``, ``"tars"`` (a folder or URL of CLIP_benchmark's tars) or ``"file"``."""
         if self.source == "scenes":
             return "scenes"
         if "://" in self.source:  # before hf:, which hf:// begins with
@@ -298,18 +293,18 @@ class PairSource:
         return "tars" if Path(self.source).expanduser().is_dir() else "file"
 
     def check_options(self) -> None:
-        """Checks that every option applies to this kind of source.
+        """Check that every option applies to this kind of source.
 
         Raises:
-            ConfigError: If one does not.
+            ConfigError: If an option does not apply.
         """
         table = self.kind == "file" and kind_of(Path(self.source)) in (".csv", ".tsv")
-        for name in _HUB_ALONE if self.kind != "hf" else ():
+        for name in _HUB_OPTIONS if self.kind != "hf" else ():
             value = getattr(self, name)
-            if value is not None and not (table and name in _TABLE_TOO):
+            if value is not None and not (table and name in _TABLE_OPTIONS):
                 raise ConfigError(
                     f"{name} {value!r} was given with {self.source}, but only hf: sources have {name}s"
-                    f"{' (and .csv and .tsv files)' if name in _TABLE_TOO else ''}; leave it out"
+                    f"{' (and .csv and .tsv files)' if name in _TABLE_OPTIONS else ''}; leave it out"
                 )
         if self.image_root is not None and self.kind == "tars":
             raise ConfigError(

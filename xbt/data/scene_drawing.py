@@ -1,4 +1,4 @@
-"""How the built-in scenes look: eight colours, six shapes and six backgrounds, drawn with Pillow."""
+"""Drawing of the built-in scenes: eight colours, six shapes and six backgrounds, drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 BACKGROUNDS = ("white", "grey", "black", "striped", "checkered", "shaded")
-# Half the extent of an object as a part of its cell's side; below a half, so that neighbours never touch.
+# Half the extent of an object as a fraction of its cell's side; below 0.5, so that neighbours never touch.
 RADII = {"small": 0.29, "big": 0.47}
-# Shapes are drawn this many times larger and averaged down, because Pillow's pen does not antialias.
+# Shapes are drawn this many times larger and averaged down, because Pillow's drawing does not antialias.
 _SUPERSAMPLING = 4
 
 
 def draw_shape(
     canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, colour: str
 ) -> None:
-    """Draws one filled shape onto a canvas.
+    """Draw one filled shape onto a canvas.
 
     Args:
-        canvas: Pen of an RGB image.
+        canvas: Drawing context of an RGB image.
         shape: One of ``SHAPES``.
         centre: (x, y) in the canvas's pixels.
         radius: Half the shape's extent in the canvas's pixels.
@@ -71,14 +71,14 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
 
 @lru_cache(maxsize=32)
 def background(name: str, size: int) -> Image.Image:
-    """Draws an empty background.
+    """Draw an empty background.
 
     Args:
         name: One of ``BACKGROUNDS``.
         size: Side in pixels.
 
     Returns:
-        An RGB image that is shared between calls: copy it before drawing on it.
+        An RGB image that is cached and shared: copy it before drawing on it.
     """
     plain = {"white": 255, "grey": 128, "black": 0}
     if name in plain:
@@ -98,10 +98,10 @@ def background(name: str, size: int) -> Image.Image:
 
 
 def supersampled_background(name: str, size: int) -> Image.Image:
-    """Returns a fresh canvas for a scene of ``size`` pixels, several times as large."""
+    """Return a new canvas for a scene of ``size`` pixels, enlarged by the supersampling factor."""
     return background(name, size * _SUPERSAMPLING).copy()
 
 
 def downsample(canvas: Image.Image) -> Image.Image:
-    """Averages a supersampled canvas down to the size of the scene."""
+    """Average a supersampled canvas down to the size of the scene."""
     return canvas.reduce(_SUPERSAMPLING)

@@ -1,4 +1,4 @@
-"""How the built-in scenes are put into words."""
+"""Captions of the built-in scenes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OPENINGS = ("", "", "", "", "a picture of ", "an image of ", "a drawing of ", "
 
 
 class Thing(Protocol):
-    """What is said about one object."""
+    """An object to describe."""
 
     @property
     def shape(self) -> str: ...  # noqa: D102
@@ -41,48 +41,48 @@ class Thing(Protocol):
 
 
 @dataclass(frozen=True)
-class _Telling:
-    """What a caption tells besides the colour and shape of every object."""
+class _Details:
+    """Details that a caption mentions besides the colour and shape of every object."""
 
     size: bool
     place: bool
     background: bool
 
 
-# Half of the captions tell everything; a scene's other captions leave out one thing, rarely two.
-_TELLINGS = (
-    *[_Telling(size=True, place=True, background=True)] * 5,
-    *[_Telling(size=True, place=True, background=False)] * 2,
-    _Telling(size=False, place=True, background=True),
-    _Telling(size=True, place=False, background=True),
-    _Telling(size=False, place=True, background=False),
+# Half of the captions mention everything; the others leave out one detail, rarely two.
+_DETAILS = (
+    *[_Details(size=True, place=True, background=True)] * 5,
+    *[_Details(size=True, place=True, background=False)] * 2,
+    _Details(size=False, place=True, background=True),
+    _Details(size=True, place=False, background=True),
+    _Details(size=False, place=True, background=False),
 )
 
 
 def word_scene(objects: Sequence[Thing], background: str, rng: random.Random) -> str:
-    """Words one caption of a scene.
+    """Write one caption of a scene.
 
     Args:
-        objects: What the scene shows; each is told with its colour and shape.
-        background: What it shows it on.
-        rng: Chooses what is told, the order and the words. Only ``rng.random()`` is used, the one method
-            whose sequence Python promises to keep.
+        objects: The objects; each is mentioned with its colour and shape.
+        background: Name of the background.
+        rng: Chooses the details, the order and the words. Only ``rng.random()`` is used, because
+            Python guarantees its sequence across versions.
 
     Returns:
         A lower-case English caption.
     """
-    telling = _pick(rng, _TELLINGS)
+    details = _pick(rng, _DETAILS)
     order = sorted(objects, key=lambda _: rng.random())
-    relation = _relation(order) if telling.place else None
+    relation = _relation(order) if details.place else None
     if relation is not None and rng.random() < 0.3:
-        first, second = (_name(thing, telling, rng) for thing in order)
+        first, second = (_name(thing, details, rng) for thing in order)
         body = f"{first} {relation} {second}"
     else:
-        place_first = telling.place and rng.random() < 0.2
-        body = _enumerate([_locate(thing, telling, place_first, rng) for thing in order])
+        place_first = details.place and rng.random() < 0.2
+        body = _enumerate([_locate(thing, details, place_first, rng) for thing in order])
         if place_first:
-            return body if not telling.background else f"on {_ground(background, rng)}, {body}"
-    if not telling.background:
+            return body if not details.background else f"on {_ground(background, rng)}, {body}"
+    if not details.background:
         return _pick(rng, _OPENINGS) + body
     ground = _ground(background, rng)
     if rng.random() < 0.25:
@@ -94,24 +94,24 @@ def _pick(rng: random.Random, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
-def _name(thing: Thing, telling: _Telling, rng: random.Random) -> str:
+def _name(thing: Thing, details: _Details, rng: random.Random) -> str:
     colour = _pick(rng, COLOUR_WORDS.get(thing.colour, (thing.colour,)))
     words = [colour, _pick(rng, SHAPE_WORDS.get(thing.shape, (thing.shape,)))]
-    if telling.size:
+    if details.size:
         words.insert(0, _pick(rng, SIZE_WORDS[thing.size]))
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
-def _locate(thing: Thing, telling: _Telling, place_first: bool, rng: random.Random) -> str:
-    name = _name(thing, telling, rng)
-    if not telling.place:
+def _locate(thing: Thing, details: _Details, place_first: bool, rng: random.Random) -> str:
+    name = _name(thing, details, rng)
+    if not details.place:
         return name
     place = _pick(rng, PLACE_WORDS[thing.cell])
     return f"{place} {name}" if place_first else f"{name} {place}"
 
 
 def _relation(objects: Sequence[Thing]) -> str | None:
-    """Says how the first of two objects lies to the second, where they share a row or a column."""
+    """Relation of the first of two objects to the second; ``None`` unless they share a row or column."""
     if len(objects) != 2:
         return None
     (row, column), (other_row, other_column) = (divmod(thing.cell, 3) for thing in objects)

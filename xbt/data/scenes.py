@@ -1,9 +1,6 @@
-"""The built-in world: as many captioned scenes as wanted, without a download.
+"""The built-in scenes: captioned images of coloured shapes on a 3 x 3 grid, without a download.
 
-A split is a property of a scene, not of a call: a digest of the scene's description decides which split it
-belongs to, so that no test scene can be trained on, whatever the seeds.
-
-One scene of the built-in world: coloured shapes on a 3 x 3 grid, which can draw and describe itself.
+A digest of a scene's description decides its split. So no test scene can be trained on, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -57,12 +54,12 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """The full description in one canonical line: equal for equal scenes, different for others."""
-        told = [f"{thing.size} {thing.colour} {thing.shape} {thing.cell}" for thing in self.objects]
-        return "; ".join([self.background, *told])
+        """Canonical one-line description; two scenes are equal if and only if their keys are."""
+        objects = [f"{thing.size} {thing.colour} {thing.shape} {thing.cell}" for thing in self.objects]
+        return "; ".join([self.background, *objects])
 
     def draw(self, size: int = 32) -> Image.Image:
-        """Draws the scene, antialiased.
+        """Draw the scene, antialiased.
 
         Args:
             size: Side in pixels.
@@ -79,10 +76,10 @@ class Scene:
         return downsample(canvas)
 
     def describe(self, rng: random.Random) -> str:
-        """Says what the scene shows, in one of many wordings; some leave something out, none is false.
+        """Describe the scene in one of many wordings; a caption may leave something out but is never wrong.
 
         Args:
-            rng: Where the choice of words comes from.
+            rng: Chooses the words.
 
         Returns:
             A lower-case English caption of at most about 40 words.
@@ -90,38 +87,38 @@ class Scene:
         return word_scene(self.objects, self.background, rng)
 
     def captions(self, count: int, rng: random.Random) -> list[str]:
-        """Describes the scene several times, differently each time as far as wordings last.
+        """Describe the scene several times, with distinct captions as far as the wordings allow.
 
         Args:
-            count: How many captions.
-            rng: Where the choice of words comes from.
+            count: Number of captions.
+            rng: Chooses the words.
 
         Returns:
             ``count`` captions.
         """
-        told: list[str] = []
+        captions: list[str] = []
         for _ in range(count):
             caption = self.describe(rng)
             for _ in range(20):
-                if caption not in told:
+                if caption not in captions:
                     break
                 caption = self.describe(rng)
-            told.append(caption)
-        return told
+            captions.append(caption)
+        return captions
 
 
 SPLITS = ("train", "val", "test")
 _COLOURS = tuple(COLOURS)
 _SIZES = tuple(RADII)
-# One object is enough to learn the words; two and three make scenes that can be told apart.
+# Number of objects, drawn uniformly. One object teaches the words; two or three give many distinct scenes.
 _COUNTS = (1, 2, 2, 2, 2, 3, 3, 3, 3, 3)
 
 
 class ArrayImages(Sequence[Image.Image]):
-    """Images of one size kept as one array, each made into a PIL image when it is asked for."""
+    """Images of one size in one array, converted to PIL on access."""
 
     def __init__(self, pixels: NDArray[np.uint8]) -> None:
-        """Keeps the array.
+        """Keep the array.
 
         Args:
             pixels: (n, height, width, 3) uint8.
@@ -142,21 +139,21 @@ class ArrayImages(Sequence[Image.Image]):
 
 
 def scene_split(scene: Scene) -> str:
-    """Says which split a scene belongs to: 80 % are ``train``, 10 % ``val`` and 10 % ``test``."""
+    """Return the split of a scene: ``train`` (80 %), ``val`` (10 %) or ``test`` (10 %)."""
     share = hashlib.sha256(scene.key.encode()).digest()[0] / 256
     return "train" if share < 0.8 else "val" if share < 0.9 else "test"
 
 
 def iterate_scenes(n: int, seed: int = 0, split: str = "train") -> Iterator[Scene]:
-    """Yields distinct random scenes; the first k of n are those of a call with k.
+    """Yield distinct random scenes; a call with a smaller n yields the first of them.
 
     Args:
-        n: How many.
+        n: Number of scenes.
         seed: Chooses the scenes within the split.
         split: ``train``, ``val`` or ``test``.
 
     Yields:
-        Scenes, no two of them equal.
+        Scenes, all different.
 
     Raises:
         ConfigError: If ``n`` is below 1 or there is no such split.
@@ -180,19 +177,19 @@ def iterate_scenes(n: int, seed: int = 0, split: str = "train") -> Iterator[Scen
 def make_scenes(
     n: int, seed: int = 0, split: str = "train", image_size: int = 32, captions_per_scene: int = 5
 ) -> ImageTextPairs:
-    """Draws and describes random scenes: coloured shapes on a 3 x 3 grid.
+    """Draw and describe random scenes: coloured shapes on a 3 x 3 grid.
 
     The same arguments give the same scenes and captions on every machine.
 
     Args:
-        n: How many scenes; they are distinct.
+        n: Number of scenes; all are different.
         seed: Chooses the scenes within the split and their captions.
         split: ``train``, ``val`` or ``test``; no scene is in two of them, whatever the seeds.
         image_size: Side in pixels, 16 or more.
-        captions_per_scene: How many captions each scene gets.
+        captions_per_scene: Number of captions per scene.
 
     Returns:
-        Pairs whose images are kept in one (n, image_size, image_size, 3) uint8 array.
+        Pairs whose images are stored in one (n, image_size, image_size, 3) uint8 array.
 
     Raises:
         ConfigError: If a number is too small or there is no such split.
@@ -211,10 +208,10 @@ def make_scenes(
 
 
 def scene_captions(n: int, seed: int = 0, split: str = "train") -> list[str]:
-    """Describes n random scenes once each, without drawing them.
+    """Describe n random scenes once each, without drawing them.
 
     Args:
-        n: How many captions.
+        n: Number of captions.
         seed: Chooses the scenes within the split and the words.
         split: ``train``, ``val`` or ``test``.
 
@@ -232,7 +229,7 @@ def _caption_rng(scene: Scene, seed: int) -> random.Random:
 
 
 def _random_scene(rng: random.Random) -> Scene:
-    # Only rng.random() is used: the one method whose sequence Python promises to keep between versions.
+    # Use only rng.random(): Python guarantees its sequence across versions, and no other method's.
     def pick(options: Sequence[str]) -> str:
         return options[int(rng.random() * len(options))]
 

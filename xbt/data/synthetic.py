@@ -1,24 +1,23 @@
-"""Worlds of classes: labelled inputs without pictures, on which a small network learns to tell classes apart.
+"""Synthetic data without images: labelled inputs for small networks, and vectors of two dual encoders.
 
-A sample of class c has the latent z = m_c + s ε, with m_c ~ N(0, I) the class's centre, drawn once. What a
-model is given is z seen through two random layers, disturbed:
+**Classes** (:func:`make_class_world`). A sample of class c has the latent z = m_c + s ε. The class centre
+m_c ~ N(0, I) is drawn once. The model's input is z after two random layers, plus noise:
 
     x = tanh(z A) B + n η,    ε, η ~ N(0, I)
 
-Classes overlap, and a network that was trained on some of them sees the others worse than one that was
-trained on all: which is what an update brings.
+Classes overlap. A network trained on some classes is worse on the others than one trained on all, as with a
+model update in practice.
 
-Worlds of vectors: two dual encoders of known quality, without pictures, words or training.
-
-A scene is a latent vector z. A caption tells part of it, with some noise; an image shows all of it. A model
-sees both through one random map, squashed and disturbed, beside a constant that is its modality gap:
+**Vectors** (:func:`make_vector_world`): two dual encoders of known quality, without training. A scene is a
+latent vector z. A caption contains part of z, with some noise; an image contains all of it. A model maps both
+with one random nonlinear map, adds noise, and adds a constant for its modality gap:
 
     f(x) = normalise(A x + a tanh(B x) + s (√c D w + √(1−c) ε) + g c_modality),   ε ~ N(0, I)
 
-The disturbance is in part a model's own (ε) and in part lies in the text or image (w), where every model sees
-it, each in its own way (D): two models err together. The new model has other A, B and D than the old one, and
-may see more of the latent (``reach``) with less disturbance (``noise``). What a map between the two can
-recover is thereby neither all nor nothing.
+One part of the noise is the model's own (ε). The other part (w) belongs to the text or image, and each model
+maps it with its own D, so the errors of two models are correlated. Each model has its own A, B and D. The new
+model may also use more of the latent (``reach``) with less noise. So a map between the two spaces can
+recover part of the new model's advantage, but not all of it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from xbt.errors import ConfigError
 
 @dataclass(frozen=True)
 class ClassWorld:
-    """Labelled samples to train and to test on; classes come one after another, with equal counts.
+    """Labelled training and test samples, sorted by class, with equal counts.
 
     Attributes:
         train_inputs: (n_classes · train_per_class, dim) float32.
@@ -61,17 +60,17 @@ def make_class_world(
     noise: float = 0.5,
     seed: int = 0,
 ) -> ClassWorld:
-    """Draws a world.
+    """Draw labelled samples; see the module's description.
 
     Args:
-        n_classes: Classes; an old model is trained on the first of them.
-        train_per_class: Samples of each to train on.
-        test_per_class: Samples of each to test on.
+        n_classes: Number of classes; an old model is trained on the first of them.
+        train_per_class: Training samples per class.
+        test_per_class: Test samples per class.
         dim: Dimension of the inputs.
         latent_dim: Dimension of the latents z.
-        spread: s, how far a class's samples lie from its centre, in units of what lies between centres.
-        noise: n, disturbance of the inputs, whose coordinates are else about 1.
-        seed: Fixes the world.
+        spread: s, spread of a class around its centre, relative to the spread of the centres.
+        noise: n, standard deviation of the input noise; the noise-free coordinates are about 1.
+        seed: Random seed.
 
     Raises:
         ConfigError: If a number is too small.
@@ -109,20 +108,20 @@ def make_class_world(
 _LATENT = 64
 _CAPTIONS = 5
 _COMMON = 0.7
-"""c, the share of the disturbance that lies in the item."""
+"""c, the share of the noise variance that belongs to the item and is common to all models."""
 
 
 @dataclass(frozen=True)
 class ModelQuality:
-    """How well a model of a vector world sees.
+    """Quality of a synthetic model.
 
     Attributes:
         dim: Dimension of its vectors.
-        reach: How many of the 64 latent coordinates it sees.
-        text_noise: Disturbance of its text vectors, as a share of their length.
-        image_noise: Disturbance of its image vectors, likewise.
-        bend: Share of the nonlinear part a.
-        gap: Length of the modality gap.
+        reach: Number of the 64 latent coordinates that it uses.
+        text_noise: Noise of its text vectors, relative to their norm.
+        image_noise: Noise of its image vectors, relative to their norm.
+        bend: Weight a of the nonlinear part.
+        gap: Norm of the modality gap.
     """
 
     dim: int = 48
@@ -139,10 +138,10 @@ class VectorWorld:
 
     Attributes:
         corpus_new: (n, new_dim) text vectors of the new model.
-        corpus_old: (n, old_dim) of the old model for the same texts.
-        support: Pairs to choose or to learn by, as the keyword arguments of
-            :class:`xbt.projections.PairVectors`: five texts an image.
-        test: Other pairs, to measure on.
+        corpus_old: (n, old_dim) text vectors of the old model for the same texts.
+        support: Pairs for training or selection, as keyword arguments of
+            :class:`xbt.projections.PairVectors`, with five texts per image.
+        test: Other pairs for evaluation, in the same format.
     """
 
     corpus_new: Tensor
@@ -158,7 +157,7 @@ WORLDS: dict[str, tuple[ModelQuality, ModelQuality]] = {
     "no better": (ModelQuality(), ModelQuality(64, 32, 1.0, 1.0)),
     "worse": (ModelQuality(), ModelQuality(64, 24, 2.0, 2.0)),
 }
-"""Name → old and new model."""
+"""Name → (old model, new model)."""
 
 
 @dataclass
@@ -167,24 +166,24 @@ class _Model:
     rng: np.random.Generator
     linear: NDArray[np.float64] = field(init=False)
     bent: NDArray[np.float64] = field(init=False)
-    disturbing: NDArray[np.float64] = field(init=False)
+    noise_map: NDArray[np.float64] = field(init=False)
     gaps: dict[str, NDArray[np.float64]] = field(init=False)
 
     def __post_init__(self) -> None:
         shape = (self.quality.reach, self.quality.dim)
         self.linear, self.bent = (self.rng.normal(size=shape) / shape[0] ** 0.5 for _ in range(2))
-        self.disturbing = self.rng.normal(size=(_LATENT, shape[1]))
-        self.gaps = {each: self._unit(self.rng.normal(size=shape[1])) for each in ("text", "image")}
+        self.noise_map = self.rng.normal(size=(_LATENT, shape[1]))
+        self.gaps = {modality: self._unit(self.rng.normal(size=shape[1])) for modality in ("text", "image")}
 
     def see(self, latent: NDArray[np.float64], nuisance: NDArray[np.float64], modality: str) -> Tensor:
         quality = self.quality
         noise = quality.text_noise if modality == "text" else quality.image_noise
         seen = latent[:, : quality.reach]
         signal = self._unit(seen @ self.linear + quality.bend * np.tanh(seen @ self.bent))
-        common = self._unit(nuisance @ self.disturbing)
-        own = self._unit(self.rng.normal(size=signal.shape))
-        disturbed = signal + noise * (_COMMON**0.5 * common + (1 - _COMMON) ** 0.5 * own)
-        rows = self._unit(disturbed + quality.gap * self.gaps[modality])
+        common = self._unit(nuisance @ self.noise_map)
+        private = self._unit(self.rng.normal(size=signal.shape))
+        noisy = signal + noise * (_COMMON**0.5 * common + (1 - _COMMON) ** 0.5 * private)
+        rows = self._unit(noisy + quality.gap * self.gaps[modality])
         return torch.from_numpy(rows.astype(np.float32))
 
     @staticmethod
@@ -201,18 +200,18 @@ def make_vector_world(
     n_test: int = 500,
     seed: int = 0,
 ) -> VectorWorld:
-    """Draws a world.
+    """Draw the vectors of two models; see the module's description.
 
     Args:
         old: The old model.
         new: The new model.
-        n_corpus: Texts of the corpus.
-        n_support: Images to choose by, each with five texts.
-        n_test: Images to measure on, likewise.
-        seed: Fixes the world; support and test do not depend on the size of the corpus.
+        n_corpus: Number of texts in the corpus.
+        n_support: Number of images in ``support``, each with five texts.
+        n_test: Number of images in ``test``, each with five texts.
+        seed: Random seed; support and test do not depend on ``n_corpus``.
 
     Raises:
-        ConfigError: If a count is below 1, or a model reaches further than the latent.
+        ConfigError: If a count is below 1, or a model's reach is not between 1 and 64.
     """
     for name, count in (("n_corpus", n_corpus), ("n_support", n_support), ("n_test", n_test)):
         if count < 1:
@@ -247,12 +246,12 @@ def make_vector_world(
 
 
 def _latents(rng: np.random.Generator, count: int) -> NDArray[np.float64]:
-    # What matters most comes first, as in real spectra, so that a model of less reach still sees most.
+    # Variance decreases as in real spectra, so a model with a smaller reach still captures most of it.
     scale = (1 + np.arange(_LATENT)) ** -0.35
     return rng.normal(size=(count, _LATENT)) * scale
 
 
 def _captions(rng: np.random.Generator, latents: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What captions tell: most coordinates, and each a little wrong."""
-    told = rng.random(latents.shape) < 0.7
-    return np.where(told, latents, 0.0) + 0.15 * rng.normal(size=latents.shape)
+    """Latents as captions describe them: 70 % of the coordinates, each with a little noise."""
+    kept = rng.random(latents.shape) < 0.7
+    return np.where(kept, latents, 0.0) + 0.15 * rng.normal(size=latents.shape)
