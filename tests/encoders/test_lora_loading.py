@@ -259,7 +259,7 @@ class TestForeign:
     def test_weights_that_are_no_floats(self, encoder, folder):
         file = folder / "adapter_model.safetensors"
         save_file({key: value.to(torch.int8) for key, value in load_file(file).items()}, file)
-        with pytest.raises(EncoderError, match=r"are no floats, first .* with I8"):
+        with pytest.raises(EncoderError, match=r"are not floats, first .* with I8"):
             load_lora(encoder, folder)
 
     def test_no_weight_is_read_before_all_fit(self, encoder, folder):

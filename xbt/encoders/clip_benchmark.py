@@ -1,8 +1,8 @@
-"""Encoders as CLIP_benchmark wants them, so that somebody else's evaluation can check ours.
+"""Encoders in the form that CLIP_benchmark takes, so that an independent evaluation can check xbt's.
 
-CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark) takes whatever has ``encode_image`` and
-``encode_text``. One run searches the images of one tower with the texts of the other and the other way round;
-a cell ``new/old`` therefore takes two runs, with the new model behind the texts and behind the images.
+CLIP_benchmark (https://github.com/LAION-AI/CLIP_benchmark) takes any object with ``encode_image`` and
+``encode_text``. One run searches the images with the texts and the texts with the images. A cell ``new/old``
+therefore needs two runs: one with the new model for the texts, and one with it for the images.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from xbt.images import read_image
 class ClipBenchmarkModel(nn.Module):
     """Text tower of one encoder and image tower of another one, which share a space.
 
-    Vectors are what ``encode_texts`` and ``encode_images`` give: unit rows, in eval mode, without a graph, in
-    each encoder's own precision whatever autocast is around, and on that encoder's device. The encoders are
-    not submodules: ``to`` and ``train`` do not reach them.
+    Vectors are those of ``encode_texts`` and ``encode_images``: unit rows, in eval mode, without a graph, and
+    in each encoder's own precision regardless of autocast. They stay on the encoder's device. The encoders
+    are not submodules, so ``to`` and ``train`` do not change them.
 
     Args:
         text_encoder: Embeds the texts.
-        image_encoder: Embeds the images; left out, it is the same one.
+        image_encoder: Embeds the images; by default the text encoder does.
 
     Raises:
         SpaceMismatchError: If the two do not share a space; the message names both.
@@ -69,10 +69,10 @@ class ClipBenchmarkModel(nn.Module):
 
 
 class ClipBenchmarkParts(NamedTuple):
-    """What CLIP_benchmark's ``load_clip`` returns, in its order.
+    """The values that CLIP_benchmark's ``load_clip`` returns, in its order.
 
     Attributes:
-        model: Has ``encode_image`` and ``encode_text``.
+        model: The model with ``encode_image`` and ``encode_text``.
         transform: From a PIL image to pixels, for the data set; picklable, without weights.
         tokenizer: From n texts to (n, context_length) int64 tokens.
     """
@@ -85,11 +85,11 @@ class ClipBenchmarkParts(NamedTuple):
 def as_clip_benchmark(
     text_encoder: DualEncoder, image_encoder: DualEncoder | None = None
 ) -> ClipBenchmarkParts:
-    """Makes what ``clip_benchmark.metrics.zeroshot_retrieval.evaluate`` takes from one or two encoders.
+    """Make the arguments of ``clip_benchmark.metrics.zeroshot_retrieval.evaluate`` from one or two encoders.
 
     Args:
         text_encoder: Embeds the texts.
-        image_encoder: Embeds the images; left out, it is the same one.
+        image_encoder: Embeds the images; by default the text encoder does.
 
     Returns:
         Model, transform and tokenizer.
@@ -111,16 +111,16 @@ def as_clip_benchmark(
 def register_clip_benchmark(
     model_type: str, text_encoder: DualEncoder, image_encoder: DualEncoder | None = None
 ) -> None:
-    """Enters encoders under a name of their own among CLIP_benchmark's model types, for this process.
+    """Register encoders as a model type of CLIP_benchmark, for this process.
 
-    ``load_clip`` and the command line (``clip_benchmark.cli.main``, with ``--model_type``) then know them;
-    what ``--model`` and ``--pretrained`` say is not used, except in file names. The encoders are moved to the
-    device that is asked for.
+    ``load_clip`` and the command line (``clip_benchmark.cli.main``, with ``--model_type``) can then use them.
+    ``--model`` and ``--pretrained`` are only used in file names. The encoders are moved to the requested
+    device.
 
     Args:
-        model_type: The name; a model type of CLIP_benchmark's own is never replaced.
+        model_type: The name; built-in model types of CLIP_benchmark are never replaced.
         text_encoder: Embeds the texts.
-        image_encoder: Embeds the images; left out, it is the same one.
+        image_encoder: Embeds the images; by default the text encoder does.
 
     Raises:
         ConfigError: If CLIP_benchmark is not installed, or the name is taken by another model type.
@@ -142,7 +142,7 @@ def register_clip_benchmark(
 
 @dataclass(frozen=True)
 class _ReadAndTransform:
-    """As ``encode_images`` reads images: whatever their mode, they become RGB in the same way."""
+    """Image transform that first converts any mode to RGB, as ``encode_images`` does."""
 
     transform: Transform
 
@@ -160,7 +160,7 @@ class _Tokenizer:
 
 @dataclass(frozen=True)
 class _Loader:
-    """What CLIP_benchmark calls to load a model."""
+    """Function that CLIP_benchmark calls to load a model."""
 
     parts: ClipBenchmarkParts
 

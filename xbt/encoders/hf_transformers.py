@@ -21,18 +21,18 @@ from xbt.hub import HubAccess, is_pickled, proportionate, read_json
 from xbt.space import PROBE_TEXTS
 
 CAPITALS = "A Red DOG"
-"""A text that shows whether a tokenizer keeps capitals."""
+"""A text that shows if a tokenizer keeps capitals."""
 
 LEGACY_EOS = 2
-"""The end token of old CLIP configs; it is wrong, and transformers then pools at the highest id instead."""
+"""The wrong end token of old CLIP configs, for which transformers pools at the highest id instead."""
 
 
 class TransformersEncoder(DualEncoder):
     """A ``CLIPModel`` or ``SiglipModel``.
 
     Attributes:
-        tokenizer: Pads to the text tower's full length, as open_clip and the training of SigLIP do.
-        processor: The image processor, always the one that resizes with PIL.
+        tokenizer: The tokenizer; it pads to the full context, as open_clip and SigLIP's training do.
+        processor: The image processor, which always resizes with PIL.
     """
 
     lora_targets: ClassVar[dict[str, str]] = {
@@ -55,19 +55,19 @@ class TransformersEncoder(DualEncoder):
         _check_tokenizer(name, config, tokenizer)
         if config.model_type == "siglip":
             _lower_case(tokenizer)
-        # Positions are learned for texts that start at 0, whatever the tokenizer's files say.
+        # Positions were trained for texts that start at 0, regardless of the tokenizer's files.
         tokenizer.padding_side = tokenizer.truncation_side = "right"
-        self.text_transform(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
+        self.text_transform(list(PROBE_TEXTS))  # fails early if the vocabularies differ
 
     @property
     def text_transform(self) -> TextTransform:
-        """The library's own tokenizer."""
+        """The model's own tokenizer."""
         vocab_size = self._clip.config.text_config.vocab_size
         return _Texts(self.name, self.tokenizer, self.context_length, vocab_size)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        # No attention mask: CLIP's text tower is causal and pools before the padding, SigLIP's was trained
-        # to attend to it.
+        # No attention mask: CLIP's text tower is causal and pools before the padding, and SigLIP's was trained
+        # to attend to padding.
         return pooled(self._clip.get_text_features(input_ids=tokens))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class TransformersEncoder(DualEncoder):
 
 
 class _Texts:
-    """A tokenizer as a function, padding to the whole context; picklable, holds no weights."""
+    """A tokenizer as a function that pads to the whole context; picklable, without weights."""
 
     def __init__(self, name: str, tokenizer: Any, context_length: int, vocab_size: int) -> None:
         self._name = name
@@ -105,7 +105,7 @@ class _Texts:
             return_tensors="pt",
         )
         cut = encoded["attention_mask"][:, -1].bool()
-        # Only rows without padding can have been cut, so only those are counted a second time.
+        # Only rows without padding can be cut texts, so only these are tokenised again and counted.
         suspects = [text for text, is_full in zip(texts, cut, strict=True) if is_full]
         if suspects:
             whole = self._tokenizer(suspects, verbose=False)["input_ids"]
@@ -114,7 +114,7 @@ class _Texts:
 
 
 def pooled(output: Any) -> Tensor:
-    """The projected vectors: transformers 5 wraps them in an output object, 4 returned the tensor."""
+    """The projected vectors: transformers 5 returns an output object, 4 a tensor."""
     if isinstance(output, Tensor):
         return output
     vectors: Tensor = output.pooler_output
@@ -122,21 +122,21 @@ def pooled(output: Any) -> Tensor:
 
 
 def load_transformers(source: str, name: str, access: HubAccess) -> TransformersEncoder:
-    """Loads what follows ``transformers:`` in a specification.
+    """Load the model of a specification ``transformers:SOURCE``.
 
     Args:
-        source: A directory, or a repository of the Hugging Face Hub, ``org/name`` or ``org/name@revision``.
+        source: A directory, or a Hub repository ``org/name`` or ``org/name@revision``.
         name: The whole specification.
-        access: How the Hub is asked; its revision comes before the one in the specification.
+        access: Hub access; its revision overrides the one in the specification.
 
     Returns:
         A frozen fp32 encoder in eval mode.
 
     Raises:
         EncoderError: If the directory does not exist, the model is not a CLIP, weights are missing, the
-            config says what it must not, or the tokenizer does not fit the model.
-        SavedPartError: If a repository cannot be fetched or holds no safetensors, or the config asks for more
-            than the weights account for.
+            config is refused, or the tokenizer does not fit the model.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or the config describes a
+            model far larger than the weights.
     """
     folder, commit = find_transformers(source, name, access)
     tokenizer, processor = load_tokenizer(folder, name), load_image_processor(folder, name)
@@ -149,29 +149,29 @@ def load_transformers(source: str, name: str, access: HubAccess) -> Transformers
 
 
 def _check_shards(folder: Path, names: set[str]) -> None:
-    """Refuses an index of shards that names other files than those in the folder."""
+    """Refuse an index of shards that names files outside of the folder."""
     if not (folder / WEIGHTS[1]).is_file():
         return
-    named = read_json(own_file(folder / WEIGHTS[1])).get("weight_map")
-    if not isinstance(named, dict) or not {str(each) for each in named.values()} <= names:
+    shards = read_json(own_file(folder / WEIGHTS[1])).get("weight_map")
+    if not isinstance(shards, dict) or not set(map(str, shards.values())) <= names:
         raise EncoderError(
             f"the weight_map of {folder / WEIGHTS[1]} must name safetensors files of that folder, got "
-            f"{named!r:.80}; download the model again"
+            f"{shards!r:.80}; download the model again"
         )
 
 
 def _load_module(folder: Path, config: Any, name: str) -> nn.Module:
-    weights = [own_file(each) for each in sorted(folder.glob("model*.safetensors"))]
+    weights = [own_file(file) for file in sorted(folder.glob("model*.safetensors"))]
     if not weights:
-        pickled = next((each.name for each in sorted(folder.glob("*")) if is_pickled(each.name)), None)
-        there = f" but {pickled}, which would have to be unpickled" if pickled else ""
+        pickled = next((file.name for file in sorted(folder.glob("*")) if is_pickled(file.name)), None)
+        other = f" but {pickled}, which would have to be unpickled" if pickled else ""
         raise EncoderError(
-            f"'{name}' could not be loaded: {folder} has no {WEIGHTS[0]}{there}; save the model as "
+            f"'{name}' could not be loaded: {folder} has no {WEIGHTS[0]}{other}; save the model as "
             "safetensors (model.save_pretrained)"
         )
     if not (folder / WEIGHTS[0]).is_file():
-        _check_shards(folder, {each.name for each in weights})
-    # Built once without memory, to see whether the config asks for more than the weights account for.
+        _check_shards(folder, {file.name for file in weights})
+    # Built once without memory, to refuse a config of a model far larger than the weights.
     with proportionate(weights, folder / "config.json"), torch.device("meta"):
         AutoModel.from_config(deepcopy(config), trust_remote_code=False)
     module, info = AutoModel.from_pretrained(
@@ -204,10 +204,10 @@ def _dimension(name: str, config: Any) -> int:
 
 
 def _lower_case(tokenizer: Any) -> None:
-    """Makes a tokenizer lower its texts first, as SigLIP 2 was trained, unless it does so or must not.
+    """Make a tokenizer lower-case its texts, as in SigLIP 2's training, unless it already does or must not.
 
-    SigLIP's own tokenizer normalises texts itself. SigLIP 2 has the one of Gemma, which keeps capitals;
-    transformers' Siglip2Tokenizer puts this very step before it, but is not used for ``model_type`` siglip.
+    SigLIP's tokenizer normalises texts itself. SigLIP 2 has Gemma's tokenizer, which keeps capitals.
+    transformers' Siglip2Tokenizer adds the same step, but is not used for ``model_type`` siglip.
     """
     declared = getattr(tokenizer, "init_kwargs", {}).get("do_lower_case")
     if declared is False or tokenizer(CAPITALS)["input_ids"] == tokenizer(CAPITALS.lower())["input_ids"]:
@@ -223,7 +223,7 @@ def _lower_case(tokenizer: Any) -> None:
 
 
 def _check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
-    """Refuses a tokenizer with which the model would read texts wrongly and say nothing."""
+    """Refuse a tokenizer with which the model would silently read texts wrongly."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     if not set(vocabulary) - set(tokenizer.all_special_tokens):
         raise EncoderError(
@@ -231,18 +231,18 @@ def _check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
         )
     if config.model_type != "clip":
         return
-    # CLIP's text vector is read at the end token. Where none is found every text is read at position 0, which
-    # only sees the start token: all texts get the same vector.
-    own, model_id = tokenizer.eos_token_id, config.text_config.eos_token_id
+    # CLIP's text vector is read at the end token. Without one, every text is read at position 0, which only sees
+    # the start token: all texts get the same vector.
+    end_id, model_id = tokenizer.eos_token_id, config.text_config.eos_token_id
     if model_id == LEGACY_EOS:
         highest = max(vocabulary.values())
-        if own != highest:
+        if end_id != highest:
             raise EncoderError(
                 f"the model of '{name}' reads a text at its highest token id, so the tokenizer's end token "
-                f"must be its highest id {highest}, but is {own}; give it the tokenizer it was trained with"
+                f"must be its highest id {highest}, but is {end_id}; give it the tokenizer it was trained with"
             )
-    elif own != model_id:
+    elif end_id != model_id:
         raise EncoderError(
-            f"the tokenizer of '{name}' ends texts with id {own}, but the model reads them at id {model_id} "
+            f"the tokenizer of '{name}' ends texts with id {end_id}, but the model reads them at id {model_id} "
             "(text_config.eos_token_id); give it the tokenizer it was trained with"
         )

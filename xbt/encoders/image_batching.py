@@ -1,9 +1,4 @@
-"""Reading and preprocessing batches of images, if wanted in worker processes while the model computes.
-
-Jobs that run ahead of the model, in processes of their own.
-
-Bringing vectors from the device to the CPU without making the device wait.
-"""
+"""Batches of images around the model: decoding ahead in worker processes, and copying vectors to the CPU."""
 
 from __future__ import annotations
 
@@ -25,159 +20,25 @@ from xbt.images import ImageSource, ReadImage, blame_the_system, read_image
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Label = TypeVar("Label")
 
 _PARALLEL_TOKENIZERS = "TOKENIZERS_PARALLELISM"
-
-
-def run_ahead(
-    job: Callable[[Task], Result],
-    tasks: Iterable[Task],
-    num_workers: int,
-    look_ahead: int = 2,
-    pin_memory: bool = False,
-) -> Iterator[Result]:
-    """Does tasks in worker processes and gives their results in order.
-
-    The workers run while the caller deals with a result. They end when the iterator is exhausted or closed.
-
-    Args:
-        job: A picklable function; torch runs on one thread within it.
-        tasks: Consumed in the calling process, at most ``look_ahead * num_workers`` tasks ahead. An exception
-            it raises comes out after the results of the tasks before it.
-        num_workers: Worker processes; with 0 the job runs in this process, with the same result.
-        look_ahead: Tasks per worker that may be under way or waiting to be fetched.
-        pin_memory: Whether tensors among the results are to lie in page-locked memory.
-
-    Yields:
-        One result per task.
-
-    Raises:
-        ConfigError: If ``num_workers`` is negative.
-        DataError: If a worker process dies. Errors of xbt that the job raises come out as they are.
-    """
-    if num_workers < 0:
-        raise ConfigError(f"num_workers is {num_workers}, but it must be at least 0")
-    feed = _Feed(tasks)
-    loader: DataLoader[Any] = DataLoader(
-        _Job(job),
-        batch_sampler=feed,
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        prefetch_factor=look_ahead if num_workers else None,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
-        generator=torch.Generator(),  # otherwise every pass would move the caller's random state
-    )
-    with _quiet_fork(num_workers):
-        results = iter(loader)
-    while True:
-        try:
-            result = next(results)
-        except StopIteration:
-            break
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise DataError(
-                f"one of the {num_workers} worker processes died, probably for want of memory or of shared "
-                "memory (/dev/shm); run again with fewer workers"
-            ) from error
-        if isinstance(result, XbtError):
-            raise result
-        yield result
-    if feed.failure is not None:
-        raise feed.failure
-
-
-class _Feed:
-    """Takes the place of the loader's sampler: what it yields is sent to the workers."""
-
-    def __init__(self, tasks: Iterable[Any]) -> None:
-        self._tasks = tasks
-        self.failure: Exception | None = None
-
-    def __iter__(self) -> Iterator[list[Any]]:
-        try:
-            for task in self._tasks:
-                yield [task]
-        except Exception as error:  # kept until the tasks under way have come back
-            self.failure = error
-
-
-class _Job(Dataset[Any]):
-    def __init__(self, job: Callable[[Any], Any]) -> None:
-        self._job = job
-
-    def __getitems__(self, tasks: list[Any]) -> Any:
-        try:
-            with one_thread():
-                return self._job(tasks[0])
-        except XbtError as error:  # returned, because the loader would put its traceback into the message
-            return error
-
-
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process deals with it and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = _all_but_a_lost_reader
-
-
-def _all_but_a_lost_reader(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    # A worker hands tensors over in a thread of its own, which shows what befell it through this hook. That
-    # the main process broke off while it fetched one is no news: it says itself that it was interrupted.
-    if not issubclass(kind, EOFError | ConnectionError):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _unchanged(result: Any) -> Any:
-    return result
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread for torch's own operations.
-
-    A single image is too little to be shared out: on a busy machine, waiting for the second thread takes
-    twenty times as long as the work.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _quiet_fork(num_workers: int) -> Iterator[None]:
-    """Keeps a tokenizer that was used before from warning, in every worker, that it was forked."""
-    if not num_workers or _PARALLEL_TOKENIZERS in os.environ:
-        yield
-        return
-    os.environ[_PARALLEL_TOKENIZERS] = "false"
-    try:
-        yield
-    finally:
-        del os.environ[_PARALLEL_TOKENIZERS]
-
 
 Transform = Callable[[Image.Image], Tensor]
 """From an RGB image to (3, height, width) float32 pixels."""
 
 NamedImage = tuple[ImageSource, str | None]
-"""An image and what an error calls it; a path names itself."""
+"""An image and its name in errors; ``None`` for a path, which is its own name."""
 
 
 class EncodedImages(NamedTuple):
-    """The vectors of one batch of images, and what became of the images.
+    """The vectors of one batch of images, and the images that were refused or converted.
 
     Attributes:
         vectors: (m, dim) float32 CPU tensor with unit rows, without a graph.
-        kept: The m positions in the batch that the rows belong to, ascending.
-        rejected: Position → reason, for the images that could not be read.
-        notes: Position → what was converted or dropped on reading, such as ``"CMYK converted to RGB"``.
+        kept: The rows' m positions in the batch, ascending.
+        rejected: Position → reason, for images that could not be read.
+        notes: Position → note on a conversion, such as ``"CMYK converted to RGB"``.
     """
 
     vectors: Tensor
@@ -187,7 +48,7 @@ class EncodedImages(NamedTuple):
 
 
 class DecodedImages(NamedTuple):
-    """The pixels of one batch of images, (m, 3, height, width) float32; for the rest see EncodedImages."""
+    """The pixels of one batch, (m, 3, height, width) float32; other fields as in :class:`EncodedImages`."""
 
     pixels: Tensor
     kept: list[int]
@@ -201,19 +62,19 @@ def decode_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[DecodedImages]:
-    """Reads and preprocesses batches of images, in order; see :func:`xbt.encoders.image_batching.run_ahead`.
+    """Read and preprocesses batches of images, in order; see :func:`run_ahead`.
 
     Args:
         batches: Consumed in the calling process, at most ``2 * num_workers`` batches ahead.
         transform: The preprocessing; pickled where workers are spawned.
-        num_workers: Worker processes that decode; with 0 it is done in this process.
-        pin_memory: Whether the pixels are to lie in page-locked memory.
+        num_workers: Worker processes that decode; 0 decodes in this process.
+        pin_memory: Whether to put the pixels into page-locked memory.
 
     Yields:
-        One result per batch; images that cannot be read are reported in it.
+        One result per batch, which lists images that cannot be read.
 
     Raises:
-        DataError: If the system, not an image, is at fault, or a worker process dies.
+        DataError: If the system rather than an image is at fault, or a worker process dies.
         EncoderError: If the preprocessing makes images of different sizes.
     """
     tasks = ([_ready(source, name) for source, name in batch] for batch in batches)
@@ -224,8 +85,8 @@ _Ready = NamedImage | ReadImage | ImageError
 
 
 def _ready(source: ImageSource, name: str | None) -> _Ready:
-    # A PIL image may be a file that is not read yet. That would fail while it is pickled for a worker, in a
-    # thread where nobody sees it, and the loader would wait forever.
+    # A PIL image may be a file that is not read yet. Pickling it for a worker could then fail in a thread
+    # whose error is lost, and the loader would wait forever.
     if not isinstance(source, Image.Image):
         return source, name
     try:
@@ -235,7 +96,7 @@ def _ready(source: ImageSource, name: str | None) -> _Ready:
 
 
 class _Decoder:
-    """A worker's job on one batch; it holds the preprocessing and no weights."""
+    """A worker's job: read and preprocess one batch. It holds no weights."""
 
     def __init__(self, transform: Transform) -> None:
         self._transform = transform
@@ -255,7 +116,7 @@ class _Decoder:
                 decoded.notes[position] = read.note
         if not pixels:
             return decoded
-        sizes = sorted({tuple(each.shape) for each in pixels})
+        sizes = sorted({tuple(image.shape) for image in pixels})
         if len(sizes) > 1:
             raise EncoderError(
                 f"the preprocessing makes images of different sizes, {_size(sizes[0])} and "
@@ -270,7 +131,7 @@ class _Decoder:
     def _preprocess(self, image: Image.Image, item: _Ready) -> Tensor:
         try:
             return self._transform(image)
-        except Exception as error:  # one freak image must not end a job of millions
+        except Exception as error:  # one odd image must not end a job of millions
             blame_the_system(error, f"image {_label(item, image)}")
             reason = f"cannot be preprocessed: {type(error).__name__}: {error}"
             raise ImageError(f"image {_label(item, image)} {reason}") from error
@@ -296,14 +157,11 @@ def _label(item: _Ready, image: Image.Image) -> str:
     return name or size
 
 
-Label = TypeVar("Label")
-
-
 class HostCopy:
-    """Vectors on their way to the CPU.
+    """An asynchronous copy of vectors to the CPU.
 
-    On CUDA the copy is queued behind the computation at once, so that the next batch can be queued behind
-    both; elsewhere nothing happens until :meth:`wait`.
+    On CUDA the copy is queued right after the computation, so that the next batch can be queued behind both.
+    On other devices the copy happens in :meth:`wait`.
 
     Args:
         vectors: (n, dim) on any device.
@@ -321,7 +179,7 @@ class HostCopy:
 
     @property
     def under_way(self) -> bool:
-        """Whether the copy goes on by itself, so that there is something to gain by waiting later."""
+        """True if the copy runs in the background, so that waiting later saves time."""
         return self._done is not None
 
     def wait(self) -> Tensor:
@@ -333,16 +191,16 @@ class HostCopy:
 
 
 def received(copies: Iterable[tuple[Label, HostCopy]]) -> Iterator[tuple[Label, Tensor]]:
-    """Waits for copies one behind: the device already has the next batch when the last one is fetched.
+    """Wait for each copy only after the next batch is queued, so that the device never idles.
 
     Args:
         copies: Labelled copies; taking the next one queues its computation.
 
     Yields:
-        Every label with its vectors on the CPU, in order. An exception of ``copies`` comes out after what
-        was computed before it.
+        Every label with its vectors on the CPU, in order. An exception of ``copies`` is raised after the
+        results before it.
     """
-    before: tuple[Label, HostCopy] | None = None
+    previous: tuple[Label, HostCopy] | None = None
     failure: Exception | None = None
     pending = iter(copies)
     while True:
@@ -353,12 +211,146 @@ def received(copies: Iterable[tuple[Label, HostCopy]]) -> Iterator[tuple[Label, 
         except Exception as error:
             failure = error
             break
-        if before is not None:
-            yield before[0], before[1].wait()
-        before = latest if latest[1].under_way else None
-        if before is None:
+        if previous is not None:
+            yield previous[0], previous[1].wait()
+        previous = latest if latest[1].under_way else None
+        if previous is None:
             yield latest[0], latest[1].wait()
-    if before is not None:
-        yield before[0], before[1].wait()
+    if previous is not None:
+        yield previous[0], previous[1].wait()
     if failure is not None:
         raise failure
+
+
+def run_ahead(
+    job: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    num_workers: int,
+    look_ahead: int = 2,
+    pin_memory: bool = False,
+) -> Iterator[Result]:
+    """Run a job on tasks in worker processes and yield the results in order.
+
+    The workers run while the caller handles a result. They end when the iterator is exhausted or closed.
+
+    Args:
+        job: A picklable function; torch runs on one thread within it.
+        tasks: Consumed in the calling process, at most ``look_ahead * num_workers`` tasks ahead. An exception
+            of this iterable is raised after the results of the tasks before it.
+        num_workers: Worker processes; 0 runs the job in this process, with the same results.
+        look_ahead: Tasks per worker that may be running or waiting to be fetched.
+        pin_memory: Whether to put tensors of the results into page-locked memory.
+
+    Yields:
+        One result per task.
+
+    Raises:
+        ConfigError: If ``num_workers`` is negative.
+        DataError: If a worker process dies. The job's own xbt errors are raised unchanged.
+    """
+    if num_workers < 0:
+        raise ConfigError(f"num_workers is {num_workers}, but it must be at least 0")
+    feed = _Feed(tasks)
+    loader: DataLoader[Any] = DataLoader(
+        _Job(job),
+        batch_sampler=feed,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        prefetch_factor=look_ahead if num_workers else None,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+        generator=torch.Generator(),  # else every pass would change the caller's random state
+    )
+    with _quiet_fork(num_workers):
+        results = iter(loader)
+    while True:
+        try:
+            result = next(results)
+        except StopIteration:
+            break
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise DataError(
+                f"one of the {num_workers} worker processes died, probably because memory or shared memory "
+                "(/dev/shm) ran out; run again with fewer workers"
+            ) from error
+        if isinstance(result, XbtError):
+            raise result
+        yield result
+    if feed.failure is not None:
+        raise feed.failure
+
+
+class _Feed:
+    """The loader's batch sampler; it yields the tasks themselves, which are sent to the workers."""
+
+    def __init__(self, tasks: Iterable[Any]) -> None:
+        self._tasks = tasks
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        try:
+            for task in self._tasks:
+                yield [task]
+        except Exception as error:  # kept until the running tasks have returned
+            self.failure = error
+
+
+class _Job(Dataset[Any]):
+    def __init__(self, job: Callable[[Any], Any]) -> None:
+        self._job = job
+
+    def __getitems__(self, tasks: list[Any]) -> Any:
+        try:
+            with one_thread():
+                return self._job(tasks[0])
+        except XbtError as error:  # returned, because the loader would add its traceback to the message
+            return error
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process handles it and ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _ignore_lost_connections
+
+
+def _ignore_lost_connections(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    # A worker sends tensors from a separate thread, whose errors go through this hook. A broken connection is
+    # not shown: then the main process was interrupted, and reports that itself.
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def _unchanged(result: Any) -> Any:
+    return result
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch's operations on one thread within the block.
+
+    A single image is too small to split: on a busy machine, waiting for the second thread takes twenty times
+    as long as the work.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _quiet_fork(num_workers: int) -> Iterator[None]:
+    """Suppress the warning of a used tokenizer, in every worker, that it was forked."""
+    if not num_workers or _PARALLEL_TOKENIZERS in os.environ:
+        yield
+        return
+    os.environ[_PARALLEL_TOKENIZERS] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_PARALLEL_TOKENIZERS]

@@ -35,7 +35,7 @@ class Pixels:
 
 
 def load_image_processor(folder: Path, name: str) -> Any:
-    """Loads the image processor in a directory, always the one that resizes with PIL.
+    """Load the image processor in a directory, always the one that resizes with PIL.
 
     Raises:
         EncoderError: If there is none, or it needs code of its own, or cannot be used.
@@ -62,7 +62,7 @@ def load_image_processor(folder: Path, name: str) -> Any:
 
 
 def describe(processor: Any, image_size: int, name: str) -> dict[str, Any]:
-    """Describes what an image processor does to an image, once it is known that the model takes the result.
+    """Describe what an image processor does to an image, once it is known that the model takes the result.
 
     Args:
         processor: The image processor.

@@ -57,7 +57,7 @@ class ImageTower(nn.Module):
 
 
 def take_image_tower(encoder: DualEncoder) -> ImageTower:
-    """Takes the image tower out of an encoder; it shares the encoder's weights.
+    """Take the image tower out of an encoder; it shares the encoder's weights.
 
     Raises:
         EncoderError: If the encoder is of neither backend, or carries a LoRA.
@@ -75,7 +75,7 @@ def take_image_tower(encoder: DualEncoder) -> ImageTower:
 
 
 def build_image_tower(architecture: dict[str, Any]) -> ImageTower:
-    """Builds a tower of a description, without any file, with random weights.
+    """Build a tower of a description, without any file, with random weights.
 
     Args:
         architecture: What :attr:`ImageTower.architecture` said.

@@ -1,9 +1,4 @@
-"""One specification string, one encoder.
-
-Checks of a model's config, which may say sizes and names, and nothing that runs code or fetches more.
-
-Which repository of the Hugging Face Hub a specification of an encoder means.
-"""
+"""Loading an encoder from its specification, and checks that a config cannot run code or fetch more files."""
 
 from __future__ import annotations
 
@@ -28,6 +23,20 @@ FORMS = (
 )
 """Every form a specification can take."""
 _BACKENDS = {"open_clip": "xbt.encoders.open_clip", "transformers": "xbt.encoders.hf_transformers"}
+TOKENIZER_OPTIONS = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
+"""Tokenizer options that an open_clip config may set; open_clip would pass others to transformers."""
+
+_ATTENTION = (None, "eager", "sdpa")
+_FETCHING = (
+    "quantization_config",
+    "transformers_weights",
+    "kernel_config",
+    "use_kernels",
+    "experts_implementation",
+    "_experts_implementation",
+)
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+_TIMM_NAME = re.compile(r"[\w.-]+")
 
 
 def load_encoder(
@@ -39,16 +48,16 @@ def load_encoder(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> DualEncoder:
-    """Loads a CLIP as a frozen dual encoder.
+    """Load a CLIP as a frozen dual encoder.
 
-    Of what is fetched from the Hub only safetensors and JSON are loaded, and no code is run.
+    From the Hub only safetensors and JSON are loaded, and no code is run.
 
     Args:
         spec: One of ``"open_clip:ARCH/PRETRAINED"`` (a pretrained tag or a weights file),
             ``"open_clip:local-dir:PATH"``, ``"open_clip:hf-hub:org/repo"`` and
             ``"transformers:REPO_OR_DIR"``; a repository may be followed by ``@`` and a branch, tag or commit.
-        device: Where to put the weights.
-        revision: Branch, tag or commit of the repository; comes before the one in ``spec``.
+        device: Device of the weights.
+        revision: Branch, tag or commit of the repository; overrides the one in ``spec``.
         cache_dir: The Hub cache to use instead of the default one.
         token: Hub access token, for private repositories.
         local_files_only: Use the cache alone.
@@ -58,7 +67,7 @@ def load_encoder(
 
     Raises:
         EncoderError: If the specification is malformed, or the model cannot be loaded, or would be loaded
-            wrongly: with random weights, another activation, or a tokenizer that does not belong to it.
+            wrongly: with random weights, another activation, or a tokenizer of another model.
 
     Example:
         >>> encoder = load_encoder("open_clip:ViT-B-32-quickgelu/openai")  # doctest: +SKIP
@@ -76,7 +85,7 @@ def load_encoder(
         raise EncoderError(f"'{spec}' could not be loaded: {reason}") from error
     try:
         encoder.try_towers()
-    except Exception as error:  # values that a config may not have fail where they are first used
+    except Exception as error:  # invalid config values fail where they are first used
         raise EncoderError(
             f"'{spec}' was loaded, but cannot encode ({type(error).__name__}: {brief(error)}); "
             "check its config"
@@ -97,71 +106,55 @@ def _parse(spec: str) -> tuple[Callable[[str, str, HubAccess], DualEncoder], str
         complete = backend == "transformers" and bool(rest)
     if not complete:
         raise EncoderError(f"'{spec}' is not an encoder specification; write one of: {'; '.join(FORMS)}")
-    # Imported by name and only now: open_clip and transformers take seconds.
+    # Imported late, because open_clip and transformers take seconds.
     module = importlib.import_module(_BACKENDS[backend])
     loader: Callable[[str, str, HubAccess], DualEncoder] = getattr(module, f"load_{backend}")
     return loader, rest
 
 
-TOKENIZER_OPTIONS = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
-"""Options that a config may give open_clip's tokenizers, which hand anything else to transformers."""
-
-_ATTENTION = (None, "eager", "sdpa")
-_FETCHING = (
-    "quantization_config",
-    "transformers_weights",
-    "kernel_config",
-    "use_kernels",
-    "experts_implementation",
-    "_experts_implementation",
-)
-_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_TIMM_NAME = re.compile(r"[\w.-]+")
-
-
 def require_plain_open_clip(config: Mapping[str, Any], what: str) -> None:
-    """Refuses an open_clip model config that would run code or fetch a tower from elsewhere.
+    """Refuse an open_clip model config that would run code or fetch a tower.
 
     Args:
         config: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and more.
-        what: What to call it in an error.
+        what: Name of the config in errors.
 
     Raises:
-        EncoderError: If a tower is not described by an object, the tokenizer gets options that are not known
-            to be harmless (``trust_remote_code`` is not), or the image tower is a repository or directory.
+        EncoderError: If a tower's description is not an object, the tokenizer gets options other than
+            :data:`TOKENIZER_OPTIONS` (such as ``trust_remote_code``), or the image tower is a repository or
+            directory.
     """
     text, vision = (_tower(config, name, what) for name in ("text_cfg", "vision_cfg"))
     options = text.get("tokenizer_kwargs") or {}
-    known = ", ".join(TOKENIZER_OPTIONS)
     unknown = (
         sorted(set(options) - set(TOKENIZER_OPTIONS)) if isinstance(options, dict) else [f"{options!r:.80}"]
     )
     if unknown:
         raise EncoderError(
             f"{what} gives its tokenizer the tokenizer_kwargs {', '.join(map(str, unknown))}, which could "
-            f"run code or read other files; remove them: only {known} are taken from a config"
+            f"run code or read other files; remove them: a config may only set {', '.join(TOKENIZER_OPTIONS)}"
         )
     timm = vision.get("timm_model_name")
     if timm is not None and not (isinstance(timm, str) and _TIMM_NAME.fullmatch(timm)):
         raise EncoderError(
-            f"{what} names {timm!r:.80} as timm_model_name, but only timm's own models are built, and "
-            "nothing is fetched for them; write a name of timm.list_models()"
+            f"{what} has the timm_model_name {timm!r:.80}, but only built-in models of timm are supported; "
+            "write a name of timm.list_models()"
         )
 
 
 def require_plain_transformers(config: Mapping[str, Any], what: str) -> None:
-    """Refuses a transformers config that names kernels, quantised or other weights to be fetched.
+    """Refuse a transformers config that would fetch kernels, quantised weights or other weights.
 
     Args:
-        config: What a config.json holds.
-        what: What to call it in an error.
+        config: Content of a config.json.
+        what: Name of the config in errors.
 
     Raises:
-        EncoderError: If it, or a config inside it, has such a setting.
+        EncoderError: If the config, or a config inside it, has such a setting.
     """
     for key, value in config.items():
-        named = key in _FETCHING and value is not None
-        if named or (key in _ATTENTION_KEYS and value not in _ATTENTION):
+        fetches = key in _FETCHING and value is not None
+        if fetches or (key in _ATTENTION_KEYS and value not in _ATTENTION):
             raise EncoderError(
                 f"{what} sets {key} to {value!r:.80}, for which transformers could fetch code or other "
                 "weights; remove it, or save the model in plain float32"
@@ -171,11 +164,11 @@ def require_plain_transformers(config: Mapping[str, Any], what: str) -> None:
 
 
 def read_plain_transformers(folder: Path) -> dict[str, Any]:
-    """Reads and checks the ``config.json`` of a model of transformers.
+    """Read and check the ``config.json`` of a transformers model.
 
     Raises:
-        SavedPartError: If it is missing or is no JSON object.
-        EncoderError: As :func:`require_plain_transformers`, or if an adapter lies beside it.
+        SavedPartError: If it is missing or not a JSON object.
+        EncoderError: As :func:`require_plain_transformers`, or if an adapter is in the same directory.
     """
     file = folder / "config.json"
     config = read_json(own_file(file))
@@ -183,7 +176,7 @@ def read_plain_transformers(folder: Path) -> dict[str, Any]:
     adapter = folder / "adapter_config.json"
     if adapter.exists():
         raise EncoderError(
-            f"{adapter} would have transformers load an adapter too; merge it into the model, or remove it"
+            f"{adapter} would make transformers load an adapter too; merge it into the model, or remove it"
         )
     return config
 
@@ -196,18 +189,18 @@ def _tower(config: Mapping[str, Any], name: str, what: str) -> dict[str, Any]:
 
 
 def own_file(file: Path) -> Path:
-    """The file that a link leads to, in a directory that the user names and whose links are his own."""
+    """Resolve a link in a directory of the user; links in a Hub snapshot are returned as they are."""
     return file.resolve() if file.is_symlink() and file.parent.parent.name != "snapshots" else file
 
 
 def hub_repository(spec: str) -> str | None:
-    """The repository ``org/name`` that an encoder's weights come from.
+    """The Hub repository ``org/name`` that an encoder's weights come from.
 
     Args:
-        spec: A specification as :func:`~xbt.encoders.load_encoder` takes it, or whatever a space is called.
+        spec: A specification for :func:`load_encoder`, or the name of a space.
 
     Returns:
-        The repository, or ``None`` for a directory, a file, or weights that the Hub does not have.
+        The repository, or ``None`` for a directory, a file, or weights that are not on the Hub.
     """
     if public_name(spec) != spec or LOCAL in spec:
         return None

@@ -32,14 +32,14 @@ from xbt.hub import SavedPartError, read_tensors
 
 @dataclass
 class LoraSettings:
-    """How large a LoRA is and where it sits."""
+    """Size and target modules of a LoRA."""
 
     rank: int = 8
-    """Rank of the update of every adapted weight matrix."""
+    """Rank of the update of each adapted weight matrix."""
     alpha: float = 16.0
-    """Scale of the update; it is multiplied by alpha / rank."""
+    """Scale: the update is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Probability of dropping an input of the update during training; transformers models only."""
+    """Probability of dropping an input of the update during training; only for transformers models."""
     target_modules: str | list[str] | None = None
     """A regular expression for full module names, or a list of name endings; the attention of both towers by
     default."""
@@ -61,18 +61,18 @@ class LoraSettings:
 
 
 def add_lora(encoder: DualEncoder, settings: LoraSettings) -> None:
-    """Puts a fresh LoRA on an encoder; afterwards only its weights require gradients.
+    """Add a new LoRA to an encoder; afterwards only the LoRA's weights require gradients.
 
     The update starts at zero, so the encoder's vectors do not change.
 
     Args:
         encoder: Changed in place: ``encoder.module`` becomes a peft model.
-        settings: Rank, scale and place.
+        settings: Rank, scale and target modules.
 
     Raises:
-        EncoderError: If the encoder has LoRA already, or the targets match nothing, something LoRA cannot be
-            put on, or, by default, nothing in one of the towers.
-        ConfigError: If dropout is asked for where peft would ignore it.
+        EncoderError: If the encoder already has LoRA, or the targets match no module or one that LoRA does
+            not support, or one tower has no default target.
+        ConfigError: If dropout is set where peft would ignore it.
     """
     from peft import LoraConfig
 
@@ -95,9 +95,9 @@ def add_lora(encoder: DualEncoder, settings: LoraSettings) -> None:
 
 
 def save_lora(encoder: DualEncoder, directory: str | Path) -> None:
-    """Writes the LoRA of an encoder as ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Write the LoRA of an encoder as ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Nothing of the base model is written, and a merged adapter gives the same bytes as an unmerged one.
+    The base model is not written. A merged adapter gives the same bytes as an unmerged one.
 
     Args:
         encoder: An encoder with LoRA.
@@ -115,7 +115,7 @@ def save_lora(encoder: DualEncoder, directory: str | Path) -> None:
     module: Any = encoder.module
     config = module.peft_config["default"]
     was_inference, base = config.inference_mode, config.base_model_name_or_path
-    # A path of this machine means nothing elsewhere; who saves it knows what it belongs to.
+    # Local paths are not saved; the caller records the base model.
     config.inference_mode, config.base_model_name_or_path = True, None
     try:
         config.save_pretrained(str(folder))
@@ -126,17 +126,17 @@ def save_lora(encoder: DualEncoder, directory: str | Path) -> None:
 def load_lora(
     encoder: DualEncoder, directory: str | Path, merge: bool = True, trainable: bool = False
 ) -> None:
-    """Puts a saved LoRA on an encoder.
+    """Add a saved LoRA to an encoder.
 
     Args:
         encoder: Changed in place.
-        directory: What :func:`save_lora`, or peft itself, wrote.
+        directory: A directory that :func:`save_lora` or peft wrote.
         merge: Whether to add the update to the weights, so that serving costs nothing extra.
         trainable: Whether its weights require gradients; needs ``merge=False``.
 
     Raises:
-        EncoderError: If the encoder has LoRA already, or the directory holds no readable LoRA, or one of
-            another model: every weight must be there and have the right shape. The encoder is left as it was.
+        EncoderError: If the encoder already has LoRA, or the directory holds no readable LoRA, or a LoRA of
+            another model: every weight must exist and have the right shape. The encoder is not changed then.
         ConfigError: If both ``merge`` and ``trainable`` are set.
     """
     if merge and trainable:
@@ -155,14 +155,14 @@ def load_lora(
         parameter.requires_grad_(trainable and ".lora_" in name)
     if merge:
         with torch.no_grad(), warnings.catch_warnings():
-            # peft visits the output projection of an attention layer a second time and says so.
+            # peft visits the output projection of an attention layer twice and warns about it.
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             module.merge_adapter()
     encoder.invalidate_space()
 
 
 def has_lora(encoder: DualEncoder) -> bool:
-    """Whether an encoder has LoRA attached, merged or not."""
+    """True if an encoder has LoRA attached, merged or not."""
     return hasattr(encoder.module, "peft_config")
 
 
@@ -181,7 +181,7 @@ def _attach(encoder: DualEncoder, config: Any) -> None:
     training = encoder.module.training
     try:
         with quiet(), warnings.catch_warnings():
-            # peft asks transformers for a property under its old name.
+            # peft uses a deprecated name of a property of transformers.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             encoder.module = get_peft_model(encoder.module, config)
     except (ValueError, TypeError) as error:
@@ -191,7 +191,7 @@ def _attach(encoder: DualEncoder, config: Any) -> None:
 
 
 def _set(encoder: DualEncoder, state: dict[str, Tensor]) -> None:
-    """Fills the LoRA; where that gives weights that are no numbers, the encoder is left without LoRA."""
+    """Set the LoRA's weights; if an update is not finite, remove the LoRA and raise an EncoderError."""
     from peft import set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
@@ -207,9 +207,10 @@ def _set(encoder: DualEncoder, state: dict[str, Tensor]) -> None:
 
 
 def _pattern(encoder: DualEncoder, targets: str | list[str] | None) -> str:
-    """The targets as one regular expression for full module names, whichever way they were given.
+    """The targets as one regular expression for full module names.
 
-    It is what is saved: the encoder's own one or plain names, so that who loads it need run no other.
+    It is saved with the adapter. It is the encoder's default or consists of plain names, so that loading
+    never has to run any other expression.
     """
     if targets is not None:
         named = targets if isinstance(targets, str) else rf"(.*\.)?({'|'.join(map(re.escape, targets))})"
@@ -218,7 +219,7 @@ def _pattern(encoder: DualEncoder, targets: str | list[str] | None) -> str:
     for tower, pattern in encoder.lora_targets.items():
         if not _named(encoder, pattern):
             raise EncoderError(
-                f"the {tower} tower of {encoder.name} has no attention that LoRA knows; set "
+                f"the {tower} tower of {encoder.name} has no attention that LoRA supports; set "
                 f"lora.target_modules to modules it has, such as {_examples(encoder)}"
             )
     return default_pattern(encoder)
@@ -229,22 +230,22 @@ def _named(encoder: DualEncoder, pattern: str) -> dict[str, nn.Module]:
 
 
 def _matches(encoder: DualEncoder, pattern: str) -> list[nn.Module]:
-    """The modules a pattern names, all of them fit for LoRA."""
-    found = _named(encoder, pattern)
-    if not found:
+    """The modules that a pattern matches; all of them must support LoRA."""
+    matches = _named(encoder, pattern)
+    if not matches:
         raise EncoderError(
             f"lora.target_modules '{pattern}' matches no module of {encoder.name}, which has, for example, "
             f"{_examples(encoder)}"
         )
     fit = adaptable(encoder)
-    for name, module in found.items():
+    for name, module in matches.items():
         if name not in fit:
             inner = ", whose parent must be named instead" if isinstance(module, ADAPTABLE) else ""
             raise EncoderError(
                 f"lora.target_modules '{pattern}' matches {name} of {encoder.name}, a {type(module).__name__}"
-                f"{inner}; LoRA goes on modules such as {_examples(encoder)}"
+                f"{inner}; LoRA supports modules such as {_examples(encoder)}"
             )
-    return list(found.values())
+    return list(matches.values())
 
 
 def _examples(encoder: DualEncoder) -> str:
@@ -257,6 +258,6 @@ def _examples(encoder: DualEncoder) -> str:
 def _state(module: nn.Module) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
-    # By default peft would ask the Hub whether the vocabulary was resized.
+    # By default peft would query the Hub to see if the vocabulary was resized.
     state: dict[str, Tensor] = get_peft_model_state_dict(module, save_embedding_layers=False)
     return state

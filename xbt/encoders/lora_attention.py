@@ -1,10 +1,10 @@
-"""LoRA on ``nn.MultiheadAttention`` (open_clip's attention) that leaves the base weights exactly alone.
+"""LoRA on ``nn.MultiheadAttention`` (open_clip's attention) that never changes the base weights.
 
 That module has no linear layers to wrap, so peft adds the adapter to the base weights before every forward
-pass and subtracts it afterwards. Two things are wrong with that up to peft 0.21: in floating point
-``(w + d) - d`` is not ``w``, so the base drifts from pass to pass and the saved adapter does not quite fit
-the pristine model; and the output projection's adapter is added twice, with half of its gradient. The layer
-below keeps peft's parameters, names and file format, and replaces these two steps.
+pass and subtracts it afterwards. This has two errors up to peft 0.21. First, ``(w + d) - d`` is not ``w`` in
+floating point, so the base drifts from pass to pass, and the saved adapter does not quite fit the original
+model. Second, the output projection's adapter is added twice, with half of its gradient. The layer below
+keeps peft's parameters, names and file format, and replaces these two steps.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import nn
 
 
 class ExactAttention(MultiheadAttention):  # type: ignore[misc]  # peft is untyped
-    """peft's LoRA layer for ``nn.MultiheadAttention``, merging ``W + scaling · B A`` once and reversibly.
+    """peft's LoRA layer for ``nn.MultiheadAttention``, which merges ``W + scaling · B A`` reversibly.
 
-    The original parameters are put aside while the adapter is merged, and the very same ones come back.
+    The original parameters are kept while the adapter is merged, and the same objects are restored.
     """
 
     _originals: tuple[nn.Parameter, nn.Parameter]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replaces both weights by their sum with the adapter's, differentiably in the adapter.
+        """Replace both weights by their sum with the adapter's, differentiably in the adapter.
 
         Args:
             safe_merge: Whether to refuse NaN and infinite sums with a ``ValueError``.
@@ -47,14 +47,14 @@ class ExactAttention(MultiheadAttention):  # type: ignore[misc]  # peft is untyp
             outward = outward + output.get_delta_weight(name).to(outward.dtype)
         if safe_merge and not (torch.isfinite(inward).all() and torch.isfinite(outward).all()):
             raise ValueError(f"merging {', '.join(names)} gives NaN or infinite weights")
-        # Plain tensors instead of parameters: only so does the gradient reach the adapter.
+        # Plain tensors instead of parameters, so that the gradient reaches the adapter.
         del attention.in_proj_weight, linear.weight
         attention.in_proj_weight, linear.weight = inward, outward
         self.merged_adapters.extend(names)
         output.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Puts the original parameters back, bit for bit."""
+        """Restore the original parameters, bit for bit."""
         if not self.merged:
             return
         attention = self.get_base_layer()
@@ -69,12 +69,12 @@ class ExactAttention(MultiheadAttention):  # type: ignore[misc]  # peft is untyp
 
 @contextmanager
 def unmerged(module: nn.Module) -> Iterator[None]:
-    """Takes merged adapters out of the attention layers for the time of the block.
+    """Unmerge the adapters of attention layers within the block.
 
-    Needed to move a model: ``nn.Module.to`` sees neither merged weights, which are plain tensors, nor the
-    originals put aside.
+    Needed to move a model: ``nn.Module.to`` moves neither merged weights, which are plain tensors, nor the
+    stored originals.
     """
-    layers = [each for each in module.modules() if isinstance(each, ExactAttention) and each.merged]
+    layers = [layer for layer in module.modules() if isinstance(layer, ExactAttention) and layer.merged]
     for layer in layers:
         layer.unmerge()
     try:

@@ -1,7 +1,7 @@
-"""Reading a LoRA that anybody may have written: checked against the encoder before a weight is read.
+"""Reading an untrusted LoRA: config and header are checked against the encoder before a weight is read.
 
-The names of the weights say which modules are adapted, and their shapes say with which rank. So nothing that
-an adapter's config holds is ever run as a regular expression, neither here nor in peft.
+The names of the weights show the adapted modules, and their shapes show the ranks. So no regular expression
+of an adapter's config is ever run, neither here nor in peft.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 ADAPTABLE = (nn.Linear, nn.Conv2d, nn.Embedding, nn.MultiheadAttention)
-"""Modules LoRA can be put on."""
+"""Module types that LoRA supports."""
 
 _PREFIX = "base_model.model."
 _ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
-_INNER = ".base_layer.out_proj"  # where peft keeps the adapter of an attention's output projection
+_INNER = ".base_layer.out_proj"  # peft's name for the adapter of an attention's output projection
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _USED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 _WHERE = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -38,25 +38,25 @@ _IRRELEVANT = (
 )
 _OFF: tuple[Any, ...] = (None, False, "none", [], {})
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-"""Values of ``init_lora_weights`` that leave the base model as it is."""
+"""Values of ``init_lora_weights`` that do not change the base model."""
 _MAX_ALPHA = 1e6
 _MAX_PATTERNS = 200_000
-"""Characters of all patterns of a setting together."""
+"""Maximum number of characters of all patterns of a setting together."""
 _MAX_EXPRESSION = 1_000
 
 
 class Settings(NamedTuple):
-    """What an adapter's config says, as far as it changes vectors.
+    """Settings of an adapter's config that change vectors.
 
     Attributes:
-        rank: Where ``ranks`` says no other.
-        alpha: Where ``alphas`` says no other.
-        dropout: For training alone.
+        rank: Rank of modules that no pattern in ``ranks`` matches.
+        alpha: Alpha of modules that no pattern in ``alphas`` matches.
+        dropout: Dropout probability during training.
         rslora: Whether the update is scaled by ``alpha / sqrt(rank)``.
         ranks: Pattern → rank.
         alphas: Pattern → alpha.
         targets: ``target_modules``, a list of name endings or a regular expression.
-        everywhere: Whether ``targets`` says it all, and no other setting leaves modules out.
+        everywhere: Whether ``targets`` is complete: no other setting excludes modules.
     """
 
     rank: int
@@ -70,17 +70,17 @@ class Settings(NamedTuple):
 
 
 def read_lora(encoder: DualEncoder, folder: Path) -> Any:
-    """Reads a saved LoRA's config and the header of its weights, and compares both with the encoder.
+    """Read a saved LoRA's config and the header of its weights, and compare both with the encoder.
 
     Args:
-        encoder: Is not changed.
-        folder: What peft wrote.
+        encoder: The encoder; it is not changed.
+        folder: A directory that peft wrote.
 
     Returns:
-        The ``peft.LoraConfig`` that makes exactly the adapter that the weights are of.
+        The ``peft.LoraConfig`` of exactly the adapter that the weights belong to.
 
     Raises:
-        EncoderError: If a file is missing or damaged, the adapter is not a plain LoRA, or it does not fit.
+        EncoderError: If a file is missing or damaged, or the adapter is not a plain LoRA or does not fit.
     """
     from peft import LoraConfig
 
@@ -123,18 +123,18 @@ def default_pattern(encoder: DualEncoder) -> str:
 
 
 def exact_pattern(names: Iterable[str]) -> str:
-    """A regular expression for these full names of modules and no others.
+    """A regular expression for exactly these full module names.
 
-    A list would not do: peft takes its entries for endings of names, and saves them in random order.
+    A list would not work: peft treats its entries as endings of names, and saves them in random order.
     """
     return "|".join(re.escape(name) for name in sorted(names))
 
 
 def adaptable(encoder: DualEncoder) -> dict[str, nn.Module]:
-    """The modules LoRA can be put on, by name.
+    """Name → module for all modules that LoRA supports.
 
-    ``nn.MultiheadAttention`` reads its output projection's weight without calling it, so that one is not
-    among them; nor are grouped convolutions, into which peft cannot merge.
+    The output projection of ``nn.MultiheadAttention`` is excluded, because its weight is read without calling
+    it. Grouped convolutions are excluded, because peft cannot merge into them.
     """
     modules = dict(encoder.module.named_modules())
     return {
@@ -148,10 +148,10 @@ def adaptable(encoder: DualEncoder) -> dict[str, nn.Module]:
 
 
 def expected_weights(encoder: DualEncoder, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of a LoRA.
+    """Name → shape for the weights of a LoRA.
 
     Args:
-        encoder: The encoder it is for.
+        encoder: The LoRA's encoder.
         ranks: Full name of an adaptable module → rank.
     """
     shapes: dict[str, tuple[int, ...]] = {}
@@ -165,15 +165,15 @@ def expected_weights(encoder: DualEncoder, ranks: Mapping[str, int]) -> dict[str
             count, dim = module.weight.shape
             shapes |= {f"{key}.lora_embedding_A": (rank, count), f"{key}.lora_embedding_B": (dim, rank)}
         elif isinstance(module, nn.Conv2d):
-            out, *into = module.weight.shape
-            shapes |= {f"{key}.lora_A.weight": (rank, *into), f"{key}.lora_B.weight": (out, rank, 1, 1)}
+            out, *rest = module.weight.shape
+            shapes |= {f"{key}.lora_A.weight": (rank, *rest), f"{key}.lora_B.weight": (out, rank, 1, 1)}
         else:
             shapes |= _pair(key, rank, module.weight.shape)
     return shapes
 
 
 def misfit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Stored]) -> str:
-    """Describes in words how two sets of weights differ; empty when they do not."""
+    """Describe the difference between two sets of weights; empty if there is none."""
     missing = sorted(set(expected) - set(given))
     extra = sorted(set(given) - set(expected))
     common = sorted(set(given) & set(expected))
@@ -189,7 +189,7 @@ def misfit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Stored])
         shapes = f"{given[key].shape} instead of {expected[key]}"
         faults.append(f"{len(wrong)} have another shape, first {key} with {shapes}")
     if odd:
-        faults.append(f"{len(odd)} are no floats, first {odd[0]} with {given[odd[0]].dtype}")
+        faults.append(f"{len(odd)} are not floats, first {odd[0]} with {given[odd[0]].dtype}")
     return "; ".join(faults)
 
 
@@ -199,13 +199,13 @@ def _pair(key: str, rank: int, shape: Iterable[int]) -> dict[str, tuple[int, ...
 
 
 def _settings(saved: Mapping[str, Any]) -> Settings:
-    """Checks every setting of a config; a ``ValueError`` says what is wrong, without the folder."""
+    """Check every setting of a config; a ``ValueError`` holds the end of a sentence about the adapter."""
     if saved.get("peft_type") != "LORA":
         raise ValueError(f"is of type {saved.get('peft_type')!r:.80}, not a LoRA")
-    began = saved.get("init_lora_weights", True)
-    if (began.lower() if isinstance(began, str) else began) not in _PLAIN_STARTS:
+    start = saved.get("init_lora_weights", True)
+    if (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
         raise ValueError(
-            f"has init_lora_weights={began!r:.80}, which changes the base model; convert it to a plain LoRA "
+            f"has init_lora_weights={start!r:.80}, which changes the base model; convert it to a plain LoRA "
             "with peft (save_pretrained with path_initial_model_for_weight_conversion) first"
         )
     for name in sorted(saved):
@@ -216,7 +216,7 @@ def _settings(saved: Mapping[str, Any]) -> Settings:
             )
     rank, alpha, dropout = saved.get("r"), saved.get("lora_alpha"), saved.get("lora_dropout", 0.0)
     rslora, targets = saved.get("use_rslora", False), saved.get("target_modules")
-    endings = isinstance(targets, list) and all(isinstance(each, str) for each in targets)
+    endings = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
     checks: dict[str, tuple[object, bool]] = {
         "r": (rank, _is_rank(rank)),
         "lora_alpha": (alpha, _is_alpha(alpha)),
@@ -235,7 +235,7 @@ def _settings(saved: Mapping[str, Any]) -> Settings:
         _mapping(saved, "rank_pattern", _is_rank),
         _mapping(saved, "alpha_pattern", _is_alpha),
         saved["target_modules"],
-        all(saved.get(name) in (None, "", []) for name in _WHERE),  # 0 is a layer
+        all(saved.get(name) in (None, "", []) for name in _WHERE),  # not 0, which is a layer
     )
 
 
@@ -257,14 +257,14 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_alpha(value: object) -> bool:
-    """Whether it is a number of a size that some LoRA has; no NaN is."""
+    """True for a finite number of a plausible size for a LoRA."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_ALPHA
 
 
 def _targets(encoder: DualEncoder, targets: str | list[str]) -> list[str] | None:
-    """The modules that ``target_modules`` names; ``None`` if it is a foreign regular expression."""
+    """The modules that ``target_modules`` names; ``None`` if it is an unknown regular expression."""
     if targets == default_pattern(encoder):
-        # The encoder's own pattern, so it may run.
+        # This is the encoder's own pattern, so it is safe to run.
         return [name for name in adaptable(encoder) if re.fullmatch(targets, name)]
     if isinstance(targets, list):
         endings = set(targets)
@@ -282,10 +282,10 @@ def _endings(name: str) -> list[str]:
 
 
 def _ranks(header: Mapping[str, Stored], modules: Collection[str]) -> dict[str, int]:
-    """The rank of every adapted module; what belongs to no module is left for :func:`misfit` to find."""
+    """The rank of every adapted module; :func:`misfit` reports weights of no module."""
     ranks: dict[str, int] = {}
     for key, stored in header.items():
-        ending = next((each for each in _ENDINGS if key.endswith(each)), None)
+        ending = next(filter(key.endswith, _ENDINGS), None)
         if ending is None or not key.startswith(_PREFIX):
             continue
         name = key.removeprefix(_PREFIX).removesuffix(ending)
@@ -298,21 +298,21 @@ def _ranks(header: Mapping[str, Stored], modules: Collection[str]) -> dict[str, 
 
 
 def _wrong_rank(settings: Settings, ranks: Mapping[str, int]) -> str:
-    """Says where the ranks of the config are not those of the weights."""
+    """Describe a difference between the ranks of the config and of the weights; empty if there is none."""
     if not ranks:
-        return "it adapts nothing that is there"
+        return "it adapts none of the model's modules"
     try:
         expected = {name: {rank} for name, rank in _resolve(settings.ranks, settings.rank, ranks).items()}
     except ValueError:
-        # A regular expression is not run: it may stand for any of the ranks.
+        # A regular expression is not run, so any of its ranks is accepted.
         for pattern in settings.ranks:
             if not _is_expression(pattern):
-                return f"its rank_pattern {pattern!r:.80} is no regular expression"
+                return f"its rank_pattern {pattern!r:.80} is not a regular expression"
         expected = {name: {settings.rank, *settings.ranks.values()} for name in ranks}
     for name, rank in ranks.items():
         if rank not in expected[name]:
-            said = ", ".join(map(str, sorted(expected[name])))
-            return f"its config says rank {said:.80} for {name}, but its weights have rank {rank}"
+            ranks_in_config = ", ".join(map(str, sorted(expected[name])))
+            return f"its config says rank {ranks_in_config:.80} for {name}, but its weights have rank {rank}"
     return ""
 
 
@@ -329,21 +329,21 @@ def _is_expression(pattern: str) -> bool:
 
 
 def _resolve(patterns: Mapping[str, Any], default: Any, names: Iterable[str]) -> dict[str, Any]:
-    """The value of the first pattern that matches a name, as peft chooses it, for every name.
+    """Name → value of the first pattern that matches it, as peft chooses it.
 
     Raises:
-        ValueError: If a pattern is a regular expression that says more than names and wildcards.
+        ValueError: If a pattern is a regular expression with more than names and wildcards.
     """
     matchers: list[tuple[re.Pattern[str], Any]] = []
     for pattern, value in patterns.items():
         globs = _globs(pattern)
         if globs is None:
             raise ValueError(
-                f"{pattern!r:.80}, a regular expression, and those of others are not run; write the names of "
-                "the modules instead"
+                f"{pattern!r:.80}, a regular expression, and expressions from files are not run; write the "
+                "names of the modules instead"
             )
         for anchored, glob in globs:
-            # fnmatch makes expressions that take linear time.
+            # The expressions of fnmatch take linear time.
             matchers.append((re.compile(fnmatch.translate(glob)), value))
             if not anchored:
                 matchers.append((re.compile(fnmatch.translate(f"*.{glob}")), value))
@@ -353,17 +353,17 @@ def _resolve(patterns: Mapping[str, Any], default: Any, names: Iterable[str]) ->
 
 
 def _globs(pattern: str) -> list[tuple[bool, str]] | None:
-    r"""The alternatives of a regular expression of names, ``\.``, ``.``, ``.*`` and ``|``, as globs.
+    r"""Translate a regular expression of names, ``\.``, ``.``, ``.*`` and ``|`` into globs.
 
     Returns:
-        For each whether it begins with ``^``, and the glob; ``None`` if the pattern says more than that.
+        For each alternative True if it begins with ``^``, and the glob; ``None`` for any other syntax.
     """
-    found: list[tuple[bool, str]] = []
+    globs: list[tuple[bool, str]] = []
     anchored, ended, glob = False, False, ""
-    # The tokens overlap nowhere, so this takes linear time.
+    # The tokens do not overlap, so this takes linear time.
     for token in re.findall(r"\\.?|\.[*+]?|[^\\.]", pattern, re.DOTALL):
         if token == "|":
-            found.append((anchored, glob))
+            globs.append((anchored, glob))
             anchored, ended, glob = False, False, ""
         elif ended:
             return None
@@ -381,13 +381,15 @@ def _globs(pattern: str) -> list[tuple[bool, str]] | None:
             return None
         else:
             glob += token
-    return [*found, (anchored, glob)]
+    return [*globs, (anchored, glob)]
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Values as peft takes them: one pattern of full names for each value that is not the default."""
+    """Values in peft's form: for each value other than the default, one pattern of full names → the value."""
     groups: dict[Any, list[str]] = {}
     for name, value in values.items():
         if value != default:
             groups.setdefault(value, []).append(name)
-    return {"|".join(f"^{re.escape(name)}" for name in sorted(names)): each for each, names in groups.items()}
+    return {
+        "|".join(f"^{re.escape(name)}" for name in sorted(names)): value for value, names in groups.items()
+    }

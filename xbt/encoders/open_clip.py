@@ -1,12 +1,8 @@
-"""Encoders from open_clip: its pretrained tags, weight files, Hub repositories and local directories.
-
-open_clip's texts: tokens, counted where they are cut, and text towers at a shorter context.
-"""
+"""Encoders from open_clip: its pretrained tags, weights files, Hub repositories and local directories."""
 
 from __future__ import annotations
 
-import copy
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -34,97 +30,17 @@ from xbt.hub import HubAccess
 from xbt.space import PROBE_TEXTS
 
 
-class OpenClipTexts:
-    """Texts to tokens with a tokenizer of open_clip; picklable, holds no weights.
-
-    Args:
-        name: The encoder's name, for errors.
-        tokenizer: open_clip's tokenizer.
-        vocab_size: Number of tokens the model embeds.
-    """
-
-    def __init__(self, name: str, tokenizer: Any, vocab_size: int) -> None:
-        self._name = name
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-
-    def __call__(self, texts: list[str]) -> Tokenized:
-        """Tokenises n texts, and finds those that were cut."""
-        tokenizer, context = self._tokenizer, int(self._tokenizer.context_length)
-        if not texts:
-            return Tokenized(torch.zeros(0, context, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
-        tokens = require_known(tokenizer(texts), self._vocab_size, self._name)
-        pad = 0
-        if not isinstance(tokenizer, SimpleTokenizer):
-            pad = tokenizer.tokenizer.pad_token_id
-        # A text can only have been cut where the row is full; the last position alone does not show it where
-        # the padding token is the end token. Counting a text again is only needed for those rows.
-        full = (tokens[:, -2:] != pad).any(dim=1)
-        cut = [suspect and self._length(text) > context for text, suspect in zip(texts, full, strict=True)]
-        return Tokenized(tokens, torch.tensor(cut))
-
-    def _length(self, text: str) -> int:
-        """Number of tokens of a text before cutting, special tokens included."""
-        tokenizer = self._tokenizer
-        if isinstance(tokenizer, SimpleTokenizer):
-            return len(tokenizer.encode(text)) + 2
-        if isinstance(tokenizer, SigLipTokenizer):
-            cleaned = canonicalize_text(basic_clean(text))
-        else:
-            cleaned = tokenizer.clean_fn(text)
-        own_frame = getattr(tokenizer, "tokenizer_mode", "") == "clips"  # begin, end and class token, by hand
-        ids = tokenizer.tokenizer(cleaned, add_special_tokens=not own_frame, verbose=False).input_ids
-        return len(ids) + (3 if own_frame else 0)
-
-
-def encode_tokens(clip: Any, tokens: Tensor) -> Tensor:
-    """``clip.encode_text`` for tokens that may be shorter than the context.
-
-    Args:
-        clip: A model of open_clip, without peft around it.
-        tokens: (n, length) int64 on its device.
-
-    Returns:
-        (n, dim) vectors of any length, differentiable in all weights.
-    """
-    tower, length = getattr(clip, "text", clip), tokens.shape[1]
-    # Text models of transformers have positions of their own and take any length.
-    if hasattr(tower, "positional_embedding") and length < tower.context_length:
-        positions, mask = tower.positional_embedding, tower.attn_mask
-        short = _with(
-            tower,
-            positional_embedding=positions[:length],
-            attn_mask=None if mask is None else mask[:length, :length],
-        )
-        clip = short if tower is clip else _with(clip, text=short)
-    features: Tensor = clip.encode_text(tokens)
-    return features
-
-
-def _with(module: nn.Module, **attributes: Any) -> nn.Module:
-    """A module that shares everything with another one but some attributes.
-
-    The original stays untouched, unlike with ``torch.func.functional_call``: other threads may be using it.
-    """
-    view = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        held = getattr(module, registry)
-        view.__dict__[registry] = {name: held[name] for name in held if name not in attributes}
-    view.__dict__.update(attributes)
-    return view
-
-
 class OpenClipEncoder(DualEncoder):
     """A CLIP built by open_clip.
 
     Attributes:
         model_config: open_clip's description of the architecture: ``embed_dim``, ``vision_cfg``,
             ``text_cfg`` and more.
-        tokenizer: open_clip's tokenizer for it.
+        tokenizer: open_clip's tokenizer for the model.
     """
 
-    # Residual blocks hold nn.MultiheadAttention, timm's vision transformers and Hugging Face text models
-    # separate linear layers.
+    # open_clip's residual blocks have nn.MultiheadAttention. timm's vision transformers and Hugging Face text
+    # models have separate linear layers.
     lora_targets: ClassVar[dict[str, str]] = {
         "text": r"(text\.)?transformer\.resblocks\.\d+\.attn|text\.transformer\..*\.(query|key|value)",
         "image": r"visual\.transformer\.resblocks\.\d+\.attn|visual\.trunk\.(.*\.)?attn\.(qkv|proj)",
@@ -143,7 +59,7 @@ class OpenClipEncoder(DualEncoder):
         )
         self.model_config = model_config
         self.tokenizer = tokenizer
-        self.text_transform(list(PROBE_TEXTS))  # fails now, not later, if the vocabularies differ
+        self.text_transform(list(PROBE_TEXTS))  # fails early if the vocabularies differ
 
     @classmethod
     def create(
@@ -152,20 +68,20 @@ class OpenClipEncoder(DualEncoder):
         preprocess: dict[str, Any] | None = None,
         name: str = "open_clip:untrained",
     ) -> Self:
-        """Makes a randomly initialised, trainable model; seed torch beforehand.
+        """Make a randomly initialised, trainable model; seed torch first for reproducible weights.
 
         Args:
             model_config: An open_clip model config, or the name of a built-in architecture. Models that use
                 open_clip's own tokenizer need ``vocab_size`` 49408.
             preprocess: Overrides of open_clip's image preprocessing, such as ``mean``, ``std``,
                 ``interpolation`` ("bicubic", "bilinear") or ``resize_mode`` ("shortest", "squash").
-            name: What the encoder and its space are called.
+            name: Name of the encoder and its space.
 
         Returns:
             An encoder in training mode whose weights require gradients.
 
         Raises:
-            EncoderError: If the architecture is unknown or the config does not describe one.
+            EncoderError: If the architecture is unknown or the config is not valid.
         """
         config = builtin_config(model_config) if isinstance(model_config, str) else deepcopy(model_config)
         missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
@@ -180,13 +96,13 @@ class OpenClipEncoder(DualEncoder):
         return cls(name, module, config, tokenizer)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes open_clip's own directory format; ``"open_clip:local-dir:DIRECTORY"`` loads it.
+        """Write open_clip's own directory format; ``"open_clip:local-dir:DIRECTORY"`` loads it.
 
         Args:
             directory: Made if it does not exist; files of an earlier model in it are replaced.
 
         Raises:
-            EncoderError: If LoRA is attached; the base and the adapter are saved separately.
+            EncoderError: If LoRA is attached, because base and adapter are saved separately.
         """
         if hasattr(self.module, "peft_config"):
             raise EncoderError(f"{self.name} has LoRA attached; save the adapter with save_lora instead")
@@ -198,14 +114,14 @@ class OpenClipEncoder(DualEncoder):
         config = deepcopy(self.model_config)
         if not isinstance(self.tokenizer, SimpleTokenizer):
             self.tokenizer.save_pretrained(folder)
-            # open_clip looks for tokenizer files in the directory whenever this key is present.
+            # open_clip looks for tokenizer files in the directory if this key is present.
             config["text_cfg"].setdefault("hf_tokenizer_name", ".")
         write_config(folder, config, self._clip.visual.preprocess_cfg)
 
     @property
     def text_transform(self) -> TextTransform:
-        """open_clip's own tokenizer."""
-        clip = self._clip  # CoCa has its vocabulary in the text tower alone
+        """The model's own tokenizer."""
+        clip = self._clip  # CoCa only has vocab_size in its text tower
         text = clip if hasattr(clip, "vocab_size") else clip.text
         return OpenClipTexts(self.name, self.tokenizer, text.vocab_size)
 
@@ -223,7 +139,7 @@ class OpenClipEncoder(DualEncoder):
     def _last_layers(self) -> dict[str, str]:
         clip = self._bare
         text = "text." if hasattr(clip, "text") else ""
-        # Text models of transformers call it proj; ResNets pool with attention; timm models have a head.
+        # Text models of transformers end in proj, ResNets in attention pooling, and timm models in a head.
         ends = {
             "text": [f"{text}text_projection", f"{text}proj"],
             "image": ["visual.proj", "visual.attnpool.c_proj", "visual.head.proj", "visual.trunk.head"],
@@ -232,21 +148,21 @@ class OpenClipEncoder(DualEncoder):
 
 
 def load_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipEncoder:
-    """Loads what follows ``open_clip:`` in a specification.
+    """Load the model of a specification ``open_clip:REST``.
 
     Args:
         rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
         name: The whole specification.
-        access: How the Hub is asked; its revision comes before the one in the specification.
+        access: Hub access; its revision overrides the one in the specification.
 
     Returns:
         A frozen fp32 encoder in eval mode.
 
     Raises:
         EncoderError: If the directory, architecture or tag does not exist, architecture and tag were trained
-            with different activations, or a config says what it must not.
-        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config asks for more
-            than the weights account for. Errors of open_clip itself are passed through.
+            with different activations, or a config is refused.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config describes a
+            model far larger than the weights. Errors of open_clip itself are passed through.
     """
     source = find_open_clip(rest, name, access)
     module = source.module()
@@ -254,6 +170,87 @@ def load_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipEncoder:
     module.eval().requires_grad_(False)
     encoder.revision = source.revision
     return encoder
+
+
+class OpenClipTexts:
+    """An open_clip tokenizer as a function; picklable, without weights.
+
+    Args:
+        name: The encoder's name, for errors.
+        tokenizer: open_clip's tokenizer.
+        vocab_size: Number of tokens that the model embeds.
+    """
+
+    def __init__(self, name: str, tokenizer: Any, vocab_size: int) -> None:
+        self._name = name
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+
+    def __call__(self, texts: list[str]) -> Tokenized:
+        """Tokenise n texts and find those that are cut."""
+        tokenizer, context = self._tokenizer, int(self._tokenizer.context_length)
+        if not texts:
+            return Tokenized(torch.zeros(0, context, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+        tokens = require_known(tokenizer(texts), self._vocab_size, self._name)
+        pad = 0
+        if not isinstance(tokenizer, SimpleTokenizer):
+            pad = tokenizer.tokenizer.pad_token_id
+        # Only a full row can be a cut text, so only full rows are tokenised again and counted. Two positions
+        # are compared, because the padding token may also be the end token.
+        full = (tokens[:, -2:] != pad).any(dim=1)
+        cut = [suspect and self._length(text) > context for text, suspect in zip(texts, full, strict=True)]
+        return Tokenized(tokens, torch.tensor(cut))
+
+    def _length(self, text: str) -> int:
+        """Number of tokens of a text before cutting, including special tokens."""
+        tokenizer = self._tokenizer
+        if isinstance(tokenizer, SimpleTokenizer):
+            return len(tokenizer.encode(text)) + 2
+        if isinstance(tokenizer, SigLipTokenizer):
+            cleaned = canonicalize_text(basic_clean(text))
+        else:
+            cleaned = tokenizer.clean_fn(text)
+        # In the mode "clips" open_clip itself adds the begin, end and class tokens.
+        clips = getattr(tokenizer, "tokenizer_mode", "") == "clips"
+        ids = tokenizer.tokenizer(cleaned, add_special_tokens=not clips, verbose=False).input_ids
+        return len(ids) + (3 if clips else 0)
+
+
+def encode_tokens(clip: Any, tokens: Tensor) -> Tensor:
+    """Call ``clip.encode_text`` on tokens that may be shorter than the context.
+
+    Args:
+        clip: A model of open_clip, without peft's wrapper.
+        tokens: (n, length) int64 on its device.
+
+    Returns:
+        (n, dim) vectors of any length, differentiable in all weights.
+    """
+    tower, length = getattr(clip, "text", clip), tokens.shape[1]
+    # Text models of transformers handle positions themselves and take any length.
+    if hasattr(tower, "positional_embedding") and length < tower.context_length:
+        positions, mask = tower.positional_embedding, tower.attn_mask
+        short = _with(
+            tower,
+            positional_embedding=positions[:length],
+            attn_mask=None if mask is None else mask[:length, :length],
+        )
+        clip = short if tower is clip else _with(clip, text=short)
+    features: Tensor = clip.encode_text(tokens)
+    return features
+
+
+def _with(module: nn.Module, **attributes: Any) -> nn.Module:
+    """A copy of a module with other attributes, which shares everything else.
+
+    Unlike ``torch.func.functional_call`` this never changes the original, which other threads may be using.
+    """
+    view = copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        entries = getattr(module, registry)
+        view.__dict__[registry] = {name: entries[name] for name in entries if name not in attributes}
+    view.__dict__.update(attributes)
+    return view
 
 
 def _describe(config: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ _HERE = HubAccess()
 
 
 def build(config: dict[str, Any], preprocess: dict[str, Any]) -> nn.Module:
-    """Builds a model with random weights.
+    """Build a model with random weights.
 
     Raises:
         EncoderError: If the config would run code or fetch an image tower.
@@ -98,7 +98,7 @@ def make_tokenizer(text: dict[str, Any]) -> Any:
 
 
 def write_config(folder: Path, model_config: dict[str, Any], preprocess: dict[str, Any]) -> None:
-    """Writes ``open_clip_config.json``."""
+    """Write ``open_clip_config.json``."""
     # The size is left out: open_clip takes it from the image tower.
     kept = {key: preprocess[key] for key in preprocess if key not in ("size", "mode")}
     config = {"model_cfg": model_config, "preprocess_cfg": kept}
@@ -132,7 +132,7 @@ class OpenClipSource:
     revision: str | None
 
     def module(self) -> nn.Module:
-        """Builds the model, of no more than the weights account for, and loads them strictly.
+        """Build the model, of no more than the weights account for, and loads them strictly.
 
         Raises:
             EncoderError, SavedPartError: If the config asks for too much, or for what is not to be fetched.
@@ -167,7 +167,7 @@ class OpenClipSource:
 
 
 def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
-    """Finds, and downloads if need be, what follows ``open_clip:`` in a specification.
+    """Find, and download if need be, what follows ``open_clip:`` in a specification.
 
     Args:
         rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.

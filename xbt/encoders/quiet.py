@@ -1,4 +1,4 @@
-"""Keeping the backends' chatter out of the user's terminal, and their errors to one sentence."""
+"""Silencing log messages of the backends, and shortening their error messages."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def _refuse(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences what open_clip and transformers say while a model is built.
+    """Silence log messages of open_clip and transformers while a model is built.
 
-    Everything they only log is checked by xbt and raised where it matters: random initialisation, missing
-    keys, a wrong activation. Progress bars of downloads stay.
+    Problems that they only log are errors in xbt: random initialisation, missing keys, a wrong activation.
+    Progress bars of downloads stay.
     """
     root, library = logging.getLogger(), logging.getLogger("transformers")
-    # open_clip logs straight to the root logger, and the first such call would install a handler on it. A
-    # filter on the root silences that alone: it does not see what other loggers propagate.
+    # open_clip logs to the root logger, and the first such call would install a handler on it. A filter on
+    # the root logger silences only these messages: it does not see records that other loggers propagate.
     placeholder = logging.NullHandler()
     root.addHandler(placeholder)
     root.addFilter(_refuse)
@@ -45,10 +45,10 @@ def quiet() -> Iterator[None]:
 
 
 def brief(error: BaseException, limit: int = 600) -> str:
-    """An error of another library in one line, for use inside a sentence.
+    """Shorten another library's error to one line, for use inside a sentence.
 
-    Colours and line breaks are taken out. Of a very long message the middle is left out: its first words say
-    what happened, and its last ones what to do.
+    Colours and line breaks are removed. A very long message loses its middle, because its first words say
+    what happened and its last words what to do.
     """
     text = " ".join(_COLOURS.sub("", str(error)).split()) or type(error).__name__
     half = limit // 2

@@ -1,8 +1,8 @@
-"""Settings that vectors depend on besides weights and images: activations and cleaning of texts.
+"""Settings that change vectors, besides weights and preprocessing: activations and cleaning of texts.
 
-A probe shows most of them, but not all: GELU in the place of QuickGELU can change a small model's vectors by
-less than rounding to half precision does. So they are declared as well. Everything is read off the model that
-runs, not off its config, so that one model has the same settings in open_clip and in transformers.
+A probe shows most differences, but not all: GELU instead of QuickGELU can change a small model's vectors by
+less than rounding to half precision. So these settings are declared too. They are read from the running
+model, not from its config, so that a model has the same settings in open_clip and in transformers.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ _NAMES = {
     "siluactivation": "silu",
     "swish": "silu",
 }
-"""Classes of the libraries by what they compute."""
+"""Lower-case class name of an activation in one of the libraries → name of the function."""
 _LIBRARIES = ("torch.nn.modules.activation", "transformers.activations", "timm.layers.activations")
 _CAPITALS, _PUNCTUATION = "A Red DOG", "a dog, a cat."
 
 
 def activation(tower: nn.Module) -> str:
-    """Names the activation functions of a tower, such as ``"quick_gelu"``, separated by commas."""
-    found = set()
+    """Name the activation functions of a tower, such as ``"quick_gelu"``, separated by commas."""
+    names = set()
     for module in tower.modules():
         kind = type(module)
         name = kind.__name__.lower()
         if name in _NAMES or (kind.__module__.startswith(_LIBRARIES) and not _is_no_activation(module)):
             tanh = name == "gelu" and getattr(module, "approximate", "none") == "tanh"
-            found.add("gelu_tanh" if tanh else _NAMES.get(name, name))
-    return ", ".join(sorted(found)) or "none"
+            names.add("gelu_tanh" if tanh else _NAMES.get(name, name))
+    return ", ".join(sorted(names)) or "none"
 
 
 def _is_no_activation(module: nn.Module) -> bool:
@@ -48,11 +48,11 @@ def _is_no_activation(module: nn.Module) -> bool:
 
 
 def text_cleaning(transform: TextTransform) -> str:
-    """Names what texts lose before they become tokens, by trying it.
+    """Test the cleaning of texts before they become tokens.
 
     Returns:
-        ``"lower"`` where capitals make no difference, ``"canonicalize"`` where punctuation makes none either,
-        ``"none"`` where both do; the words are open_clip's.
+        ``"lower"`` if only capitals make no difference, ``"canonicalize"`` if punctuation makes none either,
+        else ``"none"``. The words are open_clip's.
     """
     texts = [_CAPITALS, _CAPITALS.lower(), _PUNCTUATION, _PUNCTUATION.replace(",", "").replace(".", "")]
     rows = transform(texts).tokens.tolist()
@@ -64,7 +64,7 @@ def text_cleaning(transform: TextTransform) -> str:
 def describe_model(
     text: nn.Module, image: nn.Module, transform: TextTransform, context: int
 ) -> dict[str, Any]:
-    """The settings that go into a space beside the preprocessing of images, as JSON-able values."""
+    """The settings of a space besides its image preprocessing, as JSON-able values."""
     return {
         "text_activation": activation(text),
         "image_activation": activation(image),

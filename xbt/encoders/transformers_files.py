@@ -32,7 +32,7 @@ _SUBFOLDER = re.compile(r"[\w-][\w.-]*")
 
 
 def find_transformers(source: str, name: str, access: HubAccess) -> tuple[Path, str | None]:
-    """Finds, and downloads if need be, what follows ``transformers:`` in a specification.
+    """Find, and download if need be, what follows ``transformers:`` in a specification.
 
     Of a repository the configs are fetched first, so that nothing else is fetched of what is no CLIP.
 
@@ -111,7 +111,7 @@ def _read_list(file: Path) -> list[Any]:
 
 
 def _require_clip(folder: Path, name: str) -> Path:
-    """Refuses, by its config alone, what is no CLIP or SigLIP of transformers' own."""
+    """Refuse, by its config alone, what is no CLIP or SigLIP of transformers' own."""
     if not (folder / _CONFIG).is_file():
         wrapped = f"; {_WRAPPED} in it looks like one: load that" if (folder / _WRAPPED).is_dir() else ""
         raise EncoderError(
@@ -135,7 +135,7 @@ def _require_clip(folder: Path, name: str) -> Path:
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
-    """Loads the tokenizer in a directory.
+    """Load the tokenizer in a directory.
 
     Raises:
         EncoderError: If a package that it needs is not installed, it needs code of its own, or its files are

@@ -69,7 +69,7 @@ _KINDS = (
 
 
 def load_weights_file(module: nn.Module, path: Path) -> None:
-    """Loads a weights file into a model of open_clip, strictly, and runs nothing that is in the file.
+    """Load a weights file into a model of open_clip, strictly, and run nothing that is in the file.
 
     Safetensors, checkpoints of ``torch.save`` and Google's ``.npz`` files are known by their content. Weights
     are found under the usual keys of training loops and behind the usual prefixes.
@@ -153,7 +153,7 @@ def _kind_of(path: Path) -> str:
 
 
 def _require_checkpoint(path: Path, names: list[str] | None) -> None:
-    """Refuses what ``torch.load`` cannot read, or must not."""
+    """Refuse what ``torch.load`` cannot read, or must not."""
     sentence = _kind_of(path)
     if not sentence and names is not None and not any(name.endswith("data.pkl") for name in names):
         sentence = "is a zip archive, but no checkpoint of torch.save; give the weights file"
@@ -273,7 +273,7 @@ def _converted(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _require_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses weights whose names or shapes are not the model's."""
+    """Refuse weights whose names or shapes are not the model's."""
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or extra:
