@@ -329,7 +329,7 @@ def test_refuses_sources_that_do_not_fit(tmp_path, cifar100):
         (["a", "b"], [0, 1], {"n_classes": 1}, "image 'b' has the label 1"),
         (["a", "b"], [0, -1], {}, "image 'b' has the label -1"),
         (["a", "b"], [0.0, 1.0], {}, "one integer per image"),
-        (["a", "b"], [0, 1], {"n_classes": 3}, "n_classes is 3, but there are names for 2"),
+        (["a", "b"], [0, 1], {"n_classes": 3}, "n_classes is 3, but there are 2 class names"),
     ],
 )
 def test_refuses_what_does_not_belong_together(ids, labels, options, message):

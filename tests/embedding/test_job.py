@@ -129,7 +129,7 @@ def test_ids_that_come_again_in_a_stream_are_on_record(spec, encoder, tmp_path):
     expected = encoder.encode_images([SCENES.image(number) for number in kept]).numpy()
     assert np.abs(store.read() - expected).max() <= 1e-6
     assert on_record(tmp_path / "out", "rejected.jsonl") == [
-        {"id": "k1", "reason": "the id 'k1' is already that of an item before it"},
+        {"id": "k1", "reason": "the id 'k1' is already that of an earlier item"},
         {"id": "k0", "reason": "the id 'k0' is already that of an item of shard 0_00000"},
         {"id": "k0", "reason": "the id 'k0' is already that of an item of shard 0_00000"},
     ]
@@ -216,7 +216,7 @@ def test_texts_into_a_store(encoder, tmp_path):
     other = [*texts[:-1], "a dog"]
     with pytest.raises(DataError, match="the texts has changed since"):
         embed_texts_into_store(encoder, other, names, tmp_path / "s", shard_size=5, dtype="float32")
-    with pytest.raises(ConfigError, match="was begun with shard_size 5, and now it is 6"):
+    with pytest.raises(ConfigError, match="was started with shard_size 5, and now it is 6"):
         embed_texts_into_store(encoder, texts, names, tmp_path / "s", shard_size=6, dtype="float32")
     new = embed_texts_into_store(
         encoder, other, names, tmp_path / "s", shard_size=6, dtype="float32", overwrite=True

@@ -198,7 +198,7 @@ def test_a_few_items_are_no_share(spec, failing, tmp_path):
     limit.add(99, [("a", "x")] * 49)
     limit.add(1, [("b", "x")])
     with pytest.raises(
-        DataError, match=r"51 of 100 items .* fix the source and start afresh with --overwrite"
+        DataError, match=r"51 of 100 items .* fix the source and start again with --overwrite"
     ):
         limit.add(0, [("c", "x")])
 

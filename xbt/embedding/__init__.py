@@ -1,4 +1,4 @@
-"""The job that turns data into a store, fast and resumable."""
+"""The embedding job: turns images or captions into a store, resumable and in many processes."""
 
 from xbt.embedding.job import EmbedConfig, embed, embed_texts_into_store
 

@@ -1,4 +1,4 @@
-"""What a job makes sure of before it begins, so that nothing can go wrong late that could be known early."""
+"""Checks of an embedding job before it starts, so that errors appear early."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _JOB = "job.json"
 
 
 def describe(source: ItemSource, shard_size: int, processes: int = 1) -> dict[str, Any]:
-    """What makes a job this one and no other, and how it is cut; recorded beside its store."""
+    """Describe a job by its source and shard sizes; the description is saved next to the store."""
     return {
         "source": source.name,
         "parts": len(source.parts),
@@ -35,37 +35,35 @@ def describe(source: ItemSource, shard_size: int, processes: int = 1) -> dict[st
 
 
 def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> dict[str, Any]:
-    """Records the job in a new directory, and recognises it in an old one.
+    """Record the job in a new directory, or compare it with the record in an existing one.
 
     Returns:
-        The job as it was begun: its shards have the size they had then, by however many processes it is
-        continued.
+        The job as first started. A continued job keeps its shard size, whatever the number of processes.
 
     Raises:
-        ConfigError: If it was begun with another shard size.
-        DataError: If its source has changed since, or no job has left what is there.
+        ConfigError: If it was started with another shard size.
+        DataError: If its source has changed since, or the directory holds vectors of something else.
     """
     recorded = path / _JOB
     if not recorded.is_file():
         if builder.committed():
             raise DataError(
-                f"{path} holds vectors that no embedding job has left there; choose another directory"
+                f"{path} holds vectors that were not written by an embedding job; choose another directory"
             )
         write_record(recorded, job)
         return job
-    there = read_record(recorded)
-    if there.get("shard_size") != job["shard_size"]:
+    started = read_record(recorded)
+    if started.get("shard_size") != job["shard_size"]:
         raise ConfigError(
-            f"{path} was begun with shard_size {there.get('shard_size')}, and now it is {job['shard_size']}; "
-            "go on as it was begun, or choose another directory"
+            f"{path} was started with shard_size {started.get('shard_size')}, and now it is "
+            f"{job['shard_size']}; use the first one, or choose another directory"
         )
-    if there.get("digest") != job["digest"]:
+    if started.get("digest") != job["digest"]:
         raise DataError(
-            f"{job['source']} has changed since {path} was begun ({_count(there)} then, {_count(job)} now, "
-            "or others in their place); choose another directory, or pass --overwrite true to start afresh"
+            f"{job['source']} has changed since {path} was started ({_count(started)} then, {_count(job)} "
+            "now, or others in their place); choose another directory, or pass --overwrite true to start again"
         )
-    # Jobs of earlier versions were cut by their shard size.
-    return {**job, "items_per_shard": there.get("items_per_shard", there["shard_size"])}
+    return {**job, "items_per_shard": started.get("items_per_shard", started["shard_size"])}
 
 
 def _count(job: dict[str, Any]) -> str:
@@ -73,10 +71,10 @@ def _count(job: dict[str, Any]) -> str:
 
 
 def require_same_source(rank: int, job: dict[str, Any], agreed: dict[str, Any]) -> None:
-    """Refuses to share work between processes that find different items.
+    """Refuse to share work between processes that find different items.
 
     Raises:
-        DataError: If this process's job is not the main one's.
+        DataError: If this process's job differs from that of the main process.
     """
     if job["digest"] != agreed["digest"]:
         raise DataError(
@@ -86,12 +84,13 @@ def require_same_source(rank: int, job: dict[str, Any], agreed: dict[str, Any]) 
 
 
 def require_writable(path: Path) -> None:
-    """Makes the directory and tries to write into it.
+    """Create the directory and check that it can be written to.
 
     Raises:
-        ConfigError: If that fails.
+        ConfigError: If it cannot.
     """
-    # Asked before a model is loaded, and without leaving a trace of a job that may yet turn out wrong.
+    # This runs before a model is loaded and leaves no file behind, since the job may still turn out to be
+    # wrong.
     try:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
@@ -101,39 +100,39 @@ def require_writable(path: Path) -> None:
 
 
 def require_free_space(path: Path, entries: int | None, dim: int, dtype: str) -> None:
-    """Compares what the vectors will take with the free space.
+    """Compare the size of the vectors with the free disk space.
 
     Args:
         path: The job's directory.
-        entries: How many vectors there will be at most; ``None`` if that cannot be known.
-        dim: Their dimension.
-        dtype: On disk.
+        entries: Maximum number of vectors; ``None`` if unknown.
+        dim: Dimension of the vectors.
+        dtype: Dtype on disk.
 
     Raises:
-        ConfigError: If they cannot fit.
+        ConfigError: If the vectors do not fit.
     """
     needed = (entries or 0) * dim * np.dtype(dtype).itemsize
     free = shutil.disk_usage(path).free
     if needed > free:
         raise ConfigError(
             f"{entries} vectors of {dim} {dtype} need {needed / 1e9:.3g} GB, but {path} has only "
-            f"{free / 1e9:.3g} GB free; make room, or choose another directory"
+            f"{free / 1e9:.3g} GB free; free some space, or choose another directory"
         )
 
 
 def clear(path: Path) -> None:
-    """Removes what an earlier job left in its directory; vectors that no job has left there stay."""
-    begun = (path / IN_PROGRESS).is_dir() and not (path / MANIFEST).exists()
-    if not begun and not (path / _JOB).is_file():
+    """Remove the files of an earlier job from its directory; vectors that no job has written stay."""
+    unfinished = (path / IN_PROGRESS).is_dir() and not (path / MANIFEST).exists()
+    if not unfinished and not (path / _JOB).is_file():
         return
-    # The manifest first, since without it nothing passes for a store, and last what says that it is ours.
+    # The manifest goes first, since a store needs it. The record goes last, since it marks the files as ours.
     for name in (MANIFEST, EXTRA, IN_PROGRESS, RETRIED):
         _remove(path / name)
     for modality in FOLDERS:
         remove_strays(path, modality, ())
     for folder in (*FOLDERS.values(), METADATA):
         remove_leftovers(path / folder)
-        with suppress(OSError):  # the user's own files stay, and so does their folder
+        with suppress(OSError):  # a folder with other files stays
             (path / folder).rmdir()
     for name in (REJECTED, NOTES, _JOB):
         _remove(path / name)

@@ -1,7 +1,4 @@
-"""The job that turns images or captions into a store: in many processes, resumable, every item on record.
-
-The settings of an embedding job.
-"""
+"""The embedding job and its settings: turns images or captions into a store, resumable, in many processes."""
 
 from __future__ import annotations
 
@@ -28,11 +25,11 @@ from xbt.embedding.rejected import (
     REJECTED,
     RETRIED,
     RejectionLimit,
-    chosen,
+    merge_retried,
     note_repeated,
     refuse_streams,
+    select_entries,
     still_rejected,
-    take_over,
     write_records,
 )
 from xbt.embedding.work import embed_tasks
@@ -43,51 +40,51 @@ from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore, StoreBuilder
 
 MAY_CHANGE = ("batch_size", "num_workers", "compile", "retry_rejected", "max_rejected")
-"""Settings that may be others when a job is continued: they change at most the last digits of a vector, or
-what is done about rejected items."""
+"""Settings that may change when a job is continued. They affect at most the last digits of a vector, or the
+handling of rejected items."""
 
 
 @dataclass
 class EmbedConfig:
     """Embed images or captions into a store, with any number of processes; a killed job continues.
 
-    The output directory is the store (open it with ``xbt.EmbeddingStore.open``), with ``rejected.jsonl``
-    (what could not be embedded, and why) and ``notes.jsonl`` (what was converted or dropped to embed it)
-    beside it.
+    The output directory is the store (open it with ``xbt.EmbeddingStore.open``). It also contains
+    ``rejected.jsonl`` (items that could not be embedded, with the reason) and ``notes.jsonl`` (items that
+    were converted or lost something).
     """
 
     encoder: str
     """The encoder, such as open_clip:ViT-B-32-quickgelu/openai."""
     output_dir: str
-    """Where the store goes; with several machines, on a file system that all of them see."""
+    """Directory of the store; with several machines, on a shared file system."""
     images: ImageCollection | None = None
     """The images to embed, or ..."""
     captions: CaptionSource | None = None
-    """... the captions; WebDataset tars will do here as well."""
+    """... the captions, also from WebDataset tars."""
     shard_size: int = 10_000
-    """Items per shard of the store, at most: what a killed job loses per process. Of a list that several
-    processes share, so many fewer that all of them have equal shares, but not below 256."""
+    """Maximum number of items per shard, and so the work that a killed process loses. If several processes
+    share a list, shards are smaller, down to 256, so that all get equal shares."""
     batch_size: int = 256
     """Items per forward pass. It may change when a job is continued."""
     num_workers: int | None = None
-    """Processes that decode images or tokenise texts, for each process that embeds; chosen by the cores where
-    it is left out."""
+    """Processes that decode images or tokenise texts, per embedding process; by default chosen from the
+    number of cores."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of the vectors on disk."""
+    """Dtype of the vectors on disk."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the forward pass."""
+    """Precision of the forward pass."""
     compile: bool = False
     """Compile the towers with torch.compile: slower to start, faster for millions of items on a GPU."""
     retry_rejected: bool = False
-    """Try again what was rejected, also of a finished job: images may have been unreadable for a while. What
-    can be embedded now is appended to the store. Not with streams."""
+    """Try rejected items again, also after the job has finished, because images may be unreadable only for a
+    while. Items that can be embedded now are appended to the store. Not for streams."""
     max_rejected: float | None = None
-    """Stop when more than this share of at least 100 items was rejected; what is done is kept."""
+    """Stop when more than this share of at least 100 items was rejected; finished work is kept."""
     overwrite: bool = False
-    """Start afresh in an output directory that holds another job."""
+    """Start again in an output directory that holds another job."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
             ConfigError: If both or neither of ``images`` and ``captions`` are given, or a number is too
@@ -99,19 +96,19 @@ class EmbedConfig:
                 f"give either --images.source or --captions.source: {given} given, and a store holds one of "
                 "them"
             )
-        for name, least in (("shard_size", 1), ("batch_size", 1), ("num_workers", 0)):
+        for name, minimum in (("shard_size", 1), ("batch_size", 1), ("num_workers", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name} must be at least {least}, got {value}")
+            if value is not None and value < minimum:
+                raise ConfigError(f"--{name} must be at least {minimum}, got {value}")
         if self.max_rejected is not None and not 0 <= self.max_rejected < 1:
             raise ConfigError(f"--max_rejected is a share from 0 to below 1, got {self.max_rejected}")
 
     def open_source(self) -> ItemSource:
-        """Opens the images or captions; nothing is decoded yet.
+        """Open the images or captions; nothing is decoded yet.
 
         Raises:
-            DataError: If they cannot be used.
-            ConfigError: If what was rejected of streams is to be tried again.
+            DataError: If they cannot be read.
+            ConfigError: If ``retry_rejected`` is set for streams.
         """
         if self.images is not None:
             source = open_images(self.images)
@@ -125,15 +122,15 @@ class EmbedConfig:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """How a source becomes a store.
+    """Settings of :func:`embed_source`.
 
     Attributes:
         shard_size: Entries of the source per shard.
         batch_size: Items per forward pass.
         dtype: ``"float16"`` or ``"float32"``, on disk.
-        num_workers: Decoding processes; ``None`` chooses.
-        retry_rejected: Whether to try again, at the end, what was rejected.
-        max_rejected: The share of items that may be rejected; ``None`` is no limit.
+        num_workers: Number of decoding processes; ``None`` chooses automatically.
+        retry_rejected: Whether to try rejected items again at the end.
+        max_rejected: Maximum share of rejected items; ``None`` for no limit.
     """
 
     shard_size: int = 10_000
@@ -145,21 +142,21 @@ class JobSettings:
 
 
 def embed(config: EmbedConfig) -> EmbeddingStore:
-    """Embeds images or captions into a store.
+    """Embed images or captions into a store.
 
     Every process that ``accelerate launch`` or ``torchrun`` started calls this. Shards are written one by
-    one; a job that was killed or ran out of disk continues where it was when the same command is given again,
-    with any number of processes, and ends with the store of one that was not.
+    one. A job that was killed or ran out of disk space continues when the same command is run again, with any
+    number of processes, and produces the same store as an uninterrupted job.
 
     Args:
-        config: What to do.
+        config: The settings.
 
     Returns:
         The finished store, open in every process.
 
     Raises:
-        XbtError: If a setting, the source, the encoder or the directory cannot be used, or the encoder gives
-            NaN. Images that cannot be decoded are no error; they are listed in ``rejected.jsonl``.
+        XbtError: If a setting, the source, the encoder or the directory cannot be used, or the encoder
+            returns NaN. Images that cannot be decoded raise no error; they are listed in ``rejected.jsonl``.
     """
     path = Path(config.output_dir)
     team = Team(start_processes(), path)
@@ -196,23 +193,23 @@ def embed_texts_into_store(
     dtype: str = "float16",
     overwrite: bool = False,
 ) -> EmbeddingStore:
-    """Embeds texts into a store, in all processes of the run that calls it; see :func:`embed`.
+    """Embed texts into a store; every process of the run calls this. See :func:`embed`.
 
     Args:
         encoder: The encoder, in every process.
         texts: n texts, the same in every process.
         ids: n unique ids.
-        path: The store's directory. A finished store of the same texts is returned as it is.
+        path: The store's directory. A finished store of the same texts is returned unchanged.
         shard_size: Texts per shard.
         batch_size: Texts per forward pass.
         dtype: ``"float16"`` or ``"float32"``, on disk.
-        overwrite: Drop a store of other texts that is there.
+        overwrite: Whether to replace an existing store of other texts.
 
     Returns:
         The store, with the texts as column ``caption``.
 
     Raises:
-        DataError: If ids and texts do not go together, a text is blank, or the store holds other texts.
+        DataError: If ids and texts do not match, a text is blank, or the store holds other texts.
         SpaceMismatchError: If it holds another encoder's vectors.
     """
     if len(texts) != len(ids) or not len(texts):
@@ -234,14 +231,14 @@ def embed_texts_into_store(
 def embed_source(
     team: Team, source: ItemSource, encoder: DualEncoder, path: Path, settings: JobSettings
 ) -> EmbeddingStore:
-    """Embeds a source into a store; every process calls it.
+    """Embed a source into a store; every process calls this.
 
     Args:
         team: The processes.
-        source: What to embed, the same in every process.
-        encoder: With what.
+        source: The items, the same in every process.
+        encoder: The encoder, in every process.
         path: The store's directory.
-        settings: How.
+        settings: The settings.
 
     Returns:
         The finished store.
@@ -251,17 +248,17 @@ def embed_source(
     """
     _embed(team, source, encoder, path, settings)
     if settings.retry_rejected:
-        places = team.main_alone(lambda: still_rejected(path, source))
-        if places:
-            again = replace(settings, max_rejected=None)
-            _embed(team, chosen(source, places), encoder, path / RETRIED, again)
+        positions = team.main_alone(lambda: still_rejected(path, source))
+        if positions:
+            unlimited = replace(settings, max_rejected=None)
+            _embed(team, select_entries(source, positions), encoder, path / RETRIED, unlimited)
         limit = RejectionLimit(settings.max_rejected, streams=False)
-        team.main_alone(lambda: _take_over(path, len(places), limit))
+        team.main_alone(lambda: _merge_retried(path, len(positions), limit))
     return team.together(lambda: EmbeddingStore.open(path))
 
 
 def _embed(team: Team, source: ItemSource, encoder: DualEncoder, path: Path, settings: JobSettings) -> None:
-    """Makes a store of a source, or of what is left of it; every process calls this."""
+    """Write the missing shards of a source; every process calls this."""
     builder = StoreBuilder(path, modality=source.modality, space=encoder.space, dtype=settings.dtype)
     job = describe(source, settings.shard_size, team.count)
 
@@ -284,7 +281,7 @@ def _embed(team: Team, source: ItemSource, encoder: DualEncoder, path: Path, set
     if workers is None:
         workers = choose_workers(encoder, cores_per_process(team.state))
     share = tasks[team.rank :: team.count]
-    began = time.monotonic()
+    start = time.monotonic()
 
     def work() -> None:
         with team.alarming():
@@ -294,8 +291,8 @@ def _embed(team: Team, source: ItemSource, encoder: DualEncoder, path: Path, set
     team.together(work)
     team.main_alone(team.clear)
     if settings.retry_rejected:
-        limit.share = None  # what is tried again is only counted then
-    team.main_alone(lambda: _finish(builder, plan, time.monotonic() - began, before, limit))
+        limit.share = None  # the final share is only known after the retry
+    team.main_alone(lambda: _finish(builder, plan, time.monotonic() - start, before, limit))
 
 
 def _load(config: EmbedConfig, team: Team) -> DualEncoder:
@@ -305,10 +302,10 @@ def _load(config: EmbedConfig, team: Team) -> DualEncoder:
 
 
 def choose_workers(encoder: DualEncoder, cores: int) -> int:
-    """Number of processes that decode ahead, for each one that embeds and has so many cores."""
+    """Choose the number of decoding processes for an embedding process with this many cores."""
     if encoder.device.type != "cpu":
         return min(cores, 16)
-    # On a CPU the model needs the cores itself; one process that reads ahead pays as soon as there are two.
+    # On a CPU the model itself needs the cores, but one decoding process pays off from two cores on.
     return max(1, cores // 4) if cores > 1 else 0
 
 
@@ -320,27 +317,27 @@ def _finish(
         return
     builder.leave_out_repeated(note_repeated)
     committed = builder.committed()
-    # Before the store is declared whole: a kill in between must not lose them.
+    # Write these before the store is finished, so that a kill in between does not lose them.
     rejected, notes = write_records(builder.path, committed)
     total = sum(record.count for record in committed.values())
     replace(limit, entries=total + rejected, rejected=rejected).require(f"{REJECTED} says why")
     store = builder.finish(plan.names(committed))
-    made = len(store) - before
+    new = len(store) - before
     what = f"{plan.source.modality}s"
     rest = f", {before} in earlier runs" if before else ""
     print(
-        f"embedded {made} {what} in {seconds:.1f} s, {made / max(seconds, 1e-9):.1f} per second{rest}; "
+        f"embedded {new} {what} in {seconds:.1f} s, {new / max(seconds, 1e-9):.1f} per second{rest}; "
         f"rejected {rejected}, with a note {notes} → {builder.path}"
     )
     if not len(store):
         warnings.warn(f"none of {rejected} {what} could be embedded; {REJECTED} says why", stacklevel=2)
 
 
-def _take_over(path: Path, tried: int, limit: RejectionLimit) -> None:
+def _merge_retried(path: Path, tried: int, limit: RejectionLimit) -> None:
     if not tried:
-        print(f"nothing is left to try again: {path} has every item that was rejected")
+        print(f"nothing is left to try again: {path} contains every item that was rejected")
         return
-    left = take_over(path)
+    left = merge_retried(path)
     print(f"tried {tried} rejected items again: {tried - left} embedded, rejected {left} → {path}")
     total = len(EmbeddingStore.open(path)) + left
     replace(limit, entries=total, rejected=left).require(f"{REJECTED} says why")

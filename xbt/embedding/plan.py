@@ -1,4 +1,4 @@
-"""How a source is cut into shards and batches: by its own order alone, whoever does the work and when."""
+"""Shards and batches of a source: determined only by the order of its entries, not by processes or time."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from xbt.data.items import Entry, Item, ItemSource, Rejected, SourceShard
 LAST = "last"
 """Key in the record of a stream's last shard."""
 _CHUNK_DIGITS = 5
-_LEAST = 256  # a smaller shard is not worth its files
+_MIN_SHARD_SIZE = 256  # smaller shards cost more in files than they gain
 
 
 class Record(Protocol):
-    """What is kept of a written shard."""
+    """Record of a written shard."""
 
     @property
     def extra(self) -> Mapping[str, Any]:
-        """What the job noted beside it."""
+        """Notes of the job on the shard."""
         ...
 
 
 class Task(NamedTuple):
-    """Work for one process: some consecutive shards of one part.
+    """Work for one process: consecutive shards of one part.
 
     Attributes:
-        part: Position of the part in its source.
+        part: Index of the part in its source.
         start: First entry, a multiple of the shard size.
-        stop: Entry to stop before; ``None`` means to the end of a stream, over any number of shards.
+        stop: End of the entries, exclusive; ``None`` means the end of a stream, over any number of shards.
     """
 
     part: int
@@ -39,14 +39,14 @@ class Task(NamedTuple):
 
 @dataclass
 class Batch:
-    """Entries that are embedded together; all belong to one shard.
+    """Entries of one shard that are embedded together.
 
     Attributes:
         shard: Name of the shard.
         items: The items.
         rejected: Entries that are known to be unusable.
         ends_shard: Whether the shard is complete with this batch.
-        ends_part: Whether the part is.
+        ends_part: Whether the part is complete with this batch.
     """
 
     shard: str
@@ -57,27 +57,27 @@ class Batch:
 
 
 def even_shard_size(shard_size: int, entries: int | None, processes: int) -> int:
-    """The size at which the shards of a list can be dealt out to all processes alike.
+    """Choose a shard size at which all processes get equal shares of a list.
 
     Args:
-        shard_size: What was asked for, and the most it will be.
-        entries: Entries of the list; ``None`` for streams, whose parts are dealt out instead.
-        processes: How many there are.
+        shard_size: The requested size, which is the maximum.
+        entries: Number of entries of the list; ``None`` for streams, whose parts are distributed instead.
+        processes: Number of processes.
 
     Returns:
-        Entries per shard; not below 256 unless that was asked for.
+        Entries per shard; below 256 only if ``shard_size`` is.
     """
     if entries is None or processes == 1:
         return shard_size
     rounds = -(-entries // (shard_size * processes))
-    return min(shard_size, max(_LEAST, -(-entries // max(1, rounds * processes))))
+    return min(shard_size, max(_MIN_SHARD_SIZE, -(-entries // max(1, rounds * processes))))
 
 
 class ShardPlan:
     """The shards of a source.
 
     Args:
-        source: What is embedded: one part with a length, or streams.
+        source: The source: one part of known length, or streams.
         shard_size: Entries per shard.
     """
 
@@ -87,15 +87,15 @@ class ShardPlan:
         self._count = 0 if source.length is None else max(1, -(-source.length // shard_size))
 
     def name(self, part: int, chunk: int) -> str:
-        """``"007"`` of at most a thousand shards; ``"03_00007"`` for the eighth of the fourth stream."""
+        """Name a shard: ``"007"`` for a list, ``"03_00007"`` for the eighth shard of the fourth stream."""
         if not self._streams:
             return f"{chunk:0{len(str(self._count - 1))}d}"
         return f"{part:0{len(str(len(self.source.parts) - 1))}d}_{chunk:0{_CHUNK_DIGITS}d}"
 
     def remaining(self, committed: Mapping[str, Record]) -> list[Task]:
-        """What is left to do once these shards are written; an empty list means that the source is done.
+        """List the work that remains after these shards; an empty list means that the source is done.
 
-        Of lists only the names are looked at, and of each stream the record of its last shard.
+        For a list only the names matter, and for a stream also the record of its last shard.
         """
         size = self.shard_size
         if not self._streams:
@@ -114,27 +114,27 @@ class ShardPlan:
         return tasks
 
     def names(self, committed: Collection[str]) -> list[str]:
-        """The names of all shards, in order, once nothing remains."""
+        """Names of all shards in order, once nothing remains."""
         if not self._streams:
             return [self.name(0, chunk) for chunk in range(self._count)]
         return sorted(committed)
 
     def entries(self, tasks: list[Task]) -> int | None:
-        """How many entries these tasks have, or ``None`` for streams."""
+        """Count the entries of these tasks; ``None`` for streams."""
         if self._streams:
             return None
         length = self.source.length or 0
         return sum(min(task.stop or length, length) - task.start for task in tasks)
 
     def batches(self, tasks: list[Task], batch_size: int) -> Iterator[Batch]:
-        """Reads the tasks' entries in order, undecoded, in batches that never straddle shards.
+        """Read the entries of tasks in order, undecoded, in batches within one shard.
 
         Args:
             tasks: This process's share.
             batch_size: Items per batch; the last of a shard may have fewer.
 
         Yields:
-            Every shard has at least one batch, be it without items.
+            Batches; every shard has at least one, even without items.
         """
         for task in tasks:
             part: SourceShard = self.source.parts[task.part]
@@ -149,22 +149,22 @@ class ShardPlan:
 def _cut(
     entries: Iterator[Entry], shard_size: int, batch_size: int, name: Callable[[int], str]
 ) -> Iterator[Batch]:
-    # One entry is looked at ahead: whoever writes a shard must know whether it is its part's last.
+    # Read one entry ahead: the writer of a shard must know whether it is the last of its part.
     upcoming = next(entries, None)
-    taken, chunk = 0, 0
+    count, chunk = 0, 0
     while True:
         batch = Batch(name(chunk))
-        while upcoming is not None and taken < shard_size and len(batch.items) < batch_size:
+        while upcoming is not None and count < shard_size and len(batch.items) < batch_size:
             if isinstance(upcoming, Item):
                 batch.items.append(upcoming)
             else:
                 batch.rejected.append(upcoming)
-            taken += 1
+            count += 1
             upcoming = next(entries, None)
         batch.ends_part = upcoming is None
-        batch.ends_shard = batch.ends_part or taken == shard_size
+        batch.ends_shard = batch.ends_part or count == shard_size
         yield batch
         if batch.ends_part:
             return
         if batch.ends_shard:
-            taken, chunk = 0, chunk + 1
+            count, chunk = 0, chunk + 1

@@ -1,8 +1,8 @@
-"""``rejected.jsonl`` and ``notes.jsonl``: what became of every item that was not simply embedded.
+"""Rejected items of an embedding job: their records, retrying them, and a limit on their share.
 
-Trying again what a job rejected: images may have been unreadable for a while.
-
-How much a job may reject before it stops: a source that fails as a whole is not an image that fails.
+``rejected.jsonl`` lists the items that could not be embedded, and ``notes.jsonl`` those that were converted.
+Items can be tried again, because an image may be unreadable only for a while. The limit stops a job when the
+source as a whole fails.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ _FIELDS = {REJECTED: ("rejected", "reason"), NOTES: ("notes", "note")}
 
 
 def as_extra(rejected: Iterable[tuple[str, str]], notes: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """What a shard's record keeps of these (id, reason) and (id, note) pairs."""
-    kept = {"rejected": [list(pair) for pair in rejected], "notes": [list(pair) for pair in notes]}
-    return {name: pairs for name, pairs in kept.items() if pairs}
+    """Convert (id, reason) and (id, note) pairs to the form of a shard's record; omit empty lists."""
+    extra = {"rejected": [list(pair) for pair in rejected], "notes": [list(pair) for pair in notes]}
+    return {name: pairs for name, pairs in extra.items() if pairs}
 
 
 def note_repeated(extra: Mapping[str, Any], repeated: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """A shard's note once rows were taken out whose ids, as (id, shard), an earlier shard has."""
+    """Add removed rows to a shard's record: pairs of an id and the earlier shard that has it."""
     rejected = [
-        [name, f"the id {name!r} is already that of an item of shard {home}"] for name, home in repeated
+        [name, f"the id {name!r} is already that of an item of shard {shard}"] for name, shard in repeated
     ]
     return {**extra, "rejected": [*extra.get("rejected", ()), *rejected]}
 
 
 def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int, int]:
-    """Gathers the two files from the records of all shards.
+    """Write the two files from the records of all shards.
 
     Args:
         path: The job's directory.
-        committed: The records in the order of the shards; each is looked at once for either file.
+        committed: The records in the order of the shards; each is read once per file.
 
     Returns:
-        How many items were rejected and how many have a note.
+        The number of rejected items, and the number of notes.
 
     Raises:
-        StoreError: If there is no room for them.
+        StoreError: If the disk is full.
     """
     counts = []
     for name, (key, word) in _FIELDS.items():
@@ -69,95 +69,95 @@ def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int
 
 
 RETRIED = "retried"
-"""Folder within a job's directory in which the items are tried again, by a job like any other."""
+"""Folder within a job's directory in which a second job tries the rejected items again."""
 
 
-class ChosenEntries(SourceShard):
-    """Some entries of a list."""
+class SelectedEntries(SourceShard):
+    """Selected entries of a list."""
 
-    def __init__(self, part: SourceShard, places: Sequence[int]) -> None:
-        """Keeps the list and the places of the chosen entries, which ascend."""
-        self.name, self.columns, self.length = part.name, part.columns, len(places)
-        self._part, self._places = part, places
+    def __init__(self, part: SourceShard, positions: Sequence[int]) -> None:
+        """Keep the list and the ascending positions of the selected entries."""
+        self.name, self.columns, self.length = part.name, part.columns, len(positions)
+        self._part, self._positions = part, positions
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Reads the chosen entries ``start`` to ``stop`` undecoded."""
-        for place in self._places[start:stop]:
-            yield from self._part.read(place, place + 1)
+        """Read the selected entries ``start`` to ``stop`` without decoding them."""
+        for position in self._positions[start:stop]:
+            yield from self._part.read(position, position + 1)
 
     def digest(self) -> str:
-        """SHA-256 of the list's digest and the places."""
-        return hashlib.sha256(json.dumps([self._part.digest(), list(self._places)]).encode()).hexdigest()
+        """SHA-256 of the list's digest and the positions."""
+        return hashlib.sha256(json.dumps([self._part.digest(), list(self._positions)]).encode()).hexdigest()
 
 
 def refuse_streams(source: ItemSource) -> None:
-    """Refuses sources whose items can only be reached by reading all that comes before them.
+    """Refuse streams, because their items have no random access.
 
     Raises:
-        ConfigError: If this is one.
+        ConfigError: If the source is a stream.
     """
     if source.length is None:
         raise ConfigError(
-            f"--retry_rejected cannot be used with {source.name}: it is a stream, whose items are not found "
-            "again by their ids; embed it again with --overwrite true"
+            f"--retry_rejected cannot be used with {source.name}: it is a stream, whose items cannot be "
+            "found by their ids; embed it again with --overwrite true"
         )
 
 
 def still_rejected(path: Path, source: ItemSource) -> list[int]:
-    """Finds out what of a finished store is to be tried again; the main process alone calls this.
+    """List the rejected entries of a finished store; only the main process calls this.
 
     Args:
         path: The job's directory.
-        source: What it embedded, a list.
+        source: The embedded list.
 
     Returns:
-        The places, in the list, of all entries that were rejected and are not in the store.
+        Positions in the list of all entries that were rejected and are not in the store.
     """
     retried = path / RETRIED
-    if (retried / MANIFEST).is_file():  # an earlier run was killed before it could take them over
-        take_over(path)
+    if (retried / MANIFEST).is_file():  # an earlier run was killed before it merged the results
+        merge_retried(path)
     store, (part,) = EmbeddingStore.open(path), source.parts
     wanted = {name for _, note in store.extra() for name, _ in note.get("rejected", ())}
     for ids in _ids_by_shard(store):
         wanted.difference_update(ids)
     names = part.ids if isinstance(part, ListedImages) else (entry.id for entry in part.read())
-    places = [place for place, name in enumerate(names) if name in wanted] if wanted else []
+    positions = [position for position, name in enumerate(names) if name in wanted] if wanted else []
     job = retried / "job.json"
-    digest = chosen(source, places).digest()
+    digest = select_entries(source, positions).digest()
     if retried.is_dir() and not (job.is_file() and read_record(job).get("digest") == digest):
-        shutil.rmtree(retried)  # the remains of one that was taken over
-    return places
+        shutil.rmtree(retried)  # left from an earlier retry
+    return positions
 
 
-def chosen(source: ItemSource, places: Sequence[int]) -> ItemSource:
-    """The source with some of its entries only."""
-    name = f"what was rejected of {source.name}"
-    return ItemSource(name, source.modality, [ChosenEntries(source.parts[0], places)])
+def select_entries(source: ItemSource, positions: Sequence[int]) -> ItemSource:
+    """Reduce a source to the entries at these positions."""
+    name = f"the rejected items of {source.name}"
+    return ItemSource(name, source.modality, [SelectedEntries(source.parts[0], positions)])
 
 
-def take_over(path: Path) -> int:
-    """Appends what could be embedded at the second try, and brings the lists up to date.
+def merge_retried(path: Path) -> int:
+    """Append the items that were embedded on retry to the store, and update both files.
 
-    The main process alone calls this. Killed at any moment, it may be called again.
+    Only the main process calls this. If it is killed at any point, it can be called again.
 
     Args:
         path: The job's directory.
 
     Returns:
-        How many items could not be embedded this time either.
+        Number of items that were rejected again.
 
     Raises:
-        StoreError: If there is no room.
+        StoreError: If the disk is full.
     """
     retried = path / RETRIED
-    found, store = EmbeddingStore.open(retried), EmbeddingStore.open(path)
-    there = set(found.ids)
-    there.intersection_update(name for ids in _ids_by_shard(store) for name in ids)
+    new, store = EmbeddingStore.open(retried), EmbeddingStore.open(path)
+    appended = set(new.ids)
+    appended.intersection_update(name for ids in _ids_by_shard(store) for name in ids)
     start = 0
-    for shard, ids in zip(found.shards, _ids_by_shard(found), strict=True):
+    for shard, ids in zip(new.shards, _ids_by_shard(new), strict=True):
         stop = start + shard.count
-        if ids and ids[0] not in there:  # a shard is appended whole or not at all
-            store.append(found.read(start, stop), ids, found.metadata(start=start, stop=stop), found.space)
+        if ids and ids[0] not in appended:  # a shard is appended completely or not at all
+            store.append(new.read(start, stop), ids, new.metadata(start=start, stop=stop), new.space)
         start = stop
     write_lines(path / REJECTED, _lines(retried / REJECTED))
     write_lines(path / NOTES, _with_new_notes(path / NOTES, retried / NOTES))
@@ -179,25 +179,25 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _with_new_notes(old: Path, new: Path) -> Iterator[str]:
-    unknown = dict.fromkeys(_lines(new))
+    added = dict.fromkeys(_lines(new))
     for line in _lines(old):
-        unknown.pop(line, None)
+        added.pop(line, None)
         yield line
-    yield from unknown
+    yield from added
 
 
-_LEAST = 100  # items from which on a share means something
+_MIN_ENTRIES = 100  # a share of fewer items says little
 
 
 @dataclass
 class RejectionLimit:
-    """Counts entries, and stops the job when too large a share of them was rejected.
+    """Counter of entries that stops the job when too many were rejected.
 
     Attributes:
-        share: The share that may be rejected; ``None`` is no limit.
-        streams: Whether the source is made of streams, whose items cannot be tried again.
-        entries: Entries so far.
-        rejected: Those that were rejected.
+        share: Maximum share of rejected items; ``None`` for no limit.
+        streams: Whether the source consists of streams, whose items cannot be tried again.
+        entries: Number of entries so far.
+        rejected: Number of rejected entries so far.
     """
 
     share: float | None
@@ -206,10 +206,10 @@ class RejectionLimit:
     rejected: int = 0
 
     def add(self, entries: int, rejected: Sequence[tuple[str, str]]) -> None:
-        """Counts some entries, of which these (id, reason) were rejected.
+        """Count entries; ``rejected`` lists (id, reason) of the rejected ones.
 
         Raises:
-            DataError: If that is too much.
+            DataError: If too many were rejected.
         """
         self.entries += entries
         self.rejected += len(rejected)
@@ -217,20 +217,20 @@ class RejectionLimit:
             self.require(f"the last is {rejected[-1][0]}: {rejected[-1][1]}")
 
     def require(self, why: str) -> None:
-        """Compares what was counted with the limit.
+        """Compare the counts with the limit.
 
         Args:
-            why: What is known of the reasons.
+            why: Hint at the reasons, for the message.
 
         Raises:
             DataError: If too large a share of at least 100 entries was rejected.
         """
-        if self.share is None or self.entries < _LEAST or self.rejected <= self.share * self.entries:
+        if self.share is None or self.entries < _MIN_ENTRIES or self.rejected <= self.share * self.entries:
             return
-        again = (
-            "start afresh with --overwrite true" if self.streams else "continue with --retry_rejected true"
+        next_step = (
+            "start again with --overwrite true" if self.streams else "continue with --retry_rejected true"
         )
         raise DataError(
             f"{self.rejected} of {self.entries} items were rejected ({why}), more than the share "
-            f"{self.share:g} of --max_rejected; fix the source and {again}, or raise --max_rejected"
+            f"{self.share:g} of --max_rejected; fix the source and {next_step}, or raise --max_rejected"
         )

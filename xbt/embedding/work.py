@@ -1,4 +1,4 @@
-"""One process's share of a job: entries in, shards out."""
+"""Work of one process: reads entries, embeds them and writes shards."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def embed_tasks(
     workers: int,
     limit: RejectionLimit,
 ) -> None:
-    """Embeds and writes some shards, until they are done or another process has given up.
+    """Embed and write shards until all tasks are done or another process has failed.
 
     Args:
         team: The processes.
         plan: The shards of the source.
         tasks: This process's share.
-        encoder: With what.
-        builder: Where the shards go.
+        encoder: The encoder.
+        builder: Writer of the shards.
         batch_size: Items per forward pass.
-        workers: Processes that decode images or tokenise texts.
-        limit: How much may be rejected.
+        workers: Number of processes that decode images or tokenise texts.
+        limit: Limit on rejected items.
 
     Raises:
-        XbtError: If the encoder gives NaN, a shard cannot be written, or too much was rejected.
+        XbtError: If the encoder returns NaN, a shard cannot be written, or too many items were rejected.
     """
     if not tasks:
         return
@@ -58,30 +58,30 @@ def embed_tasks(
 def _embed_images(
     team: Team, batches: Iterator[Batch], encoder: DualEncoder, writer: _Writer, workers: int
 ) -> None:
-    waiting: deque[Batch] = deque()
+    pending: deque[Batch] = deque()
 
     def images() -> Iterator[Sequence[ImageSource]]:
-        # Read ahead of the results, so that decoding never pauses where a shard ends.
+        # Batches are read ahead of the results, so that decoding does not pause between shards.
         for batch in batches:
             if team.stopped:
                 return
-            waiting.append(batch)
+            pending.append(batch)
             if batch.items:
                 yield [item.value for item in batch.items]
 
     for result in encoder.encode_image_batches(images(), num_workers=workers):
-        while not waiting[0].items:
-            writer.add(waiting.popleft())
-        writer.add(waiting.popleft(), result.vectors, result.kept, result.rejected, result.notes)
-    while waiting:
-        writer.add(waiting.popleft())
+        while not pending[0].items:
+            writer.add(pending.popleft())
+        writer.add(pending.popleft(), result.vectors, result.kept, result.rejected, result.notes)
+    while pending:
+        writer.add(pending.popleft())
 
 
 def _embed_texts(
     team: Team, shards: Iterator[Batch], encoder: DualEncoder, writer: _Writer, batch_size: int, workers: int
 ) -> None:
-    # A shard at a time: the encoder itself sorts texts by length and batches them.
-    said = False
+    # One shard at a time, because the encoder itself sorts texts by length and batches them.
+    has_warned = False
     for shard in shards:
         if team.stopped:
             return
@@ -90,16 +90,16 @@ def _embed_texts(
             warnings.simplefilter("always")
             vectors = encoder.encode_texts(texts, batch_size, num_workers=workers)
         for warning in caught:
-            # That texts were cut is said of the first shard where it happened, not of each of thousands.
-            cut = issubclass(warning.category, TruncationWarning)
-            if not (cut and said):
+            # Warn of truncated texts only once, not for each of thousands of shards.
+            is_truncation = issubclass(warning.category, TruncationWarning)
+            if not (is_truncation and has_warned):
                 warnings.warn(f"shard {shard.shard}: {warning.message}", warning.category, stacklevel=2)
-            said = said or cut
+            has_warned = has_warned or is_truncation
         writer.add(shard, vectors, range(len(texts)))
 
 
 class _Writer:
-    """Gathers the batches of a shard and writes it when it is complete."""
+    """Collects the batches of a shard and writes it when it is complete."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Writer:
         rejected: Mapping[int, str] | None = None,
         notes: Mapping[int, str] | None = None,
     ) -> None:
-        """Takes a batch with its (m, dim) vectors and the positions of the m items that they belong to."""
+        """Add a batch with its (m, dim) vectors and the positions of their m items."""
         if vectors is not None:
             self._vectors.append(vectors)
         for position in kept:
@@ -152,17 +152,17 @@ class _Writer:
             self._ids.append(item.id)
             for name in self._columns:
                 self._metadata[name].append(item.metadata[name])
-        new = [(each.id, each.reason) for each in batch.rejected]
-        new += [(batch.items[at].id, reason) for at, reason in sorted((rejected or {}).items())]
-        self._limit.add(len(batch.items) + len(batch.rejected), new)
-        self._rejected += new
+        all_rejected = [(entry.id, entry.reason) for entry in batch.rejected]
+        all_rejected += [(batch.items[at].id, reason) for at, reason in sorted((rejected or {}).items())]
+        self._limit.add(len(batch.items) + len(batch.rejected), all_rejected)
+        self._rejected += all_rejected
         self._notes += [(batch.items[at].id, note) for at, note in sorted((notes or {}).items())]
         if batch.ends_shard:
             self._write(batch)
         self._bar.update(len(batch.items) + len(batch.rejected))
 
     def _write(self, batch: Batch) -> None:
-        self._leave_out_repeated()
+        self._drop_repeated()
         extra = as_extra(self._rejected, self._notes)
         if self._streams and batch.ends_part:
             extra[LAST] = True
@@ -170,14 +170,14 @@ class _Writer:
         self._builder.write(batch.shard, rows, self._ids, self._metadata, extra)
         self._start_shard()
 
-    def _leave_out_repeated(self) -> None:
-        # Streams promise no unique ids; those that another shard has are found when all are there.
+    def _drop_repeated(self) -> None:
+        # Ids of a stream may repeat. Repetitions across shards are removed when the store is finished.
         first: dict[str, int] = {}
         for row, name in enumerate(self._ids):
             if first.setdefault(name, row) != row:
-                self._rejected.append((name, f"the id {name!r} is already that of an item before it"))
+                self._rejected.append((name, f"the id {name!r} is already that of an earlier item"))
         if len(first) < len(self._ids):
             keep = list(first.values())
             self._vectors = [torch.cat(self._vectors)[keep]]
             self._ids = list(first)
-            self._metadata = {name: [v[row] for row in keep] for name, v in self._metadata.items()}
+            self._metadata = {name: [values[row] for row in keep] for name, values in self._metadata.items()}
