@@ -4,7 +4,7 @@
 
 Both models embed a sample of images with texts, or vectors of both that exist already are read. One part of
 the sample chooses the method, the other measures it. The verdict, the cells, the queries that change, the
-cost and what could not be known go to report.html, one file that needs nothing else, and to report.json.
+cost and limits go to report.html, one self-contained file, and to report.json.
 
 The exit status is 0 if the verdict is to upgrade and every --fail_under threshold is met, 1 if not, and 2
 for a wrong input.

@@ -143,7 +143,7 @@ def test_without_new_images_there_are_text_queries_alone(tmp_path, better):
     assert report.to_dict()["measured"]["recovered_gain"] == {"new/old": None} or all(
         each is None for each in report.to_dict()["measured"]["recovered_gain"].values()
     )
-    assert any("what re-embedding the gallery would give, are unknown" in limit for limit in report.limits)
+    assert any("the result of re-embedding the gallery are unknown" in limit for limit in report.limits)
     assert "unknown" in report.format()
 
 

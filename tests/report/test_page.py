@@ -119,7 +119,7 @@ def test_the_page_can_be_read_by_all(page):
 
 def test_the_verdict_comes_first(page, made):
     verdict = made[0].verdict
-    assert page.text.index(verdict.headline) < page.text.index("What new queries find in the old gallery")
+    assert page.text.index(verdict.headline) < page.text.index("Results of new queries in the old gallery")
     assert verdict.reason[1:] in page.text
 
 

@@ -1,7 +1,7 @@
-"""The upgrade report, and pictures: search results side by side, recall as bars, and over a backfill.
+"""The upgrade report, and figures: search results side by side, recall bars, recall over a backfill.
 
-Figures are made with matplotlib's objects alone, so that drawing neither needs a display nor touches the
-state of a notebook's ``pyplot``.
+Figures use matplotlib's objects without ``pyplot``, so they need no display and do not change the state of a
+notebook.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Charts of the page as inline SVG, drawn in the page's own colours so that they follow light and dark.
+"""Charts of the report page as inline SVG, in CSS colours that follow light and dark mode.
 
-They are drawn 360 units wide, about a phone's width, so that their text stays readable there; matplotlib's
-figures have fixed colours and shrink as a whole.
+They are 360 units wide, about the width of a phone, so that their text stays readable. Matplotlib's figures
+have fixed colours and shrink as a whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from xml.etree.ElementTree import Element, tostring
 
 from markupsafe import Markup
@@ -26,11 +26,11 @@ def recall_chart(rows: Sequence[Row], title: str) -> Markup:
     """Bars of old/old, new/old and new/new with their intervals, a group for each k.
 
     Args:
-        rows: Of one direction.
-        title: What the figure is called.
+        rows: Rows of one direction.
+        title: Caption of the figure.
     """
-    most = max(each.high for row in rows for each in _bars_of(row).values())
-    scale, top, marks = _scale(0, most), 30.0, []
+    highest = max(bar.high for row in rows for bar in _bars_of(row).values())
+    scale, top, marks = _scale(0, highest), 30.0, []
     descriptions = []
     for row in rows:
         bars = _bars_of(row)
@@ -49,7 +49,7 @@ def recall_chart(rows: Sequence[Row], title: str) -> Markup:
 def gain_chart(rows: Sequence[Row], title: str) -> Markup:
     """The gain of new/old over old/old with its interval, a line for each direction and k."""
     gains = [row.change.gain for row in rows]
-    scale = _scale(min(0, *(each.low for each in gains)), max(0, *(each.high for each in gains)), 92, 56)
+    scale = _scale(min(0, *(gain.low for gain in gains)), max(0, *(gain.high for gain in gains)), 92, 56)
     zero, step = scale(0), 24
     bottom = 14 + step * len(rows)
     marks = [_line(zero, 4, zero, bottom - 6, "rule", 1.5), _text(zero, bottom + 10, "0", "middle", "quiet")]
@@ -71,8 +71,8 @@ def gain_chart(rows: Sequence[Row], title: str) -> Markup:
 
 def curve_chart(curve: ExpectedCurve, title: str) -> Markup:
     """Mean recall over the fraction backfilled, a line and a band for each order."""
-    known = [point for values in curve.recall.values() for point in values]
-    low, high = min(each.low for each in known), max(each.high for each in known)
+    intervals = [interval for values in curve.recall.values() for interval in values]
+    low, high = min(interval.low for interval in intervals), max(interval.high for interval in intervals)
     top, bottom = 34.0, 200.0
     margin = max(0.02, 0.08 * (high - low))
     low, high = max(0.0, low - margin), min(1.0, high + margin)
@@ -93,9 +93,9 @@ def curve_chart(curve: ExpectedCurve, title: str) -> Markup:
         anchor = "end" if fraction == 1 else "middle"
         marks.append(_text(across(fraction), bottom + 18, f"{100 * fraction:.0f} %", anchor, "quiet"))
     for number, (name, values) in enumerate(curve.recall.items()):
-        places = [across(fraction) for fraction in curve.fractions]
-        marks += _band(places, values, up, _LINES[number]) + _path(
-            places, [up(each.estimate) for each in values], _LINES[number], _DASHES[number]
+        xs = [across(fraction) for fraction in curve.fractions]
+        marks += _band(xs, values, up, _LINES[number]) + _path(
+            xs, [up(point.estimate) for point in values], _LINES[number], _DASHES[number]
         )
         left = LEFT + 150 * number
         marks += [
@@ -113,7 +113,7 @@ def curve_chart(curve: ExpectedCurve, title: str) -> Markup:
 
 
 class _Scale:
-    """From values to places across the chart."""
+    """Map from values to horizontal positions."""
 
     def __init__(self, low: float, high: float, left: float, right: float) -> None:
         self.low, self.left = low, left
@@ -157,12 +157,13 @@ def _legend(names: Sequence[str] | dict[str, Interval]) -> list[Element]:
     return marks
 
 
-def _band(places: Sequence[float], points: Sequence[Interval], up: object, colour: str) -> list[Element]:
-    assert callable(up)
-    there = [f"{_n(x)},{_n(up(point.high))}" for x, point in zip(places, points, strict=True)]
-    back = [f"{_n(x)},{_n(up(point.low))}" for x, point in zip(places, points, strict=True)]
+def _band(
+    xs: Sequence[float], intervals: Sequence[Interval], up: Callable[[float], float], colour: str
+) -> list[Element]:
+    upper = [f"{_n(x)},{_n(up(interval.high))}" for x, interval in zip(xs, intervals, strict=True)]
+    lower = [f"{_n(x)},{_n(up(interval.low))}" for x, interval in zip(xs, intervals, strict=True)]
     style = f"fill:var(--{colour});fill-opacity:.14"
-    return [element("polygon", points=" ".join([*there, *reversed(back)]), style=style)]
+    return [element("polygon", points=" ".join([*upper, *reversed(lower)]), style=style)]
 
 
 def _path(xs: Sequence[float], ys: Sequence[float], colour: str, dash: str) -> list[Element]:
@@ -173,7 +174,7 @@ def _path(xs: Sequence[float], ys: Sequence[float], colour: str, dash: str) -> l
 
 def _ticks(low: float, high: float) -> list[float]:
     """Three to six round values within a range of fractions."""
-    step = next(each for each in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / each <= 6 or each == 0.5)
+    step = next(size for size in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / size <= 6 or size == 0.5)
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -185,7 +186,7 @@ def _figure(title: str, description: str, height: float, marks: Sequence[Element
 
 
 def element(tag: str, *children: Element | str, **attributes: str) -> Element:
-    """An element with a text or elements in it; text is escaped when the figure is written."""
+    """Element with a text or child elements; text is escaped when the figure is written."""
     made = Element(tag, attributes)
     for child in children:
         if isinstance(child, Element):

@@ -11,7 +11,7 @@ from xbt.errors import ConfigError
 
 @dataclass
 class VectorSource:
-    """Vectors of the same images and texts under both models, where they exist already.
+    """Existing vectors of the same images and texts under both models.
 
     Each value is a key of ``file``, or the path of a store or of an .npy file.
 
@@ -20,7 +20,7 @@ class VectorSource:
     """
 
     old_images: str
-    """The gallery: images under the old model."""
+    """Images under the old model: the gallery."""
     old_texts: str
     """Texts of these images under the old model."""
     new_texts: str
@@ -28,17 +28,17 @@ class VectorSource:
     new_images: str | None = None
     """The same images under the new model; without them there are no image queries and no new/new."""
     old_corpus: str | None = None
-    """Texts to fit maps to under the old model, none of them a text of the images."""
+    """Texts to fit projections to, under the old model; texts of the images are removed."""
     new_corpus: str | None = None
     """The same texts under the new model."""
     image_of_text: str | None = None
-    """A key or .npy file with the row of the image that each text describes; by default every image has
-    equally many texts, which follow one another."""
+    """A key or .npy file with the row of the image that each text describes; by default every image has the
+    same number of texts, in order."""
     file: str | None = None
-    """The .npz file that the keys belong to."""
+    """The .npz file of the keys."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         if (self.old_corpus is None) != (self.new_corpus is None):
             raise ConfigError(
                 "--vectors.old_corpus and --vectors.new_corpus are the same texts under both models; give "
@@ -48,25 +48,25 @@ class VectorSource:
 
 @dataclass
 class FailUnder:
-    """What an upgrade must reach at least; what is left out is not asked for.
+    """Minimum results of an upgrade; a value that is not given is not checked.
 
     Raises:
         ConfigError: If a value cannot be reached or is no number.
     """
 
     T2I: float | None = None
-    """Least gain of text queries: new/old minus old/old, in points of R@k."""
+    """Minimum gain of text queries: new/old minus old/old, in points of R@k."""
     I2T: float | None = None
-    """Least gain of image queries, likewise."""
+    """Minimum gain of image queries, in points of R@k."""
     recovered_gain: float | None = None
-    """Least share, in percent, of re-embedding's gain that new/old must recover in each direction."""
+    """Minimum share, in percent, of the gain of re-embedding that new/old recovers in each direction."""
     k: int = 1
     """The k of R@k; one of --ks."""
     lower_end: bool = False
-    """Hold the lower end of the gain's interval against T2I and I2T, and not the estimate."""
+    """Compare the lower end of the gain's interval with T2I and I2T, instead of the estimate."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         for name in ("T2I", "I2T"):
             value = getattr(self, name)
             if value is not None and not -100 <= value <= 100:
@@ -76,45 +76,45 @@ class FailUnder:
 
     @property
     def directions(self) -> dict[str, float]:
-        """The least gain in points, of the directions that have one."""
+        """Minimum gain in points, for the directions that have one."""
         given = {"T2I": self.T2I, "I2T": self.I2T}
         return {direction: value for direction, value in given.items() if value is not None}
 
 
 @dataclass
 class UpgradeReportConfig:
-    """Should you upgrade? Measure it on a sample of your own items and queries, before anything is spent.
+    """Should you upgrade? Measure it on a sample of your own items and queries before you re-embed anything.
 
-    Writes ``report.html``, one file without references, and ``report.json`` to the output directory. Give
-    either both encoders and pairs, or vectors that exist already.
+    Writes ``report.html``, one self-contained file, and ``report.json`` to the output directory. Give either
+    both encoders and pairs, or existing vectors.
     """
 
     output_dir: str
-    """Where everything goes."""
+    """Output directory."""
     old: str | None = None
     """The encoder that embedded the gallery."""
     new: str | None = None
-    """The encoder that shall query it."""
+    """The encoder that will query it."""
     pairs: PairSource | None = None
-    """Images of the gallery with texts as users would ask for them; with vectors, only what is shown: the
-    same images and texts in the same order."""
+    """Images of the gallery with texts as users would ask for them. With vectors: the same images and texts
+    in the same order, used only for display."""
     captions: CaptionSource | None = None
-    """A text corpus that projections are fitted to; without one the texts of the pairs have to do."""
+    """Text corpus that projections are fitted to; by default the texts of the pairs."""
     vectors: VectorSource | None = None
     """Vectors of both models, in place of encoders."""
     sample: int = 1000
-    """Images to take, with their texts, drawn at random with the seed."""
+    """Images to draw at random, with their texts."""
     choose_fraction: float = 0.5
-    """Share of the sample by which the method is chosen; the rest measures it."""
+    """Share of the sample that chooses the method; the rest measures it."""
     gallery_size: int = 1_000_000
     """Items of the gallery, for hours and bytes."""
     ks: list[int] = field(default_factory=lambda: [1, 5, 10])
     """Cut-offs of R@k."""
     confidence: float = 0.95
-    """One-sided confidence with which a gain must be shown."""
+    """One-sided confidence of a gain."""
     worthwhile: float = 1.0
-    """Points of R@k, averaged over the ks, that would be worth an upgrade. Where the sample excludes so much,
-    the answer is no; where it excludes neither that nor nothing, the answer cannot be told."""
+    """Minimum mean gain, in points of R@k over the ks, that is worth an upgrade. The answer is no if the
+    sample excludes such a gain, and unknown if it excludes neither that nor zero."""
     use_old: bool = True
     """Whether the old model may run beside the new one at search time."""
     thorough: bool = False
@@ -124,9 +124,9 @@ class UpgradeReportConfig:
     examples: int = 6
     """Queries to show of the best and of the worst changes, per direction; 0 shows none."""
     seed: int = 0
-    """Fixes the sample, its parts and the bootstrap."""
+    """Seed of the sample, its split and the bootstrap."""
     device: str | None = None
-    """Where the encoders run; the GPU if there is one."""
+    """Device of the encoders; by default the GPU if there is one."""
     overwrite: bool = False
     """Replace another report in the output directory."""
 

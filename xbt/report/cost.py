@@ -1,4 +1,4 @@
-"""What an upgrade costs per query, and what embedding the gallery again would cost instead."""
+"""Cost of an upgrade per query, and cost of embedding the gallery again."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _HOUR = 3600
 
 @dataclass(frozen=True)
 class Cost:
-    """Measured on this machine.
+    """Cost, measured on this machine.
 
     Attributes:
-        gallery_size: Items that hours and bytes are worked out for.
-        device: Where the encoders ran; ``None`` without encoders.
-        images_per_second: Of the old and the new model, decoding included; ``None`` without encoders.
-        query: Milliseconds of a single text query: each model's tower, and what the method adds to it.
-        needs_old: Whether the method runs the old model's tower as well, for any direction.
+        gallery_size: Number of items for hours and bytes.
+        device: Device of the encoders; ``None`` without encoders.
+        images_per_second: Rates of the old and the new model, including decoding; ``None`` without encoders.
+        query: Milliseconds of a single text query: the tower of each model, and the method.
+        needs_old: Whether the method also runs the old model, in any direction.
         dims: Dimension of the old and the new vectors.
-        method_bytes: Of the projection and what it is combined with.
+        method_bytes: Size of the projection and the ensemble.
     """
 
     gallery_size: int
@@ -61,8 +61,8 @@ class Cost:
             "images_per_second": self.images_per_second,
             "backfill_hours": self.backfill_hours,
             "query_milliseconds": {
-                name: {"median": each.median, "min": each.min, "max": each.max}
-                for name, each in self.query.items()
+                name: {"median": time.median, "min": time.min, "max": time.max}
+                for name, time in self.query.items()
             },
             "needs_old_model": self.needs_old,
             "bytes": {
@@ -73,10 +73,10 @@ class Cost:
 
 
 def measure_cost(sample: Sample, measured: Measured, gallery_size: int) -> Cost:
-    """Times single text queries, and reads off what embedding the sample took.
+    """Time single text queries, and report the time that embedding the sample took.
 
     Args:
-        sample: With encoders, or without: then only what the method adds is timed.
+        sample: The sample; without encoders only the method is timed.
         measured: The method, and texts to time.
         gallery_size: Items of the gallery.
     """
@@ -93,7 +93,7 @@ def measure_cost(sample: Sample, measured: Measured, gallery_size: int) -> Cost:
     if all(side.seconds_per_image for side in sides.values()):
         rates = {name: 1 / side.seconds_per_image for name, side in sides.items() if side.seconds_per_image}
     timings = side_by_side(work, ROUNDS)
-    query = {name: Spread(tuple(1000 * second for second in each.values)) for name, each in timings.items()}
+    query = {name: Spread(tuple(1000 * second for second in time.values)) for name, time in timings.items()}
     needs_old = any(decision.deployed(d) and decision.ensemble.needs_old(d) for d in measured.directions)
     dims = (sample.old.dim, sample.new.dim)
     return Cost(gallery_size, device, rates, query, needs_old, dims, _bytes_of(decision))
@@ -105,4 +105,6 @@ def _one_text(encode: Callable[[list[str]], Tensor], text: str) -> Callable[[], 
 
 def _bytes_of(decision: Decision) -> int:
     parts: list[torch.nn.Module] = [decision.projection, decision.ensemble]
-    return sum(each.numel() * each.element_size() for part in parts for each in part.state_dict().values())
+    return sum(
+        tensor.numel() * tensor.element_size() for part in parts for tensor in part.state_dict().values()
+    )

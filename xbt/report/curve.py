@@ -24,7 +24,7 @@ FRACTIONS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 MAX_SCORES = 2**23
 """Maximum number of query–item pairs for the curve."""
 MAX_REHEARSAL = 2**20
-"""The same for rehearsing the order, which takes about 80 bytes a pair."""
+"""Maximum number of query–item pairs for the rehearsed order, which takes about 80 bytes a pair."""
 SAMPLE_QUERIES = 1000
 """Number of texts of the corpus that serve as a query log."""
 MIN_ITEMS = 40
@@ -36,7 +36,7 @@ class ExpectedCurve:
     """Recall of text queries in a partly backfilled gallery.
 
     Attributes:
-        fractions: Of the images.
+        fractions: Fractions of the images that are backfilled.
         recall: By order, the mean of R@k over the ks with its 95 % bootstrap interval at each fraction.
         merge: How the scores of both sides are compared.
         n_queries: Number of texts that it was measured with.
@@ -49,10 +49,9 @@ class ExpectedCurve:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
-        orders = {name: [list(point) for point in points] for name, points in self.recall.items()}
         return {
             "fractions": list(self.fractions),
-            "mean_recall": orders,
+            "mean_recall": {name: [list(point) for point in points] for name, points in self.recall.items()},
             "merge": self.merge.kind,
             "n_queries": self.n_queries,
         }
@@ -114,10 +113,10 @@ def expect_curve(chosen: Sample, measured: Measured, seed: int) -> ExpectedCurve
     return ExpectedCurve(FRACTIONS, recall, merge, len(scores))
 
 
-def _limited(pairs: PairVectors, most: int) -> PairVectors:
-    """The first images, so many that queries × images stay within a bound."""
+def _limited(pairs: PairVectors, max_scores: int) -> PairVectors:
+    """The first images, such that queries × images stay within a bound."""
     per_image = len(pairs.image_of_text) / len(pairs)
-    count = int(min(len(pairs), max(MIN_ITEMS, (most / per_image) ** 0.5)))
+    count = int(min(len(pairs), max(MIN_ITEMS, (max_scores / per_image) ** 0.5)))
     return pairs if count == len(pairs) else pairs.subset(range(count))
 
 

@@ -21,12 +21,12 @@ class Example:
 
     Attributes:
         direction: ``"T2I"`` or ``"I2T"``.
-        query: Row of the text, or of the image, among those that measure.
-        old_rank: Wrong results before the best right one with the old query, from 0.
-        new_rank: The same with the new one.
+        query: Row of the text, or of the image, in the measuring part of the sample.
+        old_rank: Rank of the best right result with the old query, from 0.
+        new_rank: Rank of the best right result with the new query, from 0.
         before: Rows of the first results of the old query.
-        after: Rows of the first results of the new one.
-        right: The rows that answer it.
+        after: Rows of the first results of the new query.
+        right: Rows that answer the query.
     """
 
     direction: str
@@ -51,12 +51,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Flips:
-    """The best and the worst changes of a direction.
+    """Best and worst changes of a direction.
 
     Attributes:
         k: The k at which a query counts as fixed or broken.
-        fixed: Queries that miss at k with the old model and hit with the new one, the greatest leap first.
-        broken: Queries that hit with the old model and miss with the new one, the deepest fall first.
+        fixed: Queries that miss at k with the old model and hit with the new one, largest change first.
+        broken: Queries that hit with the old model and miss with the new one, largest change first.
     """
 
     k: int
@@ -72,9 +72,9 @@ def find_flips(measured: Measured, count: int) -> dict[str, Flips]:
         count: Number of each kind.
 
     Returns:
-        By direction; results are those of an exact search.
+        The changes by direction; results are those of an exact search.
     """
-    found = {}
+    flips = {}
     k = min(measured.ks)
     for direction in measured.directions:
         old, new = (measured.cells[name].ranks[direction].numpy() for name in (OLD, UPGRADED))
@@ -82,8 +82,8 @@ def find_flips(measured: Measured, count: int) -> dict[str, Flips]:
         fixed = _spread(np.flatnonzero((old >= k) & (new < k)), new - old, groups, count)
         broken = _spread(np.flatnonzero((old < k) & (new >= k)), old - new, groups, count)
         examples = _examples(measured, direction, [*fixed, *broken])
-        found[direction] = Flips(k, examples[: len(fixed)], examples[len(fixed) :])
-    return found
+        flips[direction] = Flips(k, examples[: len(fixed)], examples[len(fixed) :])
+    return flips
 
 
 def _spread(

@@ -1,13 +1,4 @@
-"""Recall while a gallery is backfilled, as lines.
-
-What all pictures have in common.
-
-Recall of an upgrade's cells, as bars.
-
-A page on which texts and images are placed by the pixel.
-
-What several searches find, side by side.
-"""
+"""Figures as image files: recall over a backfill, recall bars of the cells, search results side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +23,7 @@ if TYPE_CHECKING:
 DPI = 100
 INK, QUIET, RULE, RIGHT = "#1a1a1a", "#6b6b6b", "#d0d0d0", "#15a34a"
 LINES = ("#2f6db5", "#e8890c", "#15a34a", "#7d6bb0")
-"""Colours of lines."""
+"""Colours of the lines of a curve."""
 OLD, UPGRADED, NEW = "#9a9a9a", "#e8890c", "#2f6db5"
 """Colours of the cells old/old, new/old and new/new."""
 
@@ -43,16 +34,16 @@ def draw_backfill_curve(
     path: str | os.PathLike[str],
     stop: float | None = None,
 ) -> Path:
-    """Draws recall over the fraction of a gallery that is backfilled.
+    """Draw recall over the fraction of a gallery that is backfilled.
 
     Args:
         fractions: Fractions backfilled, ascending.
-        recall: By label ("R@1"), a fraction at each of them.
-        path: File to write, usually ``.png``; its directory is made.
-        stop: Fraction from which on backfilling no longer paid; a dashed line marks it.
+        recall: By label ("R@1"), recall between 0 and 1 at each fraction.
+        path: File to write, usually ``.png``; its directory is created.
+        stop: Fraction after which backfilling brought no further gain; a dashed line marks it.
 
     Returns:
-        The path that was written.
+        The path of the file.
 
     Raises:
         DataError: If there is nothing to draw, or a line does not fit the fractions.
@@ -68,13 +59,15 @@ def draw_backfill_curve(
             )
     figure = Figure(figsize=(9, 5.4), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
-    places = [100 * fraction for fraction in fractions]
-    every = [100 * value for values in recall.values() for value in values]
-    beside = _apart([100 * values[-1] for values in recall.values()], 0.045 * (max(every) - min(every) or 1))
-    for (name, values), place, colour in zip(recall.items(), beside, itertools.cycle(LINES)):
+    percents = [100 * fraction for fraction in fractions]
+    points = [100 * value for values in recall.values() for value in values]
+    labels = _apart(
+        [100 * values[-1] for values in recall.values()], 0.045 * (max(points) - min(points) or 1)
+    )
+    for (name, values), label_height, colour in zip(recall.items(), labels, itertools.cycle(LINES)):
         heights = [100 * value for value in values]
-        axes.plot(places, heights, color=colour, marker="o", markersize=4, linewidth=2, label=name)
-        axes.annotate(f"{name}: {heights[-1]:.1f}", (places[-1], place), fontsize=12, color=colour,
+        axes.plot(percents, heights, color=colour, marker="o", markersize=4, linewidth=2, label=name)
+        axes.annotate(f"{name}: {heights[-1]:.1f}", (percents[-1], label_height), fontsize=12, color=colour,
                       xytext=(8, 0), textcoords="offset points", va="center")  # fmt: skip
     if stop is not None:
         axes.axvline(100 * stop, color=QUIET, linestyle="dashed", linewidth=1.2)
@@ -93,25 +86,25 @@ def draw_backfill_curve(
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights of labels: those of the lines' ends, moved up where two would lie on each other."""
+    """Heights of the labels at the lines' ends, moved up where two would overlap."""
     placed: dict[int, float] = {}
-    for number in sorted(range(len(heights)), key=lambda each: heights[each]):
+    for number in sorted(range(len(heights)), key=lambda line: heights[line]):
         lowest = max(placed.values(), default=-math.inf) + gap
         placed[number] = max(heights[number], lowest)
     return [placed[number] for number in range(len(heights))]
 
 
 def draw_recall_bars(report: RetrievalReport, path: str | os.PathLike[str]) -> Path:
-    """Draws R@1 (the smallest k of the report) of every cell, grouped by direction, with the values printed.
+    """Draw R@1 (the smallest k of the report) of every cell, grouped by direction, with printed values.
 
-    A dashed line carries the height of old/old across its group: what stands above it meets the criterion.
+    A dashed line marks old/old in each group: bars above it meet the criterion.
 
     Args:
-        report: What was measured.
-        path: File to write, usually ``.png``; its directory is made.
+        report: The measured cells.
+        path: File to write, usually ``.png``; its directory is created.
 
     Returns:
-        The path that was written.
+        The path of the file.
     """
     from matplotlib.figure import Figure
 
@@ -122,9 +115,9 @@ def draw_recall_bars(report: RetrievalReport, path: str | os.PathLike[str]) -> P
     axes = figure.add_subplot()
     width = 0.8 / len(cells)
     for position, (cell, colour) in enumerate(zip(cells, _colours(report), strict=True)):
-        places = np.arange(len(DIRECTIONS)) - 0.4 + (position + 0.5) * width
+        lefts = np.arange(len(DIRECTIONS)) - 0.4 + (position + 0.5) * width
         heights = [100 * cell.recall(direction)[k] for direction in DIRECTIONS]
-        bars = axes.bar(places, heights, 0.9 * width, color=colour, label=cell.name, zorder=2)
+        bars = axes.bar(lefts, heights, 0.9 * width, color=colour, label=cell.name, zorder=2)
         labels = axes.bar_label(
             bars, [f"{height:.1f}" for height in heights], padding=4, fontsize=12, zorder=4
         )
@@ -146,7 +139,7 @@ def draw_recall_bars(report: RetrievalReport, path: str | os.PathLike[str]) -> P
 
 
 def _dress(axes: Axes, label: str, n_cells: int) -> None:
-    """Names the axes and directions, lists the cells above, and takes away what only decorates."""
+    """Label the axes and directions, add the legend, and remove frames and ticks."""
     axes.set_ylabel(label, fontsize=13, color=INK, labelpad=12)
     names = {"T2I": "T2I: text query, image gallery", "I2T": "I2T: image query, text gallery"}
     axes.set_xticks(range(len(DIRECTIONS)), [names[direction] for direction in DIRECTIONS], fontsize=13)
@@ -177,7 +170,7 @@ def _colours(report: RetrievalReport) -> list[str]:
 
 
 class Page:
-    """A white page measured in pixels from its top left corner, whose height is known only at the end."""
+    """A white page with pixel coordinates from the top left corner; its height is set when it is saved."""
 
     def __init__(self, width: int) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -191,21 +184,21 @@ class Page:
     def text(
         self, left: int, top: int, text: str, width: int, size: int, weight: str = "normal", color: str = INK
     ) -> int:
-        """Writes text wrapped to a width and returns where it ends."""
+        """Write text wrapped to a width; return the y of its end."""
         lines = self._wrap(text, width, size, weight)
         step = round(1.35 * size)
         for i, line in enumerate(lines):
-            place = {"x": left, "top": top + i * step + size, "s": line}
+            position = {"x": left, "top": top + i * step + size, "s": line}
             style = {"fontsize": size * 72 / DPI, "fontweight": weight, "color": color}
-            self._items.append(("text", place | style))
+            self._items.append(("text", position | style))
         return top + step * len(lines)
 
     def line(self, left: int, top: int, width: int) -> None:
-        """Draws a horizontal rule."""
+        """Draw a horizontal rule."""
         self._items.append(("frame", {"x": left, "top": top, "w": width, "h": 1, "edge": RULE, "line": 1.0}))
 
     def image(self, left: int, top: int, image: Image.Image, side: int, good: bool) -> None:
-        """Fits an image into a square, keeping its shape, and frames it."""
+        """Fit an image into a square, keeping its aspect ratio, and frame it."""
         scale = side / max(image.size)
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         method = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
@@ -217,7 +210,7 @@ class Page:
         self._items.append(("frame", box | {"edge": edge, "line": line}))
 
     def save(self, path: str | os.PathLike[str], height: int) -> Path:
-        """Puts everything on a page of this height and writes it."""
+        """Draw everything on a page of this height and write it."""
         from matplotlib.patches import Rectangle
 
         self._figure.set_size_inches(self.width / DPI, height / DPI)
@@ -230,7 +223,7 @@ class Page:
                 text = self._figure.text(
                     x / self.width, bottom / height, item.pop("s"), va="baseline", **item
                 )
-                text.set_parse_math(False)  # a price in dollars is no formula
+                text.set_parse_math(False)  # dollar signs are text, not formulas
             else:
                 corner = (x, bottom - item["h"])
                 pen = item["line"] * 72 / DPI
@@ -243,7 +236,7 @@ class Page:
         return target
 
     def _wrap(self, text: str, width: int, size: int, weight: str) -> list[str]:
-        """Breaks text at spaces, and inside words that are wider than a line."""
+        """Break text at spaces, and inside words that are wider than a line."""
         from matplotlib.font_manager import FontProperties
 
         font = FontProperties(size=size * 72 / DPI, weight=weight)
@@ -266,7 +259,7 @@ class Page:
         return lines
 
 
-# The comparison's measures, in pixels.
+# Sizes of the comparison, in pixels.
 WIDTH, MARGIN, TEXT_WIDTH = 1640, 28, 270
 THUMB_LIMIT, THUMB_GAP, BLOCK_GAP, ROW_GAP = 150, 16, 36, 26
 QUERY_SIZE, HEADING_SIZE, SMALL_SIZE, TITLE_SIZE = 15, 17, 12, 21
@@ -279,27 +272,26 @@ def draw_search_comparison(
     correct: Mapping[str, Sequence[Sequence[bool]]] | None = None,
     title: str | None = None,
 ) -> Path:
-    """Draws what several searches find for the same text queries, one row per query.
+    """Draw the results of several searches for the same text queries, one row per query.
 
     Args:
-        queries: The texts, each written in full at the left of its row.
-        columns: By heading ("old/old", "new/old", "new/new"), for every query its images, best first. Small
+        queries: The texts, each shown in full at the left of its row.
+        columns: By heading ("old/old", "new/old", "new/new"), the images for every query, best first. Small
             images are enlarged without smoothing.
-        path: File to write, usually ``.png``; its directory is made. The picture is at most 1,640 pixels
+        path: File to write, usually ``.png``; its directory is created. The figure is at most 1,640 pixels
             wide.
-        correct: For the same headings, queries and places, whether the image answers the query; those that do
-            get a green frame.
-        title: A line above everything.
+        correct: In the shape of ``columns``, whether an image answers its query; if so it gets a green frame.
+        title: Title line.
 
     Returns:
-        The path that was written.
+        The path of the file.
 
     Raises:
         DataError: If there is nothing to draw, or a column or ``correct`` does not fit the queries.
     """
     per_block = _check_columns(queries, columns, correct)
-    room = WIDTH - 2 * MARGIN - TEXT_WIDTH - len(columns) * BLOCK_GAP
-    thumb = room // len(columns) // per_block - THUMB_GAP
+    width = WIDTH - 2 * MARGIN - TEXT_WIDTH - len(columns) * BLOCK_GAP
+    thumb = width // len(columns) // per_block - THUMB_GAP
     if thumb < 24:
         raise DataError(
             f"{len(columns)} columns of {per_block} images do not fit side by side; show fewer images"
@@ -328,10 +320,10 @@ def draw_search_comparison(
     top += 16
     for row, query in enumerate(queries):
         bottom = page.text(MARGIN, top, query, TEXT_WIDTH, QUERY_SIZE)
-        for left, (name, found) in zip(lefts, columns.items(), strict=True):
-            for place, image in enumerate(found[row]):
-                good = correct is not None and bool(correct[name][row][place])
-                page.image(left + place * (thumb + THUMB_GAP), top, image, thumb, good)
+        for left, (name, results) in zip(lefts, columns.items(), strict=True):
+            for rank, image in enumerate(results[row]):
+                good = correct is not None and bool(correct[name][row][rank])
+                page.image(left + rank * (thumb + THUMB_GAP), top, image, thumb, good)
         top = max(bottom, top + thumb) + ROW_GAP
     return page.save(path, top - ROW_GAP + MARGIN)
 
@@ -341,24 +333,24 @@ def _check_columns(
     columns: Mapping[str, Sequence[Sequence[Image.Image]]],
     correct: Mapping[str, Sequence[Sequence[bool]]] | None,
 ) -> int:
-    """Checks that everything fits together and returns the largest number of images in a row of a column."""
+    """Check the shapes; return the largest number of images in a row of a column."""
     if isinstance(queries, str) or len(queries) == 0:
         raise DataError(f"queries is {queries!r}; give a list of at least one text")
     if not columns:
         raise DataError("columns is empty; give at least one heading with its images")
-    for name, found in columns.items():
-        if len(found) != len(queries):
+    for name, results in columns.items():
+        if len(results) != len(queries):
             raise DataError(
-                f"the column {name!r} has {len(found)} rows for {len(queries)} queries; give one each"
+                f"the column {name!r} has {len(results)} rows for {len(queries)} queries; give one each"
             )
         if correct is None:
             continue
         marks = correct.get(name)
-        if marks is None or [len(row) for row in marks] != [len(row) for row in found]:
+        if marks is None or [len(row) for row in marks] != [len(row) for row in results]:
             raise DataError(
                 f"correct[{name!r}] does not have one value per image of that column; give one each"
             )
-    most = max(len(row) for found in columns.values() for row in found)
-    if most == 0:
+    per_block = max(len(row) for results in columns.values() for row in results)
+    if per_block == 0:
         raise DataError("no column has an image; search with k of at least 1")
-    return most
+    return per_block

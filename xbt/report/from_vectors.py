@@ -1,4 +1,4 @@
-"""A sample of vectors that exist already: stores, .npy files, or the keys of an .npz file."""
+"""Sample of existing vectors: stores, .npy files, or the keys of an .npz file."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _BLOCK = 1 << 24
 
 
 def read_sample(config: UpgradeReportConfig) -> Sample:
-    """Draws a sample of images with their texts from vectors of both models.
+    """Draw a sample of images with their texts from vectors of both models.
 
     Args:
-        config: With vectors.
+        config: A config with ``vectors``.
 
     Raises:
-        DataError: If vectors cannot be used, or the two models' are not of the same items.
-        ConfigError: If a file or key is not there, or texts cannot be told to belong to images.
-        SpaceMismatchError: If stores of one model are of different spaces.
+        DataError: If vectors cannot be used, or those of the two models are not of the same items.
+        ConfigError: If a file or key is missing, or the image of each text is unknown.
+        SpaceMismatchError: If stores of one model are in different spaces.
         StoreError: If a store cannot be opened.
     """
     source = config.vectors
@@ -58,16 +58,16 @@ def read_sample(config: UpgradeReportConfig) -> Sample:
     described = [int(row) for row in torch.unique(owner)]
     if len(described) < len(images):
         notes.append(f"{len(images) - len(described):,} images have no text and were left out of the draw.")
-    drawn = [described[place] for place in choose_subset(len(described), config.sample, config.seed)]
-    told = texts_of(owner, drawn)
-    pairs = _pairs(images, texts, owner, drawn, told, new_images is not None)
+    drawn = [described[number] for number in choose_subset(len(described), config.sample, config.seed)]
+    drawn_texts = texts_of(owner, drawn)
+    pairs = _pairs(images, texts, owner, drawn, drawn_texts, new_images is not None)
     corpus = _corpus(read, pairs.old_texts, notes)
     shown, why_not = _shown(config.pairs, read["old_images"], len(images), len(texts))
     sides = {
         model: Side(_name(source, model, spaces[model]), dim, spaces[model])
         for model, dim in zip(("new", "old"), pairs.dims, strict=True)
     }
-    drawn_shown = shown.subset(drawn, told)
+    drawn_shown = shown.subset(drawn, drawn_texts)
     notes += why_not
     return Sample(pairs, drawn_shown, sides["old"], sides["new"], corpus, len(described), tuple(notes))
 
@@ -76,19 +76,19 @@ _ROLES = ("old_images", "new_images", "old_texts", "new_texts", "old_corpus", "n
 
 
 def _read(source: VectorSource, role: str) -> Rows:
-    """What a role names: a key of the file, an .npy file, or a store."""
+    """Vectors of a role: from a key of the file, an .npy file, or a store."""
     value: str = getattr(source, role)
-    found = _array(source, value, f"--vectors.{role}")
-    if found is None:
+    array = _array(source, value, f"--vectors.{role}")
+    if array is None:
         return EmbeddingStore.open(value, "image" if role.endswith("images") else "text")
-    if found.dtype.kind != "f":
-        raise DataError(f"--vectors.{role} {value} holds {found.dtype} values; vectors are floating point")
-    rows: NDArray[np.floating] = found  # type: ignore[assignment]
+    if array.dtype.kind != "f":
+        raise DataError(f"--vectors.{role} {value} holds {array.dtype} values; vectors are floating point")
+    rows: NDArray[np.floating] = array  # type: ignore[assignment]
     return rows
 
 
 def _array(source: VectorSource, value: str, flag: str) -> NDArray[np.generic] | None:
-    """The array that a value names, or ``None`` where it is the path of something else."""
+    """Array at a key or in an .npy file; ``None`` if the value is another path."""
     keys: list[str] = []
     named = value
     try:
@@ -111,8 +111,8 @@ def _array(source: VectorSource, value: str, flag: str) -> NDArray[np.generic] |
         raise DataError(f"{flag}: {named} cannot be read as numpy arrays: {error}") from error
     if Path(value).exists():
         return None
-    there = f"; {source.file} has {', '.join(keys)}" if source.file is not None else ""
-    raise ConfigError(f"{flag} {value} is neither a key of --vectors.file nor a path that exists{there}")
+    listed = f"; {source.file} has {', '.join(keys)}" if source.file is not None else ""
+    raise ConfigError(f"{flag} {value} is neither a key of --vectors.file nor a path that exists{listed}")
 
 
 _UNREADABLE = (
@@ -120,34 +120,34 @@ _UNREADABLE = (
     *(RuntimeError, OverflowError, MemoryError, struct.error, zlib.error, lzma.LZMAError),
     zipfile.BadZipFile,
 )
-"""Errors that damaged archives raise; RuntimeError is that of encrypted ones."""
-_SMALL, _MOST_TIMES = 1 << 28, 20
-"""Bytes up to which an array may be unpacked however small it was packed, and how much larger others may be.
+"""Errors that damaged archives raise; encrypted ones raise RuntimeError."""
+_SMALL, _MAX_RATIO = 1 << 28, 20
+"""Bytes up to which an array is always unpacked, and the maximum compression ratio of larger ones.
 
-Vectors are packed to a half at best; what is packed to a thousandth fills the memory instead.
+Vectors compress to half their size at best. A file with a much higher ratio is an attack on the memory.
 """
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, packed: int) -> NDArray[np.generic]:
-    """One array of an .npz file; it is unpacked only if the sizes on record are possible."""
-    if member.file_size > max(_SMALL, _MOST_TIMES * min(member.compress_size, packed)):
+    """Read one array of an .npz file, if its compression ratio is plausible."""
+    if member.file_size > max(_SMALL, _MAX_RATIO * min(member.compress_size, packed)):
         raise ValueError(
             f"{member.filename} has {member.file_size} bytes packed into {member.compress_size}; save it "
-            "with numpy.savez, which packs nothing"
+            "with numpy.savez, which does not compress"
         )
     with archive.open(member) as file:
         return _numbers(file, member.file_size)
 
 
 def _numbers(file: IO[bytes], size: int) -> NDArray[np.generic]:
-    """Reads an .npy file of numbers once its header and its size agree.
+    """Read an .npy file of numbers, after its header and its size were compared.
 
     Args:
-        file: The file at its beginning.
-        size: Bytes that it has.
+        file: The file, at its start.
+        size: Bytes of the file.
 
     Raises:
-        ValueError: If they do not agree, or the values are no numbers.
+        ValueError: If header and size disagree, or the values are no numbers.
     """
     head = file.read(MAX_HEADER)
     shape, fortran, dtype, offset = read_npy_header(head)
@@ -172,46 +172,46 @@ def _numbers(file: IO[bytes], size: int) -> NDArray[np.generic]:
 
 
 def _spaces(read: dict[str, Rows]) -> tuple[dict[str, EmbeddingSpace | None], list[str]]:
-    """The space of each model, as far as stores tell it."""
-    found: dict[str, EmbeddingSpace | None] = {"old": None, "new": None}
+    """Space of each model, as far as stores record it, and notes for the report."""
+    spaces: dict[str, EmbeddingSpace | None] = {"old": None, "new": None}
     notes = []
     for role, rows in read.items():
         space = rows.space if isinstance(rows, EmbeddingStore) else None
         model = role.split("_")[0]
-        known = found[model]
-        if known is None:
-            found[model] = space
+        first = spaces[model]
+        if first is None:
+            spaces[model] = space
         elif space is not None:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UnverifiedSpaceWarning)
-                known.require(space, f"--vectors.{role}")
-            notes += [f"{str(each.message)[:1].upper()}{str(each.message)[1:]}." for each in caught]
-    unsaid = [model for model, space in found.items() if space is None]
-    if unsaid:
+                first.require(space, f"--vectors.{role}")
+            notes += [f"{str(entry.message)[:1].upper()}{str(entry.message)[1:]}." for entry in caught]
+    unknown = [model for model, space in spaces.items() if space is None]
+    if unknown:
         notes.append(
-            f"The vectors do not say which space they live in ({' and '.join(unsaid)} model): that all of a "
-            "model's vectors were made by one model, with one preprocessing, is unverified."
+            f"The vectors do not record their space ({' and '.join(unknown)} model). It is not verified that "
+            "all vectors of a model come from one model with one preprocessing."
         )
-    return found, notes
+    return spaces, notes
 
 
 def _owner(source: VectorSource, n_texts: int, n_images: int) -> Tensor:
-    """(n_texts,) the image that each text describes."""
+    """(n_texts,) row of the image that each text describes."""
     if source.image_of_text is None:
         if n_texts % n_images:
             raise ConfigError(
-                f"there are {n_texts} texts for {n_images} images, not equally many for each; say which "
-                "image each describes with --vectors.image_of_text"
+                f"there are {n_texts} texts for {n_images} images, not equally many for each; give the row "
+                "of each text's image with --vectors.image_of_text"
             )
         return torch.arange(n_images).repeat_interleave(n_texts // n_images)
-    found = _array(source, source.image_of_text, "--vectors.image_of_text")
-    if found is None or found.dtype.kind not in "iu" or found.shape != (n_texts,):
-        what = "a store" if found is None else f"{found.dtype} of the shape {found.shape}"
+    array = _array(source, source.image_of_text, "--vectors.image_of_text")
+    if array is None or array.dtype.kind not in "iu" or array.shape != (n_texts,):
+        what = "a store" if array is None else f"{array.dtype} of the shape {array.shape}"
         raise DataError(
             f"--vectors.image_of_text is {what}; give one whole number, the row of its image, for each of "
             f"the {n_texts} texts"
         )
-    rows = torch.from_numpy(found.astype(np.int64))
+    rows = torch.from_numpy(array.astype(np.int64))
     outside = rows[(rows < 0) | (rows >= n_images)]
     if len(outside):
         raise DataError(
@@ -221,39 +221,44 @@ def _owner(source: VectorSource, n_texts: int, n_images: int) -> Tensor:
 
 
 def _pairs(
-    images: PairedRows, texts: PairedRows, owner: Tensor, drawn: list[int], told: list[int], both: bool
+    images: PairedRows,
+    texts: PairedRows,
+    owner: Tensor,
+    drawn: list[int],
+    drawn_texts: list[int],
+    both: bool,
 ) -> PairVectors:
     new_images, old_images = images.take(np.array(drawn))
-    new_texts, old_texts = texts.take(np.array(told))
-    place = torch.searchsorted(torch.tensor(drawn), owner[told])
-    return PairVectors(new_texts, old_texts, old_images, place, new_images if both else None)
+    new_texts, old_texts = texts.take(np.array(drawn_texts))
+    image_of_text = torch.searchsorted(torch.tensor(drawn), owner[drawn_texts])
+    return PairVectors(new_texts, old_texts, old_images, image_of_text, new_images if both else None)
 
 
-def _corpus(read: dict[str, Rows], own: Tensor, notes: list[str]) -> tuple[Source, Source] | None:
-    """The corpus without texts of the sample: a map must not be judged on what it was fitted to."""
+def _corpus(read: dict[str, Rows], sample: Tensor, notes: list[str]) -> tuple[Source, Source] | None:
+    """The corpus without texts of the sample, so that a map is not tested on its training data."""
     if "new_corpus" not in read:
         return None
     corpus = random_access(read["new_corpus"], read["old_corpus"])
     new, old = corpus.take(np.arange(len(corpus)))
-    known = {row.tobytes() for row in np.ascontiguousarray(_unit(own).numpy())}
-    kept = [row for row, each in enumerate(_unit(old).numpy()) if each.tobytes() not in known]
+    held_out = {row.tobytes() for row in np.ascontiguousarray(_unit(sample).numpy())}
+    kept = [row for row, vector in enumerate(_unit(old).numpy()) if vector.tobytes() not in held_out]
     if not kept:
         raise ConfigError("every text of the corpus is one of the pairs' own; give texts of other images")
     if len(kept) < len(corpus):
-        notes.append(f"{len(corpus) - len(kept):,} texts of the corpus were the sample's own and left out.")
+        notes.append(f"{len(corpus) - len(kept):,} texts of the corpus are in the sample and were left out.")
     return new[kept], old[kept]
 
 
 def _unit(rows: Tensor) -> Tensor:
-    # fp16 stores and files of one vector may round differently by a hair once normalised.
+    # A vector may differ slightly between an fp16 store and a file once it is normalised.
     return (unit_rows(rows) * 4096).round()
 
 
 def _shown(source: PairSource | None, images: Rows, n_images: int, n_texts: int) -> tuple[Shown, list[str]]:
-    """Pictures and texts, as far as they are to be had; and why not, where they are not."""
+    """Images and texts to display, as far as they can be loaded, and notes on those that cannot."""
     ids = images.ids if isinstance(images, EmbeddingStore) else [f"image {row}" for row in range(n_images)]
     if source is None:
-        return Shown(ids), ["No pictures and texts were given, so that examples go by their rows alone."]
+        return Shown(ids), ["No pictures and texts were given, so examples show only row numbers."]
     try:
         pairs = load_pairs(source)
     except DataError as error:
@@ -266,13 +271,13 @@ def _shown(source: PairSource | None, images: Rows, n_images: int, n_texts: int)
     if len(pairs) != n_images or len(pairs.texts) != n_texts:
         raise ConfigError(
             f"--pairs has {len(pairs)} images and {len(pairs.texts)} texts for vectors of {n_images} and "
-            f"{n_texts}; give the very same in the same order, or leave --pairs out"
+            f"{n_texts}; give the same items in the same order, or leave --pairs out"
         )
     return Shown(pairs.ids, pairs.texts, pairs.images), []
 
 
 def _name(source: VectorSource, model: str, space: EmbeddingSpace | None) -> str:
-    """What to call a model of which there are only vectors."""
+    """Display name of a model that is known only by its vectors."""
     if space is not None:
         return space.model
     value = source.old_images if model == "old" else source.new_texts

@@ -1,4 +1,4 @@
-"""The report's job: draw a sample, choose, measure, judge, and write it all down."""
+"""The report job: draw a sample, choose a method, measure it, give a verdict, and write the report."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ from xbt.report.verdict import check_thresholds, give_verdict
 from xbt.run_dir import RunDirectory
 
 HTML, JSON = "report.html", "report.json"
-_FEWEST = 4
-_MAY_CHANGE = ("device", *(f"fail_under.{each.name}" for each in fields(FailUnder)))
-"""What may be another when a report is made again in the same directory: it changes no figure."""
+_MIN_SAMPLE = 4
+_MAY_CHANGE = ("device", *(f"fail_under.{key.name}" for key in fields(FailUnder)))
+"""Settings that may differ when a report is made again in the same directory; they change no number."""
 
 
 def write_upgrade_report(config: UpgradeReportConfig) -> UpgradeReport:
-    """Measures on a sample whether to upgrade, and writes ``report.html`` and ``report.json``.
-
-    Args:
-        config: What to measure.
+    """Measure on a sample whether to upgrade, and write ``report.html`` and ``report.json``.
 
     Returns:
         The report; print its ``format()``.
@@ -46,10 +43,10 @@ def write_upgrade_report(config: UpgradeReportConfig) -> UpgradeReport:
         raise ConfigError("the report is made in one process; launch it with --num_processes 1")
     run = RunDirectory(config.output_dir, config, config.overwrite, _MAY_CHANGE)
     sample = embed_sample(config, run.prepare) if config.vectors is None else read_sample(config)
-    if len(sample) < _FEWEST:
+    if len(sample) < _MIN_SAMPLE:
         raise DataError(
-            f"the sample has {len(sample)} images with texts, but a method must be chosen by some and "
-            f"measured on others; bring at least {2 * MIN_IMAGES}, better some hundreds"
+            f"the sample has {len(sample)} images with texts, too few to choose a method on some and measure "
+            f"it on others; give at least {2 * MIN_IMAGES}, better some hundreds"
         )
     run.prepare()
     chosen, shown = sample.split(config.choose_fraction, config.seed)

@@ -1,9 +1,4 @@
-"""The method chosen on one part of the sample, and what it reaches on the other.
-
-The method that a report judges: chosen by a part of the sample, or taken where that is too small.
-
-The main table of an upgrade report, once for the terminal and for the page.
-"""
+"""Choice of a method on one part of the sample, its cells on the other part, and the table of results."""
 
 from __future__ import annotations
 
@@ -35,17 +30,17 @@ _TAKEN = "procrustes"
 
 
 class Untried(Decision):
-    """A method that was compared with nothing, because the sample is too small to choose by.
+    """A method that was not compared with others, because the sample is too small.
 
-    Its ``n_texts`` are those that it was fitted to.
+    ``n_texts`` is the number of texts that it was fitted to.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """As a decision's, with ``"none"`` for the evidence."""
+        """A JSON-able form: that of a decision, with ``"none"`` as evidence."""
         return {**super().to_dict(), "evidence": "none"}
 
     def __str__(self) -> str:
-        combinations = (f"{each}: {self.ensemble.combination(each)}" for each in DIRECTIONS)
+        combinations = (f"{name}: {self.ensemble.combination(name)}" for name in DIRECTIONS)
         return "\n".join(
             [
                 f"{self.name} was taken without a choice: {self.n_images} images are too small a sample to "
@@ -57,14 +52,14 @@ class Untried(Decision):
 
 
 def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) -> Decision:
-    """Chooses by a part of the sample.
+    """Choose a method on one part of the sample.
 
     Args:
-        chosen: That part. With fewer images than :data:`~xbt.projections.auto.choose.MIN_IMAGES` Procrustes is
-            fitted to the corpus, or without one to the part's own texts, and its query is mixed in equal
+        chosen: That part. With fewer than :data:`~xbt.projections.auto.choose.MIN_IMAGES` images, Procrustes
+            is fitted to the corpus (or else to the texts of this part), and its query is mixed in equal
             parts with the old one.
-        config: Cut-offs, confidence and what may be tried.
-        use_old: Whether the old model may run at search time; without it the new query stands alone.
+        config: Cut-offs, confidence and candidates.
+        use_old: Whether the old model may run at search time; if not, only the new query is used.
 
     Raises:
         DataError: If the vectors cannot be used.
@@ -97,7 +92,7 @@ def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) ->
         ensemble,
         _TAKEN,
         "own captions",
-        {each: GainTest.unknown(each, "the sample is too small to choose by") for each in DIRECTIONS},
+        {name: GainTest.unknown(name, "the sample is too small to choose by") for name in DIRECTIONS},
         (),
         len(chosen),
         len(new),  # type: ignore[arg-type]  # a sample's corpus is never a stream
@@ -114,16 +109,16 @@ Queries = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the cells reach on the part of the sample that had no say in the choice.
+    """Cells on the part of the sample that was not used for the choice.
 
     Attributes:
-        decision: What was chosen, on the other part.
-        alone: The same where the old model may not run at search time; ``None`` if the choice does not need
-            it anyway.
-        pairs: The pairs that measure.
-        cells: By name; one without image queries has no I2T. ``new/new`` is there if its vectors are.
-        queries: By cell, direction by direction, the query vectors.
-        n_chosen: Images by which the method was chosen.
+        decision: The method, chosen on the other part.
+        alone: The method chosen without the old model at search time; ``None`` if the first choice does not
+            need the old model.
+        pairs: Pairs of the measuring part.
+        cells: Cells by name; without image queries they have no I2T. ``new/new`` needs new image vectors.
+        queries: Query vectors by cell and direction.
+        n_chosen: Number of images that chose the method.
     """
 
     decision: Decision
@@ -135,7 +130,7 @@ class Measured:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """The directions that were measured."""
+        """Directions that were measured."""
         return self.pairs.directions
 
     @property
@@ -154,7 +149,7 @@ class Measured:
         return [cell for name, cell in self.cells.items() if name in (UPGRADED, ALONE)]
 
     def gallery(self, cell: str, direction: str) -> Tensor:
-        """What the queries of a cell are searched in."""
+        """Gallery vectors that the queries of a cell search."""
         if cell != NEW:
             return self.pairs.gallery(direction)
         assert self.pairs.new_images is not None
@@ -181,9 +176,9 @@ class Measured:
             },
             "difference_to_old_old": {
                 cell.name: {
-                    direction: {f"R@{k}": each.to_dict() for k, each in found.items()}
-                    for direction, found in differences(cell, old, self.groups).items()
-                    if found
+                    direction: {f"R@{k}": change.to_dict() for k, change in changes.items()}
+                    for direction, changes in differences(cell, old, self.groups).items()
+                    if changes
                 }
                 for cell in [*self.upgrades, *([new] if new else [])]
             },
@@ -203,13 +198,13 @@ class Measured:
 
 
 def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Measured:
-    """Chooses by one part of the sample and measures the other.
+    """Choose a method on one part of the sample and measure it on the other.
 
     Args:
-        chosen: The part that chooses. With too few images to choose by, the mean of the old query and that of
-            Procrustes is taken without being compared with anything.
+        chosen: The part that chooses. With too few images, the mean of the old query and that of Procrustes
+            is used without a comparison.
         measured: The other part.
-        config: Cut-offs, confidence and what may be used.
+        config: Cut-offs, confidence and candidates.
 
     Raises:
         DataError: If the vectors cannot be used.
@@ -231,20 +226,20 @@ def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Me
             }
     if pairs.new_images is not None:
         queries[NEW] = {direction: pairs.queries(direction)[0] for direction in pairs.directions}
-    found = Measured(decision, alone, pairs, {}, queries, len(chosen))
+    result = Measured(decision, alone, pairs, {}, queries, len(chosen))
     for name in queries:
-        found.cells[name] = _cell(found, name, config.ks)
-    return found
+        result.cells[name] = _cell(result, name, config.ks)
+    return result
 
 
-def _cell(found: Measured, name: str, ks: list[int]) -> Cell:
-    pairs = found.pairs
+def _cell(measured: Measured, name: str, ks: list[int]) -> Cell:
+    pairs = measured.pairs
     ranks = {
-        direction: best_positive_ranks(queries, found.gallery(name, direction), pairs.positives(direction))
-        for direction, queries in found.queries[name].items()
+        direction: best_positive_ranks(queries, measured.gallery(name, direction), pairs.positives(direction))
+        for direction, queries in measured.queries[name].items()
     }
     recall = {
-        direction: {k: int((each < k).sum()) / len(each) for k in ks} for direction, each in ranks.items()
+        direction: {k: int((rank < k).sum()) / len(rank) for k in ks} for direction, rank in ranks.items()
     }
     n_images, n_texts = len(pairs), len(pairs.image_of_text)
     return Cell(name, recall["T2I"], recall.get("I2T", {}), n_images, n_texts, ranks)
@@ -263,19 +258,19 @@ HEADS = ("", "old/old", "new/old", "gain", "fixed", "broken", "criterion", "new/
 
 @dataclass(frozen=True)
 class Row:
-    """One direction and k.
+    """Row of the main table: one direction and k.
 
     Attributes:
         direction: ``"T2I"`` or ``"I2T"``.
         k: The cut-off.
         old: R@k of old/old.
         upgraded: R@k of new/old.
-        change: What new/old changes.
-        counts: Queries fixed, broken, and all.
+        change: Difference of new/old to old/old.
+        counts: Number of queries fixed, broken, and in total.
         met: Whether the criterion is met.
-        new: R@k of new/new, if it is known.
-        recovered: Share of re-embedding's gain; ``None`` if it gains nothing or is not known.
-        alone: R@k of new/old where the old model does not run, if that was measured.
+        new: R@k of new/new, if known.
+        recovered: Share of the gain of re-embedding; ``None`` if that gain is not positive or not known.
+        alone: R@k of new/old without the old model at search time, if measured.
     """
 
     direction: str
@@ -290,7 +285,7 @@ class Row:
     alone: Interval | None
 
     def cells(self) -> list[str]:
-        """The values under :data:`HEADS`, in percent and points."""
+        """Values for the columns :data:`HEADS`, in percent and points."""
         fixed, broken, _ = self.counts
         return [
             f"{self.direction} R@{self.k}",
@@ -306,13 +301,13 @@ class Row:
 
 
 def points(gain: Interval) -> str:
-    """A gain in points with its interval."""
-    estimate, low, high = (f"{100 * each:+.1f}" for each in gain)
+    """Format a gain in points with its interval."""
+    estimate, low, high = (f"{100 * value:+.1f}" for value in gain)
     return f"{estimate} [{low}, {high}]"
 
 
 def make_rows(measured: Measured) -> list[Row]:
-    """One row per direction and k."""
+    """Build one row per direction and k."""
     old, upgraded, new = measured.cells[OLD], measured.cells[UPGRADED], measured.cells.get(NEW)
     changes, met = differences(upgraded, old, measured.groups), criterion(upgraded, old)
     recovered = None if new is None else recovered_gain(upgraded, old, new)
@@ -339,7 +334,7 @@ def make_rows(measured: Measured) -> list[Row]:
 
 
 def aligned(table: list[list[str]]) -> list[str]:
-    """A table as lines of text whose columns stand below each other."""
+    """Format a table as lines of text with aligned columns."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

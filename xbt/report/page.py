@@ -1,6 +1,6 @@
-"""The report as one HTML file: no script, no network, every text escaped.
+"""The report as one HTML file without scripts or network access; every text is escaped.
 
-The text of the page is in ``templates/page.html.jinja``; this module prepares what it shows.
+The text of the page is in ``templates/page.html.jinja``. This module prepares its values.
 """
 
 from __future__ import annotations
@@ -31,11 +31,7 @@ _NOT_IN_HTML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uf
 
 
 def render_page(report: UpgradeReport) -> str:
-    """The page as text.
-
-    Args:
-        report: The finished report.
-    """
+    """Render the page of a finished report."""
     environment = Environment(
         loader=PackageLoader("xbt.report"),
         autoescape=True,
@@ -69,7 +65,7 @@ def render_page(report: UpgradeReport) -> str:
 
 
 def _without_controls(value: Any) -> Any:
-    """Replaces characters that HTML does not have; finished markup is left alone."""
+    """Replace characters that HTML does not allow; finished markup stays as it is."""
     if value is None or isinstance(value, Markup):
         return value
     return _NOT_IN_HTML.sub("\ufffd", str(value))
@@ -85,7 +81,7 @@ def _charts(report: UpgradeReport) -> list[Markup]:
 
 
 def _candidates(report: UpgradeReport) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Columns and rows of the table of candidates, for each direction that has any."""
+    """Columns and rows of the table of candidates, for each direction that has candidates."""
     tables = {}
     for direction in report.measured.directions:
         scores = [score for score in report.measured.decision.candidates if score.direction == direction]
@@ -105,7 +101,7 @@ def _candidates(report: UpgradeReport) -> dict[str, tuple[list[str], list[list[s
 
 
 def cost_sentences(cost: Cost) -> list[str]:
-    """Hours, bytes and what runs at search time."""
+    """Sentences on hours, bytes and the models that run at search time."""
     rates, hours = cost.images_per_second, cost.backfill_hours
     if rates is not None and hours is not None:
         time = (
@@ -113,10 +109,10 @@ def cost_sentences(cost: Cost) -> list[str]:
             f"{rates['new']:,.1f} images per second with the new model, decoding included)."
         )
     else:
-        time = "The rate of embedding was not measured, because no encoder was given."
+        time = "The rate of embedding was not measured because no encoder was given."
     old, new = cost.gallery_bytes["old"], cost.gallery_bytes["new"]
     return [
-        f"{time} The upgrade touches no item.",
+        f"{time} The upgrade itself re-embeds no item.",
         f"The gallery's vectors take {_bytes(old)} under the old model and would take {_bytes(new)} under "
         f"the new one (fp16); while a backfill runs, up to {_bytes(old + new)}. The method takes "
         f"{_bytes(cost.method_bytes)}.",
@@ -161,7 +157,7 @@ def _changes(report: UpgradeReport) -> list[dict[str, Any]]:
         row = next(row for row in report.rows if row.direction == direction and row.k == flips.k)
         n_fixed, n_broken, count = row.counts
         examples = {
-            title: [_example(report, thumbnails, each) for each in shown]
+            title: [_example(report, thumbnails, example) for example in shown]
             for title, shown in (("Best changes", flips.fixed), ("Worst changes", flips.broken))
         }
         changes.append(
@@ -181,7 +177,7 @@ def _changes(report: UpgradeReport) -> list[dict[str, Any]]:
 def _example(report: UpgradeReport, thumbnails: Thumbnails, example: Example) -> dict[str, Any]:
     texts = example.direction == "I2T"
 
-    def found(rows: Sequence[int]) -> list[dict[str, Any]]:
+    def shown(rows: Sequence[int]) -> list[dict[str, Any]]:
         results = [
             {"words": report.name_answer(example, row)} if texts else thumbnails.of(row) for row in rows
         ]
@@ -191,24 +187,20 @@ def _example(report: UpgradeReport, thumbnails: Thumbnails, example: Example) ->
         "query": thumbnails.of(example.query) if texts else report.name_query(example),
         "old_rank": example.old_rank,
         "new_rank": example.new_rank,
-        "before": found(example.before),
-        "after": found(example.after),
+        "before": shown(example.before),
+        "after": shown(example.after),
     }
 
 
 class Thumbnails:
-    """The sample's images as data URIs, each made once.
-
-    Args:
-        report: The report whose sample is shown.
-    """
+    """Images of the sample as data URIs, each made once."""
 
     def __init__(self, report: UpgradeReport) -> None:
         self._sample = report.shown
         self._made: dict[int, dict[str, Any]] = {}
 
     def of(self, row: int) -> dict[str, Any]:
-        """An image's ``source`` (``None`` without a picture), ``words`` and whether it is ``tiny``."""
+        """The ``source`` of an image (``None`` without a picture), its ``words``, and if it is ``tiny``."""
         if row not in self._made:
             image = self._sample.shown.picture(row)
             self._made[row] = {
@@ -219,7 +211,7 @@ class Thumbnails:
         return self._made[row]
 
     def _words(self, row: int) -> str:
-        """The first text of an image; its id where no text is known."""
+        """First text of an image, or its id if no text is known."""
         shown, owner = self._sample.shown, self._sample.pairs.image_of_text
         if shown.texts is None:
             return shown.ids[row]
@@ -227,7 +219,7 @@ class Thumbnails:
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A picture as a data URI: small ones losslessly as they are, others as JPEG."""
+    """Encode an image as a data URI: PNG for tiny ones, else a small JPEG."""
     file = io.BytesIO()
     if max(image.size) <= _TINY:
         image.save(file, "PNG", optimize=True)

@@ -1,4 +1,4 @@
-"""An upgrade report: everything that was found, as numbers and as text."""
+"""The upgrade report as numbers (JSON) and as text for a terminal."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ SCHEMA, SCHEMA_VERSION = "xbt.upgrade_report", 1
 
 @dataclass(frozen=True)
 class UpgradeReport:
-    """Whether to upgrade, and all that the answer rests on.
+    """Verdict on an upgrade, with all measurements behind it.
 
     Attributes:
-        config: What was asked for.
+        config: The settings.
         sample: The whole sample.
-        shown: The part of it that measures.
+        shown: The part of the sample that measures.
         measured: Method and cells.
         verdict: The answer.
-        thresholds: What was asked for beyond it.
-        flips: By direction, queries mended and broken.
-        cost: What it takes.
+        thresholds: Results of the thresholds in ``fail_under``.
+        flips: Queries fixed and broken, by direction.
+        cost: Time and bytes.
         curve: Recall while the gallery is backfilled, if it could be measured.
-        limits: What could not be known, a sentence each.
+        limits: Limits of the measurement, a sentence each.
     """
 
     config: UpgradeReportConfig
@@ -52,23 +52,23 @@ class UpgradeReport:
 
     @property
     def passed(self) -> bool:
-        """Whether the answer is to upgrade and every threshold is met."""
-        return self.verdict.answer in ("yes", "ensemble") and all(each.met for each in self.thresholds)
+        """``True`` if the answer is to upgrade and every threshold is met."""
+        return self.verdict.answer in ("yes", "ensemble") and all(limit.met for limit in self.thresholds)
 
     @property
     def method(self) -> list[str]:
-        """What to query the old gallery with, and why, in the decision's own words: a line each."""
+        """Lines that describe the method for queries to the old gallery, and the reason for it."""
         return str(self.measured.decision).split("\n\n")[0].splitlines()
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form of everything: fractions, not percents; ``schema_version`` rises with changes."""
+        """A JSON-able form with fractions, not percents; ``schema_version`` increases with changes."""
         return {
             "schema": SCHEMA,
             "schema_version": SCHEMA_VERSION,
             "xbt_version": __version__,
             "passed": self.passed,
             "verdict": self.verdict.to_dict(),
-            "thresholds": [each.to_dict() for each in self.thresholds],
+            "thresholds": [threshold.to_dict() for threshold in self.thresholds],
             "old": self._side("old"),
             "new": self._side("new"),
             "sample": {
@@ -85,17 +85,17 @@ class UpgradeReport:
         }
 
     def format(self) -> str:
-        """The report for a terminal, without a newline at the end."""
+        """Format the report for a terminal, without a newline at the end."""
         lines = [self.verdict.sentence, *map(str, self.thresholds), ""]
         lines += aligned([list(HEADS), *(row.cells() for row in self.rows)])
         lines += [
             "",
             f"R@k in percent over {len(self.shown):,} images and {len(self.shown.pairs.image_of_text):,} "
-            "texts that had no say in the choice, with 95 % intervals; fixed and broken are queries",
+            "texts that were not used for the choice, with 95 % intervals; fixed and broken are queries",
             "",
             *self.method,
             "",
-            "What could not be known:",
+            "Limits:",
             *(f"- {limit}" for limit in self.limits),
         ]
         return "\n".join(lines)
@@ -115,12 +115,12 @@ class UpgradeReport:
         return {
             "counts": counts,
             "k": flips.k,
-            "fixed": [self._named(each) for each in flips.fixed],
-            "broken": [self._named(each) for each in flips.broken],
+            "fixed": [self._named(example) for example in flips.fixed],
+            "broken": [self._named(example) for example in flips.broken],
         }
 
     def _named(self, example: Example) -> dict[str, Any]:
-        """An example by ids and texts, in place of rows."""
+        """Example with ids and texts instead of rows."""
         query, answer = self.name_query, self.name_answer
         return {
             "query": query(example),
@@ -132,11 +132,11 @@ class UpgradeReport:
         }
 
     def name_query(self, example: Example) -> str:
-        """The text, or the image's id."""
+        """Text of the query, or id of its image."""
         return self._name(example.query, text=example.direction == "T2I")
 
     def name_answer(self, example: Example, row: int) -> str:
-        """The id of the image that was found, or the text."""
+        """Id of a result image, or the result text."""
         return self._name(row, text=example.direction == "I2T")
 
     def _name(self, row: int, text: bool) -> str:

@@ -1,7 +1,4 @@
-"""The sample that an upgrade is judged by: images and texts under both models, and how to show them.
-
-A sample that is embedded with both models now.
-"""
+"""The sample of a report: vectors of images and texts under both models, and their display."""
 
 from __future__ import annotations
 
@@ -28,12 +25,12 @@ from xbt.space import EmbeddingSpace
 
 @dataclass(frozen=True)
 class Shown:
-    """How images and texts are shown.
+    """Images and texts of a sample for display.
 
     Attributes:
         ids: A name per image.
-        texts: The texts, or ``None`` where only their vectors are known.
-        images: The images, or ``None``, likewise.
+        texts: The texts, or ``None`` if only their vectors are known.
+        images: The images, or ``None`` if only their vectors are known.
     """
 
     ids: list[str]
@@ -41,7 +38,7 @@ class Shown:
     images: Sequence[ImageSource] | None = None
 
     def picture(self, row: int) -> Image.Image | None:
-        """An image, or ``None`` where there is none or it cannot be decoded."""
+        """Load an image; ``None`` if there is none or it cannot be decoded."""
         if self.images is None:
             return None
         try:
@@ -50,11 +47,11 @@ class Shown:
             return None
 
     def text(self, row: int, image: int) -> str:
-        """A text, or where its wording is not known what it belongs to."""
+        """A text; if it is unknown, its row and the id of its image."""
         return f"text {row} (of {self.ids[image]})" if self.texts is None else self.texts[row]
 
     def subset(self, images: list[int], texts: list[int]) -> Self:
-        """Some images and their texts."""
+        """Select images and their texts."""
         chosen = self.images
         return replace(
             self,
@@ -66,14 +63,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Side:
-    """What is known of one model.
+    """One of the two models.
 
     Attributes:
-        name: Its specification, or where its vectors came from.
+        name: Its specification, or the source of its vectors.
         dim: Dimension of its vectors.
-        space: Its space, where it is known.
-        encoder: The model, where it is at hand.
-        seconds_per_image: What an image of the sample took, decoding included.
+        space: Its space, if known.
+        encoder: The model, if it was loaded.
+        seconds_per_image: Mean time to embed an image of the sample, including decoding.
     """
 
     name: str
@@ -85,16 +82,16 @@ class Side:
 
 @dataclass(frozen=True)
 class Sample:
-    """Images and texts of the user's own.
+    """A sample of the user's images and texts.
 
     Attributes:
-        pairs: Their vectors.
-        shown: How they are shown.
+        pairs: Vectors of images and texts.
+        shown: Images and texts for display.
         old: The old model.
         new: The new model.
-        corpus: New and old vectors of texts to fit maps to; ``None`` where the pairs' texts have to do.
-        available: How many images there were to draw from.
-        notes: What the user should know about where this comes from, a sentence each.
+        corpus: New and old vectors of texts to fit maps to; ``None`` if only the pairs' texts can be used.
+        available: Number of images the sample was drawn from.
+        notes: Notes for the user on the source of the data, a sentence each.
         skipped: Images that could not be read, with the reason.
     """
 
@@ -111,12 +108,12 @@ class Sample:
         return len(self.pairs)
 
     def subset(self, images: list[int]) -> Self:
-        """Some of the images with all of their texts; ``images`` ascending."""
+        """Select images (rows ascending) with all of their texts."""
         texts = texts_of(self.pairs.image_of_text, images)
         return replace(self, pairs=self.pairs.subset(images), shown=self.shown.subset(images, texts))
 
     def split(self, fraction: float, seed: int) -> tuple[Self, Self]:
-        """The part by which the method is chosen, and the part that measures it."""
+        """Split into the part that chooses the method and the part that measures it."""
         count = min(max(round(fraction * len(self)), 1), len(self) - 1)
         chosen = choose_subset(len(self), count, seed)
         taken = set(chosen)
@@ -124,7 +121,7 @@ class Sample:
 
 
 def texts_of(owner: Tensor, images: list[int]) -> list[int]:
-    """The texts of some images, in their own order."""
+    """Rows of the texts of some images, ascending."""
     return [int(row) for row in torch.nonzero(torch.isin(owner, torch.tensor(images))).flatten()]
 
 
@@ -132,11 +129,11 @@ _WARM_UP = 4
 
 
 def embed_sample(config: UpgradeReportConfig, ready: Callable[[], None]) -> Sample:
-    """Draws a sample of the pairs and embeds it, and the corpus, with both models.
+    """Draw a sample of the pairs, and embed it and the corpus with both models.
 
     Args:
-        config: With encoders and pairs.
-        ready: Called once everything has been loaded and before anything is embedded.
+        config: A config with encoders and pairs.
+        ready: Called after everything was loaded and before anything is embedded.
 
     Raises:
         XbtError: If an encoder, the pairs or the captions cannot be used.
@@ -169,26 +166,26 @@ def embed_sample(config: UpgradeReportConfig, ready: Callable[[], None]) -> Samp
 def _draw(
     source: PairSource, count: int, seed: int
 ) -> tuple[ImageTextPairs, int, tuple[tuple[str, str], ...]]:
-    """A sample of readable pairs, how many there were, and what could not be read."""
+    """A sample of readable pairs, the number of available pairs, and the unreadable images."""
     pairs = load_pairs(source)
     drawn, rejected = pairs.select(choose_subset(len(pairs), count, seed)).drop_unreadable(progress=True)
     if rejected:
-        listed = "; ".join(each.reason for each in rejected[:5])
+        listed = "; ".join(image.reason for image in rejected[:5])
         warnings.warn(f"skipped {len(rejected)} of the sample's images: {listed}", stacklevel=4)
-    return drawn, len(pairs), tuple((each.id, each.reason) for each in rejected)
+    return drawn, len(pairs), tuple((image.id, image.reason) for image in rejected)
 
 
 def _corpus(source: CaptionSource, pairs: ImageTextPairs) -> list[str]:
-    """Captions that are none of the pairs' own: a map must not be judged on what it was fitted to."""
-    own = set(pairs.texts)
-    corpus = [text for text in dict.fromkeys(read_captions(source)) if text not in own]
+    """Captions without those of the pairs, so that a map is not tested on its training data."""
+    held_out = set(pairs.texts)
+    corpus = [text for text in dict.fromkeys(read_captions(source)) if text not in held_out]
     if not corpus:
         raise ConfigError("every caption is one of the pairs' own; give --captions of other images")
     return corpus
 
 
 def _timed_images(encoder: DualEncoder, images: Sequence[ImageSource]) -> tuple[Tensor, float]:
-    """Vectors, and the seconds they took, decoding included and the first start not."""
+    """Vectors, and the seconds to compute them, including decoding but not the warm-up."""
     listed = [images[row] for row in range(len(images))]
     encoder.encode_images(listed[:_WARM_UP])
     start = time.perf_counter()

@@ -1,7 +1,4 @@
-"""Whether to upgrade, in one sentence.
-
-Thresholds that an upgrade must reach, for automatic checks.
-"""
+"""Verdict on an upgrade in one sentence, and thresholds for automatic checks."""
 
 from __future__ import annotations
 
@@ -23,21 +20,21 @@ HEADLINES: dict[Answer, str] = {
     "yes": "Upgrade: yes",
     "ensemble": "Upgrade: only with the ensemble",
     "no": "Upgrade: no",
-    "unknown": "Upgrade: cannot be told from so few queries",
+    "unknown": "Upgrade: too few queries to decide",
 }
 QUERIES = {"T2I": "text queries", "I2T": "image queries"}
 
 
 @dataclass(frozen=True)
 class DirectionVerdict:
-    """What new queries do in one direction.
+    """Effect of new queries in one direction.
 
     Attributes:
-        outcome: ``"gain"`` and ``"loss"`` are shown with confidence; ``"no gain"`` excludes what would be
-            worth it; ``"open"`` is all else.
-        deployed: Whether new queries are used at all; if not, the old query stays.
-        why: One sentence.
-        pooled: The mean gain over the ks with its interval, by which it was decided, if there was any.
+        outcome: ``"gain"`` and ``"loss"`` are shown with confidence; ``"no gain"`` excludes a gain that is
+            worth it; ``"open"`` is everything else.
+        deployed: Whether new queries are used; if not, the old query stays.
+        why: Reason in one sentence.
+        pooled: Mean gain over the ks with the interval that decided, if there is one.
     """
 
     outcome: Outcome
@@ -62,9 +59,9 @@ class Verdict:
     Attributes:
         answer: ``"yes"``, ``"ensemble"`` (yes, but only if the old model runs beside the new one), ``"no"``,
             or ``"unknown"``.
-        sentence: The answer and what it rests on.
-        directions: What each direction says.
-        without_old: The same where the old model does not run at search time; empty where that was not asked.
+        sentence: The answer with its reason.
+        directions: Verdict of each direction.
+        without_old: Verdicts without the old model at search time; empty if that was not measured.
     """
 
     answer: Answer
@@ -79,7 +76,7 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """What the answer rests on: the sentence without the headline."""
+        """The sentence without the headline."""
         return self.sentence.removeprefix(f"{self.headline}: ")
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,24 +84,24 @@ class Verdict:
         return {
             "answer": self.answer,
             "sentence": self.sentence,
-            "directions": {name: each.to_dict() for name, each in self.directions.items()},
-            "without_old_model": {name: each.to_dict() for name, each in self.without_old.items()},
+            "directions": {name: verdict.to_dict() for name, verdict in self.directions.items()},
+            "without_old_model": {name: verdict.to_dict() for name, verdict in self.without_old.items()},
         }
 
 
 def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed: int = 0) -> Verdict:
-    """Judges what was measured.
+    """Give a verdict on the measured cells.
 
-    A direction gains if the interval of its mean gain over the ks lies above 0 and no single k loses, on
-    queries that took no part in the choice (:func:`xbt.projections.auto.selection.run_gain_test`). If not,
-    there is no gain where the interval lies below ``worthwhile``: what would be worth it is excluded. Where
-    the old query stayed because no gain was shown, the interval is that of the choice itself.
+    A direction gains if the interval of its mean gain over the ks is above 0 and no single k loses, on
+    queries that were not used for the choice (:func:`xbt.projections.auto.selection.run_gain_test`).
+    Otherwise it has no gain if the interval is below ``worthwhile``. Where the old query stayed because no
+    gain was shown, the interval is that of the choice.
 
     Args:
         measured: The cells.
-        confidence: One-sided.
-        worthwhile: Points of R@k.
-        seed: Fixes the bootstrap.
+        confidence: One-sided confidence.
+        worthwhile: Minimum gain that is worth an upgrade, in points of R@k.
+        seed: Seed of the bootstrap.
     """
     judged = {
         direction: _judge(measured, UPGRADED, direction, confidence, worthwhile, seed)
@@ -118,8 +115,8 @@ def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed:
         }
     needs_old = [
         direction
-        for direction, each in judged.items()
-        if each.deployed and measured.decision.ensemble.needs_old(direction)
+        for direction, verdict in judged.items()
+        if verdict.deployed and measured.decision.ensemble.needs_old(direction)
     ]
     too_few = min(measured.n_chosen, len(measured.pairs)) < MIN_IMAGES
     answer = _answer(judged, alone, needs_old, too_few)
@@ -128,11 +125,11 @@ def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed:
 
 
 def outcome_of(gain_test: GainTest, worthwhile: float) -> Outcome:
-    """What a gain_test says of a direction.
+    """Outcome of a direction by its gain test.
 
     Args:
-        gain_test: On queries that had no say in the choice.
-        worthwhile: Points of R@k that would be worth it.
+        gain_test: Test on queries that were not used for the choice.
+        worthwhile: Minimum gain that is worth an upgrade, in points of R@k.
     """
     if gain_test.pooled is None:
         return "open"
@@ -152,11 +149,11 @@ def _judge(
     assert decision is not None
     deployed = decision.deployed(direction)
     if not deployed:
-        # The old query stays, so that the cell is that of the old query: only the choice tells why.
+        # The old query stays, so this cell equals old/old; only the choice has evidence on the candidate.
         gain_test = decision.gain_tests[direction]
-        found = outcome_of(gain_test, worthwhile)
-        # A candidate that loses is never deployed: nothing is lost.
-        outcome: Outcome = "no gain" if found == "loss" else found
+        outcome = outcome_of(gain_test, worthwhile)
+        if outcome == "loss":  # a losing candidate is not deployed, so nothing is lost
+            outcome = "no gain"
         return DirectionVerdict(outcome, False, gain_test.why, gain_test.pooled)
     new, old = measured.cells[cell].ranks[direction], measured.cells[OLD].ranks[direction]
     gain_test = run_gain_test(direction, new, old, measured.ks, measured.groups[direction], confidence, seed)
@@ -171,10 +168,10 @@ def _answer(
 ) -> Answer:
     if too_few:
         return "unknown"
-    outcomes = [each.outcome for each in judged.values()]
+    outcomes = [verdict.outcome for verdict in judged.values()]
     if "loss" in outcomes:
         return "no"
-    gains = [direction for direction, each in judged.items() if each.outcome == "gain"]
+    gains = [direction for direction, verdict in judged.items() if verdict.outcome == "gain"]
     if gains:
         lost = [d for d in gains if d in needs_old and (d not in alone or alone[d].outcome != "gain")]
         return "ensemble" if lost else "yes"
@@ -194,7 +191,7 @@ def _reason(
             f"the method was chosen by {measured.n_chosen} images and measured on {len(measured.pairs)}, and "
             f"fewer than {MIN_IMAGES} cannot show a gain"
         )
-    parts = [f"{QUERIES[direction]} {_said(each)}" for direction, each in judged.items()]
+    parts = [f"{QUERIES[direction]} {_clause(verdict)}" for direction, verdict in judged.items()]
     gaining = [d for d in needs_old if judged[d].outcome == "gain"]
     if answer == "yes" and gaining:
         parts.append("without the old model running beside the new one a gain is still shown")
@@ -206,30 +203,30 @@ def _reason(
     return "; ".join(parts)
 
 
-def _said(verdict: DirectionVerdict) -> str:
-    """What a direction does, with the interval that says so."""
+def _clause(verdict: DirectionVerdict) -> str:
+    """Effect of a direction with its interval, as part of a sentence."""
     if verdict.pooled is None:
         return "were not judged"
     low, high = (f"{100 * end:+.1f}" for end in verdict.pooled[1:])
     amount = f"{100 * verdict.pooled.estimate:+.1f} points of R@k [{low}, {high}]"
-    said = {
+    effect = {
         "gain": f"gain {amount}",
         "loss": f"lose, {amount}",
         "no gain": f"gain nothing that is worth it, {amount}",
         "open": f"are open, {amount}",
     }[verdict.outcome]
-    return said if verdict.deployed else f"{said}, so that the old query stays"
+    return effect if verdict.deployed else f"{effect}, so that the old query stays"
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """One threshold and what was found.
+    """A threshold and the measured value.
 
     Attributes:
         name: Its flag.
-        what: What is held against it.
-        needed: The least that passes.
-        found: What was measured; ``None`` where there is nothing to recover.
+        what: Description of the measured value.
+        needed: Minimum value that passes.
+        found: Measured value; ``None`` if there is no gain to recover.
         met: Whether it passes.
     """
 
@@ -249,7 +246,7 @@ class Threshold:
 
 
 def check_thresholds(limits: FailUnder, measured: Measured) -> list[Threshold]:
-    """Holds what was measured against the thresholds.
+    """Compare the measured cells with the thresholds.
 
     Args:
         limits: The thresholds.
@@ -260,7 +257,7 @@ def check_thresholds(limits: FailUnder, measured: Measured) -> list[Threshold]:
     """
     old, new_old, k = measured.cells[OLD], measured.cells[UPGRADED], limits.k
     changes = differences(new_old, old, measured.groups)
-    found = []
+    thresholds = []
     for direction, needed in limits.directions.items():
         if direction not in measured.directions:
             raise ConfigError(f"--fail_under.{direction} was given, but {direction} was not measured")
@@ -268,7 +265,8 @@ def check_thresholds(limits: FailUnder, measured: Measured) -> list[Threshold]:
         value = 100 * (gain.low if limits.lower_end else gain.estimate)
         end = ", at least" if limits.lower_end else ""
         what = f"gain in points of R@{k}{end}"
-        found.append(Threshold(f"fail_under.{direction}", what, needed, value, _reached(value, needed)))
+        met = _reached(value, needed)
+        thresholds.append(Threshold(f"fail_under.{direction}", what, needed, value, met))
     if limits.recovered_gain is not None:
         if NEW not in measured.cells:
             raise ConfigError("--fail_under.recovered_gain was given, but new/new was not measured")
@@ -278,10 +276,12 @@ def check_thresholds(limits: FailUnder, measured: Measured) -> list[Threshold]:
             percent = None if share is None else 100 * share
             met = percent is not None and _reached(percent, limits.recovered_gain)
             what = f"{direction}: percent of re-embedding's gain recovered at R@{k}"
-            found.append(Threshold("fail_under.recovered_gain", what, limits.recovered_gain, percent, met))
-    return found
+            thresholds.append(
+                Threshold("fail_under.recovered_gain", what, limits.recovered_gain, percent, met)
+            )
+    return thresholds
 
 
 def _reached(value: float, needed: float) -> bool:
-    # 100 · (0.3 − 0.2) is a hair less than 10.
+    # 100 · (0.3 − 0.2) is slightly less than 10.
     return value >= needed - 1e-9
