@@ -202,5 +202,5 @@ def test_refuses_what_is_no_clip(open_clip_spec):
     description = load_backbone(f"clip:{open_clip_spec}").description()
     with pytest.raises(EncoderError, match="saved without its architecture"):
         rebuild_backbone({**description, "architecture": None})
-    with pytest.raises(EncoderError, match="no image tower can be built"):
+    with pytest.raises(EncoderError, match="cannot build an image tower"):
         rebuild_backbone({**description, "architecture": {"library": "jax", "config": {}}})

@@ -50,8 +50,8 @@ def test_text_towers_of_other_kinds_do_not_matter(tmp_path):
 
 def test_refuses_lora_and_unknown_descriptions(encoder):
     for wrong in ({"library": "jax", "config": {}}, {}, {"library": "open_clip", "config": {"embed_dim": 8}}):
-        with pytest.raises(EncoderError, match="no image tower can be built from"):
+        with pytest.raises(EncoderError, match="cannot build an image tower from"):
             build_image_tower(wrong)
     add_lora(encoder, LoraSettings(rank=2))
-    with pytest.raises(EncoderError, match="carries a LoRA; give an encoder as it was loaded"):
+    with pytest.raises(EncoderError, match="has LoRA attached; give an encoder as it was loaded"):
         take_image_tower(encoder)

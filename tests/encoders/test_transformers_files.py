@@ -89,7 +89,7 @@ MAPPED = {"auto_map": CODE}
         (
             "config.json",
             {"auto_map": CODE},
-            r"names code of its own \(auto_map in config\.json\), which is not run",
+            r"refers to its own code \(auto_map in config\.json\), which is not run",
         ),
         ("config.json", {"model_type": ["clip"]}, "not a CLIP"),
         (

@@ -142,7 +142,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 FOREIGN = {
     "namespace": (lambda s: saved(NAMESPACE | {"state_dict": s}), r"object argparse\.Namespace"),
     "path": (lambda s: saved({"where": Path("x"), "state_dict": s}), r"an object pathlib"),
-    "whole module": (lambda s: saved(Whole(2, 2)), r"an object .*Whole, for which code would"),
+    "whole module": (lambda s: saved(Whole(2, 2)), r"an object .*Whole, which needs code to be run"),
     "function": (lambda s: saved({"f": print, "state_dict": s}), "an object .*print, for which"),
     "TorchScript": (lambda s: archived("TorchScript"), "TorchScript archive, which holds code"),
     "git-lfs": (lambda s: POINTER, "git lfs pull"),

@@ -336,7 +336,7 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         at = access.at(saving.recorded_revision(saved.base, saved.new_space))
         new = saving.load_model(base, saved.base, what, "base=", device, foreign, at)
         if has_lora(new):
-            raise EncoderError(f"'{new.name}' carries a LoRA already; give a freshly loaded base")
+            raise EncoderError(f"'{new.name}' already has LoRA; give a freshly loaded base")
         saved.new_space.require(new.space, f"the base model given to {directory}")
         if saved.lora:
             load_lora(new, directory / saving.LORA_DIR, merge=True)

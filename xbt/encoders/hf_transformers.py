@@ -66,8 +66,8 @@ class TransformersEncoder(DualEncoder):
         return _Texts(self.name, self.tokenizer, self.context_length, vocab_size)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        # No attention mask: CLIP's text tower is causal and pools before the padding, and SigLIP's was trained
-        # to attend to padding.
+        # No attention mask: CLIP's text tower is causal and pools before the padding, and SigLIP's was
+        # trained to attend to padding.
         return pooled(self._clip.get_text_features(input_ids=tokens))
 
     def _image_features(self, pixels: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _dimension(name: str, config: Any) -> int:
 
 
 def _lower_case(tokenizer: Any) -> None:
-    """Make a tokenizer lower-case its texts, as in SigLIP 2's training, unless it already does or must not.
+    """Make a tokenizer lower-case texts, as in SigLIP 2's training, unless it already does or must not.
 
     SigLIP's tokenizer normalises texts itself. SigLIP 2 has Gemma's tokenizer, which keeps capitals.
     transformers' Siglip2Tokenizer adds the same step, but is not used for ``model_type`` siglip.
@@ -231,18 +231,18 @@ def _check_tokenizer(name: str, config: Any, tokenizer: Any) -> None:
         )
     if config.model_type != "clip":
         return
-    # CLIP's text vector is read at the end token. Without one, every text is read at position 0, which only sees
-    # the start token: all texts get the same vector.
+    # CLIP's text vector is read at the end token. Without one, every text is read at position 0, which only
+    # sees the start token: all texts get the same vector.
     end_id, model_id = tokenizer.eos_token_id, config.text_config.eos_token_id
     if model_id == LEGACY_EOS:
         highest = max(vocabulary.values())
         if end_id != highest:
             raise EncoderError(
                 f"the model of '{name}' reads a text at its highest token id, so the tokenizer's end token "
-                f"must be its highest id {highest}, but is {end_id}; give it the tokenizer it was trained with"
+                f"must be its highest id {highest}, but is {end_id}; give it the tokenizer of its training"
             )
     elif end_id != model_id:
         raise EncoderError(
-            f"the tokenizer of '{name}' ends texts with id {end_id}, but the model reads them at id {model_id} "
-            "(text_config.eos_token_id); give it the tokenizer it was trained with"
+            f"the tokenizer of '{name}' ends texts with id {end_id}, but the model reads them at id "
+            f"{model_id} (text_config.eos_token_id); give it the tokenizer it was trained with"
         )

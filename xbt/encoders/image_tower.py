@@ -1,4 +1,4 @@
-"""The image tower of a CLIP alone: taken out of an encoder, and built again from its description."""
+"""The image tower of a CLIP alone: taken from an encoder, or built from its description."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xbt.encoders.loading import require_plain_transformers
 from xbt.encoders.quiet import brief, quiet
 from xbt.errors import EncoderError
 
-# The text tower of a rebuilt CLIP is thrown away: the smallest that the libraries build.
+# The text tower of a rebuilt CLIP is discarded, so it is as small as the libraries allow.
 _OPEN_CLIP_TEXT = {"context_length": 32, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 _TRANSFORMERS_TEXT = {
     "hidden_size": 8,
@@ -28,10 +28,11 @@ _TRANSFORMERS_TEXT = {
 
 
 class ImageTower(nn.Module):
-    """The part of a CLIP that sees pixels: (n, 3, height, width) → (n, dim) vectors of any length.
+    """The image part of a CLIP: (n, 3, height, width) → (n, dim) vectors of any length.
 
     Attributes:
-        architecture: JSON-able; :func:`build_image_tower` makes the same tower of it, with other weights.
+        architecture: JSON-able description; :func:`build_image_tower` builds the same tower from it, with
+            random weights.
         image_size: Side in pixels of its input.
         parts: The modules of the CLIP, shared with it.
     """
@@ -43,9 +44,9 @@ class ImageTower(nn.Module):
         self.image_size = image_size
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(n, 3, height, width) pixels → (n, dim) vectors of any length."""
+        """Embed (n, 3, height, width) pixels as (n, dim) vectors of any length."""
         output = self.parts["tower"](pixels)
-        # open_clip gives the vectors, CoCa with the patches' beside them, transformers an output object.
+        # open_clip returns vectors, CoCa a tuple of vectors and patches, transformers an output object.
         vectors: Tensor = (
             output.pooler_output
             if hasattr(output, "pooler_output")
@@ -57,28 +58,30 @@ class ImageTower(nn.Module):
 
 
 def take_image_tower(encoder: DualEncoder) -> ImageTower:
-    """Take the image tower out of an encoder; it shares the encoder's weights.
+    """Take the image tower from an encoder; it shares the encoder's weights.
 
     Raises:
-        EncoderError: If the encoder is of neither backend, or carries a LoRA.
+        EncoderError: If the encoder is of another backend, or has LoRA.
     """
     clip: Any = encoder.module
     if hasattr(clip, "peft_config"):
-        raise EncoderError(f"{encoder.name} carries a LoRA; give an encoder as it was loaded")
+        raise EncoderError(f"{encoder.name} has LoRA attached; give an encoder as it was loaded")
     if hasattr(clip, "visual"):
         return _open_clip_tower(clip, deepcopy(vars(encoder)["model_config"]))
     if hasattr(clip, "vision_model"):
         config = json.loads(clip.config.to_json_string(use_diff=False))
         kept = ("model_type", "vision_config", "projection_dim")
         return _transformers_tower(clip, {key: config[key] for key in kept if key in config})
-    raise EncoderError(f"it is not known where {type(encoder).__name__} keeps its image tower")
+    raise EncoderError(
+        f"{type(encoder).__name__} is not an encoder of open_clip or transformers; load one of these"
+    )
 
 
 def build_image_tower(architecture: dict[str, Any]) -> ImageTower:
-    """Build a tower of a description, without any file, with random weights.
+    """Build a tower from a description, without files and with random weights.
 
     Args:
-        architecture: What :attr:`ImageTower.architecture` said.
+        architecture: A value of :attr:`ImageTower.architecture`.
 
     Raises:
         EncoderError: If the description is malformed, or the library cannot build it.
@@ -89,9 +92,9 @@ def build_image_tower(architecture: dict[str, Any]) -> ImageTower:
         ]
         with quiet():
             return builder(architecture["config"])
-    except Exception as error:  # the libraries share no kind of error
+    except Exception as error:  # the libraries raise errors of many types
         raise EncoderError(
-            f"no image tower can be built from {architecture!r}: {type(error).__name__}: {brief(error)}"
+            f"cannot build an image tower from {architecture!r}: {type(error).__name__}: {brief(error)}"
         ) from error
 
 
@@ -112,7 +115,7 @@ def _transformers_tower(clip: Any, config: dict[str, Any]) -> ImageTower:
 def _build_open_clip(config: dict[str, Any]) -> ImageTower:
     from xbt.encoders.open_clip import OpenClipEncoder
 
-    # Wrappers around the same image tower, which need a text tower of their own kind.
+    # These settings wrap the same image tower, and need their own kind of text tower.
     small = {key: value for key, value in config.items() if key not in ("custom_text", "multimodal_cfg")}
     small["text_cfg"] = dict(_OPEN_CLIP_TEXT)
     return _open_clip_tower(OpenClipEncoder.create(small).module, config)

@@ -1,7 +1,4 @@
-"""The sources of a model of open_clip: config, weights and tokenizer, found before anything is built.
-
-Building models and tokenizers of open_clip from a config, of which only sizes and options count.
-"""
+"""Finding config, weights and tokenizer of an open_clip model, and building model and tokenizer from them."""
 
 from __future__ import annotations
 
@@ -39,88 +36,23 @@ from xbt.hub import (
 )
 
 CONFIG_FILE = "open_clip_config.json"
-_HERE = HubAccess()
-
-
-def build(config: dict[str, Any], preprocess: dict[str, Any]) -> nn.Module:
-    """Build a model with random weights.
-
-    Raises:
-        EncoderError: If the config would run code or fetch an image tower.
-    """
-    require_plain_open_clip(config, "the open_clip model config")
-    with TemporaryDirectory() as directory:
-        write_config(Path(directory), config, preprocess)
-        module: nn.Module = open_clip.create_model(
-            f"local-dir:{directory}", precision="fp32", load_weights=False, pretrained_text=False
-        )
-    return module
-
-
-def with_text_model(
-    config: dict[str, Any], access: HubAccess = _HERE, foreign: bool = False
-) -> dict[str, Any]:
-    """A config whose text tower, if transformers builds it, is described by a checked file of this machine.
-
-    Args:
-        config: An open_clip model config.
-        access: How the Hub is asked for the text model's config; nothing else of it is fetched.
-        foreign: Whether the config came from the Hub: then a path in it is not followed.
-
-    Raises:
-        EncoderError: If open_clip knows no such text model, or its config says what it must not.
-        SavedPartError: If it cannot be fetched.
-    """
-    text = config.get("text_cfg")
-    name = text.get("hf_model_name") if isinstance(text, dict) else None
-    if not name:
-        return config
-    folder = Path(str(name)).expanduser()
-    if foreign or not folder.is_dir():
-        folder = fetch_repository(str(name), access, ["config.json"])
-    kind = read_plain_transformers(folder).get("model_type")
-    if kind not in arch_dict:
-        raise EncoderError(
-            f"the text model '{name}' is of type {kind!r:.80}, and code of a repository is not run; "
-            f"open_clip builds {', '.join(arch_dict)}"
-        )
-    return config | {"text_cfg": {**config["text_cfg"], "hf_model_name": str(folder)}}
-
-
-def make_tokenizer(text: dict[str, Any]) -> Any:
-    """open_clip's tokenizer for a ``text_cfg``; code of a repository is never run."""
-    length, options = text.get("context_length", 77), text.get("tokenizer_kwargs") or {}
-    source = text.get("hf_tokenizer_name")
-    if not source:
-        return SimpleTokenizer(context_length=length, **options)
-    mode = text.get("tokenizer_mode")
-    return HFTokenizer(source, context_length=length, tokenizer_mode=mode, trust_remote_code=False, **options)
-
-
-def write_config(folder: Path, model_config: dict[str, Any], preprocess: dict[str, Any]) -> None:
-    """Write ``open_clip_config.json``."""
-    # The size is left out: open_clip takes it from the image tower.
-    kept = {key: preprocess[key] for key in preprocess if key not in ("size", "mode")}
-    config = {"model_cfg": model_config, "preprocess_cfg": kept}
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 WEIGHTS_FILE = "open_clip_model.safetensors"
 _OLD_WEIGHTS_FILE = "open_clip_pytorch_model.bin"
 _WEIGHTS_PATTERNS = (WEIGHTS_FILE, "*.safetensors", _OLD_WEIGHTS_FILE, "*.bin", "*.pth", "*.pt")
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+_DEFAULT_ACCESS = HubAccess()
 
 
 @dataclass(frozen=True)
 class OpenClipSource:
-    """The parts that a model is built of.
+    """Everything that a model is built from.
 
     Attributes:
         config: open_clip's description of the architecture.
-        preprocess: Its image preprocessing, as far as it differs from open_clip's default.
-        weights: File of the weights.
-        folder: The directory that the config was read in, if it is none of open_clip's own.
-        access: How the Hub is asked for what a config names besides.
+        preprocess: Image preprocessing that differs from open_clip's default.
+        weights: The weights file.
+        folder: The directory of the config; ``None`` for a built-in config of open_clip.
+        access: Hub access for text models and tokenizers that a config names.
         revision: The commit of the Hub repository, if it came from one.
     """
 
@@ -132,10 +64,11 @@ class OpenClipSource:
     revision: str | None
 
     def module(self) -> nn.Module:
-        """Build the model, of no more than the weights account for, and loads them strictly.
+        """Build the model and load the weights strictly.
 
         Raises:
-            EncoderError, SavedPartError: If the config asks for too much, or for what is not to be fetched.
+            EncoderError, SavedPartError: If the config is refused, or describes a model far larger than the
+                weights.
         """
         if self.folder is None:
             module = build(with_text_model(self.config, self.access), self.preprocess)
@@ -147,7 +80,7 @@ class OpenClipSource:
         return module
 
     def tokenizer(self) -> Any:
-        """open_clip's tokenizer for it: the directory's own if there is one, else what the config names."""
+        """Make the tokenizer: from the directory's own files if there are any, else from the config."""
         text = dict(self.config["text_cfg"])
         name = text.get("hf_tokenizer_name")
         if (
@@ -155,7 +88,7 @@ class OpenClipSource:
             and self.folder is not None
             and (
                 not is_snapshot(self.folder)
-                or any((self.folder / each).exists() for each in _TOKENIZER_FILES)
+                or any((self.folder / file).exists() for file in _TOKENIZER_FILES)
             )
         ):
             text["hf_tokenizer_name"] = str(self.folder)
@@ -167,17 +100,17 @@ class OpenClipSource:
 
 
 def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
-    """Find, and download if need be, what follows ``open_clip:`` in a specification.
+    """Find, and download if need be, the files of a specification ``open_clip:REST``.
 
     Args:
         rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
         name: The whole specification.
-        access: How the Hub is asked; its revision comes before the one in the specification.
+        access: Hub access; its revision overrides the one in the specification.
 
     Raises:
         EncoderError: If the directory, architecture or tag does not exist, architecture and tag were trained
-            with different activations, or a config says what it must not.
-        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config is no JSON.
+            with different activations, or a config is refused.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config is not JSON.
     """
     if rest.startswith("local-dir:"):
         folder = Path(rest.removeprefix("local-dir:")).expanduser()
@@ -192,7 +125,7 @@ def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
         folder = fetch_repository(repo, access.at(access.revision or revision), patterns, [WEIGHTS_FILE])
         if not (folder / CONFIG_FILE).is_file():
             raise EncoderError(
-                f"the Hub repository {repo} has no {CONFIG_FILE}, so it is no model of open_clip"
+                f"the Hub repository {repo} has no {CONFIG_FILE}, so it is not an open_clip model"
             )
         return _in_folder(folder, folder / WEIGHTS_FILE, access.at(None), folder.name)
     arch, _, tag = rest.partition("/")
@@ -207,7 +140,7 @@ def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
 
 
 def check_tag(arch: str, tag: str) -> dict[str, Any]:
-    """The config of an architecture, once it is known, before any download, that the weights belong to it.
+    """The config of an architecture, after a check, before any download, that the weights fit it.
 
     Raises:
         EncoderError: If there is no such architecture or tag, or their activations differ.
@@ -231,24 +164,87 @@ def check_tag(arch: str, tag: str) -> dict[str, Any]:
 
 
 def builtin_config(arch: str) -> dict[str, Any]:
-    """open_clip's own config of an architecture.
+    """open_clip's built-in config of an architecture.
 
     Raises:
-        EncoderError: If it knows none of that name.
+        EncoderError: If open_clip has no architecture of that name.
     """
-    # By name only: open_clip would take "hf-hub:..." here as well.
+    # Checked here, because open_clip would also accept "hf-hub:...".
     if arch not in open_clip.list_models():
         close = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise EncoderError(f"open_clip knows no architecture '{arch}'{hint}")
+        raise EncoderError(f"open_clip has no architecture '{arch}'{hint}")
     config: dict[str, Any] = open_clip.get_model_config(arch)
     return config
 
 
+def build(config: dict[str, Any], preprocess: dict[str, Any]) -> nn.Module:
+    """Build a model with random weights.
+
+    Raises:
+        EncoderError: If the config would run code or fetch a tower.
+    """
+    require_plain_open_clip(config, "the open_clip model config")
+    with TemporaryDirectory() as directory:
+        write_config(Path(directory), config, preprocess)
+        module: nn.Module = open_clip.create_model(
+            f"local-dir:{directory}", precision="fp32", load_weights=False, pretrained_text=False
+        )
+    return module
+
+
+def with_text_model(
+    config: dict[str, Any], access: HubAccess = _DEFAULT_ACCESS, foreign: bool = False
+) -> dict[str, Any]:
+    """Replace the name of a transformers text model in a config by a local directory with its checked config.
+
+    Args:
+        config: An open_clip model config.
+        access: Hub access for the text model's config; its other files are not fetched.
+        foreign: Whether the config came from the Hub: then a path in it is not followed.
+
+    Raises:
+        EncoderError: If open_clip does not support the text model, or its config is refused.
+        SavedPartError: If the text model's config cannot be fetched.
+    """
+    text = config.get("text_cfg")
+    name = text.get("hf_model_name") if isinstance(text, dict) else None
+    if not name:
+        return config
+    folder = Path(str(name)).expanduser()
+    if foreign or not folder.is_dir():
+        folder = fetch_repository(str(name), access, ["config.json"])
+    kind = read_plain_transformers(folder).get("model_type")
+    if kind not in arch_dict:
+        raise EncoderError(
+            f"the text model '{name}' is of type {kind!r:.80}, and code of a repository is not run; "
+            f"open_clip supports {', '.join(arch_dict)}"
+        )
+    return config | {"text_cfg": {**config["text_cfg"], "hf_model_name": str(folder)}}
+
+
+def make_tokenizer(text: dict[str, Any]) -> Any:
+    """Make open_clip's tokenizer for a ``text_cfg``, without code of a repository."""
+    length, options = text.get("context_length", 77), text.get("tokenizer_kwargs") or {}
+    source = text.get("hf_tokenizer_name")
+    if not source:
+        return SimpleTokenizer(context_length=length, **options)
+    mode = text.get("tokenizer_mode")
+    return HFTokenizer(source, context_length=length, tokenizer_mode=mode, trust_remote_code=False, **options)
+
+
+def write_config(folder: Path, model_config: dict[str, Any], preprocess: dict[str, Any]) -> None:
+    """Write ``open_clip_config.json``."""
+    # The size is left out: open_clip takes it from the image tower.
+    kept = {key: preprocess[key] for key in preprocess if key not in ("size", "mode")}
+    config = {"model_cfg": model_config, "preprocess_cfg": kept}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def _in_folder(folder: Path, weights: Path, access: HubAccess, revision: str | None) -> OpenClipSource:
     file = folder / CONFIG_FILE
-    whole = read_json(own_file(file))
-    config, preprocess = whole.get("model_cfg"), whole.get("preprocess_cfg") or {}
+    content = read_json(own_file(file))
+    config, preprocess = content.get("model_cfg"), content.get("preprocess_cfg") or {}
     if not isinstance(config, dict) or not isinstance(preprocess, dict):
         raise EncoderError(
             f"{file} must have a model_cfg, and its preprocess_cfg must be an object; save it again"
@@ -258,29 +254,29 @@ def _in_folder(folder: Path, weights: Path, access: HubAccess, revision: str | N
 
 
 def _weights_in(folder: Path) -> Path:
-    """The weights in a directory of the user's own, safetensors before all others."""
+    """The weights in a local directory; safetensors are preferred."""
     for pattern in _WEIGHTS_PATTERNS:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            listed = ", ".join(file.name for file in found[:5])
+        files = sorted(folder.glob(pattern))
+        if len(files) > 1:
+            listed = ", ".join(file.name for file in files[:5])
             raise EncoderError(
-                f"{folder} has {len(found)} weights files, {listed}{', …' * (len(found) > 5)}, and it is not "
-                f"known which to load; keep one of them there, or call it {WEIGHTS_FILE} if it is safetensors"
+                f"{folder} has {len(files)} weights files, {listed}{', …' * (len(files) > 5)}, but only one "
+                f"can be loaded; keep one of them there, or rename it to {WEIGHTS_FILE} if it is safetensors"
             )
-        if found:
-            return found[0]
+        if files:
+            return files[0]
     raise EncoderError(f"{folder} has no weights; put {WEIGHTS_FILE} there")
 
 
 def _tag_weights(trained: dict[str, Any], name: str, access: HubAccess) -> Path:
-    """The weights of one of open_clip's own tags, from where open_clip keeps them."""
+    """The weights of a pretrained tag of open_clip, from its cache or downloaded."""
     hub = str(trained.get("hf_hub", ""))
     repo, _, file = hub.rpartition("/")
     if access.local_files_only:
-        found = _cached(repo, file, str(trained.get("url", "")), access)
-        if found is None:
+        cached = _cached(repo, file, str(trained.get("url", "")), access)
+        if cached is None:
             raise EncoderError(f"the weights of '{name}' are not in the cache, and local_files_only is set")
-        return found
+        return cached
     if repo and access.revision:
         options = {"filename": file or None, "revision": access.revision, "cache_dir": access.cache_dir}
         return Path(download_pretrained_from_hf(repo, **options))
@@ -289,11 +285,11 @@ def _tag_weights(trained: dict[str, Any], name: str, access: HubAccess) -> Path:
 
 def _cached(repo: str, file: str, url: str, access: HubAccess) -> Path | None:
     if not repo:
-        kept = Path(access.cache_dir or "~/.cache/clip").expanduser() / url.rpartition("/")[2]
-        return kept if kept.is_file() else None
+        path = Path(access.cache_dir or "~/.cache/clip").expanduser() / url.rpartition("/")[2]
+        return path if path.is_file() else None
     names = (f"{file.rpartition('.')[0]}.safetensors", file) if file else (WEIGHTS_FILE, _OLD_WEIGHTS_FILE)
-    for each in names:
-        found = try_to_load_from_cache(repo, each, cache_dir=access.cache_dir, revision=access.revision)
-        if isinstance(found, str):
-            return Path(found)
+    for name in names:
+        cached = try_to_load_from_cache(repo, name, cache_dir=access.cache_dir, revision=access.revision)
+        if isinstance(cached, str):
+            return Path(cached)
     return None

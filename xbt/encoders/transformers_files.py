@@ -1,4 +1,4 @@
-"""The files of a model of transformers, found and named for what they are before the model is built."""
+"""Finding and checking the files of a transformers model before it is built, and loading its tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUPPORTED = ("clip", "siglip")
 """Values of ``model_type`` in a config.json that can be loaded."""
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-"""Of which a repository must hold one."""
+"""Weights files, of which a repository must hold one."""
 _CONFIG, _MODULES, _WRAPPED = "config.json", "modules.json", "0_CLIPModel"
 _PACKAGES = {
     "sentencepiece": "sentencepiece",
@@ -26,29 +26,30 @@ _PACKAGES = {
     "tiktoken": "tiktoken",
     "blobfile": "tiktoken",
 }
-"""Packages that tokenizers ask for, and what to install."""
+"""Name in an error of a tokenizer → package to install."""
 _MAX_LIST = 2**20
 _SUBFOLDER = re.compile(r"[\w-][\w.-]*")
 
 
 def find_transformers(source: str, name: str, access: HubAccess) -> tuple[Path, str | None]:
-    """Find, and download if need be, what follows ``transformers:`` in a specification.
+    """Find, and download if need be, the files of a specification ``transformers:SOURCE``.
 
-    Of a repository the configs are fetched first, so that nothing else is fetched of what is no CLIP.
+    The configs of a repository are fetched first, so that a model other than CLIP is refused before its
+    weights are downloaded.
 
     Args:
-        source: A directory, or a repository of the Hugging Face Hub, ``org/name`` or ``org/name@revision``.
-            Either may hold what sentence-transformers saved.
+        source: A directory, or a Hub repository ``org/name`` or ``org/name@revision``. The model may have
+            been saved by sentence-transformers.
         name: The whole specification.
-        access: How the Hub is asked; its revision comes before the one in the specification.
+        access: Hub access; its revision overrides the one in the specification.
 
     Returns:
         The directory with the model's own ``config.json``, and the commit of the repository if it is one.
 
     Raises:
-        EncoderError: If the directory does not exist, or the model is no CLIP, or needs code of its own, or
-            other modules come after it.
-        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config is no JSON.
+        EncoderError: If the directory does not exist, or the model is not a CLIP, needs its own code, or is
+            followed by other modules.
+        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config is not JSON.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -61,22 +62,23 @@ def find_transformers(source: str, name: str, access: HubAccess) -> tuple[Path, 
     model = _require_clip(_model_folder(configs, name), name)
     inside = "" if model == configs else f"{model.name}/"
     patterns = (*SAFE_PATTERNS, f"{inside}model.safetensors", f"{inside}model-*-of-*.safetensors")
-    whole = fetch_repository(repo, access, patterns, [f"{inside}{each}" for each in WEIGHTS])
+    whole = fetch_repository(repo, access, patterns, [f"{inside}{file}" for file in WEIGHTS])
     return whole / inside, whole.name
 
 
 def _model_folder(folder: Path, name: str) -> Path:
-    """The directory itself, or the one inside it in which sentence-transformers keeps the CLIP."""
+    """The directory itself, or the subdirectory where sentence-transformers saved the CLIP."""
     listing = folder / _MODULES
     if not listing.is_file():
         return folder
     modules = _read_list(own_file(listing))
     kinds = [
-        str(each.get("type", "")).rpartition(".")[2] if isinstance(each, dict) else "" for each in modules
+        str(module.get("type", "")).rpartition(".")[2] if isinstance(module, dict) else ""
+        for module in modules
     ]
     if not kinds or kinds[0] != "CLIPModel":
         if (folder / _CONFIG).is_file():
-            return folder  # its type decides
+            return folder  # its model_type is checked later
         first = kinds[0] if kinds and kinds[0] else "none"
         raise EncoderError(
             f"'{name}' was saved by sentence-transformers, and its first module is {first:.80}, not "
@@ -86,7 +88,7 @@ def _model_folder(folder: Path, name: str) -> Path:
     if others:
         raise EncoderError(
             f"'{name}' was saved by sentence-transformers with {', '.join(others):.80} after the CLIP, which "
-            "change its vectors and are not loaded; load the CLIP alone: give its own directory"
+            "would change its vectors and cannot be loaded; load the CLIP alone: give its own directory"
         )
     inside = str(modules[0].get("path") or "")
     if not inside:
@@ -111,24 +113,24 @@ def _read_list(file: Path) -> list[Any]:
 
 
 def _require_clip(folder: Path, name: str) -> Path:
-    """Refuse, by its config alone, what is no CLIP or SigLIP of transformers' own."""
+    """Return a directory if its config describes a CLIP or SigLIP of transformers."""
     if not (folder / _CONFIG).is_file():
         wrapped = f"; {_WRAPPED} in it looks like one: load that" if (folder / _WRAPPED).is_dir() else ""
         raise EncoderError(
-            f"'{name}' could not be loaded: {folder} has no {_CONFIG}, so it is no model of "
+            f"'{name}' could not be loaded: {folder} has no {_CONFIG}, so it is not a model of "
             f"transformers{wrapped or '; save the model with save_pretrained'}"
         )
     config = read_plain_transformers(folder)
     kind = config.get("model_type")
     if kind not in SUPPORTED:
-        own_code = "; code of a repository (auto_map) is not run" if "auto_map" in config else ""
+        code = "; code of a repository (auto_map) is not run" if "auto_map" in config else ""
         raise EncoderError(
             f"'{name}' is a {kind!r:.80} model, not a CLIP; xbt loads models of type "
-            f"{' and '.join(SUPPORTED)} from transformers{own_code}"
+            f"{' and '.join(SUPPORTED)} from transformers{code}"
         )
     if config.get("auto_map"):
         raise EncoderError(
-            f"'{name}' names code of its own (auto_map in {_CONFIG}), which is not run; remove auto_map if "
+            f"'{name}' refers to its own code (auto_map in {_CONFIG}), which is not run; remove auto_map if "
             f"it is a plain {kind} model, or wrap the model in a callable of yours"
         )
     return folder
@@ -138,17 +140,17 @@ def load_tokenizer(folder: Path, name: str) -> Any:
     """Load the tokenizer in a directory.
 
     Raises:
-        EncoderError: If a package that it needs is not installed, it needs code of its own, or its files are
+        EncoderError: If a package that it needs is not installed, it needs its own code, or its files are
             missing or damaged.
-        SavedPartError: If ``tokenizer_config.json`` is no JSON object.
+        SavedPartError: If ``tokenizer_config.json`` is not a JSON object.
     """
     file = folder / "tokenizer_config.json"
     config = read_json(own_file(file)) if file.is_file() else {}
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each tokenizer fails in its own way
+    except Exception as error:  # tokenizers raise errors of many types
         raise EncoderError(_no_tokenizer(folder, name, config, error)) from error
-    except BaseException as error:  # the Rust library's failures are no Exceptions
+    except BaseException as error:  # panics of the Rust library are not Exceptions
         if type(error).__name__ != "PanicException":
             raise
         raise EncoderError(_no_tokenizer(folder, name, config, error)) from error
@@ -160,13 +162,13 @@ def _no_tokenizer(folder: Path, name: str, config: dict[str, Any], error: BaseEx
             f"the tokenizer of '{name}' needs code of its repository (auto_map), which is not run; save one "
             "of transformers' own tokenizers beside the model"
         )
-    if not any((folder / each).is_file() for each in ("tokenizer.json", "vocab.json", "spiece.model")):
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
         return (
             f"the tokenizer files of '{name}' are missing in {folder} (such as tokenizer.json, or vocab.json "
             "and merges.txt); save the tokenizer that the model was trained with there"
         )
     message = str(error).lower()
-    package = next((each for each in _PACKAGES if each in message), None)
+    package = next((name for name in _PACKAGES if name in message), None)
     if package is not None and (isinstance(error, ImportError) or "install" in message):
         return (
             f"the tokenizer of '{name}' needs the package {package}, which is not installed; install it: "

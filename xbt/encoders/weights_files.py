@@ -1,4 +1,4 @@
-"""Weights files of all kinds, loaded into a model of open_clip without running anything that is in them."""
+"""Loading weights files of several formats into an open_clip model, without running code in them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from xbt.errors import EncoderError
 from xbt.hub.weights import read_tensors
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-"""Under these keys training loops keep the weights."""
+"""Keys under which training loops save the weights."""
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-"""These are what distributed training, ``torch.compile`` and Lightning put before a name."""
+"""Prefixes that distributed training, ``torch.compile`` and Lightning add to a name."""
 _NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
-"""OpenAI's archives keep these numbers beside the weights."""
+"""Numbers beside the weights in OpenAI's archives."""
 _NUMPY = (
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
     *("numpy.dtype", "numpy.ndarray"),
     *(f"numpy.dtypes.{kind}DType" for kind in ("Float64", "Float32", "Int64", "Int32", "Bool", "UInt32")),
 )
-"""An optimizer's state and a scheduler's learning rate often hold these objects."""
+"""Numpy objects that are common in the state of optimizers and schedulers."""
 _AGAIN = "download or save it again"
 _PRINTABLE = frozenset(string.printable.encode())
 _SHOWN = 3
@@ -40,7 +40,7 @@ _LOCK = threading.Lock()
 
 
 class _Ignored:
-    """Takes the place of an object that no weight is made of; it keeps nothing of what it is given."""
+    """Placeholder for an object that is not part of the weights; it ignores its arguments and state."""
 
     def __new__(cls, *_: Any) -> _Ignored:
         return object.__new__(cls)
@@ -50,7 +50,7 @@ class _Ignored:
 
 
 class _Kind(NamedTuple):
-    """A kind of file that is not one of weights, known by its first bytes."""
+    """A kind of file that holds no usable weights, recognised by its first bytes."""
 
     start: bytes
     sentence: str
@@ -69,19 +69,19 @@ _KINDS = (
 
 
 def load_weights_file(module: nn.Module, path: Path) -> None:
-    """Load a weights file into a model of open_clip, strictly, and run nothing that is in the file.
+    """Load a weights file into an open_clip model, strictly, without running code in the file.
 
-    Safetensors, checkpoints of ``torch.save`` and Google's ``.npz`` files are known by their content. Weights
-    are found under the usual keys of training loops and behind the usual prefixes.
+    Safetensors, checkpoints of ``torch.save`` and Google's ``.npz`` files are recognised by their content.
+    Usual wrapper keys and name prefixes of training loops are removed.
 
     Args:
         module: A model that open_clip built.
-        path: The file, whatever its name ends in.
+        path: The file; its ending does not matter.
 
     Raises:
         EncoderError: If the file is missing, holds no weights, is damaged, holds objects of other libraries,
-            or its weights do not fit the model. The message says what the file is, and what to do.
-        SavedPartError: If it is a safetensors file that is damaged.
+            or its weights do not fit the model. The message names the kind of file and the fix.
+        SavedPartError: If it is a damaged safetensors file.
     """
     if not path.is_file():
         raise EncoderError(f"the weights file {path} does not exist; check the path")
@@ -99,10 +99,10 @@ def load_weights_file(module: nn.Module, path: Path) -> None:
 
 
 def _archive_names(path: Path) -> list[str] | None:
-    """The names of the files in a zip archive; ``None`` for a file that is none.
+    """The names of the files in a zip archive; ``None`` for other files.
 
     Raises:
-        EncoderError: If the archive is damaged, holds code, or would need more memory than it has bytes.
+        EncoderError: If the archive is damaged, holds code, or is compressed.
     """
     with path.open("rb") as file:
         start = file.read(4)
@@ -111,17 +111,17 @@ def _archive_names(path: Path) -> list[str] | None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except Exception as error:  # zipfile raises whatever a damaged directory leads to
+    except Exception as error:  # a damaged directory raises errors of many types
         raise EncoderError(f"{path} is damaged or was cut short ({brief(error)}); {_AGAIN}") from error
     names = [member.filename for member in members]
     if any(name.endswith("/constants.pkl") for name in names):
         raise EncoderError(
-            f"{path} is a TorchScript archive, which holds code, and no code of a file is run; where you "
-            "trust it, save its weights alone: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')"
+            f"{path} is a TorchScript archive, which holds code, and code in files is not run; if you trust "
+            "it, save its weights alone: torch.save(torch.jit.load(path).state_dict(), 'weights.pt')"
         )
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise EncoderError(
-            f"{path} is a compressed zip archive, as which weights are not saved; unpack it, and give the "
+            f"{path} is a compressed zip archive, which is not a format of weights; unpack it and give the "
             "weights file in it"
         )
     return names
@@ -132,12 +132,12 @@ def _is_safetensors(path: Path) -> bool:
         return not _kind_of(path)
     with path.open("rb") as file:
         start = file.read(9)
-    # Eight bytes say how long the header is, which is JSON.
+    # The first eight bytes are the length of the header, which is JSON.
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def _kind_of(path: Path) -> str:
-    """A sentence about a file that is no weights file; empty where it may be one."""
+    """The end of an error about a file that is not a weights file; empty if it may be one."""
     with path.open("rb") as file:
         start = file.read(64)
     if not start:
@@ -146,10 +146,10 @@ def _kind_of(path: Path) -> str:
         if path.suffix == ".safetensors":
             return "is a checkpoint of torch.save, not safetensors; give it a name that ends in .pt"
         return ""
-    known = next((kind.sentence for kind in _KINDS if start.lstrip().startswith(kind.start)), "")
-    if not known and all(byte in _PRINTABLE for byte in start):
+    sentence = next((kind.sentence for kind in _KINDS if start.lstrip().startswith(kind.start)), "")
+    if not sentence and all(byte in _PRINTABLE for byte in start):
         return f"is a text file that begins with {start[:20].decode()!r}; download the weights file itself"
-    return known
+    return sentence
 
 
 def _require_checkpoint(path: Path, names: list[str] | None) -> None:
@@ -167,34 +167,34 @@ def _require_checkpoint(path: Path, names: list[str] | None) -> None:
 
 
 def _unpickled(path: Path) -> Any:
-    with _LOCK:  # what torch allows is a setting of the whole process
+    with _LOCK:  # safe_globals is a setting of the whole process
         allowed: list[Any] = [(_Ignored, name) for name in _NUMPY]
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             try:
-                warnings.simplefilter("ignore")  # about odd protocols of pickle, which are refused or read
+                warnings.simplefilter("ignore")  # warnings about unusual pickle protocols
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch raises whatever a damaged pickle leads to
+            except Exception as error:  # a damaged pickle raises errors of many types
                 _explain(path, error)
 
 
 def _explain(path: Path, error: Exception) -> NoReturn:
-    named = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if named is None and "Unsupported operand" in str(error):
+    global_name = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if global_name is None and "Unsupported operand" in str(error):
         raise EncoderError(
-            f"{path} is damaged, or pickled in a way that is not read without running code (as pickle.dump "
-            "does); save the weights with torch.save(model.state_dict(), 'weights.pt')"
+            f"{path} is damaged, or pickled in a form that cannot be read without running code (such as that "
+            "of pickle.dump); save the weights with torch.save(model.state_dict(), 'weights.pt')"
         ) from error
-    if named is None:
+    if global_name is None:
         raise EncoderError(f"{path} is damaged or was cut short, or is no weights file; {_AGAIN}") from error
     raise EncoderError(
-        f"{path} holds more than weights: an object {named[1]}, for which code would have to be run; where "
-        "you trust the file, load it with the program that wrote it, and save the weights alone: "
+        f"{path} holds more than weights: an object {global_name[1]}, which needs code to be run; if you "
+        "trust the file, load it with the program that wrote it, and save the weights alone: "
         "torch.save(model.state_dict(), 'weights.pt')"
     ) from error
 
 
 def _plain_state(content: Any, path: Path) -> dict[str, Tensor]:
-    """The weights in what a file holds, under the names that the model has for them."""
+    """The weights in a file's content, without wrapper keys and name prefixes."""
     inside: Any = content
     for _ in range(len(_WRAPPERS)):
         if not isinstance(inside, Mapping):
@@ -219,8 +219,8 @@ def _plain_state(content: Any, path: Path) -> dict[str, Tensor]:
             )
         state[name] = _whole(value, name, path)
     if not state:
-        held = ", ".join(map(str, list(inside)[:_SHOWN])) or "nothing"
-        raise EncoderError(f"{path} holds no weights, but {held:.200}; save model.state_dict()")
+        keys = ", ".join(map(str, list(inside)[:_SHOWN])) or "nothing"
+        raise EncoderError(f"{path} holds no weights, but {keys:.200}; save model.state_dict()")
     return state
 
 
@@ -233,7 +233,7 @@ def _plain_name(key: str) -> str:
 
 def _whole(tensor: Tensor, name: str, path: Path) -> Tensor:
     dense = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
-    # A tensor can claim any size over a small storage; resizing it would then take as much memory.
+    # An expanded tensor can have any size over a small storage, and would take all this memory when copied.
     if not dense or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise EncoderError(
             f"the tensor {name} of {path} is not stored whole (it is sparse, quantised or expanded); save "
@@ -245,7 +245,7 @@ def _whole(tensor: Tensor, name: str, path: Path) -> Tensor:
 def _load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         fitting = _converted(module, state)
-    except Exception as error:  # open_clip's conversions take for granted that the weights fit
+    except Exception as error:  # open_clip's conversions assume that the weights fit
         fitting, cause = state, error
         _require_fit(module, fitting, path)
         raise EncoderError(f"{path} cannot be converted for the model: {brief(cause)}") from cause
@@ -264,7 +264,7 @@ def _converted(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[name] = state[name].reshape(needed.shape)
     if "logit_bias" not in state and getattr(module, "logit_bias", None) is not None:
         state["logit_bias"] = torch.zeros_like(module.logit_bias)
-    # Text models of transformers have kept this buffer to themselves since version 4.31.
+    # Text models of transformers do not save this buffer since version 4.31.
     if "text.transformer.embeddings.position_ids" not in module.state_dict():
         state.pop("text.transformer.embeddings.position_ids", None)
     resize_pos_embed(state, module)
@@ -279,7 +279,7 @@ def _require_fit(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> 
     if missing or extra:
         hint = "give weights of this architecture"
         if any(name.startswith(("text_model.", "vision_model.")) for name in extra):
-            hint = "they are of a model of transformers: load its folder as transformers:DIRECTORY"
+            hint = "they belong to a transformers model: load its folder as transformers:DIRECTORY"
         raise EncoderError(
             f"the weights in {path} do not fit the model: missing are {_some(missing)}, unexpected are "
             f"{_some(extra)}; {hint}"
@@ -300,8 +300,8 @@ def _some(names: list[str]) -> str:
 def _load_numpy(module: nn.Module, path: Path) -> None:
     try:
         load_big_vision_weights(module, str(path))
-    except Exception as error:  # whatever a file that does not fit leads to
+    except Exception as error:  # a file that does not fit raises errors of many types
         raise EncoderError(
-            f"{path} holds numpy arrays, but not the weights of big_vision for this model ({brief(error)}); "
+            f"{path} holds numpy arrays, but not big_vision weights for this model ({brief(error)}); "
             "give weights of this architecture"
         ) from error
