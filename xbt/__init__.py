@@ -1,4 +1,4 @@
-"""xbt: put a better CLIP in front of a gallery that was embedded by an older one."""
+"""xbt: query a gallery that was embedded by an old CLIP with a better new one, without re-embedding it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from xbt.space import EmbeddingSpace as EmbeddingSpace
     from xbt.store import EmbeddingStore as EmbeddingStore
 
-# Loaded at first use: `import xbt` must not cost the seconds that torch and the backends take.
-_HOMES = {
+# Loaded at first use: torch and the backends take seconds to import.
+_MODULES = {
     "CompatibleBackbone": "xbt.backbones",
     "CompatibleEncoder": "xbt.compatible",
     "DualEncoder": "xbt.encoders",
@@ -45,13 +45,13 @@ _HOMES = {
     "recall_at_k": "xbt.evaluation",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = ["__version__", *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'xbt' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

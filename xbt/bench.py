@@ -1,7 +1,7 @@
-"""Timing two ways to do the same thing side by side, and writing down what came out.
+"""Timing of alternatives side by side, and reports of the results.
 
-On a shared machine the seconds of one run mean little. Contenders are therefore timed in turns, in one
-process, and compared round by round: what disturbs a round disturbs all of it.
+On a shared machine the seconds of one run mean little. The contenders are therefore timed in turns in one
+process and compared round by round, because a disturbance affects all contenders of a round.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from xbt.run_dir import versions, write_json
 
 @dataclass(frozen=True)
 class Spread:
-    """What was measured in every round: seconds, or ratios of them."""
+    """Values of all rounds: seconds, or ratios of seconds."""
 
     values: tuple[float, ...]
 
     @property
     def min(self) -> float:
-        """The least."""
+        """Minimum."""
         return min(self.values)
 
     @property
     def median(self) -> float:
-        """The one in the middle."""
+        """Median."""
         return statistics.median(self.values)
 
     @property
     def max(self) -> float:
-        """The greatest."""
+        """Maximum."""
         return max(self.values)
 
     def over(self, other: Spread) -> Spread:
-        """This divided by another one, round by round."""
+        """Divide by another spread, round by round."""
         return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
 
     def minus(self, other: Spread) -> Spread:
-        """This less another one, round by round."""
+        """Subtract another spread, round by round."""
         return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
 
     def __str__(self) -> str:
@@ -57,12 +57,12 @@ Timings = dict[str, Spread]
 
 
 def side_by_side(contenders: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1) -> Timings:
-    """Times contenders in turns; every round starts with the next one.
+    """Time contenders in turns; every round starts with the next one.
 
     Args:
-        contenders: Name → what to run. On CUDA each is waited for.
-        rounds: Rounds that count; every contender runs once in each.
-        warmup: Rounds before them that do not count.
+        contenders: Functions by name. On CUDA the timer waits for each to finish.
+        rounds: Measured rounds; every contender runs once in each.
+        warmup: Rounds before them that are not measured.
 
     Returns:
         Seconds per contender and round.
@@ -99,26 +99,26 @@ def _wait() -> None:
 
 
 def ratio(timings: Timings, slow: str, fast: str) -> Spread:
-    """How many times as long one contender took as another, round by round.
+    """Ratio of the times of two contenders, round by round.
 
     Args:
-        timings: What :func:`side_by_side` measured.
-        slow: The contender in the numerator.
-        fast: The one in the denominator.
+        timings: Result of :func:`side_by_side`.
+        slow: Contender in the numerator.
+        fast: Contender in the denominator.
 
     Returns:
-        The spread of the rounds' ratios; above 1 where ``fast`` was faster.
+        The spread of the ratios; above 1 where ``fast`` was faster.
     """
     return timings[slow].over(timings[fast])
 
 
 def autocast(device: torch.device | str, precision: str) -> torch.autocast:
-    """The context in which ``"bf16"`` computes, as the encoders do it; ``"fp32"`` changes nothing."""
+    """Autocast context for ``"bf16"``, as in the encoders; ``"fp32"`` has no effect."""
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def machine_rates(device: torch.device, precision: str) -> dict[str, float]:
-    """What the machine itself does: TFLOP/s of a large matrix product, GB/s of a copy within its memory."""
+    """Measure the machine: TFLOP/s of a large matrix product, GB/s of a copy in memory."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
@@ -134,17 +134,17 @@ def machine_rates(device: torch.device, precision: str) -> dict[str, float]:
 def write_report(
     path_stem: str | Path, title: str, rows: Sequence[Mapping[str, Any]], notes: str = "", **record: Any
 ) -> Path:
-    """Writes ``STEM.json`` with everything and ``STEM.md`` with a table for people.
+    """Write ``STEM.json`` with all values and ``STEM.md`` with a table.
 
     Args:
-        path_stem: The two files' path without suffix.
+        path_stem: Path of the two files without suffix.
         title: Heading of the Markdown file.
-        rows: The table: every row has the keys of the first. A :class:`Spread` is shown as median [min, max].
-        notes: Text below the table: what was measured, and how.
-        **record: What else belongs into the JSON file: config, seeds, timings.
+        rows: Rows of the table, with the same keys. A :class:`Spread` is shown as median [min, max].
+        notes: Text below the table, such as the method of measurement.
+        **record: Further values for the JSON file: config, seeds, timings.
 
     Returns:
-        The JSON file's path.
+        The path of the JSON file.
 
     Raises:
         ConfigError: If there are no rows.
@@ -157,7 +157,7 @@ def write_report(
     lines += [f"| {' | '.join(_shown(row[head]) for head in heads)} |" for row in rows]
     lines += ["", notes] if notes else []
     result = {"title": title, "rows": rows, "notes": notes, "versions": versions(), **record}
-    # Names may hold dots, so suffixes are appended rather than replaced.
+    # The stem may contain dots, so append the suffix instead of replacing one.
     written = write_json(stem.with_name(f"{stem.name}.json"), _plain(result))
     stem.with_name(f"{stem.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return written
@@ -168,7 +168,7 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Spreads as dictionaries, everywhere in a result."""
+    """Replace spreads in a result by dictionaries."""
     if isinstance(value, Spread):
         return {"min": value.min, "median": value.median, "max": value.max, "rounds": list(value.values)}
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The whole path on the built-in scenes: two CLIPs, a text-only projection, LoRA, evaluation, pictures."""
+"""A full upgrade on the built-in scenes: two CLIPs, a text-only projection, LoRA, evaluation, figures."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from xbt.training import (
     train_clip,
 )
 
-# Seeds of what the parts draw, so far apart that no two parts of any run share one.
+# Offsets of the seeds, so far apart that no two steps share a seed.
 _NEW, _STAGE1, _STAGE2 = 100_000, 200_000, 300_000
 
 
 @dataclass
 class DemoConfig:
-    """Upgrade a small CLIP on the built-in scenes, from training to pictures.
+    """Upgrade a small CLIP on the built-in scenes, from training to figures.
 
     Writes the two CLIPs, the projection, the compatible encoder, ``evaluation/retrieval.json``,
     ``recall.png`` and ``search.png`` to the output directory.
@@ -38,42 +38,39 @@ class DemoConfig:
     old_model: str
     """The old CLIP: a built-in open_clip architecture or a JSON file with a model config."""
     new_model: str
-    """The new CLIP, likewise."""
+    """The new CLIP, in the same form."""
     old_training: TrainArgs
-    """How the old CLIP is trained."""
+    """Training settings of the old CLIP."""
     new_training: TrainArgs
-    """How the new CLIP is trained."""
+    """Training settings of the new CLIP."""
     stage1: TrainArgs
-    """How the projection is trained."""
+    """Training settings of the projection."""
     stage2: TrainArgs
-    """How LoRA is trained."""
+    """Training settings of LoRA."""
     output_dir: str = "runs/quickstart"
-    """Where everything goes."""
+    """Output directory."""
     seed: int = 0
-    """Fixes everything; the seeds of the parts are derived from it."""
+    """Seed of the whole run; the seeds of the steps are derived from it."""
     old_scenes: int = 1000
-    """Scenes that the old CLIP is trained on."""
+    """Training scenes of the old CLIP."""
     new_scenes: int = 8000
-    """Scenes that the new CLIP is trained on."""
+    """Training scenes of the new CLIP."""
     captions: int = 20_000
     """Captions for stage 1."""
     pairs: int = 1000
     """Image–text pairs for stage 2."""
     test_scenes: int = 1000
-    """Scenes to evaluate on; none of them is ever trained on."""
+    """Scenes for the evaluation; they are not in the training data."""
     queries: int = 5
-    """Text queries in the picture."""
+    """Text queries in the figure."""
     top_k: int = 4
-    """Images per query and cell in the picture."""
+    """Images per query and cell in the figure."""
     overwrite: bool = False
-    """Start afresh in an output directory that holds another run."""
+    """Replace another run in the output directory."""
 
 
 def run_demo(config: DemoConfig) -> RetrievalReport:
-    """Trains, upgrades, evaluates, prints the table of cells and draws.
-
-    Args:
-        config: What to do.
+    """Train two CLIPs, upgrade, evaluate, print the table of cells and draw the figures.
 
     Returns:
         The cells on test scenes: old/old, new/old after stage 1 and after stage 2, new/new.
@@ -88,7 +85,7 @@ def run_demo(config: DemoConfig) -> RetrievalReport:
             captions=CaptionSource("scenes", limit=config.captions, seed=config.seed + _STAGE1),
             output_dir=str(out / "stage1"),
             training=replace(config.stage1, seed=config.seed + _STAGE1),
-            # Maps of the scenes' captions carry over to images with less than the default noise.
+            # For these scenes less noise than the default transfers better to images.
             noise=0.3,
             relational_weight=0.0,
             overwrite=config.overwrite,
@@ -105,22 +102,19 @@ def run_demo(config: DemoConfig) -> RetrievalReport:
             overwrite=config.overwrite,
         )
     )
-    _headline("5/5  what the new CLIP finds in the old gallery, on scenes never trained on")
+    _headline("5/5  evaluation of the new CLIP in the old gallery, on test scenes")
     return _evaluate_and_draw(config, out, old, new)
 
 
 def train_demo_clips(config: DemoConfig) -> tuple[str, str]:
-    """Trains the demo's old and new CLIP, or finds them trained.
-
-    Args:
-        config: What to do; only what concerns the two CLIPs is looked at.
+    """Train the old and the new CLIP of the demo, unless they are trained already.
 
     Returns:
         The specifications of the old and of the new encoder.
     """
     _headline("1/5  the old CLIP, which embeds the gallery")
     train_clip(_clip(config, "old", config.old_model, config.old_scenes, config.old_training, config.seed))
-    _headline("2/5  the new CLIP, which is better, and speaks another space")
+    _headline("2/5  the new CLIP, which is better and has another space")
     train_clip(
         _clip(config, "new", config.new_model, config.new_scenes, config.new_training, config.seed + _NEW)
     )
@@ -172,23 +166,23 @@ def draw_searches(
     n_queries: int = 5,
     top_k: int = 4,
 ) -> Path:
-    """Draws the top images of a few text queries, side by side for several query and gallery models.
+    """Draw the top images of a few text queries, side by side for several query and gallery models.
 
     Args:
-        pairs: The gallery's images; the queries are captions of some of them, evenly spread.
+        pairs: Images of the gallery; the queries are captions of some of them, evenly spread.
         columns: By cell name, the query encoder and the gallery encoder.
         path: The PNG to write.
-        n_queries: How many queries.
+        n_queries: Number of queries.
         top_k: Images per query and cell.
 
     Returns:
-        The path that was written.
+        The path of the file.
     """
     rows = [number * (len(pairs) // n_queries) for number in range(n_queries)]
     queries = [pairs.captions[row][0] for row in rows]
     row_of = {name: row for row, name in enumerate(pairs.ids)}
     galleries: dict[DualEncoder, Gallery] = {}
-    found: dict[str, list[list[int]]] = {}
+    results: dict[str, list[list[int]]] = {}
     for cell, (query_encoder, gallery_encoder) in columns.items():
         if gallery_encoder not in galleries:
             vectors = gallery_encoder.encode_images(pairs.images)
@@ -196,18 +190,18 @@ def draw_searches(
         hits = galleries[gallery_encoder].search(
             query_encoder.encode_texts(queries), top_k, query_encoder.space
         )
-        found[cell] = [[row_of[name] for name in names] for names in hits.ids]
+        results[cell] = [[row_of[name] for name in names] for names in hits.ids]
     return draw_search_comparison(
         queries,
-        {cell: [[pairs.image(row) for row in hits] for hits in lists] for cell, lists in found.items()},
+        {cell: [[pairs.image(row) for row in hits] for hits in lists] for cell, lists in results.items()},
         path,
-        correct={cell: _right(lists, rows) for cell, lists in found.items()},
+        correct={cell: _is_right(lists, rows) for cell, lists in results.items()},
         title="The same text queries: query model / gallery model",
     )
 
 
-def _right(found: Sequence[Sequence[int]], wanted: Sequence[int]) -> list[list[bool]]:
-    return [[row == answer for row in hits] for hits, answer in zip(found, wanted, strict=True)]
+def _is_right(results: Sequence[Sequence[int]], answers: Sequence[int]) -> list[list[bool]]:
+    return [[row == answer for row in hits] for hits, answer in zip(results, answers, strict=True)]
 
 
 def _headline(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Serving elsewhere: vector databases by export, and query encoders without torch by ONNX."""
+"""Exports for other systems: files and SQL for vector databases, ONNX for query encoders without torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from xbt.serve.pgvector import PgvectorTable as PgvectorTable
     from xbt.serve.pgvector import export_pgvector as export_pgvector
 
-# Loaded at first use: each needs packages that the others do not.
+# Loaded at first use: each needs other optional packages.
 _MODULES = {
     "PgvectorTable": "xbt.serve.pgvector",
     "export_interchange": "xbt.serve.export",

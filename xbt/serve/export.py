@@ -1,7 +1,4 @@
-"""The export recipe's job: open a store or gallery and write it as others read it.
-
-Export of a store or gallery as common files: one .npy of vectors, and Parquet with the ids.
-"""
+"""The export job: write a store or gallery as .npy and Parquet files, and as SQL for pgvector."""
 
 from __future__ import annotations
 
@@ -38,11 +35,11 @@ def export_interchange(source: Source, directory: str | Path, part: str | None =
 
     Args:
         source: An ``EmbeddingStore`` or a ``Gallery``, with its metadata.
-        directory: Where to; files of these names are replaced.
-        part: The part of a gallery, needed while its items are in two.
+        directory: Output directory; existing files of these names are replaced.
+        part: Part of the gallery; needed while its items are in two parts.
 
     Returns:
-        How many items were written.
+        Number of items.
 
     Raises:
         ConfigError: If the source is something else.
@@ -71,7 +68,7 @@ def export_interchange(source: Source, directory: str | Path, part: str | None =
 def _schema(chosen: Portion) -> Any:
     vectors = pa.list_(pa.float32(), chosen.dim)
     named = [pa.field(ID, pa.string()), pa.field(VECTOR, vectors)]
-    return pa.schema(named + [pa.field(_renamed(each.name), each.type) for each in chosen.columns()])
+    return pa.schema(named + [pa.field(_renamed(column.name), column.type) for column in chosen.columns()])
 
 
 def _table(items: Items, schema: Any) -> Any:
@@ -108,27 +105,24 @@ class ExportConfig:
     source: str
     """A store, a folder that clip-retrieval wrote, or a gallery."""
     output_dir: str
-    """Where the files go."""
+    """Output directory."""
     part: str | None = None
-    """The part of a gallery, needed while its items are in two: old or new."""
+    """Part of the gallery, old or new; needed while its items are in two parts."""
     modality: str | None = None
     """image or text; needed only for a clip-retrieval folder that holds both."""
     interchange: bool = True
     """Write .npy and Parquet."""
     pgvector: PgvectorTable | None = None
-    """The table that the SQL makes; without it there is no SQL."""
+    """Table for the SQL; without it no SQL is written."""
     overwrite: bool = False
     """Replace another export in the output directory."""
 
 
 def run_export(config: ExportConfig) -> str:
-    """Exports what the config names.
-
-    Args:
-        config: What to export, and how.
+    """Export a store or gallery.
 
     Returns:
-        What was written, in a sentence.
+        A sentence on the written files.
 
     Raises:
         XbtError: If the source or an option cannot be used, or the files cannot be written.

@@ -1,7 +1,4 @@
-"""Projection and ensemble as an ONNX model, for query code that has no torch.
-
-Projection and ensemble as one module that can be traced: vectors in, a query vector out.
-"""
+"""Export of projection and ensemble as one ONNX model, for query code without torch."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ from xbt.version import __version__
 
 
 class WholeAdaptive(Adaptive):
-    """As :class:`Adaptive`; confidence is computed for all queries at once, since a graph has no loop."""
+    """:class:`Adaptive` without a loop over blocks of queries, which a traced graph cannot have."""
 
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """See :meth:`Combination.shares`."""
@@ -64,23 +61,26 @@ class _HeadMap(nn.Module):
 
 
 def _plain(layer: nn.Module) -> nn.Linear:
-    """A layer with the matrix that a parametrised one has; that one's copies share its class, so it stays."""
+    """Linear layer with the weight of a parametrised one.
+
+    The parametrised layer is not changed: removing its parametrisation would affect its copies as well.
+    """
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     with torch.no_grad():
-        made.weight.copy_(weight)
-    return made.requires_grad_(False)
+        linear.weight.copy_(weight)
+    return linear.requires_grad_(False)
 
 
 class QueryGraph(nn.Module):
-    """What :class:`~xbt.compatible.CompatibleEncoder` makes of its encoders' vectors, for one modality.
+    """Traceable module from encoder vectors to queries, as in :class:`~xbt.compatible.CompatibleEncoder`.
 
-    The parts are copied, in float32 on the CPU, so that nothing that is exported changes.
+    Projection and ensemble are copied to float32 on the CPU; the originals do not change.
 
     Args:
         projection: The map.
-        ensemble: How its queries are combined with the old ones, or ``None``.
+        ensemble: Combination with old queries, or ``None``.
         modality: ``"text"`` or ``"image"``.
 
     Raises:
@@ -109,7 +109,7 @@ class QueryGraph(nn.Module):
                 self.names.append(name)
 
     def forward(self, *vectors: Tensor) -> Tensor:
-        """(n, new_dim) new vectors, then (n, old_dim) old ones, each where it is needed → unit rows."""
+        """Map (n, new_dim) new and (n, old_dim) old vectors, each if needed, to (n, old_dim) unit rows."""
         new = self.map.project(vectors[0], self.modality) if self.takes_new else None
         if self.combination is None:
             assert new is not None
@@ -134,7 +134,7 @@ def _confidence(queries: Tensor, reference: Tensor) -> Tensor:
 
 
 def example_inputs(graph: QueryGraph, new_dim: int, old_dim: int, rows: int) -> tuple[Tensor, ...]:
-    """Unit rows for a graph's inputs, the same every time."""
+    """Fixed random unit rows for the inputs of a graph."""
     generator = torch.Generator().manual_seed(0)
     dims = [dim for dim, taken in ((new_dim, graph.takes_new), (old_dim, graph.takes_old)) if taken]
     return tuple(normalize(torch.randn(rows, dim, generator=generator), dim=1) for dim in dims)
@@ -142,13 +142,13 @@ def example_inputs(graph: QueryGraph, new_dim: int, old_dim: int, rows: int) -> 
 
 FORMAT = 1
 CONTRACT = "xbt_contract"
-"""Key of the model's metadata that holds the contract as JSON; a file beside the model holds it too."""
+"""Metadata key of the contract as JSON; the contract is also in a file next to the model."""
 TOLERANCE = 1e-4
-"""An exported model that differs more than this from torch is not written."""
+"""Maximum difference to torch; a model that differs more is not written."""
 
 _ROWS = (1, 7)
-_MOST_ROWS = 2**62
-"""Said because torch 2.7 refuses graphs whose rows could be 2**63 - 1."""
+_MAX_ROWS = 2**62
+"""Stated because torch 2.7 refuses graphs whose rows could be 2**63 - 1."""
 
 
 def export_onnx(
@@ -160,16 +160,16 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write the map between the encoders and the old gallery as an ONNX model.
 
-    Its inputs are ``new_vectors`` (n, new_dim) and, where an ensemble needs them, ``old_vectors``
-    (n, old_dim): unit rows as the encoders give them. Its output ``queries`` (n, old_dim) are unit rows in
-    the old space. n may be any number from 1 on. The encoders themselves stay what they are.
+    Its inputs are ``new_vectors`` (n, new_dim) and, if an ensemble needs them, ``old_vectors`` (n, old_dim):
+    unit rows from the encoders. Its output ``queries`` (n, old_dim) are unit rows in the old space. n is at
+    least 1. The encoders are not exported.
 
     Args:
-        model: A projection, or a compatible encoder with the ensemble it has.
-        path: The file, such as ``query.onnx``; one that is there is replaced. ``query.json`` is written
-            beside it: the contract, with names, dimensions and spaces, which the model's metadata hold too.
-        modality: What the queries are: ``"text"`` or ``"image"``.
-        ensemble: An ensemble for a projection that is given alone.
+        model: A projection, or a compatible encoder with its ensemble.
+        path: The file, such as ``query.onnx``; an existing one is replaced. The contract (names, dimensions
+            and spaces) is written next to it as ``query.json`` and into the metadata of the model.
+        modality: Modality of the queries: ``"text"`` or ``"image"``.
+        ensemble: An ensemble for a projection without a compatible encoder.
 
     Returns:
         The contract.
@@ -177,7 +177,7 @@ def export_onnx(
     Raises:
         ConfigError: If onnx, onnxruntime or onnxscript is not installed, an argument does not fit, or the
             ensemble was not made for the modality.
-        XbtError: If the model that came out does not give what torch gives; nothing is written then.
+        XbtError: If the exported model does not agree with torch; nothing is written then.
         StoreError: If the file cannot be written.
     """
     runtime, *_ = (optional(name, "onnx") for name in ("onnxruntime", "onnx", "onnxscript"))
@@ -209,23 +209,22 @@ def _parts(
         raise ConfigError(f"give a Projection or a CompatibleEncoder to export, not a {type(model).__name__}")
     if isinstance(model, ForwardMap) and model.side_dim:
         raise ConfigError(
-            f"the map takes {model.side_dim}-d side information beside the vectors, which queries have not; "
-            "run it with torch"
+            f"the map needs {model.side_dim}-d side information, which queries do not have; run it with torch"
         )
     if ensemble is not None and ensemble.old_dim != model.old_dim:
         raise ConfigError(
-            f"the ensemble combines {ensemble.old_dim}-d vectors, but the projection gives {model.old_dim}-d "
-            "ones; export it with the projection that it was fitted to"
+            f"the ensemble combines {ensemble.old_dim}-d vectors, but the projection returns "
+            f"{model.old_dim}-d ones; export it with the projection that it was fitted to"
         )
     return model, ensemble
 
 
 def _traced(graph: QueryGraph, projection: Projection, names: list[str]) -> Any:
-    rows = torch.export.Dim("n", min=1, max=_MOST_ROWS)
+    rows = torch.export.Dim("n", min=1, max=_MAX_ROWS)
     examples = example_inputs(graph, projection.new_dim, projection.old_dim, 3)
     with warnings.catch_warnings(), redirect_stdout(StringIO()), torch.no_grad():
-        # What the exporter warns of and prints (torch 2.7 does, verbose or not) is its own insides; what it
-        # makes is compared with torch afterwards.
+        # The exporter's warnings and prints (torch 2.7 ignores verbose=False) concern only its internals.
+        # The result is compared with torch afterwards.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             graph,
@@ -278,9 +277,9 @@ def _compare(runtime: Any, file: Path, graph: QueryGraph, projection: Projection
             wanted = graph(*given)
         feed = {name: each.numpy() for name, each in zip(names, given, strict=True)}
         got = torch.from_numpy(session.run(["queries"], feed)[0])
-        apart = float((got - wanted).abs().max())
-        if not apart <= TOLERANCE:
+        difference = float((got - wanted).abs().max())
+        if not difference <= TOLERANCE:
             raise XbtError(
-                f"the ONNX model of a {projection.kind} projection differs from torch by {apart:.2g} on "
+                f"the ONNX model of a {projection.kind} projection differs from torch by {difference:.2g} on "
                 f"{rows} rows; update onnx, onnxruntime and onnxscript, or serve with torch"
             )

@@ -1,4 +1,4 @@
-"""A store or gallery as SQL for PostgreSQL with pgvector: one file that makes the table and fills it."""
+"""Export of a store or gallery as SQL for PostgreSQL with pgvector, one file that creates a table."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ _NUL_ESCAPE = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
 
 @dataclass
 class PgvectorTable:
-    """The table that an export makes: ``id`` text, the vectors, and ``metadata`` as jsonb."""
+    """Table of an export: ``id`` text, the vectors, and ``metadata`` as jsonb."""
 
     table: str = "items"
-    """Its name, with or without a schema (public.items)."""
+    """Name of the table, with or without a schema (public.items)."""
     column: str = "embedding"
     """Name of the column of vectors."""
     statement: Literal["copy", "insert"] = "copy"
-    """How rows are written: COPY, which psql reads fast, or INSERT, which any client can run."""
+    """Statement for the rows: COPY, fast in psql, or INSERT, which any client can run."""
     rows_at_once: int = 500
     """Rows in one INSERT."""
     index: bool = False
     """Add an HNSW index for the inner product at the end."""
 
     def __post_init__(self) -> None:
-        """Refuse names that are not plain, and unknown values."""
+        """Refuse names that need escapes, and unknown values."""
         for name in (*self.table.split("."), self.column):
             if not _NAME.fullmatch(name):
                 raise ConfigError(
@@ -56,31 +56,31 @@ class PgvectorTable:
 
     @property
     def quoted(self) -> str:
-        """The table's name as SQL has it."""
+        """Quoted name of the table in SQL."""
         return ".".join(f'"{part}"' for part in self.table.split("."))
 
 
 def export_pgvector(
     source: Source, path: str | Path, options: PgvectorTable | None = None, part: str | None = None
 ) -> int:
-    """Write SQL that makes a table of a store's or gallery's items, in one transaction.
+    """Write SQL that creates a table with the items of a store or gallery, in one transaction.
 
-    The space is written as JSON into the comment of the vectors' column. Numbers have as many digits as it
-    takes to read the same float32 back.
+    The space is written as JSON into the comment of the vector column. Numbers have enough digits to read
+    the same float32 back.
 
     Args:
         source: An ``EmbeddingStore`` or a ``Gallery``, with its metadata.
-        path: The file; one that is there is replaced.
-        options: Names, and how rows are written.
-        part: The part of a gallery, needed while its items are in two.
+        path: The file; an existing one is replaced.
+        options: Names and statements.
+        part: Part of the gallery; needed while its items are in two parts.
 
     Returns:
-        How many rows were written.
+        Number of rows.
 
     Raises:
-        ConfigError: If the source is something else, or its vectors are longer than pgvector takes.
-        DataError: If an id or metadata hold what PostgreSQL cannot (the character NUL, values without JSON),
-            or there is no such part.
+        ConfigError: If the source is something else, or its vectors have too many dimensions for pgvector.
+        DataError: If an id or metadata cannot be stored in PostgreSQL (the character NUL, values without a
+            JSON form), or there is no such part.
         StoreError: If the source is empty or damaged, or the file cannot be written.
     """
     table = options or PgvectorTable()
@@ -105,7 +105,7 @@ def export_pgvector(
 
 
 def vector_text(row: NDArray[np.float32]) -> str:
-    """Format a vector for pgvector, ``[0.1,0.2]``, so that it is read back as the same float32 numbers."""
+    """Format a vector for pgvector, ``[0.1,0.2]``, without loss of float32 precision."""
     return f"[{','.join(row.astype(np.float32).astype(str))}]"
 
 
@@ -142,14 +142,14 @@ def _rows(items: Items) -> Iterator[tuple[str, str, str | None]]:
         metadata = [None] * len(items.ids) if items.metadata is None else items.metadata.to_pylist()
     except (ValueError, OverflowError, TypeError, pa.ArrowException) as error:
         raise DataError(
-            f"the metadata of the items from {items.ids[0]!r} on have no JSON form ({error}); make a store "
+            f"the metadata of the items from {items.ids[0]!r} on have no JSON form ({error}); create a store "
             "with plain values"
         ) from error
     for item, vector, values in zip(items.ids, items.vectors, metadata, strict=True):
         if "\0" in item or not _is_unicode(item):
             raise DataError(
-                f"the id {item!r} holds the character NUL or half a character, which PostgreSQL does not; "
-                "rename it"
+                f"the id {item!r} holds the character NUL or a lone surrogate, which PostgreSQL cannot "
+                "store; rename it"
             )
         yield item, vector_text(vector), None if values is None else _json(values, item)
 
@@ -165,14 +165,14 @@ def _is_unicode(text: str) -> bool:
 def _json(values: dict[str, Any], item: str) -> str:
     try:
         text = json.dumps(values, ensure_ascii=False, allow_nan=False)
-        text.encode("utf-8")  # refuses half characters
+        text.encode("utf-8")  # refuses lone surrogates
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"the metadata of {item!r} have no JSON form ({error}); make a store with plain values"
+            f"the metadata of {item!r} have no JSON form ({error}); create a store with plain values"
         ) from error
     if _NUL_ESCAPE.search(text):
         raise DataError(
-            f"the metadata of {item!r} hold the character NUL, which PostgreSQL does not; remove it"
+            f"the metadata of {item!r} hold the character NUL, which PostgreSQL cannot store; remove it"
         )
     return text
 
@@ -181,6 +181,6 @@ def _literal(value: str | None) -> str:
     if value is None:
         return "NULL"
     quoted = value.replace("'", "''")
-    if any(each in value for each in "\n\r\t"):  # tools on the way may change the ends of lines
+    if any(character in value for character in "\n\r\t"):  # other tools may change line ends
         return f"E'{quoted.translate(_ESCAPES)}'"
     return f"'{quoted}'"
