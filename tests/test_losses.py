@@ -104,8 +104,8 @@ def test_relational_loss_knows_similarities_only():
 
 def test_relational_loss_looks_at_the_first_rows_of_a_large_batch():
     a, b = (normalize(torch.randn(30, 6), dim=1) for _ in range(2))
-    assert torch.equal(relational_loss(a, b, most_rows=10), relational_loss(a[:10], b[:10]))
-    assert not torch.equal(relational_loss(a, b, most_rows=10), relational_loss(a, b))
+    assert torch.equal(relational_loss(a, b, max_rows=10), relational_loss(a[:10], b[:10]))
+    assert not torch.equal(relational_loss(a, b, max_rows=10), relational_loss(a, b))
 
 
 def mapped_loss(name, new, old, weight):
@@ -115,7 +115,7 @@ def mapped_loss(name, new, old, weight):
     if name == "contrastive":
         loss = contrastive_loss(rows, old, torch.tensor(10.0))
     else:
-        loss = relational_loss(rows, old, most_rows=18 if name == "relational, cut" else 512)
+        loss = relational_loss(rows, old, max_rows=18 if name == "relational, cut" else 512)
     loss.backward()
     return torch.cat([loss.detach()[None], weight.grad.flatten()])
 

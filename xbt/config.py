@@ -92,7 +92,7 @@ def parse_flags(
     """Build a config with a parser that may have arguments besides the keys of the config.
 
     A plain string in place of a source (captions, images or pairs) becomes its ``source``. No module is
-    imported: jsonargparse would read such a string, or a ``class_path``, as the name of a class and import it.
+    imported: jsonargparse would read such a string, or a ``class_path``, as a class name and import it.
 
     Args:
         parser: A parser from :func:`make_parser`.

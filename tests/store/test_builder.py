@@ -37,7 +37,7 @@ def test_processes_write_one_store_together(tmp_path, space, unit_rows):
     assert not builder.finished
     assert list(builder.committed()) == [f"{number:02d}" for number in range(12)]
     with pytest.raises(
-        StoreError, match=r"is not finished: 12 shards are there; run the job that writes it again"
+        StoreError, match=r"is not finished: it has 12 shards; run the job that writes it again"
     ):
         EmbeddingStore.open(tmp_path)
     store = builder.finish(f"{number:02d}" for number in reversed(range(12)))
@@ -100,7 +100,7 @@ def test_a_finished_store_is_found_finished(tmp_path, space, other_space, unit_r
         (
             builder_at(tmp_path, space, modality="text"),
             StoreError,
-            r"modality 'image', but 'text' is to be wri",
+            r"modality 'image', but the new vectors are 'text'",
         ),
         (
             builder_at(tmp_path, space, dtype="float32"),
@@ -118,7 +118,7 @@ def test_an_unfinished_store_of_another_kind_is_refused(tmp_path, space, other_s
         builder_at(tmp_path, other_space).prepare()
 
 
-def test_a_kill_between_the_manifest_and_the_cleaning_is_mended(tmp_path, space, unit_rows, monkeypatch):
+def test_a_kill_between_the_manifest_and_the_cleanup_is_completed(tmp_path, space, unit_rows, monkeypatch):
     builder = builder_at(tmp_path, space)
     builder.prepare()
     builder.write("0", unit_rows(2), ["a", "b"])
@@ -243,16 +243,16 @@ def contents_of(root):
 
 
 def test_many_passes_over_the_ids_find_the_same_repetition(monkeypatch):
-    from xbt.store import ids
+    from xbt.store import metadata
 
     parts = [[f"{part}-{row}" for row in range(50)] for part in range(4)]
     parts[3][10] = "1-17"
     for at_once in (2**20, 7):
-        monkeypatch.setattr(ids, "_HASHES_AT_ONCE", at_once)
-        assert ids.first_repeated(lambda: parts, 200) == "1-17"
-        assert ids.first_repeated(lambda: parts[:3], 150) is None
-    monkeypatch.setattr(ids, "hashes_of", lambda names: np.zeros(len(names), np.int64))
-    assert ids.first_repeated(lambda: parts[:3], 150) is None
+        monkeypatch.setattr(metadata, "_HASHES_PER_PASS", at_once)
+        assert metadata.first_repeated(lambda: parts, 200) == "1-17"
+        assert metadata.first_repeated(lambda: parts[:3], 150) is None
+    monkeypatch.setattr(metadata, "hashes_of", lambda names: np.zeros(len(names), np.int64))
+    assert metadata.first_repeated(lambda: parts[:3], 150) is None
 
 
 def test_damage_before_the_end_is_found_at_the_end(tmp_path, space, unit_rows):
@@ -270,7 +270,7 @@ def test_damage_before_the_end_is_found_at_the_end(tmp_path, space, unit_rows):
 def test_names_are_numbers(tmp_path, space, unit_rows, name):
     builder = builder_at(tmp_path, space)
     builder.prepare()
-    with pytest.raises(StoreError, match="made of digits and underscores"):
+    with pytest.raises(StoreError, match="consists of digits and underscores"):
         builder.write(name, unit_rows(1), ["a"])
 
 
@@ -279,7 +279,7 @@ def test_misuse_is_one_sentence(tmp_path, space, unit_rows):
     with pytest.raises(StoreError, match="is not prepared"):
         builder.write("0", unit_rows(1), ["a"])
     builder.prepare()
-    with pytest.raises(StoreError, match=r"beside shard '0' is not JSON"):
+    with pytest.raises(StoreError, match=r"the note of shard '0' is not JSON"):
         builder.write("0", unit_rows(1), ["a"], extra={"x": {1}})
     builder.write("1", unit_rows(1), ["a"])
     builder.write("01", unit_rows(1), ["b"])
@@ -289,7 +289,7 @@ def test_misuse_is_one_sentence(tmp_path, space, unit_rows):
         builder.finish(["1"])
     (tmp_path / "b" / "img_emb").mkdir(parents=True)
     (tmp_path / "b" / "img_emb" / "img_emb_0.npy").write_bytes(b"somebody's")
-    with pytest.raises(StoreError, match=r"already holds img_emb/img_emb_0.npy, which no such job has left"):
+    with pytest.raises(StoreError, match=r"already holds img_emb/img_emb_0.npy, which does not belong"):
         builder_at(tmp_path / "b", space).prepare()
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="is a file"):

@@ -93,7 +93,7 @@ def test_a_column_id_comes_first_whatever_its_type(tmp_path, unit_rows):
 
 def test_two_modalities_need_a_choice(tmp_path, unit_rows):
     rows, kept = write_folder(tmp_path, unit_rows, [3, 2], kinds=("img", "text"))
-    with pytest.raises(StoreError, match=r"image and text vectors; say which with modality="):
+    with pytest.raises(StoreError, match=r"image and text vectors; choose with modality="):
         EmbeddingStore.open(tmp_path)
     for modality, kind in (("image", "img"), ("text", "text")):
         store = EmbeddingStore.open(tmp_path, modality)
@@ -113,7 +113,7 @@ def test_the_space_can_be_said(tmp_path, unit_rows, space):
 
 def test_a_folder_is_only_read(tmp_path, unit_rows):
     write_folder(tmp_path, unit_rows, [3])
-    with pytest.raises(StoreError, match="has no manifest, it is only read"):
+    with pytest.raises(StoreError, match="has no manifest and is read-only"):
         EmbeddingStore.open(tmp_path).append(unit_rows(1), ["x"])
 
 

@@ -84,8 +84,8 @@ FILE = ("shards", 0, "files")
 @pytest.mark.parametrize(
     ("place", "value", "words"),
     [
-        ((*FILE, "../../../etc/hostname"), {"bytes": 0, "sha256": "0" * 64}, "its own are one .npy file and"),
-        ((*FILE, "text_emb/text_emb_7.npy"), {"bytes": 0, "sha256": "0" * 64}, "its own are one .npy"),
+        ((*FILE, "../../../etc/hostname"), {"bytes": 0, "sha256": "0" * 64}, "must have one .npy file and"),
+        ((*FILE, "text_emb/text_emb_7.npy"), {"bytes": 0, "sha256": "0" * 64}, "must have one .npy"),
         ((*FILE, VECTORS, "bytes"), float("inf"), "not valid JSON"),
         ((*FILE, VECTORS, "bytes"), -3, "bytes is -3"),
         ((*FILE, VECTORS, "sha256"), "", "is not a SHA-256"),
@@ -93,15 +93,15 @@ FILE = ("shards", 0, "files")
         (("shards", 0, "count"), -1, "count is -1"),
         (("shards", 0, "count"), True, "count is True"),
         (("shards", 0, "count"), 3.0, "count is 3.0"),
-        (("shards", 0, "name"), "../0", "made of digits and underscores"),
-        (("shards", 0, "name"), "9" * 4000, "made of digits and underscores"),
+        (("shards", 0, "name"), "../0", "consists of digits and underscores"),
+        (("shards", 0, "name"), "9" * 4000, "consists of digits and underscores"),
         (("shards", 1), None, "incomplete or damaged"),
-        (("dim",), 0, "dimension 0 cannot be those of the space"),
+        (("dim",), 0, "dimension 0 cannot belong to the space"),
         (("dim",), 10**400, "dim is 10"),
         (("space", "dim"), float("nan"), "not valid JSON"),
-        (("space", "dim"), 3, "cannot be those of the space"),
+        (("space", "dim"), 3, "cannot belong to the space"),
         (("space", "model"), "caf\ud800", "incomplete or damaged"),
-        (("space", "revision"), 7, "revision of a space is text"),
+        (("space", "revision"), 7, "revision of a space must be text"),
         (("space", "probe"), "!", "incomplete or damaged"),
         (("modality",), "image", "lacks img_emb"),
         (("extra",), {"bytes": 3}, "incomplete or damaged"),
@@ -120,7 +120,7 @@ def test_a_shard_twice_is_refused(directory):
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["shards"][1] = manifest["shards"][0]
     write(directory, manifest)
-    with pytest.raises(StoreError, match="not in order, or one is there twice"):
+    with pytest.raises(StoreError, match="not in order, or one occurs twice"):
         EmbeddingStore.open(directory)
 
 

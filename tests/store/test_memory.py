@@ -38,7 +38,7 @@ def test_reading_takes_the_memory_of_what_is_read(tmp_path):
     with (tmp_path / "img_emb" / "img_emb_0.npy").open("wb") as file:
         described = {"descr": "<f2", "fortran_order": False, "shape": (ROWS, DIM)}
         np.lib.format.write_array_header_1_0(file, described)
-        file.truncate(file.tell() + ROWS * DIM * 2)  # 3 GB of zeros that take no room on disk
+        file.truncate(file.tell() + ROWS * DIM * 2)  # 3 GB of zeros that take no space on disk
     command = [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -132,7 +132,7 @@ def test_a_store_travels_to_worker_processes(tmp_path, space, unit_rows):
     np.testing.assert_array_equal(again.rows([10, 0]), rows[[10, 0]])
 
 
-def test_ids_that_collide_in_their_hash_are_told_apart(tmp_path, space, unit_rows, monkeypatch):
+def test_ids_that_collide_in_their_hash_are_distinct(tmp_path, space, unit_rows, monkeypatch):
     monkeypatch.setattr("xbt.store.metadata.hashes_of", lambda names: np.array([len(n) for n in names]))
     store = EmbeddingStore.create(tmp_path / "s", modality="image", space=space)
     store.append(unit_rows(3), ["ab", "c", "de"])
@@ -149,10 +149,10 @@ def test_ids_that_collide_in_their_hash_are_told_apart(tmp_path, space, unit_row
         ({"ids": ["a", "b", "a"]}, StoreError, r"the id 'a' is there twice"),
         ({"ids": ["a", 7, "c"]}, StoreError, r"the id of row 1 is 7, a int; ids are strings"),
         ({"ids": ["a", "b", "half \ud800"]}, StoreError, r"column 'id' cannot be stored"),
-        ({"metadata": {"id": [1, 2, 3]}}, StoreError, r"column 'id', which is the ids' own; rename it"),
+        ({"metadata": {"id": [1, 2, 3]}}, StoreError, r"column 'id', which is reserved; rename it"),
         ({"metadata": {"caption": ["x"]}}, StoreError, r"column 'caption' has 1 values for 3 rows"),
         ({"metadata": {"caption": [object()] * 3}}, StoreError, r"column 'caption' cannot be stored"),
-        ({"vectors": np.zeros((0, 8), np.float32), "ids": []}, DataError, r"is empty: it has 0 rows"),
+        ({"vectors": np.zeros((0, 8), np.float32), "ids": []}, DataError, r"there are 0 rows to append"),
         ({"vectors": np.full((3, 8), np.nan, np.float32)}, DataError, r"NaN or infinite.* in 3 of 3 rows"),
         ({"vectors": np.full((3, 8), 1e6, np.float32)}, DataError, r"up to 1e\+06 do not fit into float16"),
         ({"vectors": np.zeros((3, 9), np.float32)}, SpaceMismatchError, r"has dimension 9, but 8 is needed"),
@@ -289,11 +289,11 @@ def test_metadata_is_read_in_steps_without_looking_at_every_shard_each_time(
     kept = xbt.store.metadata.pq.ParquetFile
     monkeypatch.setattr("xbt.store.metadata.pq.ParquetFile", lambda path: opened.append(path) or kept(path))
     store = EmbeddingStore.open(tmp_path / "s")
-    told = [
+    listed = [
         store.metadata(["image_path"], start, min(start + 2, 17))["image_path"].to_pylist()
         for start in range(0, 17, 2)
     ]
-    assert [path for part in told for path in part] == whole
+    assert [path for part in listed for path in part] == whole
     # Once for its column names, once for its rows.
     assert max(opened.count(path) for path in opened) == 2
 
@@ -301,7 +301,7 @@ def test_metadata_is_read_in_steps_without_looking_at_every_shard_each_time(
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_worker_that_outlives_its_writer_does_not_keep_the_lock(tmp_path, space):
     """The job is killed, its forked workers are not yet gone, and the same command is given again."""
-    ready, told = os.pipe()
+    ready, report = os.pipe()
     writer = os.fork()
     if writer == 0:
         builder = StoreBuilder(tmp_path / "s", modality="image", space=space)
@@ -310,7 +310,7 @@ def test_a_worker_that_outlives_its_writer_does_not_keep_the_lock(tmp_path, spac
         if worker == 0:
             time.sleep(60)
             os._exit(0)
-        os.write(told, str(worker).encode())
+        os.write(report, str(worker).encode())
         time.sleep(60)
         os._exit(0)
     worker = int(os.read(ready, 32))

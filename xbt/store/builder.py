@@ -1,11 +1,9 @@
-"""Building one store with many processes: each writes whole shards, and a killed job is run again.
+"""Construction of a store by several processes.
 
-The shards that are committed to a store that is being built, read from their records one at a time.
-
-Taking rows out of a shard of a store that is being built: a kill at any moment loses none of the others.
-
-The new files are written whole beside the old ones, then the record is replaced, which decides, and then the
-files are moved to their places. Whoever finds new files that the record vouches for goes on with the moving.
+Each process writes whole shards. A killed job is run again and continues. Rows of a committed shard can be
+dropped: the new files are written beside the old ones, then the record is replaced, then the files are moved.
+A kill at any moment loses no other row, because the next run finishes the move of all files that match their
+record.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,15 +61,17 @@ from xbt.store.shards import Metadata, remove_strays, write_shard
 from xbt.store.store import EmbeddingStore, wrong_sizes
 from xbt.vectors import Vectors
 
+_NEW = "new"
+NoteRepeated = Callable[[Mapping[str, Any], Sequence[tuple[str, str]]], Mapping[str, Any]]
+
 
 class CommittedShards(Mapping[str, ShardRecord]):
-    """Records by the shards' names, in their order.
+    """Records of the committed shards of a store under construction, by name and in order.
 
-    Which shards there are is looked up once, in the names of the files. A record is read whenever it is asked
-    for and not kept: what writers note beside their shards may be long.
+    The names are listed once. A record is read on each access and not cached, because notes may be long.
 
     Args:
-        folder: Where the records are.
+        folder: Directory of the records.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -94,23 +94,20 @@ class CommittedShards(Mapping[str, ShardRecord]):
         return len(self._names)
 
 
-_NEW = "new"
-
-
 def drop_rows(
     path: Path, header: Header, shard: ShardRecord, rows: Sequence[int], extra: Mapping[str, Any]
 ) -> None:
-    """Writes a committed shard again without some of its rows; the main process alone does this.
+    """Rewrite a committed shard without some of its rows; only the main process calls this.
 
     Args:
         path: The store's directory.
-        header: What the store is.
+        header: The store's header.
         shard: The shard.
-        rows: Which of its rows to leave out.
+        rows: Positions of the rows to drop.
         extra: The shard's new note.
 
     Raises:
-        StoreError: If the shard cannot be read, or there is no room for it to stand there twice.
+        StoreError: If the shard cannot be read, or the disk has no space for a second copy.
     """
     keep = np.ones(shard.count, bool)
     keep[rows] = False
@@ -125,7 +122,7 @@ def drop_rows(
 
 
 def complete_replacements(path: Path, modality: str) -> None:
-    """Moves new files that their shard's record vouches for, and removes others that a killed writer left.
+    """Finish the move of rewritten files that match their record, and remove the others.
 
     Raises:
         StoreError: If a record is damaged, or the directory cannot be written.
@@ -135,26 +132,23 @@ def complete_replacements(path: Path, modality: str) -> None:
         return
     for folder in (FOLDERS[modality], METADATA):
         for name, file in shard_files(new, folder).items():
-            record, place = path / IN_PROGRESS / f"{name}.json", f"{folder}/{file.name}"
-            found = FileRecord(file.stat().st_size, checksum(file))
-            if record.is_file() and read_shard_record(record).files.get(place) == found:
-                with writing_to(path / place, 0):
-                    file.replace(path / place)
+            record, target = path / IN_PROGRESS / f"{name}.json", f"{folder}/{file.name}"
+            actual = FileRecord(file.stat().st_size, checksum(file))
+            if record.is_file() and read_shard_record(record).files.get(target) == actual:
+                with writing_to(path / target, 0):
+                    file.replace(path / target)
         sync_directory(path / folder)
     shutil.rmtree(new)
 
 
-NoteRepeated = Callable[[Mapping[str, Any], Sequence[tuple[str, str]]], Mapping[str, Any]]
-
-
 class StoreBuilder:
-    """A store that any number of processes on any number of machines write together, shard by shard.
+    """Writer of a store for any number of processes and machines, shard by shard.
 
-    The directory is on a file system that all of them see. The main process calls :meth:`prepare` before the
-    others start; then every process calls :meth:`write` for the shards that are its own (no shard has two
-    writers); at the end the main process calls :meth:`finish`. A shard is committed once its record is
-    in ``in_progress/``, the store once its manifest does: a job killed at any moment is run again, asks
-    :meth:`committed` what is there, and writes the rest.
+    The directory is on a file system that all processes see. The main process calls :meth:`prepare` before
+    the others start. Then every process calls :meth:`write` for its shards; no shard has two writers. At the
+    end the main process calls :meth:`finish`. A record in ``in_progress/`` commits a shard, and the manifest
+    commits the store. After a kill the job is run again: it asks :meth:`committed` for the shards that exist
+    and writes the rest.
 
     Args:
         path: The store's directory.
@@ -163,7 +157,7 @@ class StoreBuilder:
         dtype: ``"float16"`` or ``"float32"``, on disk.
 
     Raises:
-        StoreError: If the path is empty or a file, or modality or dtype are not known.
+        StoreError: If the path is empty or a file, or modality or dtype are unknown.
 
     Example:
         >>> builder = StoreBuilder("gallery", modality="image", space=encoder.space)
@@ -181,15 +175,15 @@ class StoreBuilder:
 
     @property
     def finished(self) -> bool:
-        """Whether the store is whole: its manifest is there."""
+        """True once the store has its manifest."""
         return has_manifest(self.path)
 
     def prepare(self) -> None:
-        """Makes the directories, or finds them as an earlier run of the same job left them.
+        """Create the directories, or continue in those of an earlier run of the same job.
 
-        The main process alone calls this, before the others start. It keeps the right to write until
-        :meth:`finish` or its end, and removes what killed writers left half-written. On a finished store of
-        the same kind it only removes that, and gives the right back: see :attr:`finished`.
+        Only the main process calls this, before the others start. It locks the store until :meth:`finish` or
+        its exit, and removes temporary files of killed writers. On a finished store with the same header it
+        only removes them and releases the lock; see :attr:`finished`.
 
         Raises:
             StoreError: If the directory cannot be written, is being written by another job, or holds
@@ -210,7 +204,7 @@ class StoreBuilder:
         remove_leftovers(self.path, *folders)
         if self.finished:
             shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
-            self._lock.release()  # there is nothing left to build: others may append
+            self._lock.release()  # nothing is left to build, so others may append
             return
         for folder in folders:
             make_directory(folder)
@@ -218,9 +212,9 @@ class StoreBuilder:
             write_record(header, self.header.to_dict())
 
     def committed(self) -> Mapping[str, ShardRecord]:
-        """The shards that are written, by name and in order; any process may ask at any time.
+        """Committed shards by name and in order; any process may call this at any time.
 
-        Until the store is finished, a record is read when it is asked for.
+        Until the store is finished, each access reads a record.
         """
         if self.finished:
             store = EmbeddingStore.open(self.path)
@@ -237,25 +231,25 @@ class StoreBuilder:
         metadata: Metadata | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> ShardRecord:
-        """Writes one shard and commits it; a shard of that name is replaced.
+        """Write one shard and commit it; a shard of that name is replaced.
 
         Args:
-            name: Digits, or digits joined by underscores: shards are read in numerical order of their
-                names. Pad them with zeros as clip-retrieval does, so that the alphabet agrees.
+            name: Digits, or digits joined by underscores; shards are read in numerical order of their names.
+                Pad them with zeros, as clip-retrieval does, so that the alphabetical order agrees.
             vectors: (n, dim) float vectors; n may be 0.
-            ids: n strings, unique over the whole store (checked within the shard now, over all shards by
+            ids: n strings, unique over the whole store (checked within the shard here, and over all shards by
                 :meth:`finish`).
             metadata: Columns of n values each beside the ids, such as ``image_path`` and ``caption``; a
                 mapping or a ``pyarrow.Table``.
-            extra: JSON kept in the shard's record and returned by :meth:`committed`, such as items that
+            extra: JSON note for the shard's record, returned by :meth:`committed`; for example items that
                 could not be embedded.
 
         Returns:
-            The shard's record; the shard is durable by now.
+            The record of the shard, which is durable now.
 
         Raises:
             DataError: If a value is NaN or infinite, or too large for the dtype.
-            SpaceMismatchError: If the dimension is another.
+            SpaceMismatchError: If the dimension differs.
             StoreError: If the store is not prepared or already finished, ids or metadata do not fit, or the
                 disk is full; shards already written are kept.
         """
@@ -269,53 +263,55 @@ class StoreBuilder:
         try:
             json.dumps(extra)
         except (TypeError, ValueError) as error:
-            raise StoreError(f"what is noted beside shard {name!r} is not JSON ({error})") from error
-        # Withdrawn first: an old record must not vouch for new files.
+            raise StoreError(
+                f"the note of shard {name!r} is not JSON ({error}); give plain values"
+            ) from error
+        # An old record must not commit new files.
         (self.path / IN_PROGRESS / f"{name}.json").unlink(missing_ok=True)
         record = write_shard(self.path, self.header, name, vectors, ids, metadata, extra)
         write_record(self.path / IN_PROGRESS / f"{name}.json", record.to_dict())
         return record
 
     def leave_out_repeated(self, note: NoteRepeated) -> int:
-        """Takes out rows whose id an earlier shard has; the main process calls this before :meth:`finish`.
+        """Drop rows whose id occurs in an earlier shard; the main process calls this before :meth:`finish`.
 
-        A kill at any moment loses nothing: the next run goes on where this one was.
+        A kill at any moment loses nothing: the next run continues.
 
         Args:
-            note: Makes the new note of a shard from the one it has and the (id, shard that has it) of the
-                rows that are taken out.
+            note: Function that returns the new note of a shard. Its arguments are the old note and, for each
+                dropped row, the id and the name of the earlier shard.
 
         Returns:
-            How many rows were taken out.
+            Number of dropped rows.
 
         Raises:
             StoreError: If a shard is damaged, or the disk is full.
         """
         committed = {} if self.finished else self.committed()
         records = [_without_note(record) for record in committed.values()]
-        found: dict[int, list[Repetition]] = {}
+        repetitions: dict[int, list[Repetition]] = {}
         for repetition in repeated_ids(self.path, records):
-            found.setdefault(repetition.part, []).append(repetition)
-        for part, repeated in sorted(found.items()):
-            old = committed[records[part].name].extra
-            extra = note(old, [(each.name, records[each.first].name) for each in repeated])
-            drop_rows(self.path, self.header, records[part], [each.row for each in repeated], extra)
-        return sum(map(len, found.values()))
+            repetitions.setdefault(repetition.part, []).append(repetition)
+        for part, repeated in sorted(repetitions.items()):
+            old_note = committed[records[part].name].extra
+            extra = note(old_note, [(item.name, records[item.first].name) for item in repeated])
+            drop_rows(self.path, self.header, records[part], [item.row for item in repeated], extra)
+        return sum(map(len, repetitions.values()))
 
     def finish(self, names: Iterable[str]) -> EmbeddingStore:
-        """Makes a store of the shards; the main process alone calls this, when all processes are done.
+        """Write the manifest; only the main process calls this, when all processes are done.
 
         Args:
-            names: Every shard of the store; the order does not matter.
+            names: All shards of the store, in any order.
 
         Returns:
             The open store.
 
         Raises:
-            StoreError: If a shard is missing, left over or damaged, an id occurs twice, or a column has types
-                that do not go together; the message names it, and nothing is lost.
+            StoreError: If a shard is missing, surplus or damaged, an id occurs twice, or a column has
+                incompatible types; the message names it, and nothing is lost.
         """
-        records = self._complete(list(names))
+        records = self._all_records(list(names))
         if not self.finished:
             faults = wrong_sizes(self.path, records)
             if faults:
@@ -331,26 +327,27 @@ class StoreBuilder:
         self._lock.release()
         return EmbeddingStore.open(self.path)
 
-    def _complete(self, names: list[str]) -> list[ShardRecord]:
-        there = self.committed()
-        wanted = sorted({shard_name(name) for name in names}, key=lambda name: (shard_key(name), name))
-        missing = [name for name in wanted if name not in there]
+    def _all_records(self, names: list[str]) -> list[ShardRecord]:
+        committed = self.committed()
+        expected = sorted({shard_name(name) for name in names}, key=lambda name: (shard_key(name), name))
+        missing = [name for name in expected if name not in committed]
         if missing:
             raise StoreError(
-                f"{self.path} lacks {len(missing)} of {len(wanted)} shards, first {missing[0]!r}; "
+                f"{self.path} lacks {len(missing)} of {len(expected)} shards, first {missing[0]!r}; "
                 "run the job again to write them"
             )
-        surplus = sorted(there.keys() - set(wanted))
+        surplus = sorted(committed.keys() - set(expected))
         if surplus:
             raise StoreError(
                 f"{self.path} holds {len(surplus)} shards that are not this job's, first {surplus[0]!r}; "
                 "was it run with other shard settings? choose another directory, or remove that one"
             )
-        keys = [shard_key(name) for name in wanted]
-        for first, second, key, next_key in zip(wanted, wanted[1:], keys, keys[1:], strict=False):
-            if key == next_key:
-                raise StoreError(f"the shards {first!r} and {second!r} of {self.path} have the same number")
-        return [_without_note(there[name]) for name in wanted]
+        for first, second in pairwise(expected):
+            if shard_key(first) == shard_key(second):
+                raise StoreError(
+                    f"the shards {first!r} and {second!r} of {self.path} have the same number; rename one"
+                )
+        return [_without_note(committed[name]) for name in expected]
 
     def _write_extra(self) -> FileRecord | None:
         records = self.committed().values()
@@ -360,14 +357,13 @@ class StoreBuilder:
 
     def _refuse_foreign_files(self) -> None:
         for folder in (*FOLDERS.values(), METADATA):
-            found = next(iter(shard_files(self.path, folder).values()), None)
-            if found is not None:
+            file = next(iter(shard_files(self.path, folder).values()), None)
+            if file is not None:
                 raise StoreError(
-                    f"{self.path} already holds {folder}/{found.name}, which no such job has left there; "
+                    f"{self.path} already holds {folder}/{file.name}, which does not belong to this job; "
                     "choose another directory"
                 )
 
 
 def _without_note(record: ShardRecord) -> ShardRecord:
-    """A record without what may be long."""
-    return replace(record, extra={})
+    return replace(record, extra={})  # notes may be long

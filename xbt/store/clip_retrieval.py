@@ -1,4 +1,4 @@
-"""Folders that clip-retrieval wrote: the same layout without a manifest."""
+"""Folders written by clip-retrieval: the same layout without a manifest."""
 
 from __future__ import annotations
 
@@ -26,76 +26,71 @@ from xbt.store.rows import NpyFile, inspect_npy
 
 
 def scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) -> Manifest:
-    """Finds out what a folder without a manifest holds.
+    """Build the manifest of a folder that has none.
 
     Args:
-        path: The folder, with ``img_emb/`` or ``text_emb/`` and, if there is any, ``metadata/``.
-        modality: Which of the two; needed only if both are there.
-        space: The space of the vectors, if the user knows it.
+        path: The folder, with ``img_emb/`` or ``text_emb/`` and optionally ``metadata/``.
+        modality: ``"image"`` or ``"text"``; needed only if the folder has both.
+        space: The space of the vectors, if known.
 
     Returns:
-        A manifest in which no checksum is known.
+        A manifest without checksums.
 
     Raises:
-        StoreError: If it holds no vectors, both modalities, or files that do not belong together.
+        StoreError: If the folder has no vectors, both modalities, or files that do not belong together.
         SpaceMismatchError: If the vectors have another dimension than the space.
     """
     if (path / IN_PROGRESS / HEADER).is_file():
         records = [p for p in (path / IN_PROGRESS).glob("*.json") if p.name != HEADER and p.name[0] != "."]
         raise StoreError(
-            f"{path} is not finished: {len(records)} shards are there; run the job that writes it again, "
-            "and it goes on"
+            f"{path} is not finished: it has {len(records)} shards; run the job that writes it again to "
+            "continue"
         )
     modality = _choose_modality(path, modality)
-    found = _npy_files(path, modality)
+    vectors = _npy_files(path, modality)
     metadata = shard_files(path, METADATA)
-    for name in sorted(metadata.keys() ^ found.keys() if metadata else (), key=shard_key):
-        if name in found:
+    for name in sorted(metadata.keys() ^ vectors.keys() if metadata else (), key=shard_key):
+        if name in vectors:
             raise StoreError(f"{path} lacks {metadata_file(name)}, which other shards have; copy it again")
         raise StoreError(
             f"{metadata[name]} belongs to no shard: there is no {vectors_file(modality, name)} beside it; "
             "copy that file again, or remove this one"
         )
-    shards = [_shard(path, name, npy, metadata.get(name)) for name, npy in found.items()]
-    first = next(iter(found.values()))
-    for name, npy in found.items():
+    shards = [_shard(path, name, npy, metadata.get(name)) for name, npy in vectors.items()]
+    first = next(iter(vectors.values()))
+    for name, npy in vectors.items():
         if npy.dim != first.dim:
             raise StoreError(
-                f"shard {name!r} of {path} has dimension {npy.dim}, but the first has {first.dim}; they are "
-                "of different models: keep them in different folders"
+                f"shard {name!r} of {path} has dimension {npy.dim}, but the first has {first.dim}; they come "
+                "from different models: keep them in different folders"
             )
         if npy.dtype != first.dtype:
             raise StoreError(
                 f"shard {name!r} of {path} holds values of type {npy.dtype.str}, but the first has "
                 f"{first.dtype.str}; copy both again, or save all shards with one type"
             )
-    if space is not None:
-        _require_dim(space, first.dim, path)
+    if space is not None and first.dim != space.dim:
+        raise SpaceMismatchError(
+            f"the vectors of {path} have dimension {first.dim}, but those of {space} have {space.dim}; name "
+            "the space of the model that made them"
+        )
     return Manifest(Header(modality, space, first.dtype.name, first.dim), tuple(shards))
 
 
-def _require_dim(space: EmbeddingSpace, dim: int, path: Path) -> None:
-    if dim != space.dim:
-        raise SpaceMismatchError(
-            f"the vectors of {path} have dimension {dim}, but those of {space} have {space.dim}; name the "
-            "space of the model that made them"
-        )
-
-
 def _choose_modality(path: Path, modality: str | None) -> str:
-    there = [name for name, folder in FOLDERS.items() if any((path / folder).glob(f"{folder}_*.npy"))]
-    if not there:
+    present = [name for name, folder in FOLDERS.items() if any((path / folder).glob(f"{folder}_*.npy"))]
+    if not present:
         raise StoreError(
             f"{path} holds no store: there is neither a manifest.json nor img_emb/img_emb_*.npy or "
             "text_emb/text_emb_*.npy; check the path"
         )
-    if modality is None and len(there) > 1:
-        raise StoreError(f"{path} holds image and text vectors; say which with modality='image' or 'text'")
-    if modality is not None and modality not in there:
+    if modality is None and len(present) > 1:
+        raise StoreError(f"{path} holds image and text vectors; choose with modality='image' or 'text'")
+    if modality is not None and modality not in present:
         raise StoreError(
-            f"{path} holds {there[0]} vectors, not {modality!r}; leave modality out or name another path"
+            f"{path} holds {present[0]} vectors, not {modality!r}; leave modality out or name another path"
         )
-    return modality or there[0]
+    return modality or present[0]
 
 
 def _npy_files(path: Path, modality: str) -> dict[str, NpyFile]:
@@ -110,9 +105,9 @@ def _npy_files(path: Path, modality: str) -> dict[str, NpyFile]:
         raise StoreError(f"{path / folder} holds no {folder}_<number>.npy; check the path")
     numbers = [shard_key(name)[0] for name in names]
     if all("_" not in name for name in names) and numbers != list(range(len(names))):
-        lost = next(number for number, found in enumerate(numbers) if number != found)
+        missing = next(expected for expected, number in enumerate(numbers) if expected != number)
         raise StoreError(
-            f"shard {lost} of {path} is missing, but there is {folder}_{names[-1]}.npy; copy it again, or "
+            f"shard {missing} of {path} is missing, but there is {folder}_{names[-1]}.npy; copy it again, or "
             "number the files from 0 without a gap"
         )
     return {name: inspect_npy(path / folder / f"{folder}_{name}.npy") for name in names}

@@ -1,13 +1,13 @@
-"""Where things stand in a store's directory, and the records that vouch for them.
+"""Layout of a store's directory, and the records of its files.
 
-The layout is clip-retrieval's (github.com/rom1504/clip-retrieval), so that its tools read our stores and we
-read its folders, plus a manifest:
+The layout is that of clip-retrieval (github.com/rom1504/clip-retrieval) plus a manifest, so that its tools
+read our stores and we read its folders:
 
-    manifest.json                     what the store is, and every file's size and SHA-256
+    manifest.json                     modality, space and dtype, and the size and SHA-256 of every file
     img_emb/img_emb_<name>.npy        (n, dim) float16 or float32 rows, or text_emb/text_emb_<name>.npy
-    metadata/metadata_<name>.parquet  column id, then whatever is known of each row
-    extra.jsonl                       what the writers noted beside a shard, if anything
-    in_progress/                      only while a store is being built
+    metadata/metadata_<name>.parquet  column id, then the metadata columns
+    extra.jsonl                       notes of the writers about shards, if any
+    in_progress/                      only during a build
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from xbt.files import FileRecord, open_regular, parse_count
 from xbt.space import EmbeddingSpace
 
 ID = "id"
-
+"""Name of the metadata column with the ids."""
 
 Modality = Literal["image", "text"]
 
@@ -50,14 +50,14 @@ _MAX_HEADER = 12_000
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What vouches for one shard.
+    """Record of one shard.
 
     Attributes:
         name: Its name; shards are in the numerical order of their names.
-        count: Its rows.
-        files: By path relative to the store, each file's size and checksum.
-        extra: JSON that the writer kept beside the shard, such as the items it had to leave out. In a
-            finished store it is in ``extra.jsonl``; see ``EmbeddingStore.extra``.
+        count: Number of rows.
+        files: Size and checksum of each file, by its path relative to the store.
+        extra: JSON note of the writer, such as the items that it left out. In a finished store it is in
+            ``extra.jsonl``; see ``EmbeddingStore.extra``.
     """
 
     name: str
@@ -73,17 +73,17 @@ class ShardRecord:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote.
+        """Read the output of :meth:`to_dict`.
 
         Raises:
-            StoreError: If it names other files than the shard's own two.
-            ValueError: If a value is not of its kind.
+            StoreError: If it names other files than the two of the shard.
+            ValueError: If a value has the wrong type.
         """
         name = shard_name(data["name"])
         files = {path: FileRecord.from_dict(file) for path, file in data["files"].items()}
-        if set(files) not in [{vectors_file(each, name), metadata_file(name)} for each in FOLDERS]:
+        if set(files) not in [{vectors_file(modality, name), metadata_file(name)} for modality in FOLDERS]:
             raise StoreError(
-                f"shard {name!r} names the files {list(files)}, but its own are one .npy file and "
+                f"shard {name!r} names the files {list(files)}, but must have one .npy file and "
                 f"{metadata_file(name)}"
             )
         return cls(name, parse_count(data["count"], "count"), files, dict(data.get("extra") or {}))
@@ -91,11 +91,11 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Header:
-    """What every shard of a store has in common.
+    """Properties that all shards of a store share.
 
     Attributes:
         modality: ``"image"`` or ``"text"``.
-        space: The space of the vectors; ``None`` in folders that do not say.
+        space: The space of the vectors; ``None`` in folders that do not record it.
         dtype: ``"float16"`` or ``"float32"``, on disk.
         dim: Dimension of the vectors.
     """
@@ -106,22 +106,22 @@ class Header:
     dim: int
 
     def __post_init__(self) -> None:
-        """Refuses values that no store has."""
+        """Refuse invalid values."""
         if self.modality not in FOLDERS:
             raise StoreError(f"the modality of a store is 'image' or 'text', got {self.modality!r}")
         if self.dtype not in DTYPES:
             raise StoreError(f"the dtype of a store is 'float16' or 'float32', got {self.dtype!r}")
         if self.dim < 1 or (self.space is not None and self.space.dim != self.dim):
-            raise StoreError(f"vectors of dimension {self.dim} cannot be those of the space {self.space}")
+            raise StoreError(f"vectors of dimension {self.dim} cannot belong to the space {self.space}")
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
-        """Type of the values on disk: xbt writes little-endian."""
+        """Dtype of the values on disk, always little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     @property
     def unit(self) -> bool:
-        """Whether the space says that rows have length 1."""
+        """True if rows have length 1 in this space."""
         return self.space is not None and self.space.normalisation == "unit"
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,23 +132,23 @@ class Header:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote."""
+        """Read the output of :meth:`to_dict`."""
         json.dumps(data["space"], ensure_ascii=False).encode("utf-8")  # refuses half characters
         space = None if data["space"] is None else EmbeddingSpace.from_dict(data["space"])
         return cls(str(data["modality"]), space, str(data["dtype"]), parse_count(data["dim"], "dim"))
 
     def require(self, other: Header, path: Path) -> None:
-        """Refuses a store of another kind under the same path.
+        """Refuse a header with another modality, dtype or space.
 
         Raises:
             StoreError: If modality or dtype differ.
             SpaceMismatchError: If the spaces differ.
         """
         for name in ("modality", "dtype"):
-            there, asked = getattr(self, name), getattr(other, name)
-            if there != asked:
+            existing, requested = getattr(self, name), getattr(other, name)
+            if existing != requested:
                 raise StoreError(
-                    f"{path} holds a store of {name} {there!r}, but {asked!r} is to be written; "
+                    f"{path} holds a store of {name} {existing!r}, but the new vectors are {requested!r}; "
                     "choose another directory, or remove that one"
                 )
         if self.space is not None and other.space is not None:
@@ -157,7 +157,7 @@ class Header:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole store: its header, its shards in order, and what its writers noted."""
+    """Manifest of a finished store: header, shards in order, and the file of notes."""
 
     header: Header
     shards: tuple[ShardRecord, ...]
@@ -165,11 +165,11 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Reads what :meth:`to_dict` wrote; no size is believed that the files' own sizes contradict.
+        """Read the output of :meth:`to_dict`, and check each row count against the file's size.
 
         Raises:
-            StoreError: If shards and header do not go together.
-            ValueError: If a value is not of its kind.
+            StoreError: If shards and header do not agree.
+            ValueError: If a value has the wrong type.
         """
         header = Header.from_dict(data)
         shards = tuple(map(ShardRecord.from_dict, data["shards"]))
@@ -185,16 +185,16 @@ class Manifest:
                 )
         keys = [shard_key(shard.name) for shard in shards]
         if any(first >= second for first, second in pairwise(keys)):
-            raise StoreError("its shards are not in order, or one is there twice")
+            raise StoreError("its shards are not in order, or one occurs twice")
         return cls(header, shards, None if data["extra"] is None else FileRecord.from_dict(data["extra"]))
 
     @property
     def count(self) -> int:
-        """Rows of all shards."""
+        """Number of rows of all shards."""
         return sum(shard.count for shard in self.shards)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form with its own checksum; what the writers noted stays out, it may be long."""
+        """A JSON-able form with its own checksum; without the notes, which may be long."""
         shards = [shard.to_dict(with_extra=False) for shard in self.shards]
         extra = None if self.extra is None else asdict(self.extra)
         plain = {**self.header.to_dict(), "count": self.count, "shards": shards, "extra": extra}
@@ -202,19 +202,19 @@ class Manifest:
 
 
 def shard_name(name: Any) -> str:
-    """Checks a shard's name: digits, or digits joined by underscores (``"007"``, ``"03_0012"``)."""
+    """Check a shard's name: digits, or digits joined by underscores (``"007"``, ``"03_0012"``)."""
     if not is_shard_name(name):
-        raise StoreError(f"a shard's name is made of digits and underscores, such as '007', got {name!r}")
+        raise StoreError(f"a shard's name consists of digits and underscores, such as '007', got {name!r}")
     return str(name)
 
 
 def is_shard_name(name: Any) -> bool:
-    """Whether something could be a shard's name."""
+    """True for a valid name of a shard."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def shard_key(name: str) -> tuple[int, ...]:
-    """The place of a shard in the order: its name read as numbers."""
+    """Sort key of a shard: its name read as numbers."""
     return tuple(int(part) for part in name.split("_"))
 
 
@@ -229,46 +229,46 @@ def metadata_file(name: str) -> str:
 
 
 def shard_files(path: Path, folder: str) -> dict[str, Path]:
-    """Files in one of a store's folders that are named as a shard's; whatever else is there is the user's.
+    """Find the files of shards in a folder of a store; all other files belong to the user.
 
     Args:
         path: The store's directory.
         folder: ``"img_emb"``, ``"text_emb"`` or ``"metadata"``.
 
     Returns:
-        By the shards' names, in no order; empty if there is no such folder.
+        Files by the shard's name, unordered; empty if there is no such folder.
     """
     ending = "parquet" if folder == METADATA else "npy"
     pattern = re.compile(rf"{folder}_({_NAME.pattern})\.{ending}")
-    there = (path / folder).iterdir() if (path / folder).is_dir() else ()
-    return {match[1]: file for file in there if (match := pattern.fullmatch(file.name))}
+    files = (path / folder).iterdir() if (path / folder).is_dir() else ()
+    return {match[1]: file for file in files if (match := pattern.fullmatch(file.name))}
 
 
 def store_path(path: str | Path) -> Path:
-    """The directory of a store.
+    """Check the path of a store and expand ``~``.
 
     Raises:
         StoreError: If the path is empty or a file.
     """
     if not str(path).strip():
         raise StoreError("the store's path is empty; name a directory")
-    found = Path(path).expanduser()
-    if found.exists() and not found.is_dir():
-        raise StoreError(f"{found} is a file, but a store is a directory; name the directory")
-    return found
+    directory = Path(path).expanduser()
+    if directory.exists() and not directory.is_dir():
+        raise StoreError(f"{directory} is a file, but a store is a directory; name the directory")
+    return directory
 
 
 def has_manifest(path: Path) -> bool:
-    """Whether a directory is a store with a manifest; a link or pipe of that name is one to be refused."""
+    """True if the directory has a manifest; also for a link or pipe, which reading it then refuses."""
     return os.path.lexists(path / MANIFEST)
 
 
 def read_record(path: Path, root: Path | None = None) -> dict[str, Any]:
-    """Reads a manifest, header or shard record.
+    """Read a manifest, header or shard record.
 
     Args:
         path: The file.
-        root: The directory that it must lie in; see :func:`refuse_irregular`.
+        root: The directory that must contain it; see :func:`xbt.files.refuse_irregular`.
 
     Raises:
         StoreError: If it cannot be read or is not a JSON object.
@@ -288,45 +288,45 @@ def read_record(path: Path, root: Path | None = None) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> Header:
-    """Reads the header of a store that is being built.
+    """Read the header of a store that is being built.
 
     Raises:
-        StoreError: If it is not one of ours, from a newer version, or damaged.
+        StoreError: If it is of another format, from a newer version, or damaged.
     """
-    data = _checked_format(path)
-    with _complete(path):
+    data = _read_format(path)
+    with _parsing(path):
         return Header.from_dict(data)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Reads the manifest of a finished store.
+    """Read the manifest of a finished store.
 
     Raises:
-        StoreError: If it is not one of ours, from a newer version, or damaged.
+        StoreError: If it is of another format, from a newer version, or damaged.
     """
-    data = _checked_format(path)
-    with _complete(path):
+    data = _read_format(path)
+    with _parsing(path):
         if data.pop(_CHECKSUM) != _checksum(data):
             raise StoreError(f"{path} was edited or damaged: its own checksum does not agree; {_FIX}")
         return Manifest.from_dict(data)
 
 
 def read_shard_record(path: Path) -> ShardRecord:
-    """Reads the record that commits a shard.
+    """Read the record that commits a shard.
 
     Raises:
         StoreError: If it is damaged.
     """
     data = read_record(path)
-    with _complete(path):
+    with _parsing(path):
         return ShardRecord.from_dict(data)
 
 
-def _checked_format(path: Path) -> dict[str, Any]:
+def _read_format(path: Path) -> dict[str, Any]:
     data = read_record(path, path.parent)
     if data.get("format") != FORMAT:
         raise StoreError(
-            f"{path} is not a store's: its format is {data.get('format')!r}, not {FORMAT!r}; {_FIX}"
+            f"{path} does not belong to a store: its format is {data.get('format')!r}, not {FORMAT!r}; {_FIX}"
         )
     version = data.get("version")
     if not isinstance(version, int) or version > VERSION:
@@ -338,7 +338,8 @@ def _checked_format(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _complete(path: Path) -> Iterator[None]:
+def _parsing(path: Path) -> Iterator[None]:
+    """Translate errors of a damaged record into a :class:`StoreError`."""
     try:
         yield
     except XbtError as error:

@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that the operating system drops when its holder dies."""
+"""Lock for the only writer of a store; the operating system releases it when the holder dies."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from xbt.errors import StoreError
 from xbt.files import writing_to
 
 _FILE = ".lock"
-_HELD = frozenset({errno.EAGAIN, errno.EACCES, errno.EDEADLK})
+_LOCKED_ERRORS = frozenset({errno.EAGAIN, errno.EACCES, errno.EDEADLK})
 
 if sys.platform == "win32":
     import msvcrt
 
-    _FAR = 1 << 30  # beyond the holder's name, which others must be able to read
+    _LOCKED_BYTE = 1 << 30  # after the holder's name, which other processes must be able to read
 
     def _take(handle: int) -> None:
-        os.lseek(handle, _FAR, os.SEEK_SET)
+        os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
 
 else:
@@ -35,14 +35,14 @@ else:
 
 
 class WriterLock:
-    """The right to write to a store, as a context manager.
+    """Exclusive right to write to a store, as a context manager.
 
     Args:
         path: The store's directory, which must exist.
-        reentrant: Whether a lock that this process holds elsewhere will do.
+        reentrant: Accept a lock that another object of this process holds.
 
     Raises:
-        StoreError: On entering, if another writer holds it; the message names its process and host.
+        StoreError: On entering, if another writer holds the lock; the message names its process and host.
     """
 
     def __init__(self, path: Path, reentrant: bool = False) -> None:
@@ -51,11 +51,11 @@ class WriterLock:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds it."""
+        """True while this object holds the lock."""
         return self._handle is not None
 
     def acquire(self) -> None:
-        """Takes the lock; does nothing if this object holds it already."""
+        """Take the lock, unless this object holds it already."""
         if self._handle is not None:
             return
         me = {"pid": os.getpid(), "host": socket.gethostname()}
@@ -64,10 +64,10 @@ class WriterLock:
         try:
             _take(handle)
         except OSError as error:
-            if error.errno not in _HELD:
+            if error.errno not in _LOCKED_ERRORS:
                 os.close(handle)
                 raise StoreError(
-                    f"{self._path} cannot be locked ({error.strerror}); write to a file system that has locks"
+                    f"{self._path} cannot be locked ({error.strerror}); use a file system with file locks"
                 ) from error
             try:
                 os.lseek(handle, 0, os.SEEK_SET)
@@ -83,22 +83,22 @@ class WriterLock:
                 f"{holder.get('host', 'an unknown host')}; wait until it is done, or end it"
             ) from error
         self._handle = handle
-        _HELD_HERE.add(self)
+        _HELD_LOCKS.add(self)
         try:
             with writing_to(self._path / _FILE, 64):
                 os.ftruncate(handle, 0)
                 os.lseek(handle, 0, os.SEEK_SET)
                 os.write(handle, json.dumps(me).encode())
         except BaseException:
-            self.release()  # or this process could never write again
+            self.release()  # otherwise this process could never write again
             raise
 
     def release(self) -> None:
-        """Gives the lock back."""
+        """Release the lock."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
-            _HELD_HERE.discard(self)
+            _HELD_LOCKS.discard(self)
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -113,12 +113,12 @@ class WriterLock:
         self.release()
 
 
-_HELD_HERE: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+_HELD_LOCKS: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
 
 def _drop_inherited() -> None:
-    """Closes a forked child's copy: workers may outlive a killed writer, and must not keep its lock."""
-    for lock in list(_HELD_HERE):
+    """Close the lock in a forked child: a worker may outlive a killed writer and must not keep its lock."""
+    for lock in list(_HELD_LOCKS):
         lock.release()
 
 

@@ -1,9 +1,4 @@
-"""Metadata of a store's rows: columns of the shards' parquet files.
-
-The ids of a store's rows: the user's own strings, each of them once.
-
-Types of metadata columns: what can be read over several shards as one column, and what cannot.
-"""
+"""Metadata of a store's rows in parquet files: columns, unique ids, and column types over several shards."""
 
 from __future__ import annotations
 
@@ -22,36 +17,37 @@ from xbt.errors import StoreError
 from xbt.files import refuse_irregular
 from xbt.store.layout import ID, ShardRecord, metadata_file
 
-_INDEX = "__index_level_"  # what pandas adds to files it writes
-_BROKEN = (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError, MemoryError)
-"""Errors that damaged files and odd values raise; that of broken UTF-8 is a ValueError."""
+_PANDAS_INDEX = "__index_level_"
+_READ_ERRORS = (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError, MemoryError)
+"""Errors of damaged files and unusual values; broken UTF-8 raises a ValueError."""
+_HASHES_PER_PASS = 2**27
 
 
 def read_columns(path: Path, columns: Sequence[str] | None, rows: int | None = None) -> pa.Table:
-    """Reads some columns of a parquet file, or all; one that the file lacks is left out.
+    """Read columns of a parquet file; missing columns are left out.
 
     Args:
         path: The file.
-        columns: Names; ``None`` takes all.
-        rows: How many rows there must be, which is checked before anything is read.
+        columns: Names; ``None`` reads all.
+        rows: Required number of rows, checked before the values are read.
 
     Raises:
-        StoreError: If the file cannot be read, has other rows, or a value is damaged.
+        StoreError: If the file cannot be read, has another number of rows, or a value is damaged.
     """
     with _opened(path) as file:
         if rows is not None and file.metadata.num_rows != rows:
             raise StoreError(
-                f"{path} has {file.metadata.num_rows} rows, but {rows} vectors are beside it; copy both again"
+                f"{path} has {file.metadata.num_rows} rows, but its shard has {rows} vectors; copy both again"
             )
-        there = column_names(file, path)
-        table = file.read(columns=there if columns is None else [name for name in columns if name in there])
+        names = column_names(file, path)
+        table = file.read(columns=names if columns is None else [name for name in columns if name in names])
         for name in table.column_names:
-            _require_sound(table[name], name, path)
+            _require_valid(table[name], name, path)
         return table
 
 
 def inspect_parquet(path: Path) -> tuple[int, list[str]]:
-    """Rows and columns of a parquet file, from its footer.
+    """Number of rows and names of the columns of a parquet file, from its footer.
 
     Raises:
         StoreError: If the file cannot be read.
@@ -61,45 +57,45 @@ def inspect_parquet(path: Path) -> tuple[int, list[str]]:
 
 
 def read_types(path: Path) -> dict[str, pa.DataType]:
-    """The type of each column of a parquet file, from its footer; none of a file without rows.
+    """Type of each column of a parquet file, from its footer; empty for a file without rows.
 
     Raises:
         StoreError: If the file cannot be read.
     """
     with _opened(path) as file:
-        # A type says nothing without a value: pandas makes up one for columns that are empty.
+        # Without values a type means nothing: pandas invents one for empty columns.
         names = column_names(file, path) if file.metadata.num_rows else []
         return {name: file.schema_arrow.field(name).type for name in names}
 
 
 def column_names(file: Any, path: Path) -> list[str]:
-    """The columns of an open parquet file, without those in which pandas keeps its index.
+    """Names of the columns of an open parquet file, without the index columns of pandas.
 
     Raises:
-        StoreError: If two have one name.
+        StoreError: If two columns have the same name.
     """
     names = list(file.schema_arrow.names)
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise StoreError(f"{path} has two columns of the name {twice!r}; write it again with one of them")
-    return [name for name in names if not name.startswith(_INDEX)]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise StoreError(f"{path} has two columns of the name {repeated!r}; write it again with one of them")
+    return [name for name in names if not name.startswith(_PANDAS_INDEX)]
 
 
 def plain_values(values: Any, what: str) -> list[Any]:
-    """The values of a column as Python's.
+    """Convert a column to Python values.
 
     Args:
         values: An Arrow column.
-        what: What to call it in an error.
+        what: Name of the column in error messages.
 
     Raises:
-        StoreError: If a value has no such form, such as a date beyond the year 9999; the message names its
+        StoreError: If a value has no Python form, such as a date after the year 9999; the message names its
             row.
     """
     try:
         plain: list[Any] = values.to_pylist()
-    except _BROKEN as error:
-        row = _first(values, lambda part: part.to_pylist())
+    except _READ_ERRORS as error:
+        row = _first_refused(values, lambda part: part.to_pylist())
         raise StoreError(
             f"{what}: the value of row {row} cannot be read ({_first_line(error)}); write it again, or leave "
             "that column out"
@@ -109,39 +105,39 @@ def plain_values(values: Any, what: str) -> list[Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """An open parquet file; what the library has against it or its content becomes one sentence."""
+    """Open a parquet file, and translate the library's errors into a :class:`StoreError`."""
     try:
         refuse_irregular(path, path.parent.parent)
         with pq.ParquetFile(path) as file:
             yield file
     except StoreError:
         raise
-    except (*_BROKEN, OSError) as error:
+    except (*_READ_ERRORS, OSError) as error:
         raise StoreError(
             f"{path} is not a readable parquet file ({_first_line(error)}); copy it again or write it again"
         ) from error
 
 
-def _require_sound(values: Any, name: str, path: Path) -> None:
-    """Refuses a column with text that is not UTF-8, or offsets that lead nowhere."""
+def _require_valid(values: Any, name: str, path: Path) -> None:
+    """Refuse a column with text that is not UTF-8, or with offsets out of range."""
     try:
         values.validate(full=True)
     except pa.ArrowException as error:
-        row = _first(values, lambda part: part.validate(full=True))
+        row = _first_refused(values, lambda part: part.validate(full=True))
         raise StoreError(
             f"{path}: the value of row {row} in column {name!r} is damaged ({_first_line(error)}); copy the "
             "file again or write it again"
         ) from error
 
 
-def _first(values: Any, check: Callable[[Any], object]) -> int:
-    """The first value that a check refuses, by bisection: all before it are accepted together."""
+def _first_refused(values: Any, check: Callable[[Any], object]) -> int:
+    """Position of the first value that a check refuses, by bisection."""
     low, high = 0, len(values)
     while high - low > 1:
         middle = (low + high) // 2
         try:
             check(values.slice(low, middle - low))
-        except _BROKEN:
+        except _READ_ERRORS:
             high = middle
         else:
             low = middle
@@ -149,26 +145,26 @@ def _first(values: Any, check: Callable[[Any], object]) -> int:
 
 
 class MetadataColumns:
-    """Columns over several parquet files as if they were one.
+    """Columns of several parquet files, read as one table.
 
-    The last two readings of a file are kept, so that ids and captions can be read on side by side.
+    The last two tables are cached, so that ids and captions can be read in parallel.
 
     Args:
         paths: The files in order.
-        counts: Their rows.
+        counts: Number of rows of each file.
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int]) -> None:
         self._paths, self._counts = list(paths), list(counts)
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._names: list[str] | None = None
-        self._kept: dict[Any, pa.Table] = {}
+        self._cache: dict[Any, pa.Table] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_kept": {}}
+        return {**vars(self), "_cache": {}}
 
     def names(self) -> list[str]:
-        """Columns that at least one file has, in order of appearance; the files are looked at once."""
+        """Columns that at least one file has, in order of appearance; the files are inspected once."""
         if self._names is None:
             self._names = list(
                 dict.fromkeys(name for path in self._paths for name in inspect_parquet(path)[1])
@@ -176,28 +172,28 @@ class MetadataColumns:
         return self._names
 
     def read(self, columns: Sequence[str] | None, start: int, stop: int) -> pa.Table:
-        """Columns of the rows ``start`` … ``stop − 1``; rows of files without a column have null there.
+        """Columns of the rows ``start`` … ``stop − 1``; null for rows of files without a column.
 
         Raises:
-            StoreError: If a file cannot be read, or a column has types that do not go together.
+            StoreError: If a file cannot be read, or a column has incompatible types.
         """
         parts = list(self._parts(columns, start, stop))
-        table = _joined(parts) if parts else pa.table({})
+        table = _concatenated(parts) if parts else pa.table({})
         for name in columns or []:
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(table.num_rows))
         return table
 
     def read_strings(self, column: str, start: int, stop: int) -> list[str | None]:
-        """One column's values as strings, each file's by its own type: 7 is "7" whatever other files hold."""
-        values: list[str | None] = []
+        """Values of a column as strings, by each file's type: 7 is "7" even beside a file of floats."""
+        strings: list[str | None] = []
         for path, table in self._parts([column], start, stop):
             if column in table.column_names:
-                there = plain_values(table[column], f"column {column!r} of {path}")
+                values = plain_values(table[column], f"column {column!r} of {path}")
             else:
-                there = [None] * table.num_rows
-            values += [None if value is None else str(value) for value in there]
-        return values
+                values = [None] * table.num_rows
+            strings += [None if value is None else str(value) for value in values]
+        return strings
 
     def _parts(self, columns: Sequence[str] | None, start: int, stop: int) -> Iterator[tuple[Path, pa.Table]]:
         number = int(np.searchsorted(self._starts, start, side="right")) - 1
@@ -211,41 +207,41 @@ class MetadataColumns:
 
     def _table(self, path: Path, columns: Sequence[str] | None, count: int) -> pa.Table:
         key = path, None if columns is None else tuple(columns)
-        if key not in self._kept:
+        if key not in self._cache:
             table = read_columns(path, columns, count)
             if not table.num_columns:
                 table = pa.table({name: pa.nulls(count) for name in columns or []})
-            self._kept = {**dict(list(self._kept.items())[-1:]), key: table}
-        return self._kept[key]
+            self._cache = {**dict(list(self._cache.items())[-1:]), key: table}
+        return self._cache[key]
 
 
-def _joined(parts: Sequence[tuple[Path, pa.Table]]) -> pa.Table:
-    """Puts the tables of files below each other."""
+def _concatenated(parts: Sequence[tuple[Path, pa.Table]]) -> pa.Table:
     try:
         return pa.concat_tables([table for _, table in parts], promote_options="permissive")
     except pa.ArrowException as error:
-        raise StoreError(_odd_column(parts)) from error
+        raise StoreError(_describe_mismatch(parts)) from error
 
 
-def _odd_column(parts: Sequence[tuple[Path, pa.Table]]) -> str:
-    """Which column of which file cannot be put below those of the files before it."""
+def _describe_mismatch(parts: Sequence[tuple[Path, pa.Table]]) -> str:
+    """Describe the first column whose types cannot be combined, with the file where it differs."""
     for name in dict.fromkeys(name for _, table in parts for name in table.column_names):
-        above: pa.Table | None = None
+        previous: pa.Table | None = None
         for path, table in parts:
             if name not in table.column_names:
                 continue
-            own = table.select([name])
+            column = table.select([name])
+            if previous is None:
+                previous = column
+                continue
             try:
-                both = own if above is None else pa.concat_tables([above, own], promote_options="permissive")
+                previous = pa.concat_tables([previous, column], promote_options="permissive")
             except pa.ArrowException as error:
-                assert above is not None
-                kinds = [each.schema.field(name).type for each in (own, above)]
+                types = [columns.schema.field(name).type for columns in (column, previous)]
                 return (
-                    f"column {name!r} of {path} is {kinds[0]} and cannot be joined to the {kinds[1]} of the "
+                    f"column {name!r} of {path} is {types[0]} and cannot be joined to the {types[1]} of the "
                     f"shards before it ({_first_line(error)}); read other columns, or write it again "
                     "with one type"
                 )
-            above = both
     raise AssertionError("every column can be joined alone, so all can")
 
 
@@ -253,22 +249,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-_HASHES_AT_ONCE = 2**27
-
-
 def hashes_of(names: Iterable[str]) -> NDArray[np.int64]:
-    """64-bit hashes of strings; they mean something within this process only."""
+    """64-bit hashes of strings, valid only in this process."""
     return np.fromiter(map(hash, names), np.int64)
 
 
 class Repetition(NamedTuple):
-    """A string that has occurred before.
+    """A second or later occurrence of a string.
 
     Attributes:
-        part: Which part it is in, and ...
-        row: ... where in that part.
+        part: Index of its part.
+        row: Its position in the part.
         name: The string.
-        first: The part in which it occurred first.
+        first: Index of the part with the first occurrence.
     """
 
     part: int
@@ -278,17 +271,17 @@ class Repetition(NamedTuple):
 
 
 def repetitions(read: Callable[[], Iterable[Sequence[str]]], count: int) -> Iterator[Repetition]:
-    """Finds strings that occur again, with 8 bytes a string (and at most 1 GiB) in memory.
+    """Find repeated strings; takes 8 bytes of memory per string, and at most 1 GiB.
 
     Args:
-        read: Gives all strings, part by part; called once more for every 134 million of them, and once
-            again when two hashes agree, to compare the strings themselves.
-        count: How many strings there are.
+        read: Function that yields all strings, part by part. It is called once per 134 million strings, and
+            once more if two hashes are equal, to compare the strings.
+        count: Number of strings.
 
     Yields:
-        Every occurrence but the first, in order (within each 134 million).
+        Every occurrence but the first, in order (within each pass over 134 million).
     """
-    passes = max(1, -(-count // _HASHES_AT_ONCE))
+    passes = max(1, -(-count // _HASHES_PER_PASS))
     for number in range(passes):
         parts = [np.zeros(0, np.int64)]
         for names in read():
@@ -310,51 +303,51 @@ def repetitions(read: Callable[[], Iterable[Sequence[str]]], count: int) -> Iter
 
 
 def first_repeated(read: Callable[[], Iterable[Sequence[str]]], count: int) -> str | None:
-    """The first string that has occurred before, or ``None``; see :func:`repetitions`."""
-    found = next(repetitions(read, count), None)
-    return None if found is None else found.name
+    """First repeated string, or ``None``; see :func:`repetitions`."""
+    repetition = next(repetitions(read, count), None)
+    return None if repetition is None else repetition.name
 
 
 def repeated_ids(path: Path, records: Sequence[ShardRecord]) -> Iterator[Repetition]:
-    """Ids that an earlier shard has; the parts are positions in ``records``."""
+    """Ids that occur in an earlier shard or row; the parts are positions in ``records``."""
     return repetitions(lambda: shard_ids(path, records), sum(record.count for record in records))
 
 
 def require_unique(path: Path, records: Sequence[ShardRecord]) -> None:
-    """Refuses shards that share an id.
+    """Refuse shards that share an id.
 
     Raises:
         StoreError: If an id occurs twice; the message names it and its shards.
     """
-    found = next(repeated_ids(path, records), None)
-    if found is not None:
-        homes = f"{records[found.first].name} and {records[found.part].name}"
+    repetition = next(repeated_ids(path, records), None)
+    if repetition is not None:
+        shards = f"{records[repetition.first].name} and {records[repetition.part].name}"
         raise StoreError(
-            f"the id {found.name!r} is in the shards {homes} of {path}; ids must be unique over the store: "
-            "give every row its own"
+            f"the id {repetition.name!r} is in the shards {shards} of {path}; ids must be unique over the "
+            "store: give every row its own"
         )
 
 
 def shard_ids(path: Path, records: Iterable[ShardRecord]) -> Iterator[list[str]]:
-    """The ids of each shard."""
+    """Read the ids of each shard."""
     for record in records:
         yield read_columns(path / metadata_file(record.name), [ID])[ID].to_pylist()
 
 
 def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | None:
-    """The column of a clip-retrieval folder that can serve as ids: ``id``, else ``image_path``.
+    """Choose the column of a clip-retrieval folder to use as ids: ``id``, else ``image_path``.
 
     Args:
         columns: The folder's metadata.
-        counts: Rows of each shard.
+        counts: Number of rows of each shard.
 
     Returns:
-        The column's name, or ``None`` if neither is there, without gaps and without repetition.
+        The column's name, or ``None`` if neither column exists without gaps and repetitions.
     """
-    borders = list(pairwise(accumulate(counts, initial=0)))
+    ranges = list(pairwise(accumulate(counts, initial=0)))
 
     def read(name: str) -> Iterator[list[str | None]]:
-        for start, stop in borders:
+        for start, stop in ranges:
             yield columns.read_strings(name, start, stop)
 
     def is_usable(name: str) -> bool:
@@ -362,12 +355,12 @@ def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | N
             return False
         return first_repeated(lambda: (list(map(str, values)) for values in read(name)), sum(counts)) is None
 
-    there = columns.names()
-    return next((name for name in (ID, "image_path") if name in there and is_usable(name)), None)
+    names = columns.names()
+    return next((name for name in (ID, "image_path") if name in names and is_usable(name)), None)
 
 
 class KnownIds:
-    """The ids a store has, as 8 bytes each, to refuse those that come again.
+    """Hashes of the ids of a store, 8 bytes each, to refuse ids that exist already.
 
     Args:
         path: The store's directory.
@@ -375,28 +368,28 @@ class KnownIds:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._sorted: dict[str, NDArray[np.int64]] = {}
+        self._sorted_hashes: dict[str, NDArray[np.int64]] = {}
 
     def refuse(self, ids: Sequence[str], shards: Sequence[ShardRecord]) -> None:
-        """Refuses ids that one of the shards has.
+        """Refuse ids that one of the shards contains.
 
         Raises:
-            StoreError: If there is one; the message names the first.
+            StoreError: If there is such an id; the message names the first.
         """
         new = hashes_of(ids)
         for shard in shards:
-            known = self._sorted.get(shard.name)
-            if known is None:
-                known = np.sort(hashes_of(next(shard_ids(self._path, [shard]))))
-                self._sorted[shard.name] = known
-            if not len(known):
+            old = self._sorted_hashes.get(shard.name)
+            if old is None:
+                old = np.sort(hashes_of(next(shard_ids(self._path, [shard]))))
+                self._sorted_hashes[shard.name] = old
+            if not len(old):
                 continue
-            places = np.searchsorted(known, new).clip(max=len(known) - 1)
-            suspects = np.flatnonzero(known[places] == new)
+            positions = np.searchsorted(old, new).clip(max=len(old) - 1)
+            suspects = np.flatnonzero(old[positions] == new)
             if len(suspects):
-                there = set(next(shard_ids(self._path, [shard])))
+                old_ids = set(next(shard_ids(self._path, [shard])))
                 for row in suspects.tolist():
-                    if ids[row] in there:
+                    if ids[row] in old_ids:
                         raise StoreError(
                             f"the id {ids[row]!r} is already in {self._path} (shard {shard.name!r}); ids "
                             "must be unique over the store: leave that row out or rename it"
@@ -404,10 +397,10 @@ class KnownIds:
 
 
 class ColumnTypes:
-    """The type that each column beside the ids has over some shards, and what does not go together with it.
+    """Common type of each metadata column over the shards.
 
-    Only footers are read, unless a type has to be widened: then the values are looked at as well, since an
-    integer beyond 2⁵³, say, is no float.
+    Only footers are read, unless a type has to be widened. Then the values are read too: for example, an
+    integer beyond 2⁵³ is not exact as a float.
     """
 
     def __init__(self) -> None:
@@ -415,13 +408,13 @@ class ColumnTypes:
         self._files: dict[Path, None] = {}
 
     def add(self, files: Iterable[Path]) -> list[str]:
-        """Takes in those files that are new.
+        """Add new files.
 
         Args:
             files: Parquet files in the order of the shards.
 
         Returns:
-            A sentence for each column that cannot be read together with that of the files before.
+            A sentence for each column whose type is incompatible with the files before.
 
         Raises:
             StoreError: If a file cannot be read.
@@ -430,57 +423,57 @@ class ColumnTypes:
         for path in files:
             if path in self._files:
                 continue
-            for name, kind in read_types(path).items():
+            for name, dtype in read_types(path).items():
                 try:
-                    self._types[name] = self._wider(name, kind, path)
+                    self._types[name] = self._widened(name, dtype, path)
                 except pa.ArrowException:
-                    faults.append(f"{path}: {self._mismatch(name, kind)}; write it again with one type")
+                    faults.append(f"{path}: {self._mismatch(name, dtype)}; write it again with one type")
             self._files[path] = None
         return faults
 
     def require(self, table: pa.Table, where: str) -> None:
-        """Refuses columns that could never be read together with those of the files taken in.
+        """Refuse columns with types that are incompatible with the files added so far.
 
         Args:
-            table: What is to be written next.
-            where: What to call it.
+            table: The next table to write.
+            where: Its name in error messages.
 
         Raises:
-            StoreError: If there is one; the message names it.
+            StoreError: If there is such a column; the message names it.
         """
         for name in table.column_names:
-            kind = table.schema.field(name).type
+            dtype = table.schema.field(name).type
             try:
-                self._wider(name, kind, table)
+                self._widened(name, dtype, table)
             except pa.ArrowException as error:
                 raise StoreError(
-                    f"{where}: {self._mismatch(name, kind)}; give a column one type over the whole store, or "
-                    "take another name"
+                    f"{where}: {self._mismatch(name, dtype)}; give a column one type over the store, or use "
+                    "another name"
                 ) from error
 
-    def _wider(self, name: str, kind: pa.DataType, source: Path | pa.Table) -> pa.DataType:
-        """The type that holds what is there and what comes; an Arrow error if there is none."""
-        there = self._types.get(name, kind)
-        if name == ID or there.equals(kind):  # ids are read as strings, shard by shard
-            return there
-        wider = _common(there, kind)
-        if not wider.equals(kind):
+    def _widened(self, name: str, dtype: pa.DataType, source: Path | pa.Table) -> pa.DataType:
+        """Type that holds the old and the new values of a column; an Arrow error if there is none."""
+        old = self._types.get(name, dtype)
+        if name == ID or old.equals(dtype):  # ids are read as strings, shard by shard
+            return old
+        wider = _common_type(old, dtype)
+        if not wider.equals(dtype):
             _require_exact(source, name, wider)
-        if not wider.equals(there):
+        if not wider.equals(old):
             for path in self._files:
                 _require_exact(path, name, wider)
         return wider
 
-    def _mismatch(self, name: str, kind: pa.DataType) -> str:
-        return f"column {name!r} is {kind}, which does not go together with {self._types[name]} before it"
+    def _mismatch(self, name: str, dtype: pa.DataType) -> str:
+        return f"column {name!r} is {dtype}, which does not go together with {self._types[name]} before it"
 
 
-def _common(first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    schemas = [pa.schema([("column", kind)]) for kind in (first, second)]
+def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
+    schemas = [pa.schema([("column", dtype)]) for dtype in (first, second)]
     return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
-def _require_exact(source: Path | pa.Table, name: str, kind: pa.DataType) -> None:
+def _require_exact(source: Path | pa.Table, name: str, dtype: pa.DataType) -> None:
     table = source if isinstance(source, pa.Table) else read_columns(source, [name])
     if name in table.column_names:
-        table[name].cast(kind)
+        table[name].cast(dtype)

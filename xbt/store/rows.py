@@ -1,4 +1,4 @@
-"""Rows of ``.npy`` files, read by position: nothing is unpickled and nothing is kept in memory."""
+"""Rows of ``.npy`` files, read by position; nothing is unpickled and no file stays in memory."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from xbt.vectors import lengths_of, not_unit
 
 AGAIN = "copy it again, or embed its rows again"
 MAX_HEADER = 12_000
-"""Bytes of a header that are looked at: numpy itself refuses to parse more than 10,000."""
+"""Maximum bytes of a header: numpy refuses to parse more than 10,000."""
 _HEADERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
-    (3, 0): np.lib.format.read_array_header_2_0,  # the text is UTF-8, which float arrays make no use of
+    (3, 0): np.lib.format.read_array_header_2_0,  # UTF-8 instead of latin-1; the same for float arrays
 }
 _UNREADABLE = (
     *(ValueError, EOFError, SyntaxError, tokenize.TokenError, TypeError, KeyError, IndexError),
     *(AttributeError, OverflowError, RecursionError, MemoryError),
 )
-"""Errors that numpy's reader of headers raises for damaged ones."""
+"""Errors of numpy for damaged headers."""
 
 
 @dataclass(frozen=True)
 class NpyFile:
-    """The header of a file.
+    """Header of an ``.npy`` file.
 
     Attributes:
         path: The file.
         shape: Shape of the array.
-        fortran: Whether it is stored column by column.
+        fortran: True if it is stored column by column.
         dtype: Type of the values.
         offset: The byte at which the values begin.
-        status: Identity, size and time of the file when it was looked at.
+        status: Inode, size in bytes and modification time (ns) when the header was read.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class NpyFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return self.status[1]
 
     @property
@@ -68,21 +68,21 @@ class NpyFile:
 
     @property
     def dim(self) -> int:
-        """Values a row."""
+        """Number of values per row."""
         return self.shape[1]
 
 
 def read_npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Reads the header of an ``.npy`` file with numpy's own safe reader; no value is read.
+    """Parse the header of an ``.npy`` file with numpy's safe reader.
 
     Args:
-        head: The first bytes of the file; those beyond the longest possible header are not looked at.
+        head: The first bytes of the file; at most :data:`MAX_HEADER` of them are used.
 
     Returns:
-        Shape, whether the values are stored column by column, dtype, and the byte at which values begin.
+        Shape, True if the values are stored column by column, dtype, and the byte at which they begin.
 
     Raises:
-        ValueError: If this is no such header; the message is one line.
+        ValueError: If the header is damaged; the message is one line.
     """
     file = io.BytesIO(head[:MAX_HEADER])
     try:
@@ -99,10 +99,10 @@ def read_npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], 
 
 
 def inspect_npy(path: Path) -> NpyFile:
-    """Reads the header of a shard and checks that the file holds all it promises.
+    """Read the header of a shard and check it against the file's size.
 
     Raises:
-        StoreError: If the file cannot be read, is no ``.npy``, is cut or too long, or holds anything but
+        StoreError: If the file cannot be read, is not ``.npy``, is cut or too long, or holds anything but
             (n, dim) rows of float16 or float32.
     """
     try:
@@ -122,36 +122,36 @@ def inspect_npy(path: Path) -> NpyFile:
     if dtype.name not in DTYPES or len(shape) != 2 or (fortran and min(shape) > 1):
         order = ", column by column" if fortran else ""
         raise StoreError(
-            f"{path} holds an array of shape {shape} and type {dtype}{order}; a store holds (n, dim) rows of "
-            "float16 or float32: save them so"
+            f"{path} holds an array of shape {shape} and type {dtype}{order}; save (n, dim) rows of float16 "
+            "or float32, row by row"
         )
     if dtype != dtype.newbyteorder("<"):
-        # One flipped bit makes "<f4" ">f4", and the values something else; nobody writes stores so.
+        # One flipped bit turns "<f4" into ">f4", and no tool writes big-endian stores.
         raise StoreError(
             f"{path} says that its values are big-endian ({dtype.str}), which looks like damage; {AGAIN}, "
             "or save its rows as little-endian"
         )
-    wanted, size = offset + shape[0] * shape[1] * dtype.itemsize, status[1]
-    if size != wanted:
-        raise StoreError(f"{path} has {size} bytes, but its {shape[0]} rows need {wanted}; {AGAIN}")
+    needed, size = offset + shape[0] * shape[1] * dtype.itemsize, status[1]
+    if size != needed:
+        raise StoreError(f"{path} has {size} bytes, but its {shape[0]} rows need {needed}; {AGAIN}")
     if not shape[1]:
         raise StoreError(f"{path} has rows without values (shape {shape}); {AGAIN}")
     return NpyFile(path, shape, fortran, dtype, offset, status)
 
 
 class NpyRows:
-    """Rows over several ``.npy`` files as if they were one.
+    """Rows of several ``.npy`` files, read as one array.
 
-    Rows are copied out of the files by position instead of through a memory map: what is read through a map
-    counts as the process's memory until it is given back, and a file that is cut while it is mapped ends the
-    process. Read by position, memory is what is returned. No file is held open between two reads.
+    Rows are read by position instead of through a memory map. Pages of a map count as memory of the process
+    until the system takes them back, and a file that is cut while it is mapped kills the process. Reads by
+    position use memory only for the result. No file stays open between two reads.
 
     Args:
         paths: The files in order.
-        counts: Their rows.
-        dim: Values a row.
-        dtype: Type of the values on disk, byte order included; ``None`` takes each file's own.
-        unit: Whether the rows are said to have length 1.
+        counts: Number of rows of each file.
+        dim: Number of values per row.
+        dtype: Type of the values on disk, with byte order; ``None`` accepts the type of each file.
+        unit: Refuse rows that do not have length 1.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class NpyRows:
         return int(self._starts[-1])
 
     def take(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows by number, in the order asked for.
+        """Rows by number, in the given order.
 
         Args:
             indices: (n,) row numbers within the range.
@@ -179,23 +179,23 @@ class NpyRows:
             (n, dim) float32 rows.
 
         Raises:
-            StoreError: If a file is damaged, a value is NaN or infinite, or a row is not of length 1 where
-                that is said; the message names the file and the first such row.
+            StoreError: If a file is damaged, a value is NaN or infinite, or a unit row has another length;
+                the message names the file and the first such row.
         """
         result = np.empty((len(indices), self.dim), np.float32)
         order = np.argsort(indices, kind="stable")
-        wanted = indices[order]
-        files = np.searchsorted(self._starts, wanted, side="right") - 1
+        ascending = indices[order]
+        files = np.searchsorted(self._starts, ascending, side="right") - 1
         borders = np.flatnonzero(np.diff(files, prepend=-1, append=-1))
         for first, last in pairwise(borders.tolist()):
             number = int(files[first])
-            numbers = wanted[first:last] - self._starts[number]
+            numbers = ascending[first:last] - self._starts[number]
             result[order[first:last]] = self._gather(number, numbers)
         self._require_usable(result, indices)
         return result
 
     def slice(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows ``start`` … ``stop − 1`` as (n, dim) float32; checked as :meth:`take` does."""
+        """Rows ``start`` … ``stop − 1`` as (n, dim) float32, with the checks of :meth:`take`."""
         result = np.empty((stop - start, self.dim), np.float32)
         position = start
         while position < stop:
@@ -213,13 +213,13 @@ class NpyRows:
         files = [self._checked(number, inspect_npy(path)) for number, path in enumerate(self._paths)]
         return [
             np.memmap(f.path, f.dtype, "r", f.offset, (f.count, f.dim))
-            if f.count  # nothing cannot be mapped
+            if f.count  # an empty file cannot be mapped
             else np.zeros((0, f.dim), f.dtype)
             for f in files
         ]
 
     def _gather(self, number: int, numbers: NDArray[np.int64]) -> NDArray[np.floating]:
-        """Rows of one file by their ascending numbers; neighbours are read in one go."""
+        """Rows of one file by their ascending numbers; consecutive rows take one read."""
         runs = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
         ends = [*runs[1:].tolist(), len(numbers)]
         header, path = self._headers.get(number), self._paths[number]
@@ -241,12 +241,12 @@ class NpyRows:
         count = int(self._starts[number + 1] - self._starts[number])
         if (npy.count, npy.dim) != (count, self.dim):
             raise StoreError(
-                f"{npy.path} has {npy.count} rows of dimension {npy.dim}, but the store counts on "
-                f"{count} of dimension {self.dim}; {AGAIN}"
+                f"{npy.path} has {npy.count} rows of dimension {npy.dim}, but the store expects {count} of "
+                f"dimension {self.dim}; {AGAIN}"
             )
         if self._dtype is not None and npy.dtype != self._dtype:
             raise StoreError(
-                f"{npy.path} holds values of type {npy.dtype.str}, but the store's are {self._dtype.str}; "
+                f"{npy.path} holds values of type {npy.dtype.str}, but the store holds {self._dtype.str}; "
                 f"{AGAIN}"
             )
         return npy
@@ -254,20 +254,20 @@ class NpyRows:
     def _require_usable(self, rows: NDArray[np.float32], numbers: Sequence[int] | NDArray[np.int64]) -> None:
         tensor = torch.from_numpy(rows)
         lengths = lengths_of(tensor)
-        if not bool(torch.isfinite(lengths.sum())):  # as it is if every value is finite, and not very large
-            broken = ~torch.isfinite(tensor).all(dim=1)
-            if bool(broken.any()):
-                raise StoreError(f"{self._first(broken, numbers, 'has NaN or infinity')}: {AGAIN}")
-        off = not_unit(lengths)
-        if self._unit and bool(off.any()):
-            most = float((lengths - 1).abs().max())
+        if not bool(torch.isfinite(lengths.sum())):  # also for huge finite values, so look at each
+            not_finite = ~torch.isfinite(tensor).all(dim=1)
+            if bool(not_finite.any()):
+                raise StoreError(f"{self._describe(not_finite, numbers, 'has NaN or infinity')}: {AGAIN}")
+        wrong_length = not_unit(lengths)
+        if self._unit and bool(wrong_length.any()):
+            largest = float((lengths - 1).abs().max())
             raise StoreError(
-                f"{self._first(off, numbers, 'has rows that are not of length 1')} (lengths differ from 1 by "
-                f"up to {most:.3g}), but its space says that rows are: normalise them, or name a space of "
-                "normalisation 'none'"
+                f"{self._describe(wrong_length, numbers, 'has rows that are not of length 1')} (lengths "
+                f"differ from 1 by up to {largest:.3g}), but its space has unit rows: normalise them, or name "
+                "a space of normalisation 'none'"
             )
 
-    def _first(self, bad: Tensor, numbers: Sequence[int] | NDArray[np.int64], what: str) -> str:
+    def _describe(self, bad: Tensor, numbers: Sequence[int] | NDArray[np.int64], what: str) -> str:
         row = int(numbers[int(torch.nonzero(bad)[0])])
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         path = self._paths[number]
@@ -276,12 +276,12 @@ class NpyRows:
 
 
 def _status(file: BinaryIO) -> tuple[int, ...]:
-    found = os.fstat(file.fileno())
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = os.fstat(file.fileno())
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _widen(rows: NDArray[np.floating], target: NDArray[np.float32]) -> None:
-    """Copies rows into float32 ones; torch makes float32 of float16 several times as fast as numpy."""
+    """Copy rows as float32; torch converts float16 several times as fast as numpy."""
     if rows.dtype == np.float16 and rows.dtype.isnative:
         torch.from_numpy(target).copy_(torch.from_numpy(rows))
     else:
@@ -290,12 +290,12 @@ def _widen(rows: NDArray[np.floating], target: NDArray[np.float32]) -> None:
 
 def _fill(file: BinaryIO, target: memoryview, position: int, path: Path) -> None:
     done = 0
-    while done < len(target):  # the system may give less at a time than it was asked for
+    while done < len(target):  # one call may read less than requested
         if hasattr(os, "preadv"):
-            got = os.preadv(file.fileno(), [target[done:]], position + done)
+            count = os.preadv(file.fileno(), [target[done:]], position + done)
         else:
             file.seek(position + done)
-            got = int(file.readinto(target[done:]))  # type: ignore[attr-defined]
-        if not got:
+            count = int(file.readinto(target[done:]))  # type: ignore[attr-defined]
+        if not count:
             raise StoreError(f"{path} ends before its last row; it was cut while open: copy it again")
-        done += got
+        done += count

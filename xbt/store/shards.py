@@ -26,23 +26,22 @@ from xbt.store.layout import (
 )
 from xbt.vectors import Vectors, as_vectors, lengths_of, not_unit
 
+Metadata = Any
+"""Metadata columns beside the ids, with one value per row."""
+
+_ROWS_PER_WRITE = 65_536
+
 
 def remove_strays(path: Path, modality: str, records: Iterable[ShardRecord]) -> None:
-    """Removes shards that no record vouches for, and nothing that is not named as a shard's file.
+    """Remove files of shards without a record; files with other names stay.
 
-    Other readers of this layout go by what lies in the folders, not by the manifest.
+    Other readers of this layout list the folders and ignore the manifest.
     """
-    ours = {path / name for record in records for name in record.files}
+    recorded = {path / name for record in records for name in record.files}
     for folder in (FOLDERS[modality], METADATA):
         for file in shard_files(path, folder).values():
-            if file not in ours:
+            if file not in recorded:
                 file.unlink(missing_ok=True)
-
-
-Metadata = Any
-"""Columns beside the ids: one value a row each."""
-
-_ROWS_AT_ONCE = 65_536
 
 
 def write_shard(
@@ -54,23 +53,23 @@ def write_shard(
     metadata: Metadata | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> ShardRecord:
-    """Checks and writes a shard's files; it belongs to the store once a record of it is written.
+    """Check and write the files of a shard; the caller adds it to the store by writing its record.
 
     Args:
         path: The store's directory.
-        header: What the store is.
+        header: The store's header.
         name: The shard's name.
         vectors: (n, dim) float vectors; n may be 0.
-        ids: n strings, without repetition.
+        ids: n unique strings.
         metadata: Columns of n values each, beside the ids.
-        extra: JSON to keep beside the shard.
+        extra: JSON note to keep with the shard.
 
     Returns:
         The record.
 
     Raises:
         DataError: If a value is NaN or infinite.
-        SpaceMismatchError: If the dimension is another.
+        SpaceMismatchError: If the dimension differs.
         StoreError: If ids or metadata do not fit, or the disk is full.
     """
     where = f"shard {name!r} of {path}"
@@ -88,12 +87,12 @@ def write_shard(
 
 
 def as_rows(vectors: Vectors, header: Header, where: str) -> NDArray[np.floating]:
-    """The vectors as they are written to disk.
+    """Check vectors and convert them to the dtype on disk.
 
     Raises:
-        DataError: If they hold NaN or infinity, values too large for float16, or rows that are not of length
-            1 although the space says so.
-        SpaceMismatchError: If the dimension is another.
+        DataError: If there is NaN or infinity, a value too large for float16, or, in a space of unit rows, a
+            row of another length.
+        SpaceMismatchError: If the dimension differs.
     """
     dtype = np.dtype(header.dtype).newbyteorder("<")
     if len(vectors) == 0:
@@ -107,9 +106,9 @@ def as_rows(vectors: Vectors, header: Header, where: str) -> NDArray[np.floating
             f"{where}: values up to {np.abs(checked).max():.3g} do not fit into {header.dtype}; make a store "
             "of dtype float32, or give unit vectors"
         )
-    off = not_unit(lengths_of(tensor))
-    if header.unit and bool(off.any()):
-        row = int(torch.nonzero(off)[0])
+    wrong_length = not_unit(lengths_of(tensor))
+    if header.unit and bool(wrong_length.any()):
+        row = int(torch.nonzero(wrong_length)[0])
         raise DataError(
             f"{where}: the rows of {header.space} have length 1, but row {row} has "
             f"{float(lengths_of(tensor[row])):.3g}; normalise the vectors, or give the store a space of "
@@ -119,14 +118,14 @@ def as_rows(vectors: Vectors, header: Header, where: str) -> NDArray[np.floating
 
 
 def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: str) -> pa.Table:
-    """The shard's metadata: the column id, then the others.
+    """Build a shard's metadata table: the column id, then the others.
 
     Raises:
         StoreError: If an id is not a string or is repeated, or a column has another length or no Arrow type.
     """
     names = as_ids(ids, where)
     if len(names) != count:
-        raise StoreError(f"{where}: there are {count} vectors but {len(names)} ids; give one id a vector")
+        raise StoreError(f"{where}: there are {count} vectors but {len(names)} ids; give one id per vector")
     seen: set[str] = set()
     for row, name in enumerate(names):
         if not isinstance(name, str):
@@ -139,7 +138,7 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
     columns = {ID: _column(names, ID, where, pa.string())}
     for column in _names(metadata, where):
         if column == ID:
-            raise StoreError(f"{where}: the metadata has a column 'id', which is the ids' own; rename it")
+            raise StoreError(f"{where}: the metadata has a column 'id', which is reserved; rename it")
         assert metadata is not None
         values = _column(metadata[column], column, where)
         if len(values) != count:
@@ -149,13 +148,13 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
 
 
 def as_ids(ids: Iterable[str], where: str) -> list[str]:
-    """The ids as a list, whatever they come in; a generator is read once.
+    """Convert ids to a list; a generator is read once.
 
     Raises:
-        StoreError: If they are no list of anything.
+        StoreError: If they are not iterable, or one string.
     """
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
-        raise StoreError(f"{where}: the ids are {ids!r:.40}; give a list of strings, one a vector")
+        raise StoreError(f"{where}: the ids are {ids!r:.40}; give a list of strings, one per vector")
     return list(ids)
 
 
@@ -201,7 +200,7 @@ def _parquet(table: pa.Table, where: str) -> Any:
 
 
 def _write_npy(sink: Sink, rows: NDArray[np.floating]) -> None:
-    described = np.lib.format.header_data_from_array_1_0(rows)
-    np.lib.format.write_array_header_1_0(sink, described)
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        sink.write(memoryview(rows[start : start + _ROWS_AT_ONCE].data).cast("B"))
+    header = np.lib.format.header_data_from_array_1_0(rows)
+    np.lib.format.write_array_header_1_0(sink, header)
+    for start in range(0, len(rows), _ROWS_PER_WRITE):
+        sink.write(memoryview(rows[start : start + _ROWS_PER_WRITE].data).cast("B"))

@@ -1,7 +1,4 @@
-"""Vectors on disk with their ids and their space.
-
-Looking for damage: every file of a store against the manifest that vouches for it.
-"""
+"""Embedding store: vectors on disk with ids, metadata and their space, and checks for damage."""
 
 from __future__ import annotations
 
@@ -51,21 +48,21 @@ from xbt.store.rows import AGAIN, NpyRows, inspect_npy
 from xbt.store.shards import Metadata, as_ids, as_table, remove_strays, write_shard
 from xbt.vectors import Vectors
 
-_ROWS_AT_ONCE = 16_384
+_ROWS_PER_READ = 16_384
 
 
 def find_faults(
     path: str | Path, modality: str | None = None, space: EmbeddingSpace | None = None
 ) -> list[str]:
-    """Everything that is wrong with a store, even one too damaged to be opened.
+    """Find all faults of a store, even if it cannot be opened.
 
     Args:
         path: The directory.
-        modality: As in ``EmbeddingStore.open``.
-        space: Likewise; the space of a clip-retrieval folder.
+        modality: See :meth:`EmbeddingStore.open`.
+        space: The space of a clip-retrieval folder.
 
     Returns:
-        A sentence for each fault, which names the file and says what to do; empty if the store is sound.
+        A sentence for each fault, with the file and the fix; empty if there are none.
     """
     directory = store_path(path)
     try:
@@ -75,17 +72,17 @@ def find_faults(
             manifest = scan_folder(directory, modality, space)
     except (StoreError, SpaceMismatchError) as error:
         return [str(error)]
-    faults = wrong_contents(directory, manifest)
+    faults = _shard_faults(directory, manifest)
     if manifest.extra is not None:
-        faults.append(wrong_file(directory / EXTRA, manifest.extra, "the writers' notes"))
+        faults.append(_file_fault(directory / EXTRA, manifest.extra, "the writers' notes"))
     return [fault for fault in faults if fault]
 
 
 def refuse_wrong_sizes(path: Path, manifest: Manifest) -> None:
-    """Refuses a store with files that are missing, cut or too long.
+    """Refuse a store with files that are missing, cut or too long.
 
     Raises:
-        StoreError: If there is one; the message names the first.
+        StoreError: If there is such a file; the message names the first.
     """
     faults = wrong_sizes(path, manifest.shards)
     if faults:
@@ -94,47 +91,39 @@ def refuse_wrong_sizes(path: Path, manifest: Manifest) -> None:
 
 
 def wrong_sizes(path: Path, shards: Iterable[ShardRecord]) -> list[str]:
-    """Files that are missing, cut or too long, a sentence each; only sizes are looked at."""
+    """A sentence for each file that is missing, cut or too long; contents are not read."""
     files = ((shard, name, file) for shard in shards for name, file in shard.files.items())
-    faults = (_wrong_size(path / name, file, f"shard {shard.name!r}") for shard, name, file in files)
+    faults = (_size_fault(path / name, file, f"shard {shard.name!r}") for shard, name, file in files)
     return [fault for fault in faults if fault]
 
 
-def wrong_contents(path: Path, manifest: Manifest) -> list[str]:
-    """Everything that is wrong with the shards' files, a sentence each; every byte is read.
-
-    Args:
-        path: The store's directory.
-        manifest: What the files should be.
-
-    Returns:
-        The faults; a flipped bit is found where checksums are known.
-    """
+def _shard_faults(path: Path, manifest: Manifest) -> list[str]:
+    """A sentence for each fault in the files of shards; reads every byte, and compares known checksums."""
     faults: list[str] = []
     types = ColumnTypes()
     for shard in manifest.shards:
         for name, file in shard.files.items():
-            fault = wrong_file(path / name, file, f"shard {shard.name!r}")
+            fault = _file_fault(path / name, file, f"shard {shard.name!r}")
             dtype = manifest.header.numpy_dtype if file.sha256 else None
-            faults.append(fault or _wrong_rows(path / name, shard, manifest.header, dtype))
+            faults.append(fault or _content_fault(path / name, shard, manifest.header, dtype))
             if not faults[-1] and name.startswith(f"{METADATA}/"):
                 faults += types.add([path / name])
     return [fault for fault in faults if fault]
 
 
-def wrong_file(path: Path, file: FileRecord, of: str) -> str:
-    """What is wrong with a file's size or bytes, or an empty string."""
-    fault = _wrong_size(path, file, of)
+def _file_fault(path: Path, file: FileRecord, of: str) -> str:
+    """Describe a wrong size or checksum of a file; empty if both are right."""
+    fault = _size_fault(path, file, of)
     if fault or not file.sha256:
         return fault
     try:
-        found = checksum(path)
+        actual = checksum(path)
     except OSError as error:
         return f"{path} of {of} cannot be read ({error.strerror}): {AGAIN}"
-    return "" if found == file.sha256 else f"{path} of {of} has other bytes than were written: {AGAIN}"
+    return "" if actual == file.sha256 else f"{path} of {of} has other bytes than were written: {AGAIN}"
 
 
-def _wrong_size(path: Path, file: FileRecord, of: str) -> str:
+def _size_fault(path: Path, file: FileRecord, of: str) -> str:
     try:
         size = path.stat().st_size
         refuse_irregular(path, path.parent if path.name == EXTRA else path.parent.parent)
@@ -145,8 +134,8 @@ def _wrong_size(path: Path, file: FileRecord, of: str) -> str:
     return "" if size == file.bytes else f"{path} of {of} has {size} bytes instead of {file.bytes}: {AGAIN}"
 
 
-def _wrong_rows(path: Path, shard: ShardRecord, header: Header, dtype: np.dtype[Any] | None) -> str:
-    """Finds what is wrong with a file's content; NaN too, which a checksum knows nothing of."""
+def _content_fault(path: Path, shard: ShardRecord, header: Header, dtype: np.dtype[Any] | None) -> str:
+    """Describe a fault in a file's content, such as NaN, which a checksum does not show; empty if none."""
     where = f"{path} of shard {shard.name!r}"
     try:
         if path.parent.name == METADATA:
@@ -155,15 +144,13 @@ def _wrong_rows(path: Path, shard: ShardRecord, header: Header, dtype: np.dtype[
             npy = inspect_npy(path)
             count = npy.count
             if npy.dim != header.dim:
-                return (
-                    f"{path} of shard {shard.name!r} has dimension {npy.dim} instead of {header.dim}: {AGAIN}"
-                )
+                return f"{where} has dimension {npy.dim} instead of {header.dim}: {AGAIN}"
         if count != shard.count:
             return f"{where} has {count} rows instead of {shard.count}: {AGAIN}"
         if path.parent.name != METADATA:
             rows = NpyRows([path], [count], header.dim, dtype, header.unit)
-            for start in range(0, count, _ROWS_AT_ONCE):
-                rows.slice(start, min(start + _ROWS_AT_ONCE, count))
+            for start in range(0, count, _ROWS_PER_READ):
+                rows.slice(start, min(start + _ROWS_PER_READ, count))
     except StoreError as error:
         return str(error)
     return ""
@@ -196,7 +183,7 @@ class EmbeddingStore:
         shards, modality = manifest.shards, manifest.header.modality
         counts = [shard.count for shard in shards]
         files = [self.path / vectors_file(modality, shard.name) for shard in shards]
-        # Nobody says what the values of a foreign folder are; when it was opened its shards agreed.
+        # A clip-retrieval folder records no dtype; the scan has checked that its shards agree.
         dtype = manifest.header.numpy_dtype if has_manifest(self.path) else None
         self._rows = NpyRows(files, counts, self.dim, dtype, manifest.header.unit)
         metadata = [self.path / metadata_file(shard.name) for shard in shards]
@@ -209,7 +196,7 @@ class EmbeddingStore:
     def create(
         cls, path: str | Path, *, modality: str, space: EmbeddingSpace, dtype: str = "float16"
     ) -> Self:
-        """Makes an empty store.
+        """Create an empty store.
 
         Args:
             path: Its directory, which must not hold a store yet.
@@ -221,8 +208,8 @@ class EmbeddingStore:
             The store, open.
 
         Raises:
-            StoreError: If the path holds vectors already, is a file or cannot be written, or a value is not
-                known.
+            StoreError: If the path holds vectors already, is a file or cannot be written, or modality or
+                dtype are unknown.
         """
         directory = store_path(path)
         manifest = Manifest(Header(modality, space, dtype, space.dim), ())
@@ -238,20 +225,20 @@ class EmbeddingStore:
 
     @classmethod
     def open(cls, path: str | Path, modality: str | None = None, space: EmbeddingSpace | None = None) -> Self:
-        """Opens a store, or a folder that clip-retrieval wrote.
+        """Open a store, or a folder written by clip-retrieval.
 
         Args:
             path: The directory.
-            modality: ``"image"`` or ``"text"``; needed only for a clip-retrieval folder that holds both.
-            space: The space of the vectors: what a clip-retrieval folder does not say, and what a store of
-                ours is checked against.
+            modality: ``"image"`` or ``"text"``; needed only for a clip-retrieval folder that has both.
+            space: The space of the vectors. A clip-retrieval folder takes it over, because it records none;
+                a store must have this space.
 
         Returns:
             The store.
 
         Raises:
             StoreError: If there is no store, it is not finished, or a file is missing, cut or too long.
-            SpaceMismatchError: If the vectors are of another space.
+            SpaceMismatchError: If the vectors belong to another space.
         """
         directory = store_path(path)
         if not directory.is_dir():
@@ -275,12 +262,12 @@ class EmbeddingStore:
 
     @property
     def space(self) -> EmbeddingSpace | None:
-        """The space of the vectors; ``None`` in a clip-retrieval folder of which nobody said it."""
+        """The space of the vectors; ``None`` in a clip-retrieval folder opened without one."""
         return self._manifest.header.space
 
     @property
     def dtype(self) -> str:
-        """``"float16"`` or ``"float32"``, on disk; what is read is always float32."""
+        """``"float16"`` or ``"float32"``, on disk; reads always return float32."""
         return self._manifest.header.dtype
 
     @property
@@ -301,14 +288,14 @@ class EmbeddingStore:
 
         Raises:
             StoreError: If the range is not within the store, a file is damaged, a value is NaN or infinite,
-                or a row is not of length 1 although the space says so (``normalisation`` is ``"unit"``); the
+                or a row does not have length 1 in a space of unit rows (``normalisation="unit"``); the
                 message names the file and the first such row. See :data:`xbt.vectors.UNIT_TOLERANCE`.
         """
         start, stop = self._range(start, stop)
         return self._rows.slice(start, stop)
 
     def rows(self, indices: ArrayLike) -> NDArray[np.float32]:
-        """Rows by number, in the order asked for; a number may occur several times.
+        """Rows by number, in the given order; a number may occur several times.
 
         Args:
             indices: (n,) row numbers from 0.
@@ -317,7 +304,7 @@ class EmbeddingStore:
             (n, dim) float32.
 
         Raises:
-            StoreError: If a number is not that of a row; otherwise as :meth:`read`.
+            StoreError: If there is no row of a number; see also :meth:`read`.
         """
         numbers = np.asarray(indices)
         if numbers.size == 0:
@@ -334,20 +321,20 @@ class EmbeddingStore:
         return self._rows.take(numbers.astype(np.int64))
 
     def batches(self, size: int) -> Iterator[NDArray[np.float32]]:
-        """All rows in order, as (size, dim) float32 arrays of which the last may be shorter.
+        """All rows in order, as (size, dim) float32 arrays; the last may be shorter.
 
         Raises:
-            StoreError: If the size is below 1, or as :meth:`read` while the batches are taken.
+            StoreError: If the size is below 1; during iteration see :meth:`read`.
         """
         if not isinstance(size, int) or size < 1:
             raise StoreError(f"the size of a batch is at least 1, got {size}")
         return (self.read(start, min(start + size, len(self))) for start in range(0, len(self), size))
 
     def memory_maps(self) -> list[NDArray[np.floating]]:
-        """Every shard's (n, dim) rows as they are on disk, mapped read-only and not checked.
+        """Memory maps of all shards: (n, dim) rows in the dtype on disk, read-only and unchecked.
 
-        Nothing is read before it is touched; what is touched counts as the process's memory until the system
-        takes it back. :meth:`rows` and :meth:`batches` do not have that cost.
+        Pages are read on access and count as memory of the process until the system takes them back.
+        :meth:`rows` and :meth:`batches` do not have that cost.
 
         Raises:
             StoreError: If a file is damaged.
@@ -356,14 +343,14 @@ class EmbeddingStore:
 
     @cached_property
     def ids(self) -> list[str]:
-        """The ids of all rows, kept in memory once asked for; :meth:`read_ids` reads only some."""
+        """Ids of all rows, cached after the first access; :meth:`read_ids` reads only a range."""
         return self.read_ids()
 
     def read_ids(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """The ids of the rows ``start`` … ``stop − 1``.
+        """Ids of the rows ``start`` … ``stop − 1``.
 
-        They are the column ``id``; in a clip-retrieval folder that column or else ``image_path``, if it is
-        there and unique, and otherwise ``row-0``, ``row-1``, ….
+        They come from the column ``id``. A clip-retrieval folder without unique ids there uses
+        ``image_path`` if it is unique, and otherwise ``row-0``, ``row-1``, ….
 
         Raises:
             StoreError: If the range is not within the store, or a file is damaged.
@@ -391,24 +378,25 @@ class EmbeddingStore:
             stop: The row after the last; ``None`` is the end.
 
         Returns:
-            A table with one row a row; null where a shard has no such column.
+            A table with one line per row; null where a shard has no such column.
 
         Raises:
-            StoreError: If no shard has a column, its types do not go together, or the range is not within the
+            StoreError: If no shard has a column, its types are incompatible, or the range is not within the
                 store.
         """
         start, stop = self._range(start, stop)
-        there = self.columns
-        wanted = there if columns is None else list(columns)
-        for name in wanted:
-            if name not in there and not (name == ID and self._columns is not None):
-                raise StoreError(f"{self.path} has no column {name!r}; it has {', '.join(there) or 'none'}")
+        existing = self.columns
+        selected = existing if columns is None else list(columns)
+        for name in selected:
+            if name not in existing and not (name == ID and self._columns is not None):
+                listed = ", ".join(existing) or "none"
+                raise StoreError(f"{self.path} has no column {name!r}; it has {listed}")
         if self._columns is None or start == stop:
-            return pa.table({name: pa.nulls(0) for name in wanted})
-        return self._columns.read(wanted, start, stop).select(wanted)
+            return pa.table({name: pa.nulls(0) for name in selected})
+        return self._columns.read(selected, start, stop).select(selected)
 
     def extra(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Notes that the writers made beside shards, as (name of the shard, note).
+        """Notes of the writers about shards, as (name of the shard, note).
 
         Raises:
             StoreError: If the file is damaged; the message names the line.
@@ -429,45 +417,43 @@ class EmbeddingStore:
         metadata: Metadata | None = None,
         space: EmbeddingSpace | None = None,
     ) -> ShardRecord:
-        """Adds rows at the end, as one shard: append many at a time.
+        """Add rows at the end as one new shard; append many rows at a time.
 
-        The rows are in the store once this returns; a kill before leaves it as it was.
+        The rows are durable when this returns. A kill before that leaves the store unchanged.
 
         Args:
             vectors: (n, dim) float vectors, n at least 1.
-            ids: n strings that the store does not have yet.
+            ids: n new strings.
             metadata: Columns of n values each beside the ids.
-            space: The space of the vectors, to be checked.
+            space: The space of the vectors, checked against that of the store.
 
         Returns:
             The new shard's record.
 
         Raises:
             DataError: If there are no rows, or a value is NaN, infinite or too large for the dtype.
-            SpaceMismatchError: If dimension or space are another.
-            StoreError: If an id is known already, ids or metadata do not fit (one column has one type over
-                the whole store), another process is writing, the disk is full, or the folder has no manifest.
+            SpaceMismatchError: If dimension or space differ.
+            StoreError: If an id exists already, ids or metadata do not fit (a column has one type over the
+                whole store), another process is writing, the disk is full, or the folder has no manifest.
         """
         if not has_manifest(self.path):
             raise StoreError(
-                f"{self.path} has no manifest, it is only read; copy its batches into a new store and "
-                "append there"
+                f"{self.path} has no manifest and is read-only; copy its batches into a new store and append "
+                "there"
             )
         if space is not None and self.space is not None:
             self.space.require(space, f"the vectors to be appended to {self.path}")
         if len(vectors) == 0:
-            raise DataError(
-                f"what is to be appended to {self.path} is empty: it has 0 rows; give at least one"
-            )
+            raise DataError(f"there are 0 rows to append to {self.path}; give at least one")
         with WriterLock(self.path):
-            self.reload()  # another writer may have been here since
+            self.reload()  # another process may have appended
             self._remove_leftovers()
             ids = as_ids(ids, str(self.path))
             self._known.refuse(ids, self.shards)
             name = str(max((shard_key(s.name)[0] for s in self.shards), default=-1) + 1).zfill(6)
             where = f"shard {name!r} of {self.path}"
             table = as_table(ids, metadata, len(vectors), where)
-            # A column of the wrong type could never be removed again.
+            # A column of the wrong type could never be removed.
             self._types.add(self.path / metadata_file(shard.name) for shard in self.shards)
             self._types.require(table, where)
             record = write_shard(self.path, self._manifest.header, name, vectors, ids, table.drop([ID]))
@@ -477,10 +463,10 @@ class EmbeddingStore:
         return record
 
     def reload(self) -> None:
-        """Sees what has been appended since the store was opened.
+        """Load rows that were appended after the store was opened.
 
         Raises:
-            StoreError: As :meth:`open`.
+            StoreError: See :meth:`open`.
         """
         if has_manifest(self.path):
             manifest = read_manifest(self.path / MANIFEST)
@@ -488,12 +474,12 @@ class EmbeddingStore:
             self._adopt(manifest)
 
     def verify(self) -> None:
-        """Reads every byte and compares it with what was written.
+        """Read every byte and compare it with the recorded checksums.
 
-        A folder of clip-retrieval has no checksums; there, sizes and row counts are compared.
+        A clip-retrieval folder has no checksums; only its sizes, row counts and values are checked.
 
         Raises:
-            StoreError: If anything is wrong; the message names every file and what to do.
+            StoreError: If there is a fault; the message names every file and the fix.
         """
         faults = find_faults(self.path, self.modality, self.space)
         if faults:
