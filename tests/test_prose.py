@@ -23,7 +23,8 @@ BANNED = re.compile(
     re.IGNORECASE,
 )
 ALLOWED = re.compile(
-    r"(?:math|np|torch)\.floor|floor_divide|Path\.home|/home/|HF_HOME|['\"]HOME['\"]|\bhome (?:page|directory)\b"
+    r"(?:math|np|torch)\.floor|floor_divide|Path\.home|/home/|HF_(?:CACHE_)?HOME|['\"]HOME['\"]"
+    r"|\bhome (?:page|directory)\b"
 )
 OPENERS = {"What", "Whether", "How", "Where", "Who", "Whose", "Which"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

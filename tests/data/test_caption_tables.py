@@ -29,7 +29,7 @@ def written(rows, **settings):
 
 
 def numbered(form):
-    return "\n".join(form.format(name, row % 2, told) for row, (name, told) in enumerate(ROWS))
+    return "\n".join(form.format(name, row % 2, caption) for row, (name, caption) in enumerate(ROWS))
 
 
 TABLES = {
@@ -52,7 +52,7 @@ TABLES = {
     "semicolons.csv": written([("Image", "Caption"), *ROWS], delimiter=";"),
     "quoted.tsv": written([("image", "caption"), *ROWS], delimiter="\t"),
     "index.csv": written([("", "caption", "Image Name"), *((k, t, n) for k, (n, t) in enumerate(ROWS))]),
-    "counted.csv": written([(name, k % 2, told) for k, (name, told) in enumerate(ROWS)]),
+    "counted.csv": written([(name, k % 2, caption) for k, (name, caption) in enumerate(ROWS)]),
     "lists.csv": 'raw,filename\n"[""Two men , one in red , wave ."", ""A \\""stop\\"" sign .""]",k1.jpg\n'
     '"[""A cat ."", ""Dogs run | jump .""]",k2.JPEG\n',
 }
@@ -79,7 +79,7 @@ def test_captions_and_pairs_of_every_format(pictures, name):
 
 
 def test_columns_of_other_names(pictures):
-    rows = [("caption", "mine", "photo"), *(("-", told, name) for name, told in ROWS)]
+    rows = [("caption", "mine", "photo"), *(("-", caption, name) for name, caption in ROWS)]
     (pictures / "a.csv").write_text(written(rows))
     path = str(pictures / "a.csv")
     assert read_captions(CaptionSource(path, column="mine")) == CAPTIONS
@@ -114,7 +114,7 @@ def test_quotes_that_are_part_of_captions_stay(tmp_path, text, captions):
     assert read_captions(str(tmp_path / "a.txt")) == captions
 
 
-def test_a_file_that_is_quoted_only_in_part_is_read_as_it_stands_with_a_warning(tmp_path):
+def test_a_partly_quoted_file_is_read_literally_with_a_warning(tmp_path):
     (tmp_path / "a.txt").write_text('image,caption\na.jpg,"One, ""two"" ."\na.jpg,One, two .\n')
     with pytest.warns(UserWarning, match=r"1 captions .*, first in line 2, look like quoted CSV, but line 3"):
         assert read_captions(str(tmp_path / "a.txt")) == ['"One, ""two"" ."', "One, two ."]
@@ -134,7 +134,7 @@ def test_a_file_that_is_quoted_only_in_part_is_read_as_it_stands_with_a_warning(
         ("caption,image\none, two,a.jpg\n", r"line 2: 'one, two,a\.jpg' has 3 fields where the first line"),
     ],
 )
-def test_what_cannot_be_read_for_certain_is_refused(tmp_path, text, message):
+def test_ambiguous_files_are_refused(tmp_path, text, message):
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(DataError, match=message):
         read_captions(str(tmp_path / "a.txt"))
@@ -143,7 +143,7 @@ def test_what_cannot_be_read_for_certain_is_refused(tmp_path, text, message):
         read_captions(str(tmp_path / "a.tsv"))
 
 
-def test_plain_captions_stay_as_they_are(tmp_path):
+def test_plain_captions_are_unchanged(tmp_path):
     captions = [
         "A dog, a cat | b",
         "2012 BMW M3 coupe",

@@ -81,7 +81,7 @@ def test_official_coco_captions(tmp_path, suffix):
         "info": {"year": 2017},
         "licenses": [],
         "images": [{"id": 7, "file_name": "000000000007.jpg"}],
-        "annotations": [{"image_id": 7, "id": i, "caption": told} for i, told in enumerate(CAPTIONS)],
+        "annotations": [{"image_id": 7, "id": i, "caption": caption} for i, caption in enumerate(CAPTIONS)],
     }
     path = write(tmp_path / f"captions_val2017.json{suffix}", json.dumps(content))
     assert read_captions(path) == CAPTIONS
@@ -153,7 +153,7 @@ def test_hub_errors(tmp_path):
 def test_scenes():
     captions = read_captions(CaptionSource("scenes", limit=20, seed=3, split="val"))
     pairs = make_scenes(20, seed=3, split="val")
-    assert captions == [told[0] for told in pairs.captions]
+    assert captions == [texts[0] for texts in pairs.captions]
 
 
 def test_limit_is_a_seeded_subset_in_order(tmp_path):
@@ -238,11 +238,11 @@ def test_values_are_checked_at_once():
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv"])
-def test_captions_that_are_no_unicode_are_left_out_with_one_warning(tmp_path, suffix):
+def test_captions_that_are_not_unicode_are_left_out_with_one_warning(tmp_path, suffix):
     broken = ["A dog \ud83d", "\ude00", "a\udc80"]
     captions = [*CAPTIONS[:2], *broken]
     path = tmp_path / f"c.{suffix}"
-    if suffix in ("txt", "csv"):  # which cannot hold them but as JSON
+    if suffix in ("txt", "csv"):  # these can hold them only as JSON
         lists = json.dumps(captions).replace('"', '""')
         path.write_text(f'image,caption\na.jpg,"{lists}"\n')
     elif suffix == "jsonl":
@@ -258,13 +258,13 @@ def test_captions_that_are_no_unicode_are_left_out_with_one_warning(tmp_path, su
     assert read_caption_rows(CaptionSource(str(path), limit=2))[1] == CAPTIONS[:2]
 
 
-def test_captions_of_which_none_is_unicode_are_refused(tmp_path):
+def test_source_without_a_unicode_caption_are_refused(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"caption": "\\ud83d"}\n{"caption": " "}\n')
     with pytest.raises(DataError, match="holds 2 captions, but all are only spaces or not valid Unicode"):
         read_captions(str(tmp_path / "c.jsonl"))
 
 
-def test_broken_utf8_is_refused_with_its_place(tmp_path):
+def test_broken_utf8_is_refused_with_its_line(tmp_path):
     for name in ("c.txt", "c.jsonl", "c.csv", "c.json"):
         (tmp_path / name).write_bytes(b'{"caption":"a"}\n{"caption":"b\xff"}\n')
         with pytest.raises(DataError, match=rf"{name}, line 2: not UTF-8"):
@@ -284,7 +284,7 @@ def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
         read_captions(str(tmp_path / "c.parquet"))
 
 
-def test_a_parquet_file_that_unpacks_beyond_its_limit_is_refused(tmp_path):
+def test_a_parquet_file_that_unpacks_beyond_the_limit_is_refused(tmp_path):
     blank = pa.array([" " * (1 << 20)] * 80)
     pq.write_table(
         pa.table({"caption": blank}), tmp_path / "c.parquet", compression="zstd", use_dictionary=False

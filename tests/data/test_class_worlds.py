@@ -1,4 +1,4 @@
-"""The worlds of classes: what they hold, what fixes them, and that classes overlap but can be told apart."""
+"""Synthetic classes: shapes, seeds, and classes that overlap but can be separated."""
 
 from __future__ import annotations
 

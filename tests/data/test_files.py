@@ -28,7 +28,7 @@ def test_finds_a_name_whose_parts_are_in_different_forms(tmp_path):
     assert find_file(tmp_path, "ñ/n\u0303.png") is not None
 
 
-def test_takes_a_name_as_it_stands_before_its_other_forms(tmp_path):
+def test_prefers_the_exact_name_to_other_forms(tmp_path):
     for form in ("NFC", "NFD"):
         (tmp_path / unicodedata.normalize(form, "é.png")).write_bytes(form.encode())
     for form in ("NFC", "NFD"):

@@ -18,7 +18,7 @@ configs:
 
 @pytest.fixture
 def of_the_same_name(tmp_path):
-    """Two directories with one name and one card, and other data."""
+    """Two directories with the same name and card, and different data."""
     made = []
     for number in (1, 2):
         directory = tmp_path / str(number) / "same"
@@ -39,7 +39,7 @@ def test_a_directory_is_never_answered_from_anothers_cache(of_the_same_name):
     assert open_dataset(f"hf:{of_the_same_name[0]}")["a"][0] == 1
 
 
-def test_changed_files_are_read_anew(of_the_same_name):
+def test_changed_files_are_read_again(of_the_same_name):
     first = of_the_same_name[0]
     assert open_dataset(f"hf:{first}")["a"][0] == 1
     write(first, 7)

@@ -1,4 +1,4 @@
-"""Local data sets by strangers: nothing in them decides that another place is read."""
+"""Untrusted local data sets: no file outside of the directory is read."""
 
 from __future__ import annotations
 

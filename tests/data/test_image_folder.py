@@ -1,4 +1,4 @@
-"""Folders of images: hidden files, names in any normal form, names that lead elsewhere."""
+"""Folders of images: hidden files, names in any normal form, names that leave the folder."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_karpathy(coco):
     with pytest.warns(UserWarning, match=r"1 of 4 images .* have no caption .* first train2014/2\.png"):
         pairs = load_pairs(str(coco))
     assert pairs.ids == ["train2014/0.png", "val2014/1.png", "val2014/3.png"]
-    assert [len(told) for told in pairs.captions] == [5, 6, 1]
+    assert [len(texts) for texts in pairs.captions] == [5, 6, 1]
     assert pairs.captions[2] == ["Caption 0 of 3."]
     assert [colour_of(pairs, row) for row in range(3)] == [COLOURS[0], COLOURS[1], COLOURS[3]]
 
@@ -223,7 +223,7 @@ def split_file(names):
     }
 
 
-def test_captions_that_are_no_unicode_are_left_out_with_one_warning(tmp_path):
+def test_captions_that_are_not_unicode_are_left_out_with_one_warning(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(COLOURS[0]))
     content = split_file(["a.png", "b.png"])

@@ -47,7 +47,7 @@ def made():
 
 
 def check(pairs, expected):
-    """The pairs hold these photos in this order, with all captions, and each image is its own."""
+    """Check that the pairs are these photos in this order, with all captions and the right images."""
     assert pairs.captions == [photo.captions for photo in expected]
     for row, photo in enumerate(expected):
         assert ImageChops.difference(pairs.image(row), picture(photo)).getbbox() is None
@@ -101,8 +101,8 @@ def test_coco_captions_as_pycocotools_reads_them(made, tmp_path):
     pairs = load_pairs(str(path))
     check(pairs, made)
     theirs = COCO(str(path))
-    for told, number in zip(pairs.captions, sorted(theirs.imgs), strict=True):
-        assert told == [each["caption"] for each in theirs.loadAnns(theirs.getAnnIds(number))]
+    for texts, number in zip(pairs.captions, sorted(theirs.imgs), strict=True):
+        assert texts == [annotation["caption"] for annotation in theirs.loadAnns(theirs.getAnnIds(number))]
 
 
 def test_wds_folder_as_webdataset_reads_it(made, tmp_path):
@@ -128,11 +128,11 @@ def test_wds_folder_on_another_file_system(made, tmp_path):
 
 
 def cached_repository(cache: Path, made) -> Path:
-    """A Hub data set as huggingface_hub keeps it in its cache."""
-    home = cache / "datasets--clip-benchmark--wds_flickr30k"
-    (home / "refs").mkdir(parents=True)
-    (home / "refs" / "main").write_text("0" * 40)
-    snapshot = home / "snapshots" / ("0" * 40)
+    """Write a Hub data set in the cache layout of huggingface_hub."""
+    repository = cache / "datasets--clip-benchmark--wds_flickr30k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
     write_wds(snapshot, of_split(made, "train"), split="train")
     return write_wds(snapshot, of_split(made, "test"))
 
@@ -161,8 +161,8 @@ def captions_of(made):
 
 def sentences(photo, imgid):
     return [
-        {"tokens": told.split(), "raw": told, "imgid": imgid, "sentid": 10 * imgid + k}
-        for k, told in enumerate(photo.captions)
+        {"tokens": caption.split(), "raw": caption, "imgid": imgid, "sentid": 10 * imgid + k}
+        for k, caption in enumerate(photo.captions)
     ]
 
 
@@ -183,11 +183,15 @@ def test_lists_of_captions_under_each_known_name(made, tmp_path):
 
 
 def test_one_row_per_caption(made, tmp_path):
-    """As in bitmind/MS-COCO; the rows of an image do not stand side by side."""
-    rows = sorted(((photo, told) for photo in made for told in photo.captions), key=lambda row: len(row[1]))
+    """As in bitmind/MS-COCO; the rows of an image are not adjacent."""
+    rows = sorted(
+        ((photo, caption) for photo in made for caption in photo.captions), key=lambda row: len(row[1])
+    )
     data = table(
         [photo for photo, _ in rows],
-        sentences=[{"tokens": told.split(), "raw": told, "imgid": 0, "sentid": 0} for _, told in rows],
+        sentences=[
+            {"tokens": caption.split(), "raw": caption, "imgid": 0, "sentid": 0} for _, caption in rows
+        ],
         cocoid=[photo.number for photo, _ in rows],
     )
     root = write_parquet(tmp_path, test=data)
@@ -195,11 +199,11 @@ def test_one_row_per_caption(made, tmp_path):
         pairs = load_pairs(f"hf:{root}")
     named = load_pairs(PairSource(f"hf:{root}", id_column="cocoid"))
     by_id = {str(photo.number): sorted(photo.captions) for photo in made}
-    for each in (pairs, named):
-        assert {name: sorted(told) for name, told in zip(each.ids, each.captions, strict=True)} == by_id
-        first = next(photo for photo in made if str(photo.number) == each.ids[0])
-        assert ImageChops.difference(each.image(0), picture(first)).getbbox() is None
-    assert read_captions(CaptionSource(f"hf:{root}", column="sentences")) == [told for _, told in rows]
+    for loaded in (pairs, named):
+        assert {name: sorted(texts) for name, texts in zip(loaded.ids, loaded.captions, strict=True)} == by_id
+        first = next(photo for photo in made if str(photo.number) == loaded.ids[0])
+        assert ImageChops.difference(loaded.image(0), picture(first)).getbbox() is None
+    assert read_captions(CaptionSource(f"hf:{root}", column="sentences")) == [caption for _, caption in rows]
 
 
 def test_splits_as_a_column(made, tmp_path):
@@ -260,7 +264,7 @@ def test_duplicates_of_an_image(made, tmp_path):
 
 def test_blank_captions_are_left_out_and_counted(tmp_path):
     write_images(tmp_path, some := photos(3, captions=2))
-    lines = [f"{each.name},{told}" for each in some for told in (" x ", " ", "y")]
+    lines = [f"{photo.name},{caption}" for photo in some for caption in (" x ", " ", "y")]
     (tmp_path / "a.txt").write_text("\n".join(lines))
     with pytest.warns(UserWarning, match=r"^3 of the captions of .*a\.txt are blank and are left out$"):
         assert load_pairs(str(tmp_path / "a.txt")).captions == [["x", "y"]] * 3
@@ -364,7 +368,7 @@ def test_malformed_coco_captions(made, tmp_path, change, message):
 
 
 def two_names(tmp_path, *names):
-    """A Karpathy file with an image of each name."""
+    """Write a Karpathy file with one image per name."""
     records = []
     for name in names:
         folder, _, base = name.rpartition("/")
@@ -422,7 +426,7 @@ def test_options_that_do_not_apply(made, tmp_path):
         load_pairs(str(lines))
 
 
-def test_the_fix_is_of_the_source_s_kind(made, tmp_path):
+def test_the_hint_depends_on_the_kind_of_source(made, tmp_path):
     silent = [replace(photo, captions=[" "]) for photo in made]
     for source in (write_karpathy(tmp_path / "a", silent), write_wds(tmp_path / "b", silent)):
         with pytest.raises(DataError, match=r"none of the 6 images .* has a caption; give a source that has"):
@@ -432,7 +436,7 @@ def test_the_fix_is_of_the_source_s_kind(made, tmp_path):
         load_pairs(f"hf:{root}")
 
 
-def test_no_warning_for_sound_data(made, tmp_path):
+def test_no_warning_for_valid_data(made, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_pairs(str(write_karpathy(tmp_path, made)))

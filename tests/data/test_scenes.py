@@ -12,7 +12,7 @@ from xbt.data.scene_drawing import BACKGROUNDS, COLOURS, SHAPES
 from xbt.data.scenes import iterate_scenes, scene_split
 from xbt.errors import ConfigError
 
-# Written by hand, not taken from the code under test: what each word may be said of.
+# Meaning of each word, written by hand independently of the code under test.
 SHAPE_OF = {"circle": "circle", "disc": "circle", "square": "square", "box": "square", "triangle": "triangle"}
 SHAPE_OF |= {"star": "star", "cross": "cross", "heart": "heart"}
 COLOUR_OF = {name: name for name in ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")}
@@ -27,8 +27,8 @@ ROW_OF = {"top": 0, "upper": 0, "bottom": 2, "lower": 2}
 COLUMN_OF = {"left": 0, "right": 2}
 
 
-def told_cell(place):
-    """Reads a phrase such as ``in the lower left`` without the code's table."""
+def cell_of_phrase(place):
+    """Read a phrase such as ``in the lower left`` without the code's table."""
     words = place.split()
     row = next((ROW_OF[word] for word in words if word in ROW_OF), 1)
     column = next((COLUMN_OF[word] for word in words if word in COLUMN_OF), 1)
@@ -62,7 +62,7 @@ def check_places(rest, said):
     places = re.findall(r"\b(?:at|in|on) the [a-z ]*?(?=,| and\b| \*|$)", rest.strip())
     assert len(places) in (0, len(said))
     for place, thing in zip(places, said, strict=False):
-        assert told_cell(place) == thing.cell, rest
+        assert cell_of_phrase(place) == thing.cell, rest
 
 
 def test_captions_are_true():
@@ -74,9 +74,9 @@ def test_captions_are_true():
         assert caption == caption.lower()
         assert len(caption.split()) <= 40
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|  |,,| ,", caption), caption
-    told = [caption for _, caption in captions]
-    assert 0.5 < np.mean(["background" in caption for caption in told]) < 0.9
-    assert 0.6 < np.mean([any(word in caption.split() for word in SIZE_OF) for caption in told]) < 0.95
+    texts = [caption for _, caption in captions]
+    assert 0.5 < np.mean(["background" in caption for caption in texts]) < 0.9
+    assert 0.6 < np.mean([any(word in caption.split() for word in SIZE_OF) for caption in texts]) < 0.95
 
 
 def test_the_check_of_captions_can_fail():
@@ -139,7 +139,7 @@ def test_two_calls_agree_and_a_longer_one_begins_with_a_shorter():
 
 def test_captions_of_a_scene_differ():
     pairs = make_scenes(200, captions_per_scene=5)
-    assert all(len(set(told)) == 5 for told in pairs.captions)
+    assert all(len(set(texts)) == 5 for texts in pairs.captions)
     assert len(make_scenes(2, captions_per_scene=1).texts) == 2
 
 

@@ -1,4 +1,4 @@
-"""The worlds of vectors are what they are said to be."""
+"""Synthetic vectors of two dual encoders."""
 
 from __future__ import annotations
 

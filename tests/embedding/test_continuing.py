@@ -1,4 +1,4 @@
-"""A job that was cut off continues, and only that job: same source, same encoder, same settings."""
+"""An interrupted job continues only with the same source, encoder and settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_interrupted_job_continues(spec, folder, tmp_path, monkeypatch, kind,
     monkeypatch.setattr(work.ShardPlan, "batches", watched)
     store = embed(config(spec, tmp_path / "cut", **source))
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    assert all(path.stat().st_mtime_ns == then for path, then in done.items())  # none was written again
+    assert all(path.stat().st_mtime_ns == then for path, then in done.items())  # no file was rewritten
     assert len(set(seen)) == len(store.shards) - shards
     store.verify()
 
@@ -128,7 +128,7 @@ def test_another_model_behind_the_same_name_is_refused(folder, tmp_path, monkeyp
     )
 
 
-def test_overwriting_spares_vectors_of_others(spec, folder, tmp_path):
+def test_overwriting_keeps_vectors_of_others(spec, folder, tmp_path):
     foreign = tmp_path / "out/img_emb/img_emb_0.npy"
     foreign.parent.mkdir(parents=True)
     np.save(foreign, np.eye(16, dtype=np.float16))
@@ -137,7 +137,7 @@ def test_overwriting_spares_vectors_of_others(spec, folder, tmp_path):
     assert np.array_equal(np.load(foreign), np.eye(16))
 
 
-def test_overwriting_spares_files_of_the_user_s_own(spec, folder, tmp_path):
+def test_overwriting_keeps_other_files(spec, folder, tmp_path):
     embed(config(spec, tmp_path / "out", folder))
     own = tmp_path / "out/metadata/my_labels.parquet"
     own.write_bytes(b"mine")

@@ -1,4 +1,4 @@
-"""A hundred hostile files among good ones: each is embedded or on record, and none does any harm."""
+"""A hundred hostile files among good ones: each is embedded or recorded as rejected, and none does harm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xbt.errors import DataError
 from xbt.store import StoreBuilder
 
 
-@pytest.mark.timeout(60)  # a FIFO that is opened waits for ever
+@pytest.mark.timeout(60)  # opening a FIFO could wait forever
 def test_a_hundred_hostile_files_among_good_ones(spec, encoder, folder, tmp_path, capfd):
     usable = write_hostile_files(folder)
     plain = [f"{number // 10}/{number:03d}.png" for number in range(47)]
@@ -29,7 +29,7 @@ def test_a_hundred_hostile_files_among_good_ones(spec, encoder, folder, tmp_path
     assert sorted(store.ids) == sorted(by_id)
     paths = [folder / by_id[each] for each in store.ids]
     assert np.abs(store.read() - encoder.encode_images(paths).numpy()).max() <= 1e-6
-    # Every file is in the store or on record, and none is both.
+    # Every file is either in the store or recorded as rejected.
     every = [path for path in folder.rglob("*") if path.suffix.lower() != ""]
     assert len(every) == 147
     assert len(rejected) == len({each["id"] for each in rejected}) == 147 - len(store)
@@ -48,18 +48,18 @@ def test_a_hundred_hostile_files_among_good_ones(spec, encoder, folder, tmp_path
         "cut_20.jpg": "truncated",
     }.items():
         assert words in reasons[name], reasons[name]
-    told = {each["id"]: each["note"] for each in notes}
-    assert told.keys() <= set(store.ids)
-    assert told["cmyk.jpg"] == "CMYK converted to RGB"
-    assert "first of 2 frames" in told["animated.webp"]
-    assert "UPPER.JPG" not in told
+    note_of = {record["id"]: record["note"] for record in notes}
+    assert note_of.keys() <= set(store.ids)
+    assert note_of["cmyk.jpg"] == "CMYK converted to RGB"
+    assert "first of 2 frames" in note_of["animated.webp"]
+    assert "UPPER.JPG" not in note_of
     assert "Warning" not in capfd.readouterr().err
     store.verify()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_folder_that_goes_away_costs_nothing(spec, folder, tmp_path, monkeypatch, num_workers):
-    """Once it is back, the same command embeds what the outage would have rejected for good."""
+    """Once the folder is back, the same command embeds all of its images."""
     write, out = StoreBuilder.write, tmp_path / "out"
 
     def lose(self, *arguments, **options):
@@ -93,7 +93,7 @@ def test_a_failing_disk_costs_nothing(spec, folder, tmp_path, monkeypatch):
     assert on_record(tmp_path / "out", "rejected.jsonl") == []
 
 
-def test_one_file_that_vanished_is_on_record(spec, folder, tmp_path, monkeypatch):
+def test_one_file_that_vanished_is_rejected(spec, folder, tmp_path, monkeypatch):
     real = images._open
 
     def vanish(source):

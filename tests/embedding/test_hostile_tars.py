@@ -1,4 +1,4 @@
-"""Tars and images by strangers: whatever is in them, reading ends soon and takes little memory."""
+"""Untrusted tars and images: reading ends quickly and takes little memory, whatever they contain."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_hidden_members_are_left_out(tmp_path):
 
 @st.composite
 def tars(draw):
-    """A sound tar between damaged ones, whose headers keep their checksum."""
+    """Write damaged tars with valid header checksums around an intact one."""
     pieces = [member("a.jpg", PICTURE), member("a.txt", b"one\n")]
     for _ in range(draw(st.integers(1, 4))):
         header = bytearray(

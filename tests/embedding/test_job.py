@@ -1,4 +1,4 @@
-"""The embedding job in one process: right vectors under right ids, and every item on record."""
+"""The embedding job in one process: the right vectors under the right ids, and a record of every item."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_half_precision_on_disk(spec, encoder, tmp_path):
 
 
 def test_captions_with_repetitions(spec, encoder, tmp_path):
-    told = [*[*scene_captions(20), "a dog"] * 2, "a dog"]
-    (tmp_path / "a.txt").write_text("\n".join(told), encoding="utf-8")
+    captions = [*[*scene_captions(20), "a dog"] * 2, "a dog"]
+    (tmp_path / "a.txt").write_text("\n".join(captions), encoding="utf-8")
     store = embed(config(spec, tmp_path / "out", captions=CaptionSource(str(tmp_path / "a.txt"))))
     assert store.modality == "text"
     assert store.ids == [f"row-{number}" for number in range(43)]
-    assert store.metadata(["caption"])["caption"].to_pylist() == told
-    assert np.abs(store.read() - encoder.encode_texts(told).numpy()).max() <= 1e-6
+    assert store.metadata(["caption"])["caption"].to_pylist() == captions
+    assert np.abs(store.read() - encoder.encode_texts(captions).numpy()).max() <= 1e-6
 
 
-def test_blank_captions_are_on_record(spec, encoder, tmp_path):
+def test_blank_captions_are_rejected(spec, encoder, tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n   \n", encoding="utf-8")
     store = embed(
         config(spec, tmp_path / "out", captions=CaptionSource(str(tmp_path / "a.txt")), shard_size=2)
@@ -62,7 +62,7 @@ def test_blank_captions_are_on_record(spec, encoder, tmp_path):
     ]
 
 
-def test_that_texts_are_cut_is_said_once(open_clip_spec, tmp_path):
+def test_truncation_warns_once(open_clip_spec, tmp_path):
     long = "\n".join(["a red circle " * 30] * 9)
     (tmp_path / "a.txt").write_text(long, encoding="utf-8")
     source = CaptionSource(str(tmp_path / "a.txt"))
@@ -118,7 +118,7 @@ def test_a_stream_equals_the_listed_data_set(spec, tmp_path):
     assert np.abs(stores[0].read() - stores[1].read()).max() <= 1e-6
 
 
-def test_ids_that_come_again_in_a_stream_are_on_record(spec, encoder, tmp_path):
+def test_repeated_ids_of_a_stream_are_rejected(spec, encoder, tmp_path):
     names = [f"k{number}" for number in range(30)]
     names[2], names[8], names[20] = "k1", "k0", "k0"  # in the same shard, in another, and in another part
     write_dataset(tmp_path / "data", names)
@@ -137,7 +137,7 @@ def test_ids_that_come_again_in_a_stream_are_on_record(spec, encoder, tmp_path):
     assert len(embed(config(spec, tmp_path / "out", stream, shard_size=4))) == 27
 
 
-# What goes wrong
+# Errors
 
 
 def test_a_disk_that_is_too_small(spec, folder, tmp_path, monkeypatch):
@@ -150,9 +150,7 @@ def test_a_disk_that_is_too_small(spec, folder, tmp_path, monkeypatch):
     assert len(embed(config(spec, tmp_path / "out", folder))) == 47
 
 
-def test_a_place_that_cannot_be_written_is_noticed_before_the_model_is_loaded(
-    spec, folder, tmp_path, monkeypatch
-):
+def test_an_unwritable_directory_is_noticed_before_the_model_is_loaded(spec, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "load_encoder", lambda *arguments: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file; give a directory"):
@@ -164,13 +162,13 @@ def test_a_place_that_cannot_be_written_is_noticed_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_encoder_leaves_nothing_that_is_in_the_way(spec, folder, tmp_path):
+def test_a_wrong_encoder_leaves_no_files_behind(spec, folder, tmp_path):
     with pytest.raises(XbtError):
         embed(config("open_clip:no-such-model/x", tmp_path / "out", folder))
     assert len(embed(config(spec, tmp_path / "out", folder))) == 47
 
 
-def test_nan_stops_the_job_and_keeps_what_is_done(spec, folder, tmp_path, monkeypatch):
+def test_nan_stops_the_job_and_keeps_finished_shards(spec, folder, tmp_path, monkeypatch):
     real = work.DualEncoder.embed_pixels
     calls = 0
 
@@ -202,7 +200,7 @@ def test_numbers_that_are_too_small(option):
         config("x", "y", "folder", **option)
 
 
-# Texts from the library
+# Texts from Python
 
 
 def test_texts_into_a_store(encoder, tmp_path):

@@ -1,4 +1,4 @@
-"""Several processes that share a job, are killed at random moments, and fail together."""
+"""Jobs of several processes: sharing the work, kills at random moments, and failing together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def launcher():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A model, a folder of images and the same images in tars, with a bad one here and there."""
+    """A model, a folder of images and the same images in tars, with a few damaged ones."""
     root = tmp_path_factory.mktemp("data")
     tiny.tiny_open_clip(root / "model", context_length=77)
     (root / "photos").mkdir()
@@ -60,7 +60,7 @@ def arguments(data, out, kind="photos", **options):
         ],
         "captions": ["--captions.source", "scenes", "--captions.limit", "300"],
     }[kind]
-    # Without workers of its own, so that limits and kills meet the process that writes.
+    # Without decoding workers, so that limits and kills hit the process that writes.
     options = {"shard_size": 12, "batch_size": 1, "dtype": "float32", "num_workers": 0, **options}
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     return ["--encoder", f"open_clip:local-dir:{data / 'model'}", "--output_dir", str(out), *source, *flags]
@@ -68,7 +68,7 @@ def arguments(data, out, kind="photos", **options):
 
 @pytest.fixture(scope="module")
 def whole(launcher, data):
-    """Uninterrupted jobs by kind, made when they are asked for."""
+    """Cache of uninterrupted jobs by kind."""
     made = {}
 
     def get(kind):
@@ -89,7 +89,7 @@ def assert_same(out, whole):
     assert np.abs(store.read() - expected.read()).max() <= 1e-6
     for name in ("rejected.jsonl", "notes.jsonl"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
-    assert files(out).keys() == files(whole).keys()  # nothing half-written is left lying about
+    assert files(out).keys() == files(whole).keys()  # no half-written file is left behind
 
 
 @pytest.mark.parametrize("kind", ["photos", "tars", "captions", "stream"])
@@ -112,12 +112,12 @@ def test_the_reference_is_right(data, whole):
     assert rejected == ["017.png", "090.png", "239.png"]
     assert on_record(store.path, "notes.jsonl") == [{"id": "003.png", "note": "CMYK converted to RGB"}]
     captions = EmbeddingStore.open(whole("captions"))
-    told = read_captions(CaptionSource("scenes", limit=300))
-    assert np.abs(captions.read() - encoder.encode_texts(told).numpy()).max() <= 1e-6
+    texts = read_captions(CaptionSource("scenes", limit=300))
+    assert np.abs(captions.read() - encoder.encode_texts(texts).numpy()).max() <= 1e-6
 
 
 def durations(launcher, data, kind, folder):
-    """Seconds that a job takes by its number of processes, from its start to its end."""
+    """Duration of a job in seconds by its number of processes."""
     taken = {}
     for world in (1, 2, 3):
         began = time.monotonic()
@@ -128,7 +128,7 @@ def durations(launcher, data, kind, folder):
 
 
 def kill_and_continue(launcher, data, whole, kind, folder, kills, seed):
-    """Kills jobs at moments spread over their duration, continues each to its end and compares.
+    """Kill jobs at moments spread over their duration, continue each to its end and compare.
 
     Every second continuation is killed as well. Only kills that met a living process count: on a noisy
     machine a job may be done sooner than it was before. Returns how many shards were committed at each kill.
@@ -140,7 +140,7 @@ def kill_and_continue(launcher, data, whole, kind, folder, kills, seed):
         out = folder / f"out_{tries}"
         for _ in range(1 + len(met) % 2):
             world = draw.choice((1, 2, 3))
-            # Sevenths of the job's duration in turn, so that few kills already meet all of its stages.
+            # Cycle through sevenths of the duration, so that a few kills hit all of its stages.
             seventh = (3, 5, 1, 6, 4, 2, 0)[tries % 7]
             moment = (seventh + draw.random()) / 7 * taken[world]
             job = launcher.start(arguments(data, out, kind), folder / "log", world)
@@ -173,7 +173,7 @@ def test_killed_at_twenty_moments(launcher, data, whole, tmp_path, kind):
 
 
 def renames(launcher, data, folder):
-    """How many files a job of three shards renames into place."""
+    """Count the files that a job of three shards renames into place."""
     number = 0
     while True:
         job = launcher.start(
@@ -191,7 +191,7 @@ def _small(data, out):
 
 @pytest.mark.slow
 def test_killed_between_any_two_files(launcher, data, tmp_path):
-    """Files come into being by being renamed: a job is killed before each of them, and continued."""
+    """Every file is created by a rename; kill a job before each rename and continue it."""
     job = launcher.start(_small(data, tmp_path / "whole"), tmp_path / "log")
     assert job.wait() == [0], job.said
     count = renames(launcher, data, tmp_path)
@@ -203,7 +203,7 @@ def test_killed_between_any_two_files(launcher, data, tmp_path):
 
 
 def test_killed_while_it_finishes(launcher, data, tmp_path):
-    """The shards are all there; the lists, the manifest and the tidying up are not."""
+    """Kill a job that has all shards, but not yet the lists, the manifest or the cleanup."""
     job = launcher.start(_small(data, tmp_path / "whole"), tmp_path / "log")
     assert job.wait() == [0], job.said
     for number in (13, 14, 15, 16):
@@ -217,7 +217,7 @@ def test_killed_while_it_finishes(launcher, data, tmp_path):
 
 
 def test_shards_are_cut_so_that_all_processes_have_work(launcher, data, tmp_path):
-    """Begun by two processes, one of which fails at once, and continued by three with the same shards."""
+    """Start with two processes, one of which fails at once, and continue with three and the same shards."""
     flags = arguments(data, tmp_path / "out", "captions", shard_size=10_000, batch_size=64)
     flags[flags.index("--captions.limit") + 1] = "520"
     job = launcher.start(flags, tmp_path / "log", world=2, fail_rank=1, fail_after=0)
@@ -228,8 +228,8 @@ def test_shards_are_cut_so_that_all_processes_have_work(launcher, data, tmp_path
     store = EmbeddingStore.open(tmp_path / "out")
     assert [(shard.name, shard.count) for shard in store.shards] == [("0", 260), ("1", 260)]
     encoder = load_encoder(f"open_clip:local-dir:{data / 'model'}")
-    told = read_captions(CaptionSource("scenes", limit=520))
-    assert np.abs(store.read() - encoder.encode_texts(told).numpy()).max() <= 1e-6
+    texts = read_captions(CaptionSource("scenes", limit=520))
+    assert np.abs(store.read() - encoder.encode_texts(texts).numpy()).max() <= 1e-6
     assert not list((tmp_path / "out").glob(".done*"))
 
 
@@ -255,7 +255,7 @@ def test_processes_try_again_together(launcher, data, whole, tmp_path):
 
 @pytest.mark.parametrize("late", [2, 3, 4])
 def test_killed_while_repeated_ids_are_left_out(launcher, data, whole, tmp_path, late):
-    """Before the record of the first such shard is replaced, and before either of its files is."""
+    """Kill the job before the record of the first such shard, or either of its files, is replaced."""
     store = EmbeddingStore.open(whole("stream"))
     assert (len(store), len(store.shards)) == (55, 6)
     before = 4 + 3 * len(store.shards)
@@ -290,25 +290,25 @@ def test_a_process_that_fails_ends_the_others(launcher, data, whole, tmp_path, r
     statuses = job.wait()
     assert time.monotonic() - began < 20
     assert None not in statuses
-    assert statuses[rank] == 1  # its traceback, for it is a bug
+    assert statuses[rank] == 1  # with a traceback, since it is a bug
     assert statuses[1 - rank] != 0
     assert "RuntimeError: a bug" in job.said
     done = len(list((tmp_path / "out").glob("in_progress/[0-9]*.json")))
-    assert 1 <= done < 19  # the other one has not worked on to the end
+    assert 1 <= done < 19  # the other process has stopped before the end
     again = launcher.start(arguments(data, tmp_path / "out"), tmp_path / "log", world=2)
     assert again.wait() == [0, 0], again.said
     assert_same(tmp_path / "out", whole("photos"))
 
 
-def test_a_full_disk_keeps_what_is_done(launcher, data, whole, tmp_path):
-    """The limit on a file's size stands for the disk: the system refuses to write in the same way."""
+def test_a_full_disk_keeps_finished_shards(launcher, data, whole, tmp_path):
+    """A limit on the file size simulates the full disk, since the system fails in the same way."""
     flags = arguments(data, tmp_path / "out", "photos", shard_size=100)
     job = launcher.start(flags, tmp_path / "log", largest_file=100 * 16 * 4 - 1)
     assert job.wait() == [2]
     (line,) = [line for line in job.said.replace("\r", "\n").splitlines() if "error:" in line]
     assert "there is no space" in line
     assert "Traceback" not in job.said
-    # The third shard has 40 items and would have fitted, but the job ends at the first that does not.
+    # The third shard of 40 items would fit, but the job ends at the first shard that does not.
     assert launcher.start(flags, tmp_path / "log2").wait() == [0]
     reference = EmbeddingStore.open(whole("photos"))
     store = EmbeddingStore.open(tmp_path / "out")
@@ -316,7 +316,7 @@ def test_a_full_disk_keeps_what_is_done(launcher, data, whole, tmp_path):
     assert np.abs(store.read() - reference.read()).max() <= 1e-6
 
 
-def test_processes_that_see_other_items_do_not_begin(launcher, data, tmp_path):
+def test_processes_that_see_other_items_do_not_start(launcher, data, tmp_path):
     for rank in (0, 1):
         (tmp_path / f"photos_{rank}").mkdir()
         SCENES.image(rank).save(tmp_path / f"photos_{rank}/{rank}.png")
@@ -328,7 +328,7 @@ def test_processes_that_see_other_items_do_not_begin(launcher, data, tmp_path):
     assert "Traceback" not in job.said
 
 
-def test_an_error_of_one_process_is_told_by_the_main_one(launcher, data, tmp_path):
+def test_the_main_process_reports_an_error_of_another_one(launcher, data, tmp_path):
     (tmp_path / "photos_0").mkdir()
     SCENES.image(0).save(tmp_path / "photos_0/0.png")
     flags = arguments(data, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What a job rejects: how much of it is too much, and trying it again."""
+"""Rejected items: trying them again, and the limit on their share."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOST = ("1/011.png", "1/012.png", "3/037.png")
 
 @pytest.fixture
 def photos(folder):
-    """The folder with three files that cannot be read for now, and one that never can."""
+    """A folder with three temporarily unreadable files and a permanently unreadable one."""
     for name in (*LOST, "bad.png"):
         (folder / name).write_bytes(b"")
     return folder
 
 
-def mend(folder):
-    """Two of the three are back; one of them is not simply RGB."""
+def repair(folder):
+    """Restore two of the three files; one of them is not plain RGB."""
     SCENES.image(11).convert("CMYK").save(folder / LOST[0], "JPEG")
     SCENES.image(37).save(folder / LOST[2])
 
@@ -47,10 +47,10 @@ def assert_mended(out, encoder, folder):
     return store
 
 
-def test_what_a_finished_job_rejected_is_tried_again(spec, encoder, photos, tmp_path, capsys):
+def test_rejected_items_of_a_finished_job_are_tried_again(spec, encoder, photos, tmp_path, capsys):
     old = embed(config(spec, tmp_path / "out", photos))
     assert len(old) == 44
-    mend(photos)
+    repair(photos)
     assert len(embed(config(spec, tmp_path / "out", photos))) == 44
     capsys.readouterr()
     seen = []
@@ -75,12 +75,14 @@ def test_what_a_finished_job_rejected_is_tried_again(spec, encoder, photos, tmp_
 
 
 @pytest.mark.parametrize("shards", [0, 2, 4])
-def test_what_an_unfinished_job_rejected_is_tried_again(spec, encoder, photos, tmp_path, monkeypatch, shards):
+def test_rejected_items_of_an_unfinished_job_are_tried_again(
+    spec, encoder, photos, tmp_path, monkeypatch, shards
+):
     with monkeypatch.context() as patch:
         interrupt_after(patch, shards)
         with pytest.raises(Interrupted):
             embed(config(spec, tmp_path / "out", photos))
-    mend(photos)
+    repair(photos)
     embed(config(spec, tmp_path / "out", photos, retry_rejected=True))
     assert_mended(tmp_path / "out", encoder, photos)
 
@@ -90,9 +92,9 @@ class Killed(BaseException):
 
 
 def test_a_kill_while_items_are_tried_again(spec, encoder, photos, tmp_path, monkeypatch):
-    """Before one more of the files that are renamed into place, each time: the same command goes on."""
+    """Kill the job before each rename in turn; the same command continues."""
     embed(config(spec, tmp_path / "out", photos))
-    mend(photos)
+    repair(photos)
     rename, left, kills, ended = Path.replace, 0, 0, False
 
     def replace(self, target):
@@ -116,9 +118,9 @@ def test_a_kill_while_items_are_tried_again(spec, encoder, photos, tmp_path, mon
     assert_mended(tmp_path / "out", encoder, photos)
 
 
-def test_a_half_removed_folder_is_not_in_the_way(spec, encoder, photos, tmp_path):
+def test_a_half_removed_folder_does_no_harm(spec, encoder, photos, tmp_path):
     embed(config(spec, tmp_path / "out", photos))
-    mend(photos)
+    repair(photos)
     (tmp_path / "out/retried/img_emb").mkdir(parents=True)
     (tmp_path / "out/retried/img_emb/img_emb_0.npy").write_bytes(b"half")
     embed(config(spec, tmp_path / "out", photos, retry_rejected=True))
@@ -142,12 +144,12 @@ def test_streams_are_not_tried_again(spec, tmp_path, monkeypatch):
         embed(config(spec, tmp_path / "out", f"{tmp_path}/*.tar", retry_rejected=True))
 
 
-# How much is too much
+# The limit
 
 
 @pytest.fixture
 def failing(tmp_path):
-    """150 files of which all from the 21st on cannot be read."""
+    """150 files; all from the 21st on are unreadable."""
     (tmp_path / "photos").mkdir()
     SCENES.image(0).save(tmp_path / "photos/000.png")
     for number in range(1, 150):
@@ -156,11 +158,11 @@ def failing(tmp_path):
     return tmp_path / "photos"
 
 
-def test_too_much_that_is_rejected_stops_a_job(spec, failing, tmp_path):
+def test_too_many_rejections_stop_a_job(spec, failing, tmp_path):
     words = r"80 of 100 items were rejected \(the last is 099.png: .*\), more than the share 0.5 of --max_rej"
     with pytest.raises(DataError, match=words):
         embed(config(spec, tmp_path / "out", failing, max_rejected=0.5, batch_size=5))
-    assert len(list((tmp_path / "out/in_progress").glob("[0-9]*.json"))) == 9  # all but the one in hand
+    assert len(list((tmp_path / "out/in_progress").glob("[0-9]*.json"))) == 9  # all but the current one
     for path in failing.iterdir():
         path.write_bytes((failing / "000.png").read_bytes())
     store = embed(config(spec, tmp_path / "out", failing, max_rejected=0.0, retry_rejected=True))
@@ -168,8 +170,8 @@ def test_too_much_that_is_rejected_stops_a_job(spec, failing, tmp_path):
     assert on_record(tmp_path / "out", "rejected.jsonl") == []
 
 
-def test_too_much_over_several_runs_is_not_finished(spec, failing, tmp_path, monkeypatch):
-    for _ in range(2):  # none of the runs meets a hundred items
+def test_too_many_rejections_over_several_runs_stop_the_job(spec, failing, tmp_path, monkeypatch):
+    for _ in range(2):  # no single run sees a hundred items
         with monkeypatch.context() as patch:
             interrupt_after(patch, 6)
             with pytest.raises(Interrupted):
@@ -180,7 +182,7 @@ def test_too_much_over_several_runs_is_not_finished(spec, failing, tmp_path, mon
     assert len(embed(config(spec, tmp_path / "out", failing, max_rejected=0.9))) == 20
 
 
-def test_too_much_that_is_rejected_again(spec, failing, tmp_path):
+def test_too_many_rejections_on_retry(spec, failing, tmp_path):
     embed(config(spec, tmp_path / "out", failing))
     with (
         pytest.warns(UserWarning, match="none of 130"),
@@ -190,7 +192,7 @@ def test_too_much_that_is_rejected_again(spec, failing, tmp_path):
     assert len(EmbeddingStore.open(tmp_path / "out")) == 20
 
 
-def test_a_few_items_are_no_share(spec, failing, tmp_path):
+def test_the_limit_needs_a_hundred_items(spec, failing, tmp_path):
     for number in range(99, 150):
         (failing / f"{number:03d}.png").unlink()
     assert len(embed(config(spec, tmp_path / "out", failing, max_rejected=0.0))) == 20

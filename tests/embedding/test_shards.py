@@ -15,7 +15,7 @@ from xbt.store import ShardRecord
         (10_000, 5_000, 1, 10_000),
         (10_000, 1_000, 8, 256),
         (100, 1_000, 8, 100),
-        (10_000, 120_000, 8, 7_500),  # two rounds of eight, not twelve shards for eight processes
+        (10_000, 120_000, 8, 7_500),  # two rounds of eight instead of twelve shards for eight processes
         (10_000, 160_000, 8, 10_000),
         (10_000, 0, 8, 256),
         (10_000, None, 8, 10_000),
@@ -26,7 +26,7 @@ def test_all_processes_get_an_equal_share(asked, entries, processes, size):
 
 
 class Records(dict):
-    """Committed shards that count whose record was looked at."""
+    """Committed shards that count the accesses to their records."""
 
     looked_at = 0
 
@@ -35,7 +35,7 @@ class Records(dict):
         return super().__getitem__(name)
 
 
-def test_only_the_last_record_of_a_stream_is_looked_at():
+def test_only_the_last_record_of_a_stream_is_read():
     parts = [ListedTexts([], []), ListedTexts([], []), ListedTexts([], [])]
     for part in parts:
         part.length = None

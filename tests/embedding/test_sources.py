@@ -1,4 +1,4 @@
-"""Where a job's items come from: ids, order, resuming, and what is on record instead of stopping it."""
+"""Sources of a job: ids, order, resuming, and rejected entries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xbt.errors import ConfigError, DataError
 # Folders
 
 
-def test_a_folder_is_searched_with_all_below_it(tmp_path):
+def test_a_folder_is_searched_recursively(tmp_path):
     for name in ("b.JPG", "a/2.png", "a/10.jpeg", "a/deep/x.WebP", "notes.txt", ".hidden.png", "Z.gif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture(1))
@@ -32,7 +32,7 @@ def test_a_folder_is_searched_with_all_below_it(tmp_path):
     assert ids(entries(source, start=2, stop=4)) == ["a/10.jpeg", "a/2.png"]
 
 
-def test_what_only_looks_like_an_image_is_listed_too(tmp_path):
+def test_every_name_with_an_image_suffix_is_listed(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "folder.jpg/in.png").write_bytes(picture(1))
     os.mkfifo(tmp_path / "pipe.png")
@@ -42,8 +42,8 @@ def test_what_only_looks_like_an_image_is_listed_too(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jpe", "jfif", "JPE", "heic", "heif", "hif", "avif", "jxl"])
-def test_suffixes_that_are_less_usual(tmp_path, suffix):
-    """What cannot be decoded without a plugin is listed, so that it will be on record."""
+def test_rare_suffixes(tmp_path, suffix):
+    """Formats that need a plugin are listed, so that they are recorded as rejected."""
     (tmp_path / f"a.{suffix}").write_bytes(picture(1))
     write_tar(tmp_path / "t.tar", [(f"a.{suffix}", picture(1))])
     assert ids(entries(open_images(ImageCollection(str(tmp_path))))) == [f"a.{suffix}"]
@@ -84,7 +84,7 @@ def test_a_source_without_images(tmp_path, make, words):
         open_images(ImageCollection(str(tmp_path / "data")))
 
 
-def test_the_digest_knows_the_ids(tmp_path):
+def test_the_digest_depends_on_the_ids(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(picture(1))
     first = open_images(ImageCollection(str(tmp_path))).digest()
@@ -118,7 +118,7 @@ def test_karpathy_images_and_captions_share_their_names(tmp_path):
     assert ids(images) == [
         "val2014/a.jpg",
         "val2014/b.jpg",
-    ]  # a.jpg is missing, which is seen when it is read
+    ]  # a.jpg is missing, which only reading shows
     assert images[1].value == str(tmp_path / "val2014/b.jpg")
     captions = entries(open_captions(CaptionSource(file)))
     assert ids(captions) == ["val2014/a.jpg#0", "val2014/a.jpg#1", "val2014/b.jpg#0", "val2014/b.jpg#1"]
@@ -172,18 +172,18 @@ def test_the_captions_are_those_that_stage_1_reads(tmp_path):
         CaptionSource(str(tmp_path / "a.txt"), limit=7, seed=5),
         CaptionSource("scenes", limit=9, seed=2),
     ):
-        told = [entry.value for entry in entries(open_captions(source)) if isinstance(entry, Item)]
-        assert told == read_captions(source)
+        captions = [entry.value for entry in entries(open_captions(source)) if isinstance(entry, Item)]
+        assert captions == read_captions(source)
 
 
-def test_a_caption_that_is_not_unicode_is_on_record(tmp_path):
+def test_a_caption_that_is_not_unicode_is_rejected(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"caption": "good"}\n{"caption": "bad \\ud800"}\n', encoding="utf-8")
     good, bad = entries(open_captions(CaptionSource(str(tmp_path / "a.jsonl"))))
     assert isinstance(good, Item)
     assert bad == Rejected("row-1", "the caption is not valid Unicode: 'bad \\\\ud800'")
 
 
-def test_texts_count_for_the_digest(tmp_path):
+def test_the_digest_depends_on_the_texts(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     first = open_captions(CaptionSource(str(tmp_path / "a.txt"))).digest()
     (tmp_path / "a.txt").write_text("one\nthree\n")
@@ -222,7 +222,7 @@ def test_a_data_set_in_any_order_and_as_a_stream(parquet):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_images_in_a_table_that_does_not_call_them_so(tmp_path, streaming):
-    """As pandas and polars write what they read from a data set: the structure, without its name."""
+    """pandas and polars write the structure of the Image type without its name."""
     cells = [{"bytes": picture(0), "path": None}, {"bytes": None, "path": "x/1.png"}, None]
     plain = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     (tmp_path / "d").mkdir()
@@ -284,7 +284,7 @@ def test_a_stream_that_breaks_off_stops_the_job(parquet, tmp_path):
         ({"image_column": "name", "source": "hf:./nowhere"}, "does not exist"),
     ],
 )
-def test_a_stream_that_is_not_there(parquet, options, words):
+def test_a_missing_stream(parquet, options, words):
     with pytest.raises(DataError, match=words):
         open_images(ImageCollection(**{"source": parquet, "streaming": True, **options}))
 

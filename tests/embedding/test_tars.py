@@ -1,4 +1,4 @@
-"""WebDataset tars: samples, ids and resuming, and what a damaged tar leaves on record."""
+"""WebDataset tars: samples, ids, resuming, and rejected entries of damaged tars."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_tars_give_images_and_captions(tmp_path):
         assert [value(item) for item in found] == [picture(number) for number in range(5)]
         assert entries(source, 0, start=2) == found[2:3]
         assert entries(source, 0, start=1, stop=2) == found[1:2]
-    with fsspec.open(found[1].metadata["image_path"]) as file:  # the address leads back to the image
+    with fsspec.open(found[1].metadata["image_path"]) as file:  # the URL opens the image
         assert file.read() == picture(1)
     captions = entries(open_captions(CaptionSource(f"{tmp_path}/a/000.tar")))
     assert ids(captions)[:3] == ["000/0000#0", "000/0000#1", "000/0001#0"]
@@ -52,7 +52,7 @@ def test_brace_patterns():
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
-def test_a_cut_tar_ends_with_a_record(tmp_path, mode):
+def test_a_truncated_tar_ends_with_a_rejection(tmp_path, mode):
     suffix = {"w": "tar", "w:gz": "tar.gz", "w:xz": "tar.xz"}[mode]
     noise = [(f"{n:04d}.png", os.urandom(3000)) for n in range(20)]
     whole = write_tar(tmp_path / f"whole.{suffix}", noise, mode).read_bytes()
@@ -71,7 +71,7 @@ def test_a_cut_tar_ends_with_a_record(tmp_path, mode):
 
 
 def test_a_tar_cut_between_two_members_is_noticed(tmp_path):
-    """tarfile itself takes this for the end."""
+    """tarfile itself reads this as the end."""
     with tarfile.open(write_tar(tmp_path / "a.tar", samples(4))) as archive:
         offset = archive.getmember("0002.png").offset
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:offset])
@@ -94,21 +94,21 @@ def test_a_damaged_header_in_the_middle(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 100, bytes(100), b"\x1f\x8b\x08junk"])
-def test_what_is_no_tar_is_on_record(tmp_path, content):
+def test_a_file_that_is_not_a_tar_is_rejected(tmp_path, content):
     (tmp_path / "x.tar").write_bytes(content)
     (entry,) = entries(open_images(ImageCollection(str(tmp_path / "x.tar"))))
     assert entry.id == "x"
     assert "cannot be read beyond its first 0 samples" in entry.reason
 
 
-def test_an_empty_tar_has_nothing_to_tell(tmp_path):
+def test_an_empty_tar_has_no_entries(tmp_path):
     path = write_tar(tmp_path / "x.tar", [])
     assert entries(open_images(ImageCollection(str(path)))) == []
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 def test_zeros_in_the_middle_are_not_the_end(tmp_path, mode):
-    """As a download leaves them that was begun as a sparse file; tar itself stops there without a word."""
+    """A partial download into a sparse file has such zeros; tar itself stops there silently."""
     noise = [(f"{n:04d}.png", os.urandom(3000).replace(b"\0", b"x")) for n in range(20)]
     plain = write_tar(tmp_path / "plain.tar", noise)
     with tarfile.open(plain) as archive:
@@ -128,7 +128,7 @@ def test_zeros_in_the_middle_are_not_the_end(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_tars_that_were_joined_do_not_end_silently(tmp_path, mode):
+def test_concatenated_tars_do_not_end_silently(tmp_path, mode):
     suffix = f"tar.{mode[2:]}" if mode != "w" else "tar"
     halves = [write_tar(tmp_path / f"{n}.{suffix}", samples(5, 5 * n), mode).read_bytes() for n in range(2)]
     (tmp_path / f"both.{suffix}").write_bytes(b"".join(halves))
@@ -140,7 +140,7 @@ def test_tars_that_were_joined_do_not_end_silently(tmp_path, mode):
 
 
 @pytest.mark.parametrize("padding", [0, 512, 10240 * 3, (1 << 20) + 512, 5 << 20])
-def test_padding_after_the_end_is_plain(tmp_path, padding):
+def test_padding_after_the_end_is_valid(tmp_path, padding):
     path = write_tar(tmp_path / "a.tar", samples(3))
     members = path.read_bytes().rstrip(b"\0")
     path.write_bytes(members + bytes(-len(members) % 512 + 1024 + padding))
@@ -152,7 +152,7 @@ def test_padding_after_the_end_is_plain(tmp_path, padding):
 
 
 def test_packed_tars_of_several_streams_are_read_through(tmp_path):
-    """As bgzip, pbzip2 and pixz write them; and what gzip's checksum finds is on record."""
+    """bgzip, pbzip2 and pixz write such files; a gzip checksum error is recorded as rejected."""
     whole = write_tar(tmp_path / "a.tar", [(f"{n}.png", os.urandom(3000)) for n in range(9)]).read_bytes()
     for mode in ("w:gz", "w:bz2", "w:xz"):
         path = tmp_path / f"a.tar.{mode[2:]}"
@@ -170,7 +170,7 @@ def test_packed_tars_of_several_streams_are_read_through(tmp_path):
 
 
 def test_a_tar_that_is_missing_stops_the_job(tmp_path):
-    """On record it would count as one bad item, and its return would never be noticed."""
+    """As a rejected entry, it would count as one item and never be read again."""
     write_tar(tmp_path / "0.tar", samples(1))
     write_tar(tmp_path / "1.tar", samples(1))
     with pytest.raises(DataError, match=r"2 of the 4 tar files .* are missing, first .*/2\.tar; .*a glob"):
@@ -185,7 +185,7 @@ def test_a_tar_that_is_missing_stops_the_job(tmp_path):
     assert "IsADirectoryError" in folder.reason
 
 
-def test_a_tar_that_may_not_be_read_is_on_record(tmp_path, monkeypatch):
+def test_a_tar_without_read_permission_is_rejected(tmp_path, monkeypatch):
     write_tar(tmp_path / "0.tar", samples(1))
     source = open_images(ImageCollection(f"{tmp_path}/0.tar"))
 
@@ -195,7 +195,7 @@ def test_a_tar_that_may_not_be_read_is_on_record(tmp_path, monkeypatch):
     monkeypatch.setattr(fsspec, "open", refuse)
     (entry,) = entries(source)
     assert "Permission denied" in entry.reason
-    source.parts[0].url = "s3://bucket/0.tar"  # there it is what a session that ran out is told
+    source.parts[0].url = "s3://bucket/0.tar"  # remote file systems raise this for an expired session
     with pytest.raises(DataError, match="cannot be opened"):
         entries(source)
 
@@ -207,8 +207,8 @@ def test_odd_samples(tmp_path):
         ("b.txt", b"no image"),
         ("c.png", picture(1)),
         ("c.jpg", picture(2)),  # a second image of one sample
-        ("d.seg.png", picture(3)),  # its suffix is seg.png
-        ("a.png", picture(4)),  # the key again
+        ("d.seg.png", picture(3)),  # the suffix is seg.png
+        ("a.png", picture(4)),  # a repeated key
         ("x/e.PNG", picture(5)),
         ("__meta__.json", b"{}"),
         (".f.png", picture(6)),
@@ -228,14 +228,14 @@ def test_odd_samples(tmp_path):
     "error",
     [
         ConnectionResetError("connection reset by peer"),
-        FileNotFoundError(errno.ENOENT, "No such file or directory"),  # as some file systems say it
+        FileNotFoundError(errno.ENOENT, "No such file or directory"),  # as some file systems raise it
         OSError(errno.EIO, "Input/output error"),
         EOFError("ended early"),
         MemoryError(),
     ],
 )
 def test_a_network_that_fails_stops_the_job(tmp_path, monkeypatch, mode, error):
-    """Were it put on record, an hour without network would cost the rest of every tar."""
+    """As rejected entries, an hour without network would lose the rest of every tar."""
     noise = [(f"{number}.png", os.urandom(3000)) for number in range(4)]
     path = write_tar(tmp_path / "a.tar", noise, mode)
     source = open_images(ImageCollection(str(path)))
@@ -263,11 +263,11 @@ def test_a_tar_that_was_replaced_is_another_source(tmp_path):
     for pattern in (f"{tmp_path}/*.tar", f"{tmp_path}/{{0..1}}.tar", f"file://{tmp_path}/*.tar"):
         begun = open_images(ImageCollection(pattern)).digest()
         assert open_images(ImageCollection(pattern)).digest() == begun
-        told = open_captions(CaptionSource(pattern)).digest()
+        digest = open_captions(CaptionSource(pattern)).digest()
         write_tar(path, samples(4, first=9))
         os.utime(path, ns=(1, path.stat().st_mtime_ns + 1))
         assert open_images(ImageCollection(pattern)).digest() != begun
-        assert open_captions(CaptionSource(pattern)).digest() != told
+        assert open_captions(CaptionSource(pattern)).digest() != digest
 
 
 def test_a_job_does_not_mix_the_samples_of_two_tars(spec, tmp_path, monkeypatch):
