@@ -51,7 +51,6 @@ from xbt.heads import (
     BT2Loss,
     ClassificationLoss,
     CompatibleHead,
-    EpochSchedule,
     HeadLoss,
     OCAHead,
     OCALoss,
@@ -108,7 +107,7 @@ def train(head: CompatibleHead, loss: HeadLoss, targets: Targets, seed: int) -> 
     inputs = world.train_inputs[: len(targets.labels)]
     first, second = nn.Linear(inputs.shape[1], 128), nn.Linear(128, 128)
     body = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(128, head.in_dim))
-    fit_on_vectors(body, head, loss, inputs, targets, schedule=EpochSchedule(epochs=20, seed=seed))
+    fit_on_vectors(body, head, loss, inputs, targets, schedule=xbt.heads.EpochSchedule(epochs=20, seed=seed))
     return nn.ModuleDict({"body": body, "head": head}).requires_grad_(False)
 
 

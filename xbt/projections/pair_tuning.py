@@ -149,7 +149,7 @@ def _add_gradient(
     temperature: float,
 ) -> float:
     """Adds the gradient of one direction's contrastive term to that of the matrices; returns the term."""
-    gallery, owner = pairs.gallery(direction), pairs.image_of_text
+    gallery, answers = pairs.gallery(direction), pairs.searched(direction).answers
     value, rows = 0.0, max(1, LOGIT_BYTES // (gallery.element_size() * len(gallery)))
     for start in range(0, len(old), rows):
         part = slice(start, start + rows)
@@ -157,12 +157,10 @@ def _add_gradient(
         mixed = (1 - share) * u + share * v + v @ matrices[0].T
         if len(matrices) > 1:
             mixed = mixed + u @ matrices[1].T
-        logits = normalize(mixed, dim=-1) @ gallery.T / temperature
-        if direction == "T2I":
-            right = logits.gather(1, owner[part, None])[:, 0]
-        else:
-            wrong = owner != torch.arange(start, start + len(u))[:, None]
-            right = logits.masked_fill(wrong, -torch.inf).logsumexp(dim=1)
+        logits = (normalize(mixed, dim=-1) / temperature) @ gallery.T
+        # Only the answers' logits enter the second term: no second pass over the whole gallery.
+        right = logits.gather(1, answers[part].clamp_min(0))
+        right = right.masked_fill(answers[part] < 0, -torch.inf).logsumexp(dim=1)
         term = (logits.logsumexp(dim=1) - right).sum() / len(old)
         term.backward()  # type: ignore[no-untyped-call]
         value += term.item()
