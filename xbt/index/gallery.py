@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xbt.errors import ConfigError, DataError
+from xbt.errors import ConfigError, DataError, StoreError
 from xbt.index.checks import as_ids, as_k, as_queries, as_rows, require_storable
 from xbt.index.compaction import compact, drop_part
 from xbt.index.create import create_gallery
@@ -60,8 +60,8 @@ class Gallery:
         >>> gallery.backfill(new.encode_images(images[:100]), names[:100])
     """
 
-    # Two locks: `_writer` is held for as long as a write takes, `_state` only while the parts change. A search
-    # takes views, which never change, and holds neither.
+    # `_writer` is held for as long as a write takes, `_state` only while the parts change. A search takes
+    # views, which never change, and holds neither.
 
     def __init__(self, plan: IndexPlan, storage: Storage | None = None) -> None:
         self._storage = storage
@@ -514,12 +514,11 @@ class Gallery:
             SpaceMismatchError: If the space or the dimension is not the gallery's.
             StoreError: If another process is writing, the disk is full, or metadata cannot be stored.
         """
-        with self._state:
-            dim = self._known.of_space(space, "the vectors to add").dim
-        rows, names = as_rows(vectors, "vectors to add", dim), as_ids(ids, "ids", len(vectors))
         with self.writing():
-            part = self._known.of_space(space, "the vectors to add")
-            self._known.refuse_known(names)
+            known = self._known
+            part = known.of_space(space, "the vectors to add")
+            rows, names = as_rows(vectors, "vectors to add", part.dim), as_ids(ids, "ids", len(vectors))
+            known.refuse_known(names)
             self._append(part, rows, names, metadata)
 
     def remove(self, ids: Sequence[str]) -> None:
@@ -538,8 +537,8 @@ class Gallery:
             if self._storage is None:
                 self._mask(changes)
             elif changes:
-                self._storage.log(changes)
-                self.reload()
+                known = self._known_mark()
+                self._take_own(self._storage.log(known, changes), known)
 
     def begin_part(
         self,
@@ -686,11 +685,17 @@ class Gallery:
         changes: Sequence[Change] = (),
     ) -> None:
         """Commit rows as a new segment of a part, and changes of others."""
-        columns = part.checked_columns(ids, metadata)
+        columns = None if metadata is None else part.checked_columns(ids, metadata)
         if self._storage is not None:
             require_storable(rows, ids, part.record.dtype)
-            self._storage.append(NewSegment(part.record, ids, (rows,), columns), changes)
-            self.reload()
+            if part.space is None:
+                raise StoreError(
+                    f"the part {part.name!r} of {self.path} can only be read: nobody has said of which space "
+                    "its vectors are; make the gallery with space="
+                )
+            known = self._known_mark()
+            new = NewSegment(part.record, ids, (rows,), columns)
+            self._take_own(self._storage.append(known, new, changes), known)
             return
         with self._state:
             number = 1 + max((each.number for own in self._parts for each in own.segments), default=0)
@@ -708,27 +713,44 @@ class Gallery:
                 self._parts = parts
                 self._views = self._ids = None
 
+    def _known_mark(self) -> Mark:
+        with self._state:
+            _ = self._known
+            assert self._mark is not None
+            return self._mark
+
+    def _take_own(self, news: News, known: Mark) -> None:
+        """Bring the parts up to date after a write that was based on a mark."""
+        with self._state:
+            if self._mark is not known:  # another thread has read the news already
+                self.reload()
+            else:
+                self._mark = None
+                self._take(news)
+
     def _take(self, news: News) -> None:
         """Bring the parts up to date; called with the lock."""
-        if news.whole:
+        if news.plan is not None and news.whole:
             self._parts = Parts(news.plan, self.path)
-        for record in news.parts[len(self._parts) :]:
+        for record in news.parts[len(self._parts) :] if news.parts else ():
             self._parts.add(self._made_part(record))
-        for part in self._parts:
-            own = [(segment, ids) for owner, segment, ids in news.segments if owner == part.record.number]
-            if own:
-                part.grow([segment for segment, _ in own], [item for _, ids in own for item in ids])
+        self._parts.grow(news.segments)
         self._mask(news.changes)
         self._mark = news.mark
 
     def _mask(self, changes: Sequence[Change]) -> None:
         with self._state:
-            self._parts.mask(changes)
+            if changes:
+                self._parts.mask(changes)
             self._views = self._ids = None
 
     def _made_part(self, record: PartRecord) -> Part:
-        cache = None if self._storage is None else self._storage.cache(record, self.plan)
-        return Part(record, IndexManager(record.dim, self.plan, cache))
+        storage, plan = self._storage, self.plan
+
+        def manager() -> IndexManager:
+            return IndexManager(record.dim, plan, None if storage is None else storage.cache(record, plan))
+
+        return Part(record, manager)
 
     @property
     def _known(self) -> Parts:
@@ -805,7 +827,7 @@ class Gallery:
         self._indexing = threading.Lock()
 
     def _after_fork(self) -> None:
-        """Take locks of its own in a forked child; another thread of the parent may have held the old ones."""
+        """Take new locks in a forked child; another thread of the parent may have held the old ones."""
         if self._storage is not None and not self._state.acquire(blocking=False):
             self._mark = None  # that thread was changing the parts: they are read again
         self._new_locks()

@@ -119,7 +119,7 @@ def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
     """
     try:
         names = json.loads(data.decode("utf-8"))
-        whole = isinstance(names, list) and len(names) == count and all(type(each) is str for each in names)
+        whole = isinstance(names, list) and len(names) == count and set(map(type, names)) <= {str}
     except (ValueError, AttributeError, RecursionError) as error:
         raise damaged(path, f"the ids of a segment cannot be read: {error}") from error
     if not whole:
@@ -156,11 +156,13 @@ class Segment(Protocol):
 
     Attributes:
         number: Its number within the gallery; later segments have higher ones.
+        name: Identifies its rows; a segment of another gallery has another name.
         count: Rows.
         own: Whether the rows are the gallery's, and not those of a store that is only read.
     """
 
     number: int
+    name: str
     count: int
     own: bool
 
@@ -191,6 +193,11 @@ class MemorySegment:
     own: bool = True
 
     @property
+    def name(self) -> str:  # type: ignore[override]
+        """See :class:`Segment`."""
+        return str(self.number)
+
+    @property
     def count(self) -> int:  # type: ignore[override]
         """See :class:`Segment`."""
         return len(self.rows)
@@ -213,6 +220,11 @@ class MemorySegment:
         return {} if self.table is None else {field.name: field.type for field in self.table.schema}
 
 
+def segment_name(number: int, digest: str) -> str:
+    """Name of a segment in the record of an index."""
+    return f"{number}-{digest[:32]}"
+
+
 def npy_header(dtype: str, count: int, dim: int) -> bytes:
     """The header of a segment's file: that of a ``.npy`` file of version 1.0, in 128 bytes."""
     code = {"float16": "<f2", "float32": "<f4"}[dtype]
@@ -228,6 +240,7 @@ class FileSegment:
         path: The file.
         dtype: ``"float16"`` or ``"float32"``.
         shape: Rows and dimension, as the gallery knows them.
+        sha256: Checksum with which the file was written; not compared here.
         read_metadata: Reads the Parquet bytes of the columns; ``None`` if there are none.
 
     Raises:
@@ -242,10 +255,11 @@ class FileSegment:
         path: Path,
         dtype: str,
         shape: tuple[int, int],
+        sha256: str,
         read_metadata: Callable[[int], bytes] | None = None,
     ) -> None:
         self.number, self.path, self.count = number, path, shape[0]
-        self.shape = dtype, shape
+        self.shape, self.name = (dtype, shape, sha256), segment_name(number, sha256)
         self._read_metadata = read_metadata
         self._types: dict[str, pa.DataType] | None = None
         header, width = npy_header(dtype, *shape), np.dtype(dtype).itemsize
@@ -363,9 +377,8 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
     Raises:
         StoreError: If it is one.
     """
-    application, version = (
-        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-    )
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    version = db.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
         raise damaged(path, "it is no database of a gallery")
     if version != VERSION:
@@ -385,7 +398,7 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
 def read_settings(db: sqlite3.Connection, path: Path) -> dict[str, str]:
     """Read the settings of a gallery; raises as :func:`check_schema`."""
     settings = dict(db.execute("SELECT key, value FROM setting LIMIT 50").fetchall())
-    whole = settings.keys() == _SETTINGS and all(isinstance(value, str) for value in settings.values())
+    whole = settings.keys() == _SETTINGS and set(map(type, settings.values())) == {str}
     if not whole or not re.fullmatch(r"[0-9]{1,18}", settings["generation"]):
         raise damaged(path, f"its settings are {sorted(map(str, settings))}")
     return settings

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
-from xbt.index.segments import PartRecord, damaged, require_finite
+from xbt.index.segments import PartRecord, damaged, require_finite, segment_name
 from xbt.store import EmbeddingStore, FileRecord, ShardRecord, find_faults
 from xbt.store.layout import MANIFEST, metadata_file, read_manifest, vectors_file
 from xbt.store.metadata import read_columns, read_types
@@ -232,7 +232,7 @@ class StoreSegment:
         """
         self._seen = self._compared = _stamp(path)  # before it is read: a later change is read again
         self.store = EmbeddingStore.open(path, part.modality, part.space)
-        self.number, self.count = number, count
+        self.number, self.count, self.name = number, count, segment_name(number, record.digest)
         if len(self.store) < count:
             raise StoreError(
                 f"{path} has {len(self.store)} rows, but the gallery was made of {count}; copy it again"
