@@ -1,10 +1,10 @@
 """Exact search of a gallery on disk against bare FAISS on the same vectors, and an approximate index.
 
-    python recipes/benchmarks/gallery_search.py --folder /a/disk/with/room
+    python recipes/benchmarks/gallery_search.py --folder /a/large/disk
 
 A gallery of random unit vectors around hidden centres is made, unless it is there. Bare FAISS is given the
-vectors that stand in it as one float32 array, and answers with row numbers; the gallery answers with the
-user's ids and settled scores. Both are timed in turns, in one process, at several batch sizes.
+same vectors as one float32 array, and answers with row numbers; the gallery answers with the user's
+ids and rescored results. Both are timed in turns, in one process, at several batch sizes.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def contenders(
     vectors: NDArray[np.float32],
     queries: NDArray[np.float32],
 ) -> dict[str, Callable[[], object]]:
-    """What is timed; a gallery is told the space of the queries, and checks it."""
+    """The searches that are timed; a gallery also checks the space of the queries."""
     import faiss
 
     index = faiss.IndexFlat(vectors.shape[1], faiss.METRIC_INNER_PRODUCT)
