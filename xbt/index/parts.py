@@ -103,6 +103,10 @@ class Part:
         """The items that have a vector here, moved ones too, in order."""
         return [self.ids[row] for row in np.flatnonzero(~self.removed)]
 
+    def trusts(self, space: EmbeddingSpace) -> bool:
+        """Whether a space is known to be the part's own."""
+        return space in self._trusted
+
     def trust(self, space: EmbeddingSpace | None) -> None:
         """Take a space for the part's own from now on, without comparing the two again."""
         if space is not None:
@@ -373,6 +377,9 @@ class Parts:
                 f"the gallery has two parts, {self.old.name!r} and {self.newest.name!r}; say with space= "
                 f"which space {what} are of"
             )
+        for part in self._all:
+            if part.trusts(space):
+                return part
         same = [part for part in self if part.space is not None and part.space.same_as(space)]
         if same:
             return same[0]
