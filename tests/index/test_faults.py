@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xbt.errors import StoreError
-from xbt.index import Gallery, RankMerge
+from xbt.index import Gallery, RankMerge, segments
 from xbt.index import storage as storage_module
 from xbt.index.storage import DATABASE
 
@@ -145,7 +145,7 @@ def test_what_is_acknowledged_was_synced_in_this_order(tmp_path, monkeypatch):
 
 
 def test_on_a_network_disk_there_is_no_shared_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage_module, "_file_system", lambda path: "nfs4")
+    monkeypatch.setattr(segments, "_file_system", lambda path: "nfs4")
     with pytest.warns(UserWarning, match=r"is on a network disk \(nfs4\): one machine at a time"):
         gallery = Gallery.create(tmp_path / "g", space=OLD)
     gallery.add(unit(5, 8), names(5))

@@ -196,7 +196,8 @@ class Part:
         place = self._place_of[change.segment]
         if change.rows.min() < 0 or change.rows.max() >= self.segments[place].count:
             raise damaged(path or Path(), f"a change is of rows that segment {change.segment} does not have")
-        return change.rows + self.rows.starts[place]
+        rows: NDArray[np.int64] = change.rows + self.rows.starts[place]
+        return rows
 
     def as_changes(self, rows: Sequence[int], moved: bool) -> list[Change]:
         """Changes that mask rows, a segment each."""

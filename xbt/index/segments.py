@@ -10,7 +10,9 @@ import mmap
 import os
 import re
 import sqlite3
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -152,19 +154,27 @@ def damaged(path: Path, reason: str) -> StoreError:
 
 
 class Segment(Protocol):
-    """Rows that never change.
+    """Rows that never change."""
 
-    Attributes:
-        number: Its number within the gallery; later segments have higher ones.
-        name: Identifies its rows; a segment of another gallery has another name.
-        count: Rows.
-        own: Whether the rows are the gallery's, and not those of a store that is only read.
-    """
+    @property
+    def number(self) -> int:
+        """Its number within the gallery; later segments have higher ones."""
+        ...
 
-    number: int
-    name: str
-    count: int
-    own: bool
+    @property
+    def name(self) -> str:
+        """Identifies its rows; a segment of another gallery has another name."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def own(self) -> bool:
+        """Whether the rows are the gallery's, and not those of a store that is only read."""
+        ...
 
     def slice(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows ``start`` … ``stop − 1``, which must not be written to."""
@@ -193,12 +203,12 @@ class MemorySegment:
     own: bool = True
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         """See :class:`Segment`."""
         return str(self.number)
 
     @property
-    def count(self) -> int:  # type: ignore[override]
+    def count(self) -> int:
         """See :class:`Segment`."""
         return len(self.rows)
 
@@ -475,3 +485,62 @@ class Rows:
             for number in range(first, last)
         ]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+_CODES = {
+    "FULL": "cannot grow, since the disk is full ({}); free some space and run again: nothing was changed",
+    "IOERR": "cannot be read or written ({}); check the disk and run again: the gallery is as it was",
+    "BUSY": "is locked by another program ({}); close that program and run again",
+    "LOCKED": "is locked by another program ({}); close that program and run again",
+    "READONLY": "cannot be written ({}); choose a directory you may write to",
+    "CANTOPEN": "cannot be opened ({}); check the permissions of the file and of its directory",
+    "PERM": "cannot be opened ({}); check the permissions of the file and of its directory",
+}
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn errors of SQLite and of the operating system into one sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = str(getattr(error, "sqlite_errorname", "")).removeprefix("SQLITE_").split("_")[0]
+        sentence = _CODES.get(code, f"is damaged ({{}}); {DAMAGED}")
+        raise StoreError(f"{path} {sentence.format(error)}") from error
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read or written ({error.strerror or error}); check the disk and run again"
+        ) from error
+
+
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs",
+            "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.ceph"}  # fmt: skip
+
+
+def journal_mode(path: Path, warn: bool = False) -> str:
+    """``WAL``, for which processes share memory, or ``DELETE`` on a network disk."""
+    kind = _file_system(path)
+    if kind not in _NETWORK:
+        return "WAL"
+    if warn:
+        warnings.warn(
+            f"{path} is on a network disk ({kind}): one machine at a time may write, and compact() may take "
+            "the files of readers on other machines away",
+            stacklevel=4,
+        )
+    return "DELETE"
+
+
+def _file_system(path: Path) -> str:
+    """Kind of file system that a directory is on; empty where the system does not tell."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    place, best = f"{path.resolve()}/", ("", "")
+    for mount in mounts:
+        _, where, kind, *_ = [*mount.split(" "), "", "", ""]
+        prefix = where.replace(r"\040", " ").rstrip("/") + "/"
+        if place.startswith(prefix) and len(prefix) >= len(best[0]):
+            best = (prefix, kind)
+    return best[1]

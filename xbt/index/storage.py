@@ -17,7 +17,6 @@ import os
 import re
 import sqlite3
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +32,6 @@ from numpy.typing import NDArray
 from xbt.errors import DataError, StoreError
 from xbt.index.faiss_index import FOLDER, IndexCache, IndexPlan
 from xbt.index.segments import (
-    DAMAGED,
     Change,
     FileSegment,
     PartRecord,
@@ -43,9 +41,11 @@ from xbt.index.segments import (
     damaged,
     ids_from_json,
     is_count,
+    journal_mode,
     npy_header,
     read_settings,
     segment_name,
+    translated,
 )
 from xbt.index.store_segment import StoreRecord, StoreSegment, note_places, require_known
 from xbt.store.files import Sink, remove_leftovers, write_whole
@@ -141,12 +141,12 @@ class Storage:
         self.options = read_only, mmap, stores
         self.refused, self.identity, self._has_stores = False, "", False
         self._moved = {str(was): Path(now).expanduser() for was, now in (stores or {}).items()}
-        self._lock, self._held = threading.RLock(), None
+        self._lock = threading.RLock()
         self._writer, self._journal = WriterLock(path), ""
         self._next_number = 1
         self._part_records: dict[tuple[Any, ...], PartRecord] = {}
         self._held_stamp: tuple[int, int] | None = None
-        self._held: sqlite3.Connection | None
+        self._held: sqlite3.Connection | None = None
         _OPEN.add(self)
         if self._moved:
             with self._session() as db:
@@ -472,7 +472,8 @@ class Storage:
                 last = db.execute(_LAST).fetchone()
                 known = _still_known(known, settings, last)
                 parts = list(map(self._part_record, db.execute("SELECT * FROM part ORDER BY number")))
-                query = "SELECT number, part, count, sha256, ids, store, metadata NOTNULL FROM segment WHERE number > ?"
+                columns = "number, part, count, sha256, ids, store, metadata NOTNULL"
+                query = f"SELECT {columns} FROM segment WHERE number > ?"
                 last_segment, last_change = (0, 0) if known is None else (known.segment, known.change)
                 rows = list(
                     ascending(db.execute(f"{query} ORDER BY number", (last_segment,)), last_segment, path)
@@ -574,10 +575,12 @@ def _insert_changes(db: sqlite3.Connection, changes: Sequence[Change], last: int
     return last
 
 
-def describe_digest(ids: bytes | None, metadata: bytes | None) -> str:
-    """SHA-256 of the ids and columns of a segment."""
-    found = hashlib.sha256(ids or b"")
-    found.update(b"" if metadata is None else metadata)
+def describe_digest(ids: Any, metadata: Any) -> str:
+    """SHA-256 of the ids and columns of a segment; of any other value than bytes, of its text."""
+    found = hashlib.sha256()
+    for value in (ids, metadata):
+        data = b"" if value is None else value
+        found.update(data if isinstance(data, bytes) else repr(data).encode("utf-8", "backslashreplace"))
     return found.hexdigest()
 
 
@@ -616,62 +619,3 @@ def _no_gallery(path: Path) -> StoreError:
     return StoreError(
         f"{path} holds no gallery: there is no {DATABASE}; check the path, or make one with Gallery.create"
     )
-
-
-_CODES = {
-    "FULL": "cannot grow, since the disk is full ({}); free some space and run again: nothing was changed",
-    "IOERR": "cannot be read or written ({}); check the disk and run again: the gallery is as it was",
-    "BUSY": "is locked by another program ({}); close that program and run again",
-    "LOCKED": "is locked by another program ({}); close that program and run again",
-    "READONLY": "cannot be written ({}); choose a directory you may write to",
-    "CANTOPEN": "cannot be opened ({}); check the permissions of the file and of its directory",
-    "PERM": "cannot be opened ({}); check the permissions of the file and of its directory",
-}
-
-
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite and of the operating system into one sentence."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = str(getattr(error, "sqlite_errorname", "")).removeprefix("SQLITE_").split("_")[0]
-        sentence = _CODES.get(code, f"is damaged ({{}}); {DAMAGED}")
-        raise StoreError(f"{path} {sentence.format(error)}") from error
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be read or written ({error.strerror or error}); check the disk and run again"
-        ) from error
-
-
-_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs",
-            "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.ceph"}  # fmt: skip
-
-
-def journal_mode(path: Path, warn: bool = False) -> str:
-    """``WAL``, for which processes share memory, or ``DELETE`` on a network disk."""
-    kind = _file_system(path)
-    if kind not in _NETWORK:
-        return "WAL"
-    if warn:
-        warnings.warn(
-            f"{path} is on a network disk ({kind}): one machine at a time may write, and compact() may take "
-            "the files of readers on other machines away",
-            stacklevel=4,
-        )
-    return "DELETE"
-
-
-def _file_system(path: Path) -> str:
-    """Kind of file system that a directory is on; empty where the system does not tell."""
-    try:
-        mounts = Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    place, best = f"{path.resolve()}/", ("", "")
-    for mount in mounts:
-        _, where, kind, *_ = [*mount.split(" "), "", "", ""]
-        prefix = where.replace(r"\040", " ").rstrip("/") + "/"
-        if place.startswith(prefix) and len(prefix) >= len(best[0]):
-            best = (prefix, kind)
-    return best[1]

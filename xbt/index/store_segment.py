@@ -198,8 +198,8 @@ def require_usable(store: EmbeddingStore) -> None:
             except StoreError as error:
                 raise DataError(str(error)) from None
             lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-            wrong = np.flatnonzero(np.abs(lengths - 1) > _UNIT_ERROR) if unit else ()
-            if len(wrong):
+            wrong = np.flatnonzero(np.abs(lengths - 1) > _UNIT_ERROR)
+            if unit and len(wrong):
                 raise DataError(
                     f"{path} has a row of length {lengths[wrong[0]]:.3g} in row {first + int(wrong[0])}, but "
                     f"the rows of the space {store.space} have length 1; normalise the rows, or give a space "

@@ -60,7 +60,7 @@ class PartView:
         scores, rows = self.search(queries, k)
         if rows.size and rows.min() < 0:
             raise StoreError(
-                f"the part {self.name!r} has rows that cannot be scored; see verify() for the faults of its files"
+                f"the part {self.name!r} has rows that cannot be scored; see verify() for its faults"
             )
         names = self.ids
         return Hits([[names[row] for row in found] for found in rows.tolist()], scores)
