@@ -27,7 +27,7 @@ from xbt.index.protocol import Batch, Hits, IndexInfo
 from xbt.index.segments import Change, MemorySegment, PartRecord, part_name
 from xbt.index.storage import DATABASE, Mark, News, NewSegment, StaleError, Storage
 from xbt.index.verify import faults_of
-from xbt.index.views import PartView, search_views
+from xbt.index.views import PartView, Views, search_views
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 from xbt.store.layout import Header
@@ -68,9 +68,9 @@ class Gallery:
         self._parts = Parts(plan, self.path)
         self._mark: Mark | None = None
         self._closed = False
-        self._views: tuple[PartView, ...] | None = None
         self._ids: list[str] | None = None
         self._new_locks()
+        self._views = self._new_views()
         _OPEN.add(self)
 
     @classmethod
@@ -393,10 +393,10 @@ class Gallery:
                 "a gallery takes no filter; leave it out, and choose among the results yourself"
             )
         if using is not None:
-            views = self._views_of(using, without)
+            views = self._views.of_vectors(using, without)
             self._require_space(views[0], space, "the query vectors")
             return search_views(views, as_queries(queries, "query vectors", views[0].dim), as_k(k))
-        view = self._view(part)
+        view = self._views.alone(part)
         k = as_k(k, view.count)
         self._require_space(view, space, "the query vectors")
         return view.hits(as_queries(queries, "query vectors", view.dim), k)
@@ -431,7 +431,7 @@ class Gallery:
             SpaceMismatchError: If the space or dimension of queries is not their part's.
             StoreError: If a file that has to be read is damaged or gone.
         """
-        views = self._all_views()
+        views = self._views.all()
         require_same_count(old_queries, new_queries)
         k = as_k(k, sum(view.count for view in views))
         asked = [(old_queries, old_space, "old"), (new_queries, new_space, "new")]
@@ -453,7 +453,7 @@ class Gallery:
         Raises:
             StoreError: If a file that has to be read is damaged or gone.
         """
-        self._all_views(wait=True)
+        self._views.all(wait=True)
 
     def prepare_index(self) -> None:
         """Make or update the index, if the gallery has one; of the index ``"Flat"`` nothing is read.
@@ -493,7 +493,7 @@ class Gallery:
         """Let go of the vectors in memory and of the mapped files."""
         with self._state:
             self._parts, self._mark = Parts(self.plan, self.path), None
-            self._views, self._ids, self._closed = None, None, True
+            self._views.made, self._ids, self._closed = None, None, True
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -623,7 +623,7 @@ class Gallery:
             DataError: If there is no such part, it is the only one, or items have no vector in the other one.
             StoreError: If another process is writing, or the disk is full.
         """
-        with self.writing(), self._indexing:
+        with self.writing(), self._views.indexing:
             self._go_on_with(drop_part(self._known, name, self._storage))
 
     def compact(self) -> None:
@@ -637,7 +637,7 @@ class Gallery:
             StoreError: If another process is writing, or the disk is full; the gallery is as it was then.
         """
         # An index that another thread writes at the moment is not to be swept away half written.
-        with self.writing(), self._indexing:
+        with self.writing(), self._views.indexing:
             self._go_on_with(compact(self._known, self._storage))
 
     @contextmanager
@@ -671,7 +671,7 @@ class Gallery:
         if self._storage is None:
             with self._state:
                 self._parts.add(self._made_part(record))
-                self._views = self._ids = None
+                self._views.made = self._ids = None
         else:
             self._storage.add_part(record)
             self.reload()
@@ -711,7 +711,7 @@ class Gallery:
         elif parts is not None:
             with self._state:
                 self._parts = parts
-                self._views = self._ids = None
+                self._views.made = self._ids = None
 
     def _known_mark(self) -> Mark:
         with self._state:
@@ -742,7 +742,7 @@ class Gallery:
         with self._state:
             if changes:
                 self._parts.mask(changes)
-            self._views = self._ids = None
+            self._views.made = self._ids = None
 
     def _made_part(self, record: PartRecord) -> Part:
         storage, plan = self._storage, self.plan
@@ -760,61 +760,6 @@ class Gallery:
             self.reload()
         return self._parts
 
-    def _all_views(self, wait: bool = False) -> tuple[PartView, ...]:
-        """Views of all parts, with an index where one is due, unless another thread is making it."""
-        views = self._current_views()
-        if any(view.due for view in views) and self._indexing.acquire(blocking=wait):
-            try:
-                self._make_indexes()
-            finally:
-                self._indexing.release()
-            views = self._current_views()
-        return views
-
-    def _make_indexes(self) -> None:
-        with self._state:
-            known = self._known
-            due = [(part, view) for part, view in zip(known, self._current_views(), strict=True) if view.due]
-        for part, view in due:
-            index = part.made_index(view)
-            with self._state:
-                if self._parts is known:  # and was not compacted in between
-                    part.adopt(index)
-                    self._views = None
-
-    def _current_views(self) -> tuple[PartView, ...]:
-        views = self._views
-        if views is None:
-            with self._state:
-                if self._views is None:
-                    self._views = tuple(part.view() for part in self._known)
-                views = self._views
-        return views
-
-    def _view(self, part: str | None) -> PartView:
-        """The part to be searched alone: the one that is named, or the one that all items are in."""
-        views = self._all_views()
-        if part is not None:
-            return views[[view.name for view in views].index(self._known.part(part).name)]
-        there = [view for view in views if view.count] or [views[0]]
-        if len(there) > 1:
-            raise DataError(
-                f"the gallery is being backfilled: {views[0].count} items are in the part {views[0].name!r} "
-                f"and {views[1].count} in {views[1].name!r}; use search_mixed(), or name one with part="
-            )
-        return there[0]
-
-    def _views_of(self, using: str, without: str | None) -> list[PartView]:
-        """All vectors of a part, moved ones too, unless their items have a vector in another part."""
-        self._all_views()
-        with self._state:
-            known, views = self._known, self._current_views()
-            part, other = known.part(using), None if without is None else known.part(without)
-            view = views[[each.name for each in views].index(part.name)]
-            if other is None:
-                return [view] if part is known.newest else [view, part.moved_view()]
-            return [view.without(set(other.with_vector())) if other is not known.newest else view]
-
     def _require_space(self, view: PartView, space: EmbeddingSpace | None, what: str) -> None:
         if space is not None and space not in view.trusted:
             require_space(view, space, what)
@@ -823,14 +768,17 @@ class Gallery:
 
     def _new_locks(self) -> None:
         self._writer, self._state = threading.RLock(), threading.RLock()
-        # An index is made by the thread that finds that one is due; others search without it meanwhile.
-        self._indexing = threading.Lock()
+
+    def _new_views(self) -> Views:
+        owner = weakref.proxy(self)  # so that a gallery that is let go frees its vectors at once
+        return Views(self._state, lambda: owner._known)
 
     def _after_fork(self) -> None:
         """Take new locks in a forked child; another thread of the parent may have held the old ones."""
         if self._storage is not None and not self._state.acquire(blocking=False):
             self._mark = None  # that thread was changing the parts: they are read again
         self._new_locks()
+        self._views = self._new_views()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._storage is not None:
