@@ -47,8 +47,8 @@ class JsonLines:
             ):
                 needed = f" with the keys {', '.join(keys)}" if keys else ""
                 raise DataError(
-                    f"{path}, line {number}, is no JSON object{needed}; restore the file, or pass --overwrite "
-                    "true"
+                    f"{path}, line {number}, is no JSON object{needed}; restore the file, or pass "
+                    "--overwrite true"
                 )
             self.entries.append(entry)
 
