@@ -507,6 +507,8 @@ def translated(path: Path) -> Iterator[None]:
         code = str(getattr(error, "sqlite_errorname", "")).removeprefix("SQLITE_").split("_")[0]
         sentence = _CODES.get(code, f"is damaged ({{}}); {DAMAGED}")
         raise StoreError(f"{path} {sentence.format(error)}") from error
+    except (UnicodeDecodeError, MemoryError) as error:  # of a message or size that is damaged itself
+        raise damaged(path, str(error) or "a value is larger than the memory") from error
     except OSError as error:
         raise StoreError(
             f"{path} cannot be read or written ({error.strerror or error}); check the disk and run again"
