@@ -2,7 +2,7 @@
 
     accelerate launch recipes/backfill.py --config recipes/configs/backfill_b32_l14.yaml
 
-Items are embedded anew in an order and moved into the gallery's second part, from where they are searched at
+Items are embedded again in an order and moved into the gallery's second part, from where they are searched at
 once. Recall over the fraction backfilled goes to curve.jsonl and curve.png, what could not be embedded to
 rejected.jsonl. Processes share the items. A job that was killed, or that has spent its budget, continues when
 the same command is given again, with any number of processes.

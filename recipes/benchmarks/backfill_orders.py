@@ -45,7 +45,7 @@ class BackfillOrdersBenchmark:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """Seeds of what the orders draw at random."""
     sample_queries: int = 5000
-    """Unlabelled captions that stand for a log of queries."""
+    """Unlabelled captions that serve as a query log."""
     step: int = 100
     """How many items the next ones are when it is asked whether to go on."""
     results: str = "recipes/benchmarks/results/backfill_orders"

@@ -1,10 +1,10 @@
 """Exact search of a gallery on disk against bare FAISS on the same vectors, and an approximate index.
 
-    python recipes/benchmarks/gallery_search.py --folder /a/disk/with/room
+    python recipes/benchmarks/gallery_search.py --folder /a/large/disk
 
 A gallery of random unit vectors around hidden centres is made, unless it is there. Bare FAISS is given the
-vectors that stand in it as one float32 array, and answers with row numbers; the gallery answers with the
-user's ids and settled scores. Both are timed in turns, in one process, at several batch sizes.
+same vectors as one float32 array, and answers with row numbers; the gallery answers with the user's
+ids and rescored results. Both are timed in turns, in one process, at several batch sizes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.index import Gallery
 from xbt.space import EmbeddingSpace
+from xbt.store import EmbeddingStore
 
 SHARD_ROWS = 100_000
 CENTRES = 1000
@@ -102,26 +103,34 @@ def check(config: GallerySearchBenchmark) -> None:
 
 
 def open_galleries(config: GallerySearchBenchmark) -> dict[str, Gallery]:
-    """The gallery, and others over the same store: with items removed, and with an approximate index."""
+    """Open galleries over one store: all items, with items removed, and with an approximate index."""
     folder = Path(config.folder) / f"{config.rows}x{config.dim}-{config.seed}"
-    full = open_or_create(folder / "full", space=random_space(config))
-    for start in range(len(full), config.rows, SHARD_ROWS):
-        stop = min(start + SHARD_ROWS, config.rows)
-        full.add(draw(config, config.seed + 1 + start, stop - start).half(), names(start, stop))
-    found = {GALLERY: full}
-    store = next((folder / "full" / "segments").iterdir())
+    store = fill_store(config, folder / "store")
+    galleries = {GALLERY: open_or_create(folder / "full", store=store)}
     if config.removed:
         some = np.random.default_rng(config.seed).permutation(config.rows)[: config.removed]
-        found[HOLEY] = open_or_create(folder / f"removed-{config.removed}", store=store)
-        if len(found[HOLEY]) == config.rows:
-            found[HOLEY].remove([str(row) for row in some])
+        galleries[HOLEY] = open_or_create(folder / f"removed-{config.removed}", store=store)
+        if len(galleries[HOLEY]) == config.rows:
+            galleries[HOLEY].remove([str(row) for row in some])
     if config.index:
-        found[config.index] = open_or_create(
+        galleries[config.index] = open_or_create(
             folder / config.index.replace(",", "_"), store=store, index=config.index
         )
-    for gallery in found.values():
+    for gallery in galleries.values():
         gallery.prepare()
-    return found
+    return galleries
+
+
+def fill_store(config: GallerySearchBenchmark, path: Path) -> EmbeddingStore:
+    """Open the store of an earlier run, and add the rows that it lacks."""
+    if path.is_dir():
+        store = EmbeddingStore.open(path)
+    else:
+        store = EmbeddingStore.create(path, modality="image", space=random_space(config), dtype="float16")
+    for start in range(len(store), config.rows, SHARD_ROWS):
+        stop = min(start + SHARD_ROWS, config.rows)
+        store.append(draw(config, config.seed + 1 + start, stop - start).half(), names(start, stop))
+    return store
 
 
 def open_or_create(path: Path, **options: Any) -> Gallery:
@@ -154,7 +163,7 @@ def contenders(
     vectors: NDArray[np.float32],
     queries: NDArray[np.float32],
 ) -> dict[str, Callable[[], object]]:
-    """What is timed; a gallery is told the space of the queries, and checks it."""
+    """The searches that are timed; a gallery also checks the space of the queries."""
     import faiss
 
     index = faiss.IndexFlat(vectors.shape[1], faiss.METRIC_INNER_PRODUCT)

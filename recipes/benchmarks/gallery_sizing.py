@@ -72,10 +72,10 @@ def measure_index(
         gallery.add(vectors, ids)
     gallery.prepare()
     gallery.close()
-    told = subprocess.run(
+    answer = subprocess.run(
         [sys.executable, "-c", MEMORY, str(path)], check=True, capture_output=True, text=True
     )
-    found = json.loads(told.stdout)
+    found = json.loads(answer.stdout)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return IndexCost(index, found["bytes"] / count, size / count, found["seconds"])
 
@@ -108,8 +108,8 @@ def sizing_rows(
     for row in measured:
         if row[""].startswith("neighbours"):
             takes["for the neighbours of order rehearsed"] = neighbours(row)
-    takes |= {f"index {cost.index}": room(cost, machine_gb) for cost in costs}
-    return [{"": what, **{f"{size:,} items": told(size) for size in sizes}} for what, told in takes.items()]
+    takes |= {f"index {cost.index}": resources(cost, machine_gb) for cost in costs}
+    return [{"": what, **{f"{size:,} items": text(size) for size in sizes}} for what, text in takes.items()]
 
 
 def timed(each: float) -> Callable[[int], str]:
@@ -124,15 +124,15 @@ def neighbours(row: Mapping[str, Any]) -> Callable[[int], str]:
     return lambda size: hours(spread.median * (size / count) ** 1.5)
 
 
-def room(cost: IndexCost, machine_gb: float) -> Callable[[int], str]:
+def resources(cost: IndexCost, machine_gb: float) -> Callable[[int], str]:
     """Memory, the machines that have it, and disk."""
 
-    def told(size: int) -> str:
+    def text(size: int) -> str:
         memory, disk = size * cost.memory / 1e9, size * cost.disk / 1e9
         machines = math.ceil(memory / (USED * machine_gb))
         return f"{memory:,.0f} GB memory = {machines} × {machine_gb:g} GB; {disk:,.0f} GB disk"
 
-    return told
+    return text
 
 
 def hours(seconds: float) -> str:

@@ -109,7 +109,10 @@ def test_lines_grow_and_forget_a_line_that_was_cut(tmp_path):
     assert again.entries == [{"id": "a\nü\x85"}, {"id": "b"}]
     again.append([{"id": "c"}])
     assert JsonLines(path).entries == [{"id": "a\nü\x85"}, {"id": "b"}, {"id": "c"}]
-    for content, words in ((b"{}\nno\n", "line 2, is no JSON"), (b"[]\n", "line 1, is no object")):
+    for content, words in (
+        (b"{}\nno\n", "line 2, is no JSON"),
+        (b"[]\n", "line 1, is no JSON object;"),
+    ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=words):
             JsonLines(path)

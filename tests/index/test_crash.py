@@ -144,7 +144,7 @@ def kill_and_check(tmp_path, kills):
         assert written.poll(60)
         assert found.poll(60) or not number
         log, results = [], []
-        end = time.monotonic() + 0.05 + 0.013 * number
+        end = time.monotonic() + 0.05 + 0.013 * (number % 40)
         while time.monotonic() < end:
             log += drain(written)
             results += drain(found)
@@ -169,7 +169,7 @@ def kill_and_check(tmp_path, kills):
     gallery.remove(["last"])  # so that there is something to be compacted
     gallery.compact()
     ledger.check(gallery)
-    assert len(list((path / "segments").iterdir())) <= 2
+    assert len(list((path / "segments").iterdir())) == sum(len(part.segments) for part in gallery._parts)
     assert not list(path.rglob("*.partial"))
     return searches
 
@@ -179,5 +179,5 @@ def test_writers_killed_at_any_moment(tmp_path):
 
 
 @pytest.mark.slow
-def test_thirty_writers_killed_at_any_moment(tmp_path):
-    assert kill_and_check(tmp_path, 30) > 30
+def test_two_hundred_writers_killed_at_any_moment(tmp_path):
+    assert kill_and_check(tmp_path, 200) > 200

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import socket
+import sqlite3
 import time
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from galleries import assert_finds, make_space, names, quiet, start, unit
 
 from xbt.errors import StoreError
 from xbt.index import Gallery
-from xbt.index import journal as journal_module
 from xbt.store.lock import WriterLock
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs fork and SIGKILL")
@@ -38,9 +38,20 @@ def killed_before(step, path, write, _):
 
     for name in ("replace", "unlink", "mkdir"):
         setattr(Path, name, counted(getattr(Path, name)))
-    for name in ("_write_all", "_line"):
-        setattr(journal_module, name, counted(getattr(journal_module, name)))
     os.fsync = counted(os.fsync)
+
+    class Connection(sqlite3.Connection):
+        """Statements that write, and the end of a connection, are moments as well."""
+
+        def execute(self, statement, *values):
+            reads = statement.startswith(("SELECT", "PRAGMA"))
+            return (super().execute if reads else counted(super().execute))(statement, *values)
+
+        def close(self):
+            counted(super().close)()
+
+    real = sqlite3.connect
+    sqlite3.connect = lambda *values, **options: real(*values, **options, factory=Connection)
     write(Gallery.open(path))
 
 
@@ -103,6 +114,7 @@ def finish(gallery, state):
     assert_finds(gallery, left, unit(2, 8, seed=3), part="old")
     assert gallery.verify() == []
     assert len(list((gallery.path / "segments").iterdir())) == 2
+    assert not list(gallery.path.rglob("*-wal"))
 
 
 # -- one writer at a time ------------------------------------------------------------------------------
@@ -156,10 +168,10 @@ def write_under_a_limit(path, largest, write, answers):
 @pytest.mark.parametrize(
     ("largest", "write", "where"),
     [
-        (8_000, lambda g: g.add(unit(2000, 8), names(2000, start=3000), space=OLD), "img_emb_000001.npy"),
-        (8_000, lambda g: g.backfill(unit(500, 12), names(500, start=500)), "img_emb_000000.npy"),
-        (2_000, lambda g: g.remove(names(1500, start=300)), "removals-000000.log"),
-        (8_000, lambda g: g.compact(), "img_emb_000000.npy"),
+        (62_000, lambda g: g.add(unit(2000, 8), names(2000, start=3000), space=OLD), "00000002.npy"),
+        (62_000, lambda g: g.backfill(unit(1400, 12), names(1400, start=500)), "00000002.npy"),
+        (8_000, lambda g: g.remove(names(1500, start=300)), "gallery.sqlite"),
+        (62_000, lambda g: g.compact(), "00000002.npy"),
     ],
 )
 def test_a_full_disk_loses_nothing(tmp_path, largest, write, where):
@@ -172,8 +184,11 @@ def test_a_full_disk_loses_nothing(tmp_path, largest, write, where):
     assert here.poll(60)
     message, after = here.recv()
     child.join()
-    assert "bytes are needed for" in message
-    assert "File too large" in message
+    assert (
+        "bytes are needed for" in message
+        or "cannot be read or written" in message
+        or "disk is full" in message
+    )
     assert where in message
     assert after == ids
     fresh = Gallery.open(tmp_path / "g")

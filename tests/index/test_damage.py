@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 
 import numpy as np
 import pytest
 from galleries import assert_finds, make_space, names, unit
-from xbt.index.contents import Contents
 
 from xbt.errors import DataError, SpaceMismatchError, StoreError
 from xbt.index import Gallery
+from xbt.index.parts import Parts
+from xbt.index.storage import DATABASE
 
 
 @pytest.fixture
@@ -23,42 +25,139 @@ def gallery(tmp_path):
     return made
 
 
-def journal(gallery):
-    return next(gallery.path.glob("removals-*.log"))
+def sql(path, *statements):
+    """Alters a gallery's database behind its back, as a stranger could."""
+    db = sqlite3.connect(path / DATABASE, isolation_level=None)
+    for statement in statements:
+        db.execute(*([statement] if isinstance(statement, str) else statement))
+    db.close()
 
 
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def file_of(path):
+    return next((path / "segments").glob("*.npy"))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda g: (g / DATABASE).unlink(), r"holds no gallery: there is no gallery\.sqlite; check the path"),
+        (lambda g: (g / DATABASE).write_bytes(b""), r"gallery\.sqlite is damaged or no gallery's"),
+        (lambda g: (g / DATABASE).write_bytes(b"x" * 5000), r"gallery\.sqlite is damaged .*not a database"),
+        (lambda g: (g / DATABASE).write_bytes((g / DATABASE).read_bytes()[:9000]), "is damaged"),
+        (lambda g: sql(g, "PRAGMA user_version=99"), "of format version 99, and this xbt reads version 4"),
+        (lambda g: sql(g, "PRAGMA application_id=1"), "it is no database of a gallery"),
+        (lambda g: sql(g, "CREATE TABLE more (x)"), "it has or lacks 'more'"),
+        (lambda g: sql(g, "CREATE VIEW v AS SELECT 1"), "it has or lacks 'v'"),
         (
-            lambda g: (g / "gallery.json").unlink(),
-            r"holds no gallery: there is no gallery\.json; check the path",
+            lambda g: sql(g, "CREATE TRIGGER t AFTER INSERT ON segment BEGIN DELETE FROM part; END"),
+            "it has or lacks 't'",
         ),
-        (lambda g: (g / "gallery.json").write_text("{"), r"gallery\.json is not valid JSON"),
-        (lambda g: (g / "gallery.json").write_text("[]"), r"gallery\.json is not a JSON object"),
-        (lambda g: edit(g / "gallery.json", generation=7), "was edited or damaged: its own checksum"),
+        (lambda g: sql(g, "DROP TABLE change"), "it has or lacks 'change'"),
+        (lambda g: sql(g, "DELETE FROM setting WHERE key = 'identity'"), "its settings are"),
+        (lambda g: sql(g, "UPDATE setting SET value = '../x' WHERE key = 'generation'"), "its settings are"),
+        (lambda g: sql(g, "DELETE FROM part"), r"segment 1 is of part 1|its parts are \[\]"),
+        (lambda g: sql(g, "UPDATE part SET name = '../../victim/photos'"), "part '../../victim/photos' cannot"),
+        (lambda g: sql(g, "UPDATE part SET dim = 'x'"), "its part 'old' cannot be read"),
+        (lambda g: sql(g, "UPDATE part SET space = '{}'"), "its part 'old' cannot be read"),
+        (lambda g: sql(g, "UPDATE part SET space = NULL, dim = 8"), r"00000001\.npy has 3328 bytes instead of"),
+        (lambda g: sql(g, "UPDATE segment SET count = 1 << 61"), r"has 3328 bytes instead of"),
+        (lambda g: sql(g, "UPDATE segment SET count = -1"), "has -1 rows"),
+        (lambda g: sql(g, "UPDATE segment SET part = 7"), "is of part 7"),
+        (lambda g: sql(g, "UPDATE segment SET ids = '[1]'"), "the ids of a segment cannot be read"),
+        (lambda g: sql(g, ("UPDATE segment SET ids = ?", (b"[" * 100_000,))), "the ids of a segment cannot"),
+        (lambda g: sql(g, ("UPDATE segment SET ids = ?", (b"[1]",))), "other ids than one string a row"),
+        (lambda g: sql(g, "UPDATE segment SET store = '{}'"), "the store of a segment cannot be read"),
         (
-            lambda g: edit(g / "gallery.json", version=99),
-            "of format version 99, and this xbt reads version 3",
+            lambda g: sql(g, ("UPDATE segment SET store = ?", (
+                '{"path": "/x", "nearby": "../../secret", "digest": "' + "0" * 64 + '"}',))),
+            "leaves its folder",
         ),
-        (lambda g: (g / "gallery.json").write_text('{"format": 1, "dim": 16}'), "of format version 1"),
-        (lambda g: (g / "removals-000000.log").unlink(), r"removals-000000\.log cannot be read"),
-        (lambda g: shutil.rmtree(g / "segments"), r"there is no store at .*segments/old-000000; check"),
+        (lambda g: sql(g, ("UPDATE change SET rows = ?", (b"1234567",))), "its change 1 cannot be read"),
         (
-            lambda g: next(g.rglob("*.npy")).write_bytes(b"x"),
-            r"\.npy of shard '000000' has 1 bytes instead of",
+            lambda g: sql(g, ("UPDATE change SET rows = ?", (b"\xff" * 8,))),
+            "a change is of rows that segment 1 does not have",
         ),
-        (lambda g: next(g.rglob("*.parquet")).unlink(), r"\.parquet of shard '000000' is missing"),
+        (lambda g: shutil.rmtree(g / "segments"), r"00000001\.npy is missing, which holds 50 rows"),
+        (lambda g: file_of(g).write_bytes(b"x"), r"00000001\.npy has 1 bytes instead of"),
+        (
+            lambda g: file_of(g).write_bytes(b"y" + file_of(g).read_bytes()[1:]),
+            r"00000001\.npy has another header than was written",
+        ),
     ],
-)
-def test_opening_names_what_is_damaged(gallery, damage, message):
+)  # fmt: skip
+def test_opening_names_what_is_damaged_or_altered(gallery, damage, message):
     damage(gallery.path)
     with pytest.raises(StoreError, match=message):
         Gallery.open(gallery.path)
+    assert not (gallery.path.parent / "victim").exists()
+
+
+def test_a_change_of_a_row_that_is_not_a_number_is_refused(gallery):
+    sql(gallery.path, "UPDATE change SET segment = 'x'")
+    assert len(Gallery.open(gallery.path)) == 50  # it is of no segment of the gallery
+
+
+def test_nan_in_a_file_is_named_by_its_row(gallery):
+    path = file_of(gallery.path)
+    content = bytearray(path.read_bytes())
+    content[128 + 4 * 16 * 31 : 128 + 4 * 16 * 31 + 4] = np.float32(np.nan).tobytes()
+    path.write_bytes(content)
+    opened = Gallery.open(gallery.path)
+    with pytest.raises(StoreError, match=r"00000001\.npy has NaN or infinite values in row 31"):
+        opened.search(unit(1, 16), 3)
+    assert "has other bytes than were written" in opened.verify()[0]
+
+
+def test_ids_that_were_altered_are_found(gallery):
+    ids = json.dumps([f"other-{row}" for row in range(50)]).encode()
+    sql(gallery.path, ("UPDATE segment SET ids = ?", (ids,)))
+    assert "has other ids or metadata of 00000001.npy" in Gallery.open(gallery.path).verify()[0]
+
+
+def test_a_folder_that_is_a_link_is_not_written_through(gallery, tmp_path):
+    (gallery.path / "segments").rename(tmp_path / "outside")
+    (gallery.path / "segments").symlink_to(tmp_path / "outside")
+    before = sorted(path.name for path in (tmp_path / "outside").iterdir())
+    opened = Gallery.open(gallery.path)
+    with pytest.raises(StoreError, match="is a link, which is not followed"):
+        opened.add(unit(1, 16), ["x"])
+    with pytest.raises(StoreError, match="is a link, which is not followed"):
+        opened.compact()
+    assert sorted(path.name for path in (tmp_path / "outside").iterdir()) == before
+
+
+def test_a_gallery_that_vanishes_while_it_is_open(gallery):
+    readers = [Gallery.open(gallery.path, read_only=True) for _ in range(2)]
+    items = dict(zip(names(50), unit(50, 16).numpy(), strict=True))
+    items = {name: vector for name, vector in items.items() if name in readers[0]}
+    readers[0].prepare()
+    shutil.rmtree(gallery.path)
+    for each in readers:  # it is in memory, or its files are mapped
+        assert_finds(each, items, unit(2, 16, seed=1), 44)
+        with pytest.raises(StoreError, match="holds no gallery"):
+            each.reload()
+    with pytest.raises(StoreError, match=r"cannot be written|holds no gallery"):
+        gallery.add(unit(1, 16), ["x"])
+
+
+def test_a_reload_that_fails_in_the_middle_forgets_nothing(gallery, monkeypatch):
+    reader = Gallery.open(gallery.path, read_only=True)
+    gallery.begin_part(make_space("new", seed=1))
+    gallery.add(unit(5, 16, seed=1), names(5, start=60), space=make_space())
+    gallery.backfill(unit(2, 16, seed=2), ["image-0020", "image-0061"])
+    gallery.remove(["image-0060"])
+
+    def fail(*_):
+        raise StoreError("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "mask", fail)
+        with pytest.raises(StoreError, match="away"):
+            reader.reload()
+        with pytest.raises(StoreError, match="away"):
+            reader.search(unit(1, 16))
+    assert reader.ids == gallery.ids
+    assert len(gallery) == 48
 
 
 def test_a_place_that_is_no_gallery(tmp_path):
@@ -94,123 +193,6 @@ def test_a_flipped_bit_is_found(gallery):
     assert [
         fault for fault in Gallery.open(gallery.path).verify() if "has other bytes than were written" in fault
     ]
-
-
-def test_half_a_line_at_the_end_of_the_journal_is_a_kill(gallery):
-    path = journal(gallery)
-    content = path.read_bytes()
-    for torn in (content[:-1], content[:-9], content + b"0000", content + bytes(7)):
-        path.write_bytes(torn)
-        opened = Gallery.open(gallery.path)
-        assert len(opened) == (44 if len(torn) > len(content) else 47)
-        assert opened.verify() == []
-    opened.remove(["image-0040"])  # cuts off what is torn
-    assert path.read_bytes()[: len(content)] == content
-    assert len(Gallery.open(gallery.path)) == 43
-
-
-@pytest.mark.parametrize("line", [0, 1, 2])
-def test_a_whole_line_of_the_journal_that_is_damaged_is_never_taken_for_a_kill(gallery, line):
-    path = journal(gallery)
-    lines = path.read_bytes().splitlines(keepends=True)
-    start = sum(map(len, lines[:line]))
-    damaged = bytearray(path.read_bytes())
-    damaged[start + 12] ^= 1
-    path.write_bytes(damaged)
-    words = (
-        rf"removals-000000\.log is damaged at byte {start}: which items were removed there is not known; copy"
-    )
-    for read_only in (True, False):
-        with pytest.raises(StoreError, match=words):
-            Gallery.open(gallery.path, read_only=read_only)
-    assert f"is damaged at byte {start}" in gallery.verify()[0]
-    assert path.read_bytes() == damaged  # nobody has written over it
-
-
-@pytest.mark.parametrize("kept", [0, 1, 2])
-def test_a_journal_that_has_lost_its_removals(gallery, kept):
-    reader = Gallery.open(gallery.path, read_only=True)
-    gallery.begin_part(make_space("new", seed=1))  # the record says how long the journal is by now
-    path = journal(gallery)
-    lines, size = path.read_bytes().splitlines(keepends=True), path.stat().st_size
-    left = sum(map(len, lines[:kept]))
-    with path.open("r+b") as file:
-        file.truncate(left)
-    words = rf"removals-000000\.log has {left} bytes, but {size} were written: removals are lost"
-    with pytest.raises(StoreError, match=words):
-        Gallery.open(gallery.path)
-    for each in (gallery, reader):
-        assert f"has {left} bytes, but {size} were written" in each.verify()[0]
-        with pytest.raises(StoreError, match=words):
-            each.reload()
-    with pytest.raises(StoreError, match=words):
-        gallery.remove(["image-0040"])
-
-
-def test_an_emptied_journal_is_noticed_whatever_the_record_knows(gallery):
-    journal(gallery).write_bytes(b"")
-    with pytest.raises(StoreError, match=r"has 0 bytes, but .* were written: removals are lost"):
-        Gallery.open(gallery.path)
-
-
-def test_a_journal_of_another_gallery(gallery, tmp_path):
-    other = Gallery.create(tmp_path / "h", space=make_space())
-    shutil.copy(journal(other), journal(gallery))
-    with pytest.raises(
-        StoreError, match=r"removals-000000\.log is of another gallery; copy the gallery's files"
-    ):
-        Gallery.open(gallery.path)
-
-
-def test_a_gallery_that_vanishes_while_it_is_open(gallery):
-    warm, cold = (Gallery.open(gallery.path, read_only=True) for _ in range(2))
-    items = dict(zip(names(50), unit(50, 16).numpy(), strict=True))
-    items = {name: vector for name, vector in items.items() if name in warm}
-    warm.prepare()
-    shutil.rmtree(gallery.path)
-    assert_finds(warm, items, unit(2, 16, seed=1), 44)  # it is in memory
-    with pytest.raises(StoreError, match=r"\.npy cannot be read \(No such file"):
-        cold.search(unit(1, 16))
-    for each in (warm, cold):
-        with pytest.raises(StoreError, match="holds no gallery"):
-            each.reload()
-    with pytest.raises(StoreError, match=r"cannot be written|holds no gallery"):
-        gallery.add(unit(1, 16), ["x"])
-
-
-def test_a_store_that_vanishes_while_the_gallery_is_open(gallery):
-    store = gallery.path / "segments" / "old-000000"
-    moved = store.rename(gallery.path.with_name("away"))
-    with pytest.raises(
-        StoreError, match=r"old-000000 has lost its manifest\.json while the gallery was open"
-    ):
-        gallery.reload()
-    with pytest.raises(StoreError, match="old-000000"):
-        gallery.add(unit(1, 16), ["x"])
-    moved.rename(store)
-    gallery.add(unit(1, 16), ["x"])
-    assert len(gallery) == len(Gallery.open(gallery.path)) == 45
-    np.testing.assert_array_equal(gallery.vectors(["image-0004"]), unit(50, 16)[4:5])
-
-
-def test_a_reload_that_fails_in_the_middle_forgets_nothing(gallery, monkeypatch):
-    reader = Gallery.open(gallery.path, read_only=True)
-    gallery.begin_part(make_space("new", seed=1))
-    gallery.add(unit(5, 16, seed=1), names(5, start=60), space=make_space())
-    gallery.backfill(unit(2, 16, seed=2), ["image-0020", "image-0061"])
-    gallery.remove(["image-0060"])
-
-    def fail(*_):
-        raise StoreError("the disk is away")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Contents, "remove", fail)
-        with pytest.raises(StoreError, match="away"):
-            reader.reload()
-        with pytest.raises(StoreError, match="away"):
-            reader.search(unit(1, 16))
-    assert reader.ids == gallery.ids
-    assert len(gallery) == 48
 
 
 def test_a_reader_refuses_to_write(gallery):

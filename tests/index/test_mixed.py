@@ -20,7 +20,16 @@ from xbt.index.calibration import (
     logistic_fit,
     pool_adjacent_violators,
 )
-from xbt.index.mixed import AffineMerge, IsotonicMerge, RankMerge, RawMerge, merge_from_dict, merge_top
+from xbt.index.mixed import (
+    AffineMerge,
+    IsotonicMerge,
+    RankMerge,
+    RawMerge,
+    merge_from_dict,
+    merge_hits,
+    merge_top,
+)
+from xbt.index.protocol import Hits
 from xbt.index.ranks import MixedScores, mixed_ranks
 
 MERGES = [
@@ -252,3 +261,36 @@ def test_what_fitting_refuses(sample):
     everything = MixedScores(*sample[:4], [list(range(60))] * 300)
     with pytest.raises(DataError, match="every item answers every query"):
         fit_kind("affine", everything)
+
+
+def hits_of(*lines):
+    """Results of several queries, each given as ids by scores."""
+    width = max(map(len, lines))
+    scores = np.full((len(lines), width), -np.inf, np.float32)
+    for row, line in enumerate(lines):
+        scores[row, : len(line)] = list(line.values())
+    return Hits([list(line) for line in lines], scores)
+
+
+@pytest.mark.parametrize("merge", MERGES, ids=lambda merge: merge.kind)
+def test_results_of_unequal_length_are_merged_query_by_query(merge):
+    old = [{"a": 0.9, "b": 0.5, "c": 0.1}, {"a": 0.3}, {}, {"d": 0.25, "a": 0.2}]
+    new = [{"x": 0.7}, {"x": 0.7, "y": 0.4}, {"z": 0.1}, {}]
+    together = merge_hits(merge, hits_of(*old), hits_of(*new), 3, (50, 20))
+    assert [len(ids) for ids in together.ids] == [3, 3, 1, 2]
+    assert together.scores.shape == (4, 3)
+    for row in range(4):
+        alone = merge_hits(merge, hits_of(old[row]), hits_of(new[row]), 3, (50, 20))
+        assert together.ids[row] == alone.ids[0]
+        np.testing.assert_array_equal(together.scores[row, : len(alone.ids[0])], alone.scores[0])
+    assert together.ids[2:] == [["z"], ["d", "a"]]
+    np.testing.assert_allclose(together.scores[3, :2], [0.25, 0.2])  # one side alone: its own scores
+    assert np.isneginf(together.scores[2, 1:]).all()
+
+
+def test_a_row_of_both_sides_counts_as_new():
+    old, new = hits_of({"a": 0.9, "b": 0.5}, {"c": 0.9}), hits_of({"b": 0.6, "a": 0.1}, {"d": 0.2})
+    found = merge_hits(RawMerge(), old, new, 4, (2, 2))
+    assert found.ids == [["b", "a"], ["c", "d"]]
+    np.testing.assert_allclose(found.scores, [[0.6, 0.1], [0.9, 0.2]])
+    assert merge_hits(RawMerge(), hits_of({}), hits_of({}), 4, (2, 2)).ids == [[]]

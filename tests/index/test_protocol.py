@@ -96,6 +96,8 @@ def test_search_of_one_vector(mixed):
     assert_hits(mixed.search(old, 7, using="old"), old @ OLD.T, 7)
     assert_hits(mixed.search(new, 7, using="new"), np.where(MOVED, new @ NEW.T, -9), 7)
     assert_hits(mixed.search(old, 7, using="old", without="new"), np.where(MOVED, -9, old @ OLD.T), 7)
+    assert mixed.search(old.tolist(), 7, using="old").ids == mixed.search(old, 7, using="old").ids
+    assert mixed.search(old[0], 7, using="old").ids == mixed.search(old[:1], 7, using="old").ids
     short = mixed.search(new, 50, using="new")
     assert [len(ids) for ids in short.ids] == [30] * 4
     for call in (

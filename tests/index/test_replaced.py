@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 from galleries import as_items, assert_finds, make_space, names, unit
-from xbt.index.layout import GalleryRecord, _checksum
 
 from xbt.errors import StoreError
 from xbt.index import Gallery
-from xbt.index import home as home_module
-from xbt.index.segments import StoredSegment
+from xbt.index import create as create_module
+from xbt.index.storage import Storage
 from xbt.store import EmbeddingStore
 
 REPLACED = r"the gallery at .*g was replaced by another while it was open; open it again"
@@ -42,21 +40,6 @@ def rebuild(path, how="move"):
     return items
 
 
-def forget_identity(path):
-    """Makes a gallery as the version before wrote it."""
-    file = path / "gallery.json"
-    data = json.loads(file.read_text())
-    for key in ("identity", "removals", "checksum"):
-        del data[key]
-    for part in data["parts"]:
-        for segment in part["segments"]:
-            del segment["nearby"], segment["digest"]
-    data["version"] = 2
-    file.write_text(json.dumps({**data, "checksum": _checksum(data)}))
-    for journal in path.glob("removals-*.log"):
-        journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[1:]))
-
-
 @pytest.mark.parametrize("how", ["move", "copy"])
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_reader_of_a_gallery_that_was_replaced_begins_anew(gallery, how, warm):
@@ -73,66 +56,6 @@ def test_a_reader_of_a_gallery_that_was_replaced_begins_anew(gallery, how, warm)
     np.testing.assert_array_equal(reader.vectors(["new-3"]), unit(15, 16, seed=99)[3:4])
     assert_finds(reader, items, unit(2, 16, seed=1))
     assert reader.verify() == []
-
-
-def test_a_reader_that_has_read_nothing_yet_does_not_take_the_vectors_of_another_gallery(gallery):
-    reader = Gallery.open(gallery.path, read_only=True)
-    gallery.close()
-    fresh = Gallery.create(gallery.path.with_name("n"), space=make_space(), dtype="float32")
-    fresh.add(unit(10, 16, seed=99), names(10))
-    fresh.close()
-    shutil.rmtree(gallery.path)
-    fresh.path.rename(gallery.path)
-    words = r"old-000000 was replaced by another store while it was open; open the gallery again"
-    for read in (
-        lambda: reader.search(unit(1, 16), 3),
-        lambda: reader.vectors(["image-0003"]),
-        lambda: reader.metadata(["image-0003"]),
-    ):
-        with pytest.raises(StoreError, match=words):
-            read()
-    assert "was replaced by another" in reader.verify()[0]
-    reader.reload()
-    assert_finds(reader, as_items(unit(10, 16, seed=99), names(10)), unit(1, 16))
-
-
-def test_a_reader_makes_no_index_of_another_gallery(gallery):
-    gallery.close()
-    for path, seed in (("a", 0), ("b", 99)):
-        made = Gallery.create(
-            gallery.path.with_name(path), space=make_space(), index="HNSW4", dtype="float32"
-        )
-        made.add(unit(50, 16, seed), names(50))
-        made.close()
-    path = gallery.path.with_name("a")
-    reader = Gallery.open(path)
-    shutil.rmtree(path)
-    path.with_name("b").rename(path)
-    with pytest.raises(StoreError, match="was replaced by another store"):
-        reader.prepare()
-    assert not (path / "index").exists()
-    Gallery.open(path).prepare()
-    with pytest.raises(StoreError, match="was replaced by another store"):
-        reader.search(unit(1, 16), 3)
-    reader.reload()
-    assert_finds(reader, as_items(unit(50, 16, seed=99), names(50)), unit(2, 16, seed=1), 5)
-
-
-def test_a_reload_into_which_the_replacement_falls(gallery, monkeypatch):
-    reader, reload = Gallery.open(gallery.path, read_only=True), StoredSegment.reload
-    gallery.close()
-    found = []
-
-    def interrupted(segment):
-        if not found:
-            found.append({})
-            found[0].update(rebuild(gallery.path))
-        reload(segment)
-
-    monkeypatch.setattr(StoredSegment, "reload", interrupted)
-    reader.reload()
-    assert reader.ids == list(found[0])
-    assert_finds(reader, found[0], unit(2, 16, seed=1))
 
 
 @pytest.mark.parametrize("how", ["move", "copy"])
@@ -187,26 +110,6 @@ def test_a_gallery_that_is_put_back_is_the_same(gallery, tmp_path):
     assert gallery.ids == Gallery.open(gallery.path).ids == ["image-0000", "image-0001", *names(7, start=3)]
 
 
-@pytest.mark.parametrize("upgrade", [True, False])
-def test_a_gallery_of_the_version_before(gallery, upgrade):
-    gallery.remove(["image-0000"])
-    gallery.close()
-    forget_identity(gallery.path)
-    reader, writer = Gallery.open(gallery.path, read_only=True), Gallery.open(gallery.path)
-    if upgrade:
-        writer.remove(["image-0001"])
-        assert GalleryRecord.read(gallery.path).identity
-    reader.reload()
-    for each in (reader, writer, Gallery.open(gallery.path)):
-        assert each.ids == names(9 - upgrade, start=1 + upgrade)
-        assert each.verify() == []
-    items = rebuild(gallery.path)
-    with pytest.raises(StoreError, match=REPLACED):
-        writer.remove(["image-0002"])
-    reader.reload()
-    assert_finds(reader, items, unit(2, 16, seed=1))
-
-
 def test_a_copy_that_is_put_back_while_somebody_has_the_right_to_write(gallery, tmp_path):
     shutil.copytree(gallery.path, tmp_path / "copy")
     gallery.remove(["image-0001"])
@@ -224,21 +127,66 @@ def test_a_copy_that_is_put_back_while_somebody_has_the_right_to_write(gallery, 
     assert again.verify() == []
 
 
+def test_a_reader_that_has_searched_nothing_yet_goes_on_with_its_own_vectors(gallery):
+    reader, items = Gallery.open(gallery.path, read_only=True), as_items(unit(10, 16), names(10))
+    gallery.close()
+    new = rebuild(gallery.path)
+    assert_finds(reader, items, unit(2, 16, seed=1))
+    assert "was replaced by another" in reader.verify()[0]
+    reader.reload()
+    assert_finds(reader, new, unit(2, 16, seed=1))
+
+
+def test_a_reader_keeps_no_index_of_its_own_rows_in_another_gallery(tmp_path):
+    for path, seed in (("a", 0), ("b", 99)):
+        with Gallery.create(tmp_path / path, space=make_space(), index="HNSW4", dtype="float32") as made:
+            made.add(unit(50, 16, seed), names(50))
+    reader, items = Gallery.open(tmp_path / "a"), as_items(unit(50, 16, seed=99), names(50))
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "b").rename(tmp_path / "a")
+    reader.prepare()
+    fresh = Gallery.open(tmp_path / "a")
+    for each in (reader, fresh):
+        each.reload()
+        assert_finds(each, items, unit(2, 16, seed=1), 5)
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_reload_into_which_a_compaction_or_a_replacement_falls(gallery, monkeypatch, compacted):
+    """The files that the reader is about to open are removed by another process."""
+    reader, found = Gallery.open(gallery.path, read_only=True), []
+    gallery.add(unit(1, 16, seed=5), ["x"])
+    real = Storage._open_segment
+
+    def interrupted(storage, parts, row):
+        if not found:
+            found.append(True)
+            if compacted:
+                gallery.remove(["image-0001"])
+                gallery.compact()
+            else:
+                rebuild(gallery.path)
+        return real(storage, parts, row)
+
+    monkeypatch.setattr(Storage, "_open_segment", interrupted)
+    reader.reload()
+    monkeypatch.undo()
+    assert reader.ids == Gallery.open(gallery.path).ids
+    assert reader.search(unit(1, 16), len(reader)).ids
+
+
 def test_two_galleries_made_in_one_place_at_the_same_time(tmp_path, monkeypatch):
     """Another process makes a gallery and adds to it after this one has seen that the place is empty."""
-    writing_to = home_module.writing_to
+    make = create_module._make_directory
 
-    def late(path, needed):
-        monkeypatch.setattr(home_module, "writing_to", writing_to)
-        other = Gallery.create(tmp_path / "g", space=make_space())
-        other.add(unit(10, 16), names(10))
-        other.close()
-        return writing_to(path, needed)
+    def late(path):
+        monkeypatch.setattr(create_module, "_make_directory", make)
+        with Gallery.create(tmp_path / "g", space=make_space()) as other:
+            other.add(unit(10, 16), names(10))
+        return make(path)
 
-    monkeypatch.setattr(home_module, "writing_to", late)
-    with pytest.raises(
-        StoreError, match=r"g already holds (segments|gallery\.json); open that gallery, or choose"
-    ):
+    monkeypatch.setattr(create_module, "_make_directory", late)
+    with pytest.raises(StoreError, match=r"g already holds gallery\.sqlite; open that gallery, or choose"):
         Gallery.create(tmp_path / "g", space=make_space())
     assert Gallery.open(tmp_path / "g").ids == names(10)
 
@@ -311,20 +259,6 @@ def test_a_clip_retrieval_folder_that_was_written_anew_is_refused(tmp_path, with
     write([4, 5], number=1)
     assert len(Gallery.open(tmp_path / "g")) == 4
     write([0, 9, 1, 2] if with_ids else [0, 9, 1, 2, 3, 4, 5])
-    with pytest.raises(StoreError, match=ANOTHER):
-        Gallery.open(tmp_path / "g")
-
-
-def test_a_gallery_of_the_version_before_learns_what_its_store_is(tmp_path):
-    make_store(tmp_path / "s", [0, 1, 2, 3])
-    Gallery.create(tmp_path / "g", store=tmp_path / "s").close()
-    forget_identity(tmp_path / "g")
-    gallery = Gallery.open(tmp_path / "g")
-    assert gallery.verify() == []
-    gallery.remove(["image-0001"])
-    gallery.close()
-    shutil.rmtree(tmp_path / "s")
-    make_store(tmp_path / "s", [0, 9, 1, 2, 3])
     with pytest.raises(StoreError, match=ANOTHER):
         Gallery.open(tmp_path / "g")
 

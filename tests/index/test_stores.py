@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from galleries import as_items, assert_finds, make_space, names, unit
 
-from xbt.errors import SpaceMismatchError, StoreError
+from xbt.errors import DataError, SpaceMismatchError, StoreError
 from xbt.index import Gallery
-from xbt.index.segments import StoredSegment
 from xbt.store import EmbeddingStore
 
 
@@ -46,30 +45,6 @@ def test_a_store_that_is_there_is_searched_where_it_is(tmp_path):
     assert Gallery.create(tmp_path / "h", store=store).space.model == "old"
 
 
-def test_a_reload_during_an_update_sees_the_item_at_most_once(tmp_path, monkeypatch):
-    """The writer updates an item while the reader is between the journal and the rows."""
-    make_store(tmp_path / "s")
-    gallery = Gallery.create(tmp_path / "g", store=tmp_path / "s")
-    gallery.add(unit(1, 16, seed=1), ["x"])
-    reader, reload = Gallery.open(tmp_path / "g", read_only=True), StoredSegment.reload
-    updates = []
-
-    def interrupted(segment):
-        if not updates:
-            updates.append("image-0003")
-            gallery.remove(updates)
-            gallery.add(unit(1, 16, seed=2), updates)
-        reload(segment)
-
-    monkeypatch.setattr(StoredSegment, "reload", interrupted)
-    reader.reload()
-    assert updates
-    assert len(reader) == len(set(reader.ids))
-    assert reader.verify() == []
-    reader.reload()
-    assert reader.ids == gallery.ids
-
-
 def test_a_clip_retrieval_folder_is_searched_where_it_is(tmp_path):
     (tmp_path / "cr" / "img_emb").mkdir(parents=True)
     np.save(tmp_path / "cr" / "img_emb" / "img_emb_0.npy", unit(20, 16).half().numpy())
@@ -82,6 +57,21 @@ def test_a_clip_retrieval_folder_is_searched_where_it_is(tmp_path):
     assert unknown.search(unit(1, 16), k=1).ids
     with pytest.raises(StoreError, match="can only be read: nobody has said of which space"):
         unknown.add(unit(1, 16), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("value", "what"), [(np.nan, "NaN"), (np.inf, "NaN"), (3.0, "length 3"), (0.0, "length 0")]
+)
+def test_rows_that_cannot_be_searched_rightly_are_refused_by_file_and_row(tmp_path, value, what):
+    (tmp_path / "cr" / "img_emb").mkdir(parents=True)
+    rows = unit(20, 16).half().numpy()
+    rows[17] = 0
+    rows[17, 0] = value
+    for number in range(2):
+        np.save(tmp_path / "cr" / "img_emb" / f"img_emb_{number}.npy", rows[10 * number : 10 * number + 10])
+    with pytest.raises(DataError, match=rf"img_emb_1\.npy has .*{what}.* in row 7"):
+        Gallery.create(tmp_path / "g", store=tmp_path / "cr", space=make_space())
+    assert not (tmp_path / "g").exists()
 
 
 def test_a_store_that_is_wholly_removed_is_let_go(tmp_path):

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from xbt.backfill.config import BackfillConfig as BackfillConfig
+    from xbt.backfill.coordinator import BackfillResult as BackfillResult
     from xbt.backfill.curve import BackfillCurve as BackfillCurve
     from xbt.backfill.curve import StoppingPoint as StoppingPoint
     from xbt.backfill.curve import backfill_curve as backfill_curve
     from xbt.backfill.curve import stopping_point as stopping_point
     from xbt.backfill.fastfill import fastfill_order as fastfill_order
-    from xbt.backfill.job import BackfillResult as BackfillResult
     from xbt.backfill.job import run_backfill as run_backfill
     from xbt.backfill.measure import CurvePoint as CurvePoint
     from xbt.backfill.merge_file import load_merge as load_merge
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "BackfillConfig": "config",
     "BackfillCurve": "curve",
-    "BackfillResult": "job",
+    "BackfillResult": "coordinator",
     "CurvePoint": "measure",
     "RehearsedOrder": "rehearsal",
     "StoppingPoint": "curve",

@@ -45,9 +45,10 @@ class JsonLines:
             if not isinstance(entry, dict) or not all(
                 isinstance(entry.get(key), kind) for key, kind in (keys or {}).items()
             ):
+                needed = f" with the keys {', '.join(keys)}" if keys else ""
                 raise DataError(
-                    f"{path}, line {number}, is no object with the keys {sorted(keys or {})}; restore the "
-                    "file, or pass --overwrite true"
+                    f"{path}, line {number}, is no JSON object{needed}; restore the file, or pass "
+                    "--overwrite true"
                 )
             self.entries.append(entry)
 

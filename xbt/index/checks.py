@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xbt.errors import DataError
-from xbt.vectors import Vectors, as_vectors
+from xbt.vectors import Vectors, as_floating, as_vectors
 
 LONGEST = 1e15
 """Vectors beyond this length are refused: their float32 scores could overflow."""
@@ -67,7 +67,8 @@ def require_storable(rows: NDArray[np.float32], ids: Sequence[str], dtype: str) 
 
 def as_queries(vectors: Vectors, name: str, dim: int) -> NDArray[np.float32]:
     """Query vectors as rows; a single one may have the shape (dim,)."""
-    return as_rows(vectors[None] if vectors.ndim == 1 else vectors, name, dim)
+    rows = as_floating(vectors, name)
+    return as_rows(rows[None] if rows.ndim == 1 else rows, name, dim)
 
 
 def as_ids(ids: Sequence[str], name: str, count: int | None = None) -> list[str]:

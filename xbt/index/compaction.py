@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xbt.errors import DataError
-from xbt.index.faiss_index import IndexManager
 from xbt.index.parts import Part, Parts
 from xbt.index.segments import Change, MemorySegment, Segment
 from xbt.index.storage import FILE_ROWS, NewSegment, Storage
@@ -136,7 +135,7 @@ def _in_memory(parts: Parts, left: list[Part]) -> Parts:
     compacted = Parts(parts.plan)
     for number, part in enumerate(left, start=1):
         rows = np.flatnonzero(~part.masked)
-        fresh = Part(part.record, IndexManager(part.dim, parts.plan, None))
+        fresh = part.emptied()
         if len(rows):
             ids = [part.ids[row] for row in rows]
             fresh.grow([MemorySegment(number, part.rows.gather(rows).copy(), part.metadata(rows))], ids)

@@ -9,8 +9,8 @@ from pathlib import Path
 from xbt.errors import StoreError
 from xbt.files import sync_directory, writing_to
 from xbt.index.faiss_index import IndexPlan
-from xbt.index.segments import PartRecord, prepare_database
-from xbt.index.storage import DATABASE, SEGMENTS, insert_part, journal_mode, translated
+from xbt.index.segments import PartRecord, journal_mode, prepare_database, translated
+from xbt.index.storage import DATABASE, SEGMENTS, insert_part
 from xbt.index.store_segment import StoreRecord, require_usable
 from xbt.store import EmbeddingStore
 from xbt.store.layout import store_path

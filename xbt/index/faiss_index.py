@@ -495,10 +495,6 @@ class IndexManager:
         self._exact, self._loaded = ExactRows(dim), 0
         self._index: ApproximateIndex | None = None
 
-    def emptied(self) -> IndexManager:
-        """A manager of the same kind that knows no rows yet."""
-        return IndexManager(self._dim, self._plan, self._cache)
-
     def refreshed(self, gather: Gather, masked: NDArray[np.bool_], segments: list[str]) -> Kept:
         """Bring the structures up to date; an index is read from the cache, but never made.
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from xbt.errors import ConfigError, DataError
+from xbt.errors import ConfigError, DataError, StoreError
 from xbt.index.checks import as_ids, as_k, as_queries, as_rows, require_storable
 from xbt.index.compaction import compact, drop_part
 from xbt.index.create import create_gallery
@@ -27,7 +27,7 @@ from xbt.index.protocol import Batch, Hits, IndexInfo
 from xbt.index.segments import Change, MemorySegment, PartRecord, part_name
 from xbt.index.storage import DATABASE, Mark, News, NewSegment, StaleError, Storage
 from xbt.index.verify import faults_of
-from xbt.index.views import PartView, search_views
+from xbt.index.views import PartView, Views, search_views
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 from xbt.store.layout import Header
@@ -60,17 +60,17 @@ class Gallery:
         >>> gallery.backfill(new.encode_images(images[:100]), names[:100])
     """
 
-    # Two locks: `_writer` is held for as long as a write takes, `_state` only while the parts change. A search
-    # takes views, which never change, and holds neither.
+    # `_writer` is held for as long as a write takes, `_state` only while the parts change. A search takes
+    # views, which never change, and holds neither.
 
     def __init__(self, plan: IndexPlan, storage: Storage | None = None) -> None:
         self._storage = storage
         self._parts = Parts(plan, self.path)
         self._mark: Mark | None = None
         self._closed = False
-        self._views: tuple[PartView, ...] | None = None
         self._ids: list[str] | None = None
         self._new_locks()
+        self._views = self._new_views()
         _OPEN.add(self)
 
     @classmethod
@@ -393,10 +393,10 @@ class Gallery:
                 "a gallery takes no filter; leave it out, and choose among the results yourself"
             )
         if using is not None:
-            views = self._views_of(using, without)
+            views = self._views.of_vectors(using, without)
             self._require_space(views[0], space, "the query vectors")
             return search_views(views, as_queries(queries, "query vectors", views[0].dim), as_k(k))
-        view = self._view(part)
+        view = self._views.alone(part)
         k = as_k(k, view.count)
         self._require_space(view, space, "the query vectors")
         return view.hits(as_queries(queries, "query vectors", view.dim), k)
@@ -431,7 +431,7 @@ class Gallery:
             SpaceMismatchError: If the space or dimension of queries is not their part's.
             StoreError: If a file that has to be read is damaged or gone.
         """
-        views = self._all_views()
+        views = self._views.all()
         require_same_count(old_queries, new_queries)
         k = as_k(k, sum(view.count for view in views))
         asked = [(old_queries, old_space, "old"), (new_queries, new_space, "new")]
@@ -453,7 +453,7 @@ class Gallery:
         Raises:
             StoreError: If a file that has to be read is damaged or gone.
         """
-        self._all_views(wait=True)
+        self._views.all(wait=True)
 
     def prepare_index(self) -> None:
         """Make or update the index, if the gallery has one; of the index ``"Flat"`` nothing is read.
@@ -493,7 +493,7 @@ class Gallery:
         """Let go of the vectors in memory and of the mapped files."""
         with self._state:
             self._parts, self._mark = Parts(self.plan, self.path), None
-            self._views, self._ids, self._closed = None, None, True
+            self._views.made, self._ids, self._closed = None, None, True
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -514,12 +514,11 @@ class Gallery:
             SpaceMismatchError: If the space or the dimension is not the gallery's.
             StoreError: If another process is writing, the disk is full, or metadata cannot be stored.
         """
-        with self._state:
-            dim = self._known.of_space(space, "the vectors to add").dim
-        rows, names = as_rows(vectors, "vectors to add", dim), as_ids(ids, "ids", len(vectors))
         with self.writing():
-            part = self._known.of_space(space, "the vectors to add")
-            self._known.refuse_known(names)
+            known = self._known
+            part = known.of_space(space, "the vectors to add")
+            rows, names = as_rows(vectors, "vectors to add", part.dim), as_ids(ids, "ids", len(vectors))
+            known.refuse_known(names)
             self._append(part, rows, names, metadata)
 
     def remove(self, ids: Sequence[str]) -> None:
@@ -538,8 +537,8 @@ class Gallery:
             if self._storage is None:
                 self._mask(changes)
             elif changes:
-                self._storage.log(changes)
-                self.reload()
+                known = self._known_mark()
+                self._take_own(self._storage.log(known, changes), known)
 
     def begin_part(
         self,
@@ -624,7 +623,7 @@ class Gallery:
             DataError: If there is no such part, it is the only one, or items have no vector in the other one.
             StoreError: If another process is writing, or the disk is full.
         """
-        with self.writing(), self._indexing:
+        with self.writing(), self._views.indexing:
             self._go_on_with(drop_part(self._known, name, self._storage))
 
     def compact(self) -> None:
@@ -638,7 +637,7 @@ class Gallery:
             StoreError: If another process is writing, or the disk is full; the gallery is as it was then.
         """
         # An index that another thread writes at the moment is not to be swept away half written.
-        with self.writing(), self._indexing:
+        with self.writing(), self._views.indexing:
             self._go_on_with(compact(self._known, self._storage))
 
     @contextmanager
@@ -672,7 +671,7 @@ class Gallery:
         if self._storage is None:
             with self._state:
                 self._parts.add(self._made_part(record))
-                self._views = self._ids = None
+                self._views.made = self._ids = None
         else:
             self._storage.add_part(record)
             self.reload()
@@ -686,11 +685,17 @@ class Gallery:
         changes: Sequence[Change] = (),
     ) -> None:
         """Commit rows as a new segment of a part, and changes of others."""
-        columns = part.checked_columns(ids, metadata)
+        columns = None if metadata is None else part.checked_columns(ids, metadata)
         if self._storage is not None:
             require_storable(rows, ids, part.record.dtype)
-            self._storage.append(NewSegment(part.record, ids, (rows,), columns), changes)
-            self.reload()
+            if part.space is None:
+                raise StoreError(
+                    f"the part {part.name!r} of {self.path} can only be read: nobody has said of which space "
+                    "its vectors are; make the gallery with space="
+                )
+            known = self._known_mark()
+            new = NewSegment(part.record, ids, (rows,), columns)
+            self._take_own(self._storage.append(known, new, changes), known)
             return
         with self._state:
             number = 1 + max((each.number for own in self._parts for each in own.segments), default=0)
@@ -706,29 +711,46 @@ class Gallery:
         elif parts is not None:
             with self._state:
                 self._parts = parts
-                self._views = self._ids = None
+                self._views.made = self._ids = None
+
+    def _known_mark(self) -> Mark:
+        with self._state:
+            _ = self._known
+            assert self._mark is not None
+            return self._mark
+
+    def _take_own(self, news: News, known: Mark) -> None:
+        """Bring the parts up to date after a write that was based on a mark."""
+        with self._state:
+            if self._mark is not known:  # another thread has read the news already
+                self.reload()
+            else:
+                self._mark = None
+                self._take(news)
 
     def _take(self, news: News) -> None:
         """Bring the parts up to date; called with the lock."""
-        if news.whole:
+        if news.plan is not None and news.whole:
             self._parts = Parts(news.plan, self.path)
-        for record in news.parts[len(self._parts) :]:
+        for record in news.parts[len(self._parts) :] if news.parts else ():
             self._parts.add(self._made_part(record))
-        for part in self._parts:
-            own = [(segment, ids) for owner, segment, ids in news.segments if owner == part.record.number]
-            if own:
-                part.grow([segment for segment, _ in own], [item for _, ids in own for item in ids])
+        self._parts.grow(news.segments)
         self._mask(news.changes)
         self._mark = news.mark
 
     def _mask(self, changes: Sequence[Change]) -> None:
         with self._state:
-            self._parts.mask(changes)
-            self._views = self._ids = None
+            if changes:
+                self._parts.mask(changes)
+            self._views.made = self._ids = None
 
     def _made_part(self, record: PartRecord) -> Part:
-        cache = None if self._storage is None else self._storage.cache(record, self.plan)
-        return Part(record, IndexManager(record.dim, self.plan, cache))
+        storage, plan = self._storage, self.plan
+
+        def manager() -> IndexManager:
+            return IndexManager(record.dim, plan, None if storage is None else storage.cache(record, plan))
+
+        return Part(record, manager)
 
     @property
     def _known(self) -> Parts:
@@ -738,61 +760,6 @@ class Gallery:
             self.reload()
         return self._parts
 
-    def _all_views(self, wait: bool = False) -> tuple[PartView, ...]:
-        """Views of all parts, with an index where one is due, unless another thread is making it."""
-        views = self._current_views()
-        if any(view.due for view in views) and self._indexing.acquire(blocking=wait):
-            try:
-                self._make_indexes()
-            finally:
-                self._indexing.release()
-            views = self._current_views()
-        return views
-
-    def _make_indexes(self) -> None:
-        with self._state:
-            known = self._known
-            due = [(part, view) for part, view in zip(known, self._current_views(), strict=True) if view.due]
-        for part, view in due:
-            index = part.made_index(view)
-            with self._state:
-                if self._parts is known:  # and was not compacted in between
-                    part.adopt(index)
-                    self._views = None
-
-    def _current_views(self) -> tuple[PartView, ...]:
-        views = self._views
-        if views is None:
-            with self._state:
-                if self._views is None:
-                    self._views = tuple(part.view() for part in self._known)
-                views = self._views
-        return views
-
-    def _view(self, part: str | None) -> PartView:
-        """The part to be searched alone: the one that is named, or the one that all items are in."""
-        views = self._all_views()
-        if part is not None:
-            return views[[view.name for view in views].index(self._known.part(part).name)]
-        there = [view for view in views if view.count] or [views[0]]
-        if len(there) > 1:
-            raise DataError(
-                f"the gallery is being backfilled: {views[0].count} items are in the part {views[0].name!r} "
-                f"and {views[1].count} in {views[1].name!r}; use search_mixed(), or name one with part="
-            )
-        return there[0]
-
-    def _views_of(self, using: str, without: str | None) -> list[PartView]:
-        """All vectors of a part, moved ones too, unless their items have a vector in another part."""
-        self._all_views()
-        with self._state:
-            known, views = self._known, self._current_views()
-            part, other = known.part(using), None if without is None else known.part(without)
-            view = views[[each.name for each in views].index(part.name)]
-            if other is None:
-                return [view] if part is known.newest else [view, part.moved_view()]
-            return [view.without(set(other.with_vector())) if other is not known.newest else view]
-
     def _require_space(self, view: PartView, space: EmbeddingSpace | None, what: str) -> None:
         if space is not None and space not in view.trusted:
             require_space(view, space, what)
@@ -801,14 +768,17 @@ class Gallery:
 
     def _new_locks(self) -> None:
         self._writer, self._state = threading.RLock(), threading.RLock()
-        # An index is made by the thread that finds that one is due; others search without it meanwhile.
-        self._indexing = threading.Lock()
+
+    def _new_views(self) -> Views:
+        owner = weakref.proxy(self)  # so that a gallery that is let go frees its vectors at once
+        return Views(self._state, lambda: owner._known)
 
     def _after_fork(self) -> None:
-        """Take locks of its own in a forked child; another thread of the parent may have held the old ones."""
+        """Take new locks in a forked child; another thread of the parent may have held the old ones."""
         if self._storage is not None and not self._state.acquire(blocking=False):
             self._mark = None  # that thread was changing the parts: they are read again
         self._new_locks()
+        self._views = self._new_views()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._storage is not None:

@@ -297,55 +297,64 @@ def merge_hits(merge: Merge, old: Hits, new: Hits, k: int, sizes: tuple[int, int
         The first k with the scores of the merge, or 1 / place for a merge by rank. Where one side found
         nothing for a query, the other side's scores as they are.
     """
+    if _rectangular(old) and _rectangular(new) and all(map(_disjoint, old.ids, new.ids)):
+        return _merge_rectangular(merge, old, new, k, sizes)
     pairs = [(_kept(old, row, new.ids[row]), _kept(new, row)) for row in range(len(old.ids))]
     alike: dict[tuple[int, int], list[int]] = {}
     for row, (mine, other) in enumerate(pairs):
-        alike.setdefault((len(mine[0]), len(other[0])), []).append(row)
-    width = min(k, max((sum(lengths) for lengths in alike), default=0))
+        alike.setdefault((len(mine.ids[0]), len(other.ids[0])), []).append(row)
     ids: list[list[str]] = [[] for _ in pairs]
-    scores = np.full((len(pairs), width), -np.inf, np.float32)
-    for lengths, rows in alike.items():
-        some = [[pairs[row][side] for row in rows] for side in (0, 1)]
-        names, values = _merge_lines(merge, some[0], some[1], min(k, sum(lengths)), sizes)
-        scores[rows, : values.shape[1]] = values
-        for row, line in zip(rows, names, strict=True):
+    scores = np.full((len(pairs), min(k, max(map(sum, alike), default=0))), -np.inf, np.float32)
+    for rows in alike.values():
+        merged = _merge_rectangular(
+            merge,
+            _stacked([pairs[row][0] for row in rows]),
+            _stacked([pairs[row][1] for row in rows]),
+            k,
+            sizes,
+        )
+        scores[rows, : merged.scores.shape[1]] = merged.scores
+        for row, line in zip(rows, merged.ids, strict=True):
             ids[row] = line
     return Hits(ids, scores)
 
 
-Line = tuple[list[str], NDArray[np.float32]]
-"""Ids and scores of one query."""
+def _rectangular(hits: Hits) -> bool:
+    return all(len(ids) == hits.scores.shape[1] for ids in hits.ids)
 
 
-def _kept(hits: Hits, row: int, leave_out: Sequence[str] = ()) -> Line:
-    """One query's rows, without those that are to be left out."""
-    ids, scores = hits.ids[row], hits.scores[row, : len(hits.ids[row])]
-    left_out = set(leave_out)
-    if left_out.isdisjoint(ids):
-        return ids, scores
+def _disjoint(old: Sequence[str], new: Sequence[str]) -> bool:
+    return set(new).isdisjoint(old)
+
+
+def _kept(hits: Hits, row: int, leave_out: Sequence[str] = ()) -> Hits:
+    """One query's hits, without the rows that are to be left out."""
+    ids, left_out = hits.ids[row], set(leave_out)
     places = [place for place, name in enumerate(ids) if name not in left_out]
-    return [ids[place] for place in places], scores[places]
+    return Hits([[ids[place] for place in places]], hits.scores[row : row + 1, places])
 
 
-def _merge_lines(
-    merge: Merge, old: Sequence[Line], new: Sequence[Line], k: int, sizes: tuple[int, int]
-) -> tuple[list[list[str]], NDArray[np.float32]]:
-    """Merge queries that all have as many old rows, and all as many new ones."""
-    old_scores, new_scores = (np.stack([line[1] for line in side]) for side in (old, new))
-    n_old, n_new = old_scores.shape[1], new_scores.shape[1]
+def _stacked(lines: Sequence[Hits]) -> Hits:
+    return Hits([line.ids[0] for line in lines], np.concatenate([line.scores for line in lines]))
+
+
+def _merge_rectangular(merge: Merge, old: Hits, new: Hits, k: int, sizes: tuple[int, int]) -> Hits:
+    """Merge results of which all queries have as many old rows, and all as many new ones."""
+    n_old, n_new = old.scores.shape[1], new.scores.shape[1]
     if not n_old or not n_new:
-        alone, values = (new, new_scores) if n_new else (old, old_scores)
-        return [line[0][:k] for line in alone], values[:, :k]
-    columns = merge_top(merge, old_scores, new_scores, k, sizes)
-    names = [
-        [first[0][c] if c < n_old else second[0][c - n_old] for c in row]
-        for first, second, row in zip(old, new, columns.tolist(), strict=True)
+        alone = new if n_new else old
+        return Hits([ids[:k] for ids in alone.ids], alone.scores[:, :k])
+    k = min(k, n_old + n_new)
+    columns = merge_top(merge, old.scores, new.scores, k, sizes)
+    ids = [
+        [first[c] if c < n_old else second[c - n_old] for c in row]
+        for first, second, row in zip(old.ids, new.ids, columns.tolist(), strict=True)
     ]
     if merge.by_rank:
-        return names, np.tile(1 / np.arange(1, k + 1, dtype=np.float32), (len(names), 1))
-    both = np.concatenate([merge.calibrate("old", old_scores), merge.calibrate("new", new_scores)], axis=1)
-    values = np.take_along_axis(both, columns, axis=1).astype(np.float32)
-    return names, np.minimum.accumulate(values, axis=1)
+        return Hits(ids, np.tile(1 / np.arange(1, k + 1, dtype=np.float32), (len(ids), 1)))
+    both = np.concatenate([merge.calibrate("old", old.scores), merge.calibrate("new", new.scores)], axis=1)
+    scores = np.take_along_axis(both, columns, axis=1).astype(np.float32)
+    return Hits(ids, np.minimum.accumulate(scores, axis=1))
 
 
 def relative_places(side: Side, ranks: NDArray[np.int64], count: int) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ A *part* holds the items of one space. Its rows are those of its *segments*, one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Part:
 
     Args:
         record: Description.
-        manager: Keeps the structures that are searched.
+        make_manager: Makes what keeps the structures that are searched.
 
     Attributes:
         rows: Reads vectors.
@@ -69,7 +69,7 @@ class Part:
         masked: (n,) bool, never changed in place: rows that are removed or moved.
     """
 
-    def __init__(self, record: PartRecord, manager: IndexManager) -> None:
+    def __init__(self, record: PartRecord, make_manager: Callable[[], IndexManager]) -> None:
         self.record = record
         self.name, self.space, self.dim = record.name, record.space, record.dim
         self.rows = Rows((), record.dim)
@@ -78,7 +78,8 @@ class Part:
         self._row_of: dict[str, int] = {}
         self._looked_up = 0
         self._place_of: dict[int, int] = {}
-        self._manager = manager
+        self._make_manager = make_manager
+        self._manager_made: IndexManager | None = None
         self._trusted: weakref.WeakSet[EmbeddingSpace] = weakref.WeakSet()
         self._view: PartView | None = None
         self._moved: PartView | None = None
@@ -101,6 +102,10 @@ class Part:
     def with_vector(self) -> list[str]:
         """The items that have a vector here, moved ones too, in order."""
         return [self.ids[row] for row in np.flatnonzero(~self.removed)]
+
+    def trusts(self, space: EmbeddingSpace) -> bool:
+        """Whether a space is known to be the part's own."""
+        return space in self._trusted
 
     def trust(self, space: EmbeddingSpace | None) -> None:
         """Take a space for the part's own from now on, without comparing the two again."""
@@ -139,22 +144,40 @@ class Part:
 
     def row(self, item: str) -> int | None:
         """The row of an item that has not been removed, moved or not."""
+        row = self._rows_by_id().get(item)
+        return None if row is None or self.removed[row] else row
+
+    def has_any(self, ids: Sequence[str]) -> bool:
+        """Whether one of these items has a row that has not been removed; quick where none has."""
+        rows = [row for row in map(self._rows_by_id().get, ids) if row is not None]
+        return bool(rows) and not bool(self.removed[rows].all())
+
+    def _rows_by_id(self) -> dict[str, int]:
         known = self._looked_up
         if known < len(self.ids):  # a process that only searches never gets here
             self._row_of.update(zip(self.ids[known:], range(known, len(self.ids)), strict=True))
             self._looked_up = len(self.ids)
-        row = self._row_of.get(item)
-        return None if row is None or self.removed[row] else row
+        return self._row_of
 
     def numbers_of(self, segment: Segment) -> NDArray[np.int64]:
         """The rows of a segment."""
         first = int(self.rows.starts[self._place_of[segment.number]])
         return np.arange(first, first + segment.count)
 
+    def emptied(self) -> Part:
+        """A part of the same description without rows."""
+        return Part(self.record, self._make_manager)
+
     def unmask_moved(self) -> None:
         """Search the moved rows here again; called for a part that goes on alone."""
         self.masked, self._view, self._moved = self.removed, None, None
-        self._manager = self._manager.emptied()
+        self._manager_made = None
+
+    @property
+    def _manager(self) -> IndexManager:
+        if self._manager_made is None:
+            self._manager_made = self._make_manager()
+        return self._manager_made
 
     def has_segment(self, number: int) -> bool:
         """Whether a segment is this part's."""
@@ -173,7 +196,8 @@ class Part:
         place = self._place_of[change.segment]
         if change.rows.min() < 0 or change.rows.max() >= self.segments[place].count:
             raise damaged(path or Path(), f"a change is of rows that segment {change.segment} does not have")
-        return change.rows + self.rows.starts[place]
+        rows: NDArray[np.int64] = change.rows + self.rows.starts[place]
+        return rows
 
     def as_changes(self, rows: Sequence[int], moved: bool) -> list[Change]:
         """Changes that mask rows, a segment each."""
@@ -207,8 +231,6 @@ class Part:
         Raises:
             StoreError: If they do not fit the items, or one does not go together with a column of the part.
         """
-        if metadata is None:
-            return None
         where = f"the part {self.name!r}"
         table = as_table(ids, metadata, len(ids), where).drop_columns(["id"])
         for name in table.column_names:
@@ -240,7 +262,7 @@ class Part:
         known = self._view
         # An index that was missing may be there by now, although no row has changed.
         if known is None or known.due or known.exact is None:
-            names = [str(each.number) for each in self.segments]
+            names = [each.name for each in self.segments]
             kept = self._manager.refreshed(self.rows.gather, self.masked, names)
             self._view = known = PartView(
                 self.name, self.space, self.dim, self.ids, self.masked, self.count, kept.exact, kept.index,
@@ -348,14 +370,17 @@ class Parts:
             DataError: If there are two parts and no space is given.
             SpaceMismatchError: If it is the space of no part, or could be that of either.
         """
-        if len(self) == 1:
-            self.old.require_space(space, what)
-            return self.old
+        if len(self._all) == 1:
+            self._all[0].require_space(space, what)
+            return self._all[0]
         if space is None:
             raise DataError(
                 f"the gallery has two parts, {self.old.name!r} and {self.newest.name!r}; say with space= "
                 f"which space {what} are of"
             )
+        for part in self._all:
+            if part.trusts(space):
+                return part
         same = [part for part in self if part.space is not None and part.space.same_as(space)]
         if same:
             same[0].require_space(space, what)  # warns where the space is not verified
@@ -379,6 +404,18 @@ class Parts:
     def add(self, part: Part) -> None:
         """Take in a part."""
         self._all.append(part)
+
+    def grow(self, segments: Sequence[tuple[int, Segment, list[str]]]) -> None:
+        """Take in segments, each with the number of its part and the ids of its rows."""
+        for part in self._all:
+            grown: list[Segment] = []
+            names: list[str] = []
+            for number, segment, ids in segments:
+                if number == part.record.number:
+                    grown.append(segment)
+                    names += ids
+            if grown:
+                part.grow(grown, names)
 
     def mask(self, changes: Sequence[Change]) -> None:
         """Leave rows out of every search from now on.
@@ -432,8 +469,8 @@ class Parts:
             DataError: If there is one; the message names it and its part.
         """
         for part in reversed(self._all):
-            known = next((item for item in ids if part.row(item) is not None), None)
-            if known is not None:
+            if part.has_any(ids):
+                known = next(item for item in ids if part.row(item) is not None)
                 raise DataError(
                     f"the id {known!r} is already in the gallery (part {part.name!r}); remove it first, or "
                     "give the new item a new id"

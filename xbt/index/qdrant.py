@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from xbt.errors import DataError
+from xbt.errors import ConfigError, DataError
 from xbt.index import qdrant_client
+from xbt.index.checks import as_ids, as_k, as_queries, as_rows
 from xbt.index.items import Items, Source, portions
 from xbt.index.mixed import Merge, next_vector_name, search_mixed
 from xbt.index.protocol import EXACT_SCORES, FILTER, METADATA, Batch, Hits, IndexInfo, VectorInfo
+from xbt.index.segments import part_name
 from xbt.space import EmbeddingSpace
 from xbt.store.shards import Metadata, as_table
-from xbt.vectors import Vectors, as_vectors
+from xbt.vectors import Vectors
 
 if TYPE_CHECKING:  # searching with vectors needs no models
     from xbt.encoders import DualEncoder
@@ -145,7 +147,9 @@ class QdrantIndex:
         return qdrant_client.count(self.client, self.collection)
 
     def __contains__(self, item: object) -> bool:
-        return isinstance(item, str) and bool(qdrant_client.present(self.client, self.collection, [item]))
+        if not isinstance(item, str):
+            return False
+        return bool(qdrant_client.present(self.client, self.collection, as_ids([item], "the item")))
 
     def info(self) -> IndexInfo:
         """See :meth:`VectorIndex.info <xbt.index.VectorIndex.info>`."""
@@ -164,12 +168,15 @@ class QdrantIndex:
         """See :meth:`VectorIndex.scan <xbt.index.VectorIndex.scan>`; in the order of the points' ids."""
         for name in filter(None, (missing, vectors)):
             self._space_of(name)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, but must be at least 1")
         for ids, rows in qdrant_client.scroll(self.client, self.collection, vectors, missing, batch_size):
             yield Batch(ids, rows)
 
     def fetch(self, ids: Sequence[str], name: str) -> NDArray[np.float32]:
         """See :meth:`VectorIndex.fetch <xbt.index.VectorIndex.fetch>`; unit rows with the metric cosine."""
-        return qdrant_client.fetch(self.client, self.collection, ids, name, self._space_of(name).dim)
+        dim = self._space_of(name).dim
+        return qdrant_client.fetch(self.client, self.collection, as_ids(ids, "ids"), name, dim)
 
     # -- searching -------------------------------------------------------------------------------------
 
@@ -202,17 +209,17 @@ class QdrantIndex:
 
         Raises:
             DataError: If k is below 1, a name is unknown, or a value is NaN.
+            ConfigError: If the filter is no ``Filter``.
             SpaceMismatchError: If the space or the dimension is another; the message names both.
             StoreError: If Qdrant cannot be reached or refuses.
         """
-        _check_k(k)
         name = next(iter(self._spaces)) if using is None else using
         if without is not None:
             self._space_of(without)
-        single = queries[None] if queries.ndim == 1 else queries
-        rows = self._rows(single, f"the query vectors for {name!r}", name, space)
+        what = f"the query vectors for {name!r}"
+        rows = as_queries(queries, what, self._required(name, space, what).dim)
         where = qdrant_client.condition(without=without, also=filter)
-        return qdrant_client.nearest(self.client, self.collection, rows, k, name, where, exact)
+        return qdrant_client.nearest(self.client, self.collection, rows, as_k(k), name, where, exact)
 
     def search_texts(
         self,
@@ -237,10 +244,9 @@ class QdrantIndex:
         Raises:
             DataError, SpaceMismatchError, StoreError: As :meth:`search`.
         """
-        _check_k(k)
         name = next(iter(self._spaces)) if using is None else using
-        self._space_of(name).require(encoder.space, f"the encoder of queries for {name!r}")
-        return self.search(encoder.encode_texts(list(texts)), k, using=name, filter=filter, exact=exact)
+        self._required(name, encoder.space, f"the encoder of queries for {name!r}")
+        return self.search(encoder.encode_texts(list(texts)), as_k(k), using=name, filter=filter, exact=exact)
 
     def search_mixed(
         self,
@@ -299,11 +305,12 @@ class QdrantIndex:
             StoreError: If ids or metadata do not fit, or Qdrant refuses.
         """
         name = next(iter(self._spaces))
-        rows = self._rows(vectors, "the vectors to add", name, space)
-        payloads = _payloads(ids, metadata, len(rows), f"the collection {self.collection!r}")
-        there = qdrant_client.present(self.client, self.collection, ids)
+        rows = as_rows(vectors, "the vectors to add", self._required(name, space, "the vectors to add").dim)
+        items = as_ids(ids, "ids", len(rows))
+        payloads = _payloads(items, metadata, f"the collection {self.collection!r}")
+        there = qdrant_client.present(self.client, self.collection, items)
         if there:
-            item = next(item for item in ids if item in there)
+            item = next(item for item in items if item in there)
             raise DataError(
                 f"the id {item!r} is already in {self.collection!r}; remove it first, or use another"
             )
@@ -311,7 +318,7 @@ class QdrantIndex:
 
     def remove(self, ids: Sequence[str]) -> None:
         """Remove items with all their vectors; those that are not there are no error."""
-        qdrant_client.remove(self.client, self.collection, list(ids))
+        qdrant_client.remove(self.client, self.collection, as_ids(ids, "ids"))
 
     def add_vector(self, name: str, space: EmbeddingSpace) -> None:
         """See :meth:`VectorIndex.add_vector <xbt.index.VectorIndex.add_vector>`.
@@ -320,6 +327,7 @@ class QdrantIndex:
             SpaceMismatchError: If there are vectors of this name of another space.
             StoreError: If Qdrant refuses: only servers from version 1.18 on can add a vector to a collection.
         """
+        part_name(name)
         self.reload()
         if name in self._spaces:
             self._spaces[name].require(space, f"the vector {name!r} to add")
@@ -339,13 +347,13 @@ class QdrantIndex:
 
     def upsert(self, ids: Sequence[str], vectors: Vectors, name: str) -> None:
         """See :meth:`VectorIndex.upsert <xbt.index.VectorIndex.upsert>`."""
-        rows = self._rows(vectors, f"the vectors {name!r} to write", name, None)
-        _payloads(ids, None, len(rows), f"the vectors {name!r} to write")
-        there = qdrant_client.present(self.client, self.collection, ids)
-        for item in ids:
+        rows = as_rows(vectors, f"the vectors {name!r} to write", self._space_of(name).dim)
+        items = as_ids(ids, "ids", len(rows))
+        there = qdrant_client.present(self.client, self.collection, items)
+        for item in items:
             if item not in there:
                 raise DataError(f"there is no item {item!r} in {self.collection!r}; add it first")
-        qdrant_client.set_vectors(self.client, self.collection, ids, rows, name)
+        qdrant_client.set_vectors(self.client, self.collection, items, rows, name)
 
     def backfill(self, vectors: Vectors, ids: Sequence[str], space: EmbeddingSpace | None = None) -> None:
         """Give existing items their vectors of the new model; the old ones stay.
@@ -363,8 +371,7 @@ class QdrantIndex:
         """
         first, *rest = self._spaces
         name = rest[0] if rest else next_vector_name(first)
-        if space is not None:
-            self._space_of(name).require(space, "the vectors to backfill")
+        self._required(name, space, "the vectors to backfill")
         self.upsert(ids, vectors, name)
 
     def drop_vector(self, name: str) -> None:
@@ -420,11 +427,12 @@ class QdrantIndex:
         return added
 
     def _upload(self, items: Items, name: str, space: EmbeddingSpace | None) -> int:
-        rows = self._rows(items.vectors, "the vectors to upload", name, space)
+        what = "the vectors to upload"
+        rows = as_rows(items.vectors, what, self._required(name, space, what).dim)
         there = qdrant_client.present(self.client, self.collection, items.ids)
         fresh = [row for row, item in enumerate(items.ids) if item not in there]
         if fresh:
-            payloads = _payloads(items.ids, items.metadata, len(rows), "the items to upload")
+            payloads = _payloads(items.ids, items.metadata, "the items to upload")
             qdrant_client.insert(
                 self.client, self.collection, rows[fresh], [payloads[row] for row in fresh], name
             )
@@ -451,22 +459,15 @@ class QdrantIndex:
             )
         return self._spaces[name]
 
-    def _rows(
-        self, vectors: Vectors, what: str, name: str, space: EmbeddingSpace | None
-    ) -> NDArray[np.float32]:
+    def _required(self, name: str, space: EmbeddingSpace | None, what: str) -> EmbeddingSpace:
+        """The space of a named vector, after checking that other vectors are of it."""
         needed = self._space_of(name)
         if space is not None:
             needed.require(space, what)
-        rows: NDArray[np.float32] = as_vectors(vectors, what, needed.dim).float().numpy()
-        return rows
+        return needed
 
 
-def _payloads(ids: Sequence[str], metadata: Metadata | None, count: int, where: str) -> list[dict[str, Any]]:
+def _payloads(ids: Sequence[str], metadata: Metadata | None, where: str) -> list[dict[str, Any]]:
     """One dict an item: its id under ``id``, and its values of the metadata's columns."""
-    listed: list[dict[str, Any]] = as_table(ids, metadata, count, where).to_pylist()
+    listed: list[dict[str, Any]] = as_table(ids, metadata, len(ids), where).to_pylist()
     return listed
-
-
-def _check_k(k: int) -> None:
-    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise DataError(f"k is {k!r}; give an integer of at least 1")

@@ -436,6 +436,8 @@ def condition(having: str | None = None, without: str | None = None, also: Any =
     models = optional("qdrant_client.models", "serve")
     if having is None and without is None and also is None:
         return None
+    if not isinstance(also, models.Filter | models.HasIdCondition | None):
+        raise ConfigError(f"filter is {also!r}; give a qdrant_client.models.Filter")
     must = [] if having is None else [models.HasVectorCondition(has_vector=having)]
     must_not = [] if without is None else [models.HasVectorCondition(has_vector=without)]
     return models.Filter(must=must + ([] if also is None else [also]), must_not=must_not)

@@ -10,7 +10,9 @@ import mmap
 import os
 import re
 import sqlite3
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -119,7 +121,7 @@ def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
     """
     try:
         names = json.loads(data.decode("utf-8"))
-        whole = isinstance(names, list) and len(names) == count and all(type(each) is str for each in names)
+        whole = isinstance(names, list) and len(names) == count and set(map(type, names)) <= {str}
     except (ValueError, AttributeError, RecursionError) as error:
         raise damaged(path, f"the ids of a segment cannot be read: {error}") from error
     if not whole:
@@ -152,17 +154,27 @@ def damaged(path: Path, reason: str) -> StoreError:
 
 
 class Segment(Protocol):
-    """Rows that never change.
+    """Rows that never change."""
 
-    Attributes:
-        number: Its number within the gallery; later segments have higher ones.
-        count: Rows.
-        own: Whether the rows are the gallery's, and not those of a store that is only read.
-    """
+    @property
+    def number(self) -> int:
+        """Its number within the gallery; later segments have higher ones."""
+        ...
 
-    number: int
-    count: int
-    own: bool
+    @property
+    def name(self) -> str:
+        """Identifies its rows; a segment of another gallery has another name."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def own(self) -> bool:
+        """Whether the rows are the gallery's, and not those of a store that is only read."""
+        ...
 
     def slice(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows ``start`` … ``stop − 1``, which must not be written to."""
@@ -191,7 +203,12 @@ class MemorySegment:
     own: bool = True
 
     @property
-    def count(self) -> int:  # type: ignore[override]
+    def name(self) -> str:
+        """See :class:`Segment`."""
+        return str(self.number)
+
+    @property
+    def count(self) -> int:
         """See :class:`Segment`."""
         return len(self.rows)
 
@@ -213,6 +230,11 @@ class MemorySegment:
         return {} if self.table is None else {field.name: field.type for field in self.table.schema}
 
 
+def segment_name(number: int, digest: str) -> str:
+    """Name of a segment in the record of an index."""
+    return f"{number}-{digest[:32]}"
+
+
 def npy_header(dtype: str, count: int, dim: int) -> bytes:
     """The header of a segment's file: that of a ``.npy`` file of version 1.0, in 128 bytes."""
     code = {"float16": "<f2", "float32": "<f4"}[dtype]
@@ -228,6 +250,7 @@ class FileSegment:
         path: The file.
         dtype: ``"float16"`` or ``"float32"``.
         shape: Rows and dimension, as the gallery knows them.
+        sha256: Checksum with which the file was written; not compared here.
         read_metadata: Reads the Parquet bytes of the columns; ``None`` if there are none.
 
     Raises:
@@ -242,10 +265,11 @@ class FileSegment:
         path: Path,
         dtype: str,
         shape: tuple[int, int],
+        sha256: str,
         read_metadata: Callable[[int], bytes] | None = None,
     ) -> None:
         self.number, self.path, self.count = number, path, shape[0]
-        self.shape = dtype, shape
+        self.shape, self.name = (dtype, shape, sha256), segment_name(number, sha256)
         self._read_metadata = read_metadata
         self._types: dict[str, pa.DataType] | None = None
         header, width = npy_header(dtype, *shape), np.dtype(dtype).itemsize
@@ -363,9 +387,8 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
     Raises:
         StoreError: If it is one.
     """
-    application, version = (
-        db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
-    )
+    application = db.execute("PRAGMA application_id").fetchone()[0]
+    version = db.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
         raise damaged(path, "it is no database of a gallery")
     if version != VERSION:
@@ -385,7 +408,7 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
 def read_settings(db: sqlite3.Connection, path: Path) -> dict[str, str]:
     """Read the settings of a gallery; raises as :func:`check_schema`."""
     settings = dict(db.execute("SELECT key, value FROM setting LIMIT 50").fetchall())
-    whole = settings.keys() == _SETTINGS and all(isinstance(value, str) for value in settings.values())
+    whole = settings.keys() == _SETTINGS and set(map(type, settings.values())) == {str}
     if not whole or not re.fullmatch(r"[0-9]{1,18}", settings["generation"]):
         raise damaged(path, f"its settings are {sorted(map(str, settings))}")
     return settings
@@ -462,3 +485,64 @@ class Rows:
             for number in range(first, last)
         ]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+_CODES = {
+    "FULL": "cannot grow, since the disk is full ({}); free some space and run again: nothing was changed",
+    "IOERR": "cannot be read or written ({}); check the disk and run again: the gallery is as it was",
+    "BUSY": "is locked by another program ({}); close that program and run again",
+    "LOCKED": "is locked by another program ({}); close that program and run again",
+    "READONLY": "cannot be written ({}); choose a directory you may write to",
+    "CANTOPEN": "cannot be opened ({}); check the permissions of the file and of its directory",
+    "PERM": "cannot be opened ({}); check the permissions of the file and of its directory",
+}
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn errors of SQLite and of the operating system into one sentence."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = str(getattr(error, "sqlite_errorname", "")).removeprefix("SQLITE_").split("_")[0]
+        sentence = _CODES.get(code, f"is damaged ({{}}); {DAMAGED}")
+        raise StoreError(f"{path} {sentence.format(error)}") from error
+    except (UnicodeDecodeError, MemoryError) as error:  # of a message or size that is damaged itself
+        raise damaged(path, str(error) or "a value is larger than the memory") from error
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read or written ({error.strerror or error}); check the disk and run again"
+        ) from error
+
+
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs",
+            "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.ceph"}  # fmt: skip
+
+
+def journal_mode(path: Path, warn: bool = False) -> str:
+    """``WAL``, for which processes share memory, or ``DELETE`` on a network disk."""
+    kind = _file_system(path)
+    if kind not in _NETWORK:
+        return "WAL"
+    if warn:
+        warnings.warn(
+            f"{path} is on a network disk ({kind}): one machine at a time may write, and compact() may take "
+            "the files of readers on other machines away",
+            stacklevel=4,
+        )
+    return "DELETE"
+
+
+def _file_system(path: Path) -> str:
+    """Kind of file system that a directory is on; empty where the system does not tell."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    place, best = f"{path.resolve()}/", ("", "")
+    for mount in mounts:
+        _, where, kind, *_ = [*mount.split(" "), "", "", ""]
+        prefix = where.replace(r"\040", " ").rstrip("/") + "/"
+        if place.startswith(prefix) and len(prefix) >= len(best[0]):
+            best = (prefix, kind)
+    return best[1]

@@ -17,11 +17,10 @@ import os
 import re
 import sqlite3
 import threading
-import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from xbt.errors import DataError, StoreError
 from xbt.files import Sink, remove_leftovers, write_whole
 from xbt.index.faiss_index import FOLDER, IndexCache, IndexPlan
 from xbt.index.segments import (
-    DAMAGED,
     Change,
     FileSegment,
     PartRecord,
@@ -44,8 +42,11 @@ from xbt.index.segments import (
     damaged,
     ids_from_json,
     is_count,
+    journal_mode,
     npy_header,
     read_settings,
+    segment_name,
+    translated,
 )
 from xbt.index.store_segment import StoreRecord, StoreSegment, note_places, require_known
 from xbt.store.lock import WriterLock
@@ -53,6 +54,10 @@ from xbt.store.lock import WriterLock
 DATABASE, SEGMENTS = "gallery.sqlite", "segments"
 BUSY_SECONDS = 30.0
 """A reader or writer waits this long for a lock of the database; xbt itself holds one for milliseconds."""
+_LAST = (
+    "SELECT (SELECT MAX(number) FROM segment), (SELECT MAX(version) FROM change), "
+    "(SELECT seq FROM sqlite_sequence WHERE name = 'segment')"
+)
 FILE_ROWS = 1 << 20
 """Rows of the largest files that compaction writes; the ids of a file are one value of the database."""
 
@@ -92,15 +97,15 @@ class News:
     Attributes:
         mark: How far the gallery is read now.
         whole: Whether this is everything; whatever was known before is void.
-        plan: Kind of index.
-        parts: All parts.
+        plan: Kind of index, where this is everything.
+        parts: All parts, or none if none is new.
         segments: New segments with the part's number, and the ids of their rows.
         changes: New changes.
     """
 
     mark: Mark
     whole: bool
-    plan: IndexPlan
+    plan: IndexPlan | None
     parts: list[PartRecord]
     segments: list[tuple[int, FileSegment | StoreSegment, list[str]]]
     changes: list[Change]
@@ -136,11 +141,12 @@ class Storage:
         self.options = read_only, mmap, stores
         self.refused, self.identity, self._has_stores = False, "", False
         self._moved = {str(was): Path(now).expanduser() for was, now in (stores or {}).items()}
-        self._lock, self._held = threading.RLock(), None
+        self._lock = threading.RLock()
         self._writer, self._journal = WriterLock(path), ""
+        self._next_number = 1
         self._part_records: dict[tuple[Any, ...], PartRecord] = {}
         self._held_stamp: tuple[int, int] | None = None
-        self._held: sqlite3.Connection | None
+        self._held: sqlite3.Connection | None = None
         _OPEN.add(self)
         if self._moved:
             with self._session() as db:
@@ -207,9 +213,14 @@ class Storage:
 
     def segment_names(self, part: str) -> list[str]:
         """Names of the segments that a part has at the moment, as an index's record has them."""
-        query = "SELECT segment.number FROM segment JOIN part ON part.number = segment.part WHERE name = ?"
+        path, columns = self.path / DATABASE, "segment.number, sha256, store"
+        query = f"SELECT {columns} FROM segment JOIN part ON part.number = segment.part WHERE name = ?"
         with self._session() as db:
-            return [str(number) for (number,) in db.execute(f"{query} ORDER BY 1", (part,))]
+            rows = db.execute(f"{query} ORDER BY 1", (part,)).fetchall()
+        return [
+            segment_name(number, sha256 if store is None else StoreRecord.from_json(store, path).digest)
+            for number, sha256, store in rows
+        ]
 
     def cache(self, part: PartRecord, plan: IndexPlan) -> IndexCache:
         """Files of a part's index."""
@@ -231,13 +242,11 @@ class Storage:
         """
         if self.read_only:
             raise StoreError(f"{self.path} was opened to be read only; open it without read_only to write")
-        with self._lock:
-            if not (self.path / DATABASE).is_file():
-                raise _no_gallery(self.path)
+        with self._lock, translated(self.path / DATABASE):
+            stamp = self._stamp()
             self._writer.acquire()
             try:
-                with translated(self.path / DATABASE):
-                    self._held_stamp, self._held = self._stamp(), self._connect(write=True)
+                self._held_stamp, self._held = stamp, self._connect(write=True)
             except BaseException:
                 self._writer.release()
                 raise
@@ -248,33 +257,45 @@ class Storage:
             held, self._held = self._held, None
             try:
                 if held is not None:
-                    with translated(self.path / DATABASE):
+                    with suppress(sqlite3.Error):  # the log that is left is taken in at the next opening
                         held.close()
             finally:
                 self._writer.release()
 
-    def append(self, new: NewSegment, changes: Sequence[Change] = ()) -> None:
+    def append(self, known: Mark, new: NewSegment, changes: Sequence[Change] = ()) -> News:
         """Write a segment and make it the gallery's, together with changes.
 
         Args:
-            new: Its rows.
+            known: How far the gallery was read when the right to write was taken, or written since.
+            new: The segment's rows.
             changes: Of other segments, or with the number 0 of this one.
+
+        Returns:
+            What is new since ``known``.
 
         Raises:
             DataError: If a value is too large for the part's dtype.
             StoreError: If the disk is full or may not be written to; the gallery is as it was then.
         """
         self._require_same()
-        number = self._next_number()
+        number = self._next_number
         row = self._write_segment(number, new)
+        path, shape = self.path / SEGMENTS / _file_name(number), (len(new.ids), new.part.dim)
+        read_metadata = None if new.table is None else self.metadata
+        segment = FileSegment(number, path, new.part.dtype, shape, row[3], read_metadata)
+        own = [replace(each, segment=each.segment or number) for each in changes]
         with self._transaction() as db:
             db.execute("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-            _insert_changes(db, changes, number)
+            last = _insert_changes(db, own, known.change)
+        self._next_number += 1
+        mark = replace(known, segment=number, change=last)
+        return News(mark, False, None, [], [(new.part.number, segment, list(new.ids))], own)
 
-    def log(self, changes: Sequence[Change]) -> None:
-        """Commit changes; raises as :meth:`append`."""
+    def log(self, known: Mark, changes: Sequence[Change]) -> News:
+        """Commit changes; as :meth:`append`."""
         with self._transaction() as db:
-            _insert_changes(db, changes)
+            last = _insert_changes(db, changes, known.change)
+        return News(replace(known, change=last), False, None, [], [], list(changes))
 
     def add_part(self, part: PartRecord) -> None:
         """Begin a part; raises as :meth:`append`."""
@@ -300,14 +321,14 @@ class Storage:
             StoreError: As :meth:`append`.
         """
         self._require_same()
-        first = self._next_number()
+        first = self._next_number
         rows = [self._write_segment(first + place, each) for place, each in enumerate(new)]
         with self._transaction() as db:
             db.executemany("DELETE FROM part WHERE number = ?", [(number,) for number in parts])
             db.executemany("DELETE FROM segment WHERE number = ?", [(number,) for number in segments])
             db.execute("DELETE FROM change")
             db.executemany("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-            _insert_changes(db, changes)
+            _insert_changes(db, changes, 0)
             generation = int(read_settings(db, self.path)["generation"]) + 1
             db.execute("UPDATE setting SET value = ? WHERE key = 'generation'", (str(generation),))
 
@@ -362,7 +383,8 @@ class Storage:
             self._require_same()
             db.execute("BEGIN IMMEDIATE")
             try:
-                if read_settings(db, self.path)["identity"] != self.identity:
+                found = db.execute("SELECT value FROM setting WHERE key = 'identity'").fetchone()
+                if found != (self.identity,):
                     raise self._replaced()
                 yield db
                 if self._has_stores:
@@ -372,11 +394,6 @@ class Storage:
                 with suppress(sqlite3.Error):
                     db.execute("ROLLBACK")
                 raise
-
-    def _next_number(self) -> int:
-        with self._session() as db:
-            found = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'segment'").fetchone()
-        return 1 if found is None else int(found[0]) + 1
 
     def _require_same(self) -> None:
         """Refuse to write if another gallery is in the place of this one."""
@@ -452,11 +469,11 @@ class Storage:
             db.execute("BEGIN")
             try:
                 settings = read_settings(db, path)
-                known = _still_known(db, known, settings)
-                parts = [self._part_record(row) for row in db.execute("SELECT * FROM part ORDER BY number")]
-                query = (
-                    "SELECT number, part, count, ids, store, metadata NOTNULL FROM segment WHERE number > ?"
-                )
+                last = db.execute(_LAST).fetchone()
+                known = _still_known(known, settings, last)
+                parts = list(map(self._part_record, db.execute("SELECT * FROM part ORDER BY number")))
+                columns = "number, part, count, sha256, ids, store, metadata NOTNULL"
+                query = f"SELECT {columns} FROM segment WHERE number > ?"
                 last_segment, last_change = (0, 0) if known is None else (known.segment, known.change)
                 rows = list(
                     ascending(db.execute(f"{query} ORDER BY number", (last_segment,)), last_segment, path)
@@ -467,6 +484,9 @@ class Storage:
                 with suppress(sqlite3.Error):
                     db.execute("ROLLBACK")
         check_parts(parts, path)
+        if not is_count(last[2] or 0, 0):
+            raise damaged(path, f"it has made {last[2]!r} segments")
+        self._next_number = 1 + (last[2] or 0)
         plan = IndexPlan(settings["index"], settings["tuning"])
         mark = Mark(
             stamp, settings["identity"], int(settings["generation"]),
@@ -485,9 +505,9 @@ class Storage:
     def _open_segment(
         self, parts: Mapping[int, PartRecord], row: Sequence[Any]
     ) -> tuple[int, FileSegment | StoreSegment, list[str]]:
-        number, part, count, ids, store, has_metadata = row
+        number, part, count, sha256, ids, store, has_metadata = row
         path = self.path / DATABASE
-        if part not in parts or not is_count(count, 1 if store is None else 0):
+        if part not in parts or not is_count(count, 1 if store is None else 0) or not isinstance(sha256, str):
             raise damaged(path, f"its segment {number} is of part {part!r} and has {count!r} rows")
         about = parts[part]
         if store is not None:
@@ -499,8 +519,8 @@ class Storage:
         file = self.path / SEGMENTS / _file_name(number)
         if not file.is_file() and file.parent.is_dir() and self._is_compacted(number):
             raise _Vanished(f"{self.path} is compacted faster than it can be read; wait for its writer")
-        shape = (about.dtype, (count, about.dim))
-        segment = FileSegment(number, file, *shape, self.metadata if has_metadata else None)
+        read_metadata = self.metadata if has_metadata else None
+        segment = FileSegment(number, file, about.dtype, (count, about.dim), sha256, read_metadata)
         return part, segment, ids_from_json(ids, count, path)
 
     def _is_compacted(self, number: int) -> bool:
@@ -529,15 +549,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_connections_to_parent)
 
 
-def _still_known(db: sqlite3.Connection, known: Mark | None, settings: Mapping[str, str]) -> Mark | None:
+def _still_known(known: Mark | None, settings: Mapping[str, str], last: Sequence[int | None]) -> Mark | None:
     """The mark, unless it is of another gallery or generation, or of a later state than this one."""
-    if known is None or (known.identity, str(known.generation)) != (
-        settings["identity"], settings["generation"]
-    ):  # fmt: skip
+    if known is None:
         return None
-    last = [db.execute(f"SELECT MAX({key}) FROM {table}").fetchone()[0] or 0
-            for table, key in (("segment", "number"), ("change", "version"))]  # fmt: skip
-    return known if last[0] >= known.segment and last[1] >= known.change else None
+    same = (known.identity, str(known.generation)) == (settings["identity"], settings["generation"])
+    return known if same and (last[0] or 0) >= known.segment and (last[1] or 0) >= known.change else None
 
 
 def insert_part(db: sqlite3.Connection, part: PartRecord) -> int:
@@ -549,17 +566,21 @@ def insert_part(db: sqlite3.Connection, part: PartRecord) -> int:
     return made.lastrowid
 
 
-def _insert_changes(db: sqlite3.Connection, changes: Sequence[Change], next_number: int = 0) -> None:
-    rows = [
-        (each.segment or next_number, int(each.moved), each.rows.astype("<i8").tobytes()) for each in changes
-    ]
-    db.executemany("INSERT INTO change (segment, moved, rows) VALUES (?, ?, ?)", rows)
+def _insert_changes(db: sqlite3.Connection, changes: Sequence[Change], last: int) -> int:
+    """Write changes within a transaction; returns the version of the last one."""
+    for each in changes:
+        row = (each.segment, int(each.moved), each.rows.astype("<i8").tobytes())
+        made = db.execute("INSERT INTO change (segment, moved, rows) VALUES (?, ?, ?)", row)
+        last = made.lastrowid or last
+    return last
 
 
-def describe_digest(ids: bytes | None, metadata: bytes | None) -> str:
-    """SHA-256 of the ids and columns of a segment."""
-    found = hashlib.sha256(ids or b"")
-    found.update(b"" if metadata is None else metadata)
+def describe_digest(ids: Any, metadata: Any) -> str:
+    """SHA-256 of the ids and columns of a segment; of any other value than bytes, of its text."""
+    found = hashlib.sha256()
+    for value in (ids, metadata):
+        data = b"" if value is None else value
+        found.update(data if isinstance(data, bytes) else repr(data).encode("utf-8", "backslashreplace"))
     return found.hexdigest()
 
 
@@ -598,62 +619,3 @@ def _no_gallery(path: Path) -> StoreError:
     return StoreError(
         f"{path} holds no gallery: there is no {DATABASE}; check the path, or make one with Gallery.create"
     )
-
-
-_CODES = {
-    "FULL": "cannot grow, since the disk is full ({}); free some space and run again: nothing was changed",
-    "IOERR": "cannot be read or written ({}); check the disk and run again: the gallery is as it was",
-    "BUSY": "is locked by another program ({}); close that program and run again",
-    "LOCKED": "is locked by another program ({}); close that program and run again",
-    "READONLY": "cannot be written ({}); choose a directory you may write to",
-    "CANTOPEN": "cannot be opened ({}); check the permissions of the file and of its directory",
-    "PERM": "cannot be opened ({}); check the permissions of the file and of its directory",
-}
-
-
-@contextmanager
-def translated(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite and of the operating system into one sentence."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = str(getattr(error, "sqlite_errorname", "")).removeprefix("SQLITE_").split("_")[0]
-        sentence = _CODES.get(code, f"is damaged ({{}}); {DAMAGED}")
-        raise StoreError(f"{path} {sentence.format(error)}") from error
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be read or written ({error.strerror or error}); check the disk and run again"
-        ) from error
-
-
-_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "glusterfs", "lustre", "beegfs",
-            "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "fuse.glusterfs", "fuse.ceph"}  # fmt: skip
-
-
-def journal_mode(path: Path, warn: bool = False) -> str:
-    """``WAL``, for which processes share memory, or ``DELETE`` on a network disk."""
-    kind = _file_system(path)
-    if kind not in _NETWORK:
-        return "WAL"
-    if warn:
-        warnings.warn(
-            f"{path} is on a network disk ({kind}): one machine at a time may write, and compact() may take "
-            "the files of readers on other machines away",
-            stacklevel=4,
-        )
-    return "DELETE"
-
-
-def _file_system(path: Path) -> str:
-    """Kind of file system that a directory is on; empty where the system does not tell."""
-    try:
-        mounts = Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()
-    except OSError:
-        return ""
-    place, best = f"{path.resolve()}/", ("", "")
-    for mount in mounts:
-        _, where, kind, *_ = [*mount.split(" "), "", "", ""]
-        prefix = where.replace(r"\040", " ").rstrip("/") + "/"
-        if place.startswith(prefix) and len(prefix) >= len(best[0]):
-            best = (prefix, kind)
-    return best[1]

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
-from xbt.index.segments import PartRecord, damaged, require_finite
+from xbt.index.segments import PartRecord, damaged, require_finite, segment_name
 from xbt.store import EmbeddingStore, FileRecord, ShardRecord, find_faults
 from xbt.store.layout import ID, MANIFEST, metadata_file, read_manifest, vectors_file
 from xbt.store.metadata import read_columns, read_types
@@ -197,8 +197,8 @@ def require_usable(store: EmbeddingStore) -> None:
             except StoreError as error:
                 raise DataError(str(error)) from None
             lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
-            wrong = np.flatnonzero(np.abs(lengths - 1) > _UNIT_ERROR) if unit else ()
-            if len(wrong):
+            wrong = np.flatnonzero(np.abs(lengths - 1) > _UNIT_ERROR)
+            if unit and len(wrong):
                 raise DataError(
                     f"{path} has a row of length {lengths[wrong[0]]:.3g} in row {first + int(wrong[0])}, but "
                     f"the rows of the space {store.space} have length 1; normalise the rows, or give a space "
@@ -231,7 +231,7 @@ class StoreSegment:
         """
         self._seen = self._compared = _stamp(path)  # before it is read: a later change is read again
         self.store = EmbeddingStore.open(path, part.modality, part.space)
-        self.number, self.count = number, count
+        self.number, self.count, self.name = number, count, segment_name(number, record.digest)
         if len(self.store) < count:
             raise StoreError(
                 f"{path} has {len(self.store)} rows, but the gallery was made of {count}; copy it again"

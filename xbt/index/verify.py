@@ -37,7 +37,8 @@ def faults_of(storage: Storage | None, parts: Parts) -> list[str]:
                 faults += _file_faults(segment, sha256)
                 if describe_digest(ids, metadata) != digest:
                     faults.append(
-                        f"{database} has other ids or metadata of {segment.path.name} than were written; {DAMAGED}"
+                        f"{database} has other ids or metadata of {segment.path.name} than were written; "
+                        f"{DAMAGED}"
                     )
         faults += storage.cache(part.record, parts.plan).faults()
     return faults

@@ -1,18 +1,23 @@
-"""Part of a gallery as it was at one moment, ready to be searched by any number of threads."""
+"""Parts of a gallery as they were at one moment, ready to be searched by any number of threads."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence, Set
+import threading
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xbt.errors import StoreError
+from xbt.errors import DataError, StoreError
 from xbt.index.exact_search import MISSING, OVERFETCH, ExactRows, Gather, rescore
 from xbt.index.faiss_index import ApproximateIndex
 from xbt.index.protocol import Hits
 from xbt.space import EmbeddingSpace
+
+if TYPE_CHECKING:
+    from xbt.index.parts import Parts
 
 ROWS_AT_ONCE = 65_536
 """Rows that are read at once where all are read from disk."""
@@ -60,7 +65,7 @@ class PartView:
         scores, rows = self.search(queries, k)
         if rows.size and rows.min() < 0:
             raise StoreError(
-                f"the part {self.name!r} has rows that cannot be scored; see verify() for the faults of its files"
+                f"the part {self.name!r} has rows that cannot be scored; see verify() for its faults"
             )
         names = self.ids
         return Hits([[names[row] for row in found] for found in rows.tolist()], scores)
@@ -120,6 +125,90 @@ class PartView:
             order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
             best_scores, best = (np.take_along_axis(each, order, axis=1) for each in (scores, both))
         return best_scores, best
+
+
+class Views:
+    """Views of all parts of a gallery, made when they are asked for and kept until something changes.
+
+    An index is made by the thread that finds that one is due; others search without it meanwhile.
+
+    Args:
+        state: Lock under which the parts change.
+        parts: Gives the parts.
+
+    Attributes:
+        made: The views, or ``None`` if something has changed since.
+        indexing: Held while an index is made.
+    """
+
+    def __init__(self, state: Any, parts: Callable[[], Parts]) -> None:
+        self._state, self._parts = state, parts
+        self.made: tuple[PartView, ...] | None = None
+        self.indexing = threading.Lock()
+
+    def all(self, wait: bool = False) -> tuple[PartView, ...]:
+        """Views of all parts, with an index where one is due, unless another thread is making it."""
+        views = self._current()
+        if any(view.due for view in views) and self.indexing.acquire(blocking=wait):
+            try:
+                self._make_indexes()
+            finally:
+                self.indexing.release()
+            views = self._current()
+        return views
+
+    def alone(self, part: str | None) -> PartView:
+        """The part to be searched alone: the one that is named, or the one that all items are in.
+
+        Raises:
+            DataError: If there is no such part, or items are in two parts.
+        """
+        views = self.all()
+        if part is not None:
+            name = self._parts().part(part).name
+            return next(view for view in views if view.name == name)
+        there = [view for view in views if view.count] or [views[0]]
+        if len(there) > 1:
+            raise DataError(
+                f"the gallery is being backfilled: {views[0].count} items are in the part {views[0].name!r} "
+                f"and {views[1].count} in {views[1].name!r}; use search_mixed(), or name one with part="
+            )
+        return there[0]
+
+    def of_vectors(self, using: str, without: str | None) -> list[PartView]:
+        """All vectors of a part, moved ones too, unless their items have a vector in another part.
+
+        Raises:
+            DataError: If there is no such part.
+        """
+        self.all()
+        with self._state:
+            known, views = self._parts(), self._current()
+            part, other = known.part(using), None if without is None else known.part(without)
+            view = views[[each.name for each in views].index(part.name)]
+            if other is None:
+                return [view] if part is known.newest else [view, part.moved_view()]
+            return [view.without(set(other.with_vector())) if other is not known.newest else view]
+
+    def _make_indexes(self) -> None:
+        with self._state:
+            known = self._parts()
+            due = [(part, view) for part, view in zip(known, self._current(), strict=True) if view.due]
+        for part, view in due:
+            index = part.made_index(view)
+            with self._state:
+                if self._parts() is known:  # and was not compacted in between
+                    part.adopt(index)
+                    self.made = None
+
+    def _current(self) -> tuple[PartView, ...]:
+        views = self.made
+        if views is None:
+            with self._state:
+                if self.made is None:
+                    self.made = tuple(part.view() for part in self._parts())
+                views = self.made
+        return views
 
 
 def search_views(views: Sequence[PartView], queries: NDArray[np.float32], k: int) -> Hits:
