@@ -318,7 +318,15 @@ class FileSegment:
         """See :class:`Segment`."""
         if self._read_metadata is None:
             return None
-        return self._parquet(lambda file: file.read()).take(pa.array(rows))
+
+        def read(file: pq.ParquetFile) -> pa.Table:
+            table = file.read()
+            table.validate(full=True)
+            if table.num_rows != self.count:
+                raise pa.ArrowInvalid(f"{table.num_rows} rows instead of {self.count}")
+            return table.take(pa.array(rows))
+
+        return self._parquet(read)
 
     def column_types(self) -> dict[str, pa.DataType]:
         """See :class:`Segment`."""
@@ -335,7 +343,7 @@ class FileSegment:
                 if file.metadata.num_rows != self.count:
                     raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows instead of {self.count}")
                 return read(file)
-        except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        except (pa.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:
             said = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StoreError(
                 f"the metadata of {self.path} in the gallery's database is damaged ({said}); {DAMAGED}"
