@@ -297,7 +297,10 @@ def test_select_and_pickle(tmp_path, cifar100):
         ({"fraction": 1.5}, "fraction is 1.5"),
         ({"limit": 0}, "limit is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"root": "x"}, "root 'x' was given with photos/, but only cifar100 and imagenet-1k have one"),
+        (
+            {"root": "x"},
+            "root 'x' was given with photos/, but only cifar100 and imagenet-1k have this option",
+        ),
     ],
 )
 def test_refuses_bad_options(options, message):

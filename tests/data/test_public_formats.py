@@ -415,7 +415,7 @@ def test_a_folder_that_cannot_be_looked_into(made, tmp_path, monkeypatch):
 def test_options_that_do_not_apply(made, tmp_path):
     lines, wds = write_image_lines(tmp_path / "a", made), write_wds(tmp_path / "b", made)
     for source, message in (
-        (PairSource(str(lines), split="test"), "has no splits: it is one"),
+        (PairSource(str(lines), split="test"), "has no splits; leave split out"),
         (PairSource(str(lines), id_column="x"), "only hf: sources have id_columns"),
         (PairSource(str(wds), image_root="x"), "whose tars hold the images"),
     ):
