@@ -200,7 +200,7 @@ def describe(config: GallerySearchBenchmark) -> str:
         f"{config.rows:,} random unit vectors of dimension {config.dim} around {CENTRES:,} centres, stored "
         f"in fp16, k = {config.k}, {config.threads} threads, {config.rounds} rounds in turns, shown "
         "as median [least, greatest]. Bare FAISS is IndexFlat with inner product on the stored vectors as "
-        "float32. A gallery checks queries and space, settles scores and ties, and answers with ids; "
+        "float32. A gallery checks queries and space, rescores and orders ties, and answers with ids; "
         f"'{HOLEY}' is the same with {config.removed:,} items removed since they were read. "
         "What is found is compared with bare FAISS."
     )

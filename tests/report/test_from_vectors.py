@@ -10,8 +10,8 @@ import pytest
 from fuzzing import damaged, fuzzed, loads_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
-from xbt.report.upgrade.config import VectorSource
-from xbt.report.upgrade.from_vectors import _array
+from xbt.report.config import VectorSource
+from xbt.report.from_vectors import _array
 
 from xbt.errors import ConfigError, DataError
 
