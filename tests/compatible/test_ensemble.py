@@ -78,7 +78,7 @@ def test_old_vectors_stand_in_for_the_old_encoder(specs, backend, kind):
     assert compatible.encode_texts([], old_vectors=torch.zeros(0, 12)).shape == (0, 12)
 
 
-def test_without_the_old_side_the_error_says_what_is_missing(specs):
+def test_the_error_names_missing_old_vectors(specs):
     new, projection, _ = parts(specs, "open_clip")
     compatible = CompatibleEncoder(new, projection, both()["nlerp"])
     words = r"text queries of .* combined with the old model's .*beta=0\.3.* give old=, which runs '.*old'"
@@ -159,7 +159,7 @@ def test_streams_of_images_with_broken_ones(specs, tmp_path, num_workers):
         compatible.encode_images([IMAGES[0], broken])
 
 
-def test_what_a_stream_raises_comes_out(specs):
+def test_exceptions_of_a_stream_are_raised(specs):
     new, projection, old = parts(specs, "open_clip")
     compatible = CompatibleEncoder(new, projection, both()["nlerp"], old)
 

@@ -1,4 +1,4 @@
-"""Weights files that people have: those that hold a model's weights load, the others are named."""
+"""Weights files of many kinds: those that hold a model's weights load, others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_tilde_in_a_path_is_expanded(state, tmp_path, monkeypatch):
     )
 
 
-def test_what_open_clip_writes_is_found_in_a_directory(model, state, tmp_path):
+def test_files_of_open_clip_are_found_in_a_directory(model, state, tmp_path):
     from xbt.encoders.open_clip_loading import write_config
 
     write_config(tmp_path, SMALL, {})

@@ -1,4 +1,4 @@
-"""What tests of sharing have in common."""
+"""Helpers for tests of sharing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of the Hub's API that huggingface_hub speaks to push, list and pull models, on this machine."""
+"""A local server for the part of the Hub's API that huggingface_hub uses to push, list and pull models."""
 
 from __future__ import annotations
 
