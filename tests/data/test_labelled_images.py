@@ -299,7 +299,7 @@ def test_select_and_pickle(tmp_path, cifar100):
         ({"seed": -1}, "seed is -1"),
         (
             {"root": "x"},
-            "root 'x' was given with photos/, but only cifar100 and imagenet-1k have this option",
+            "root 'x' was given with photos/, but only cifar100 and imagenet-1k have",
         ),
     ],
 )
