@@ -90,7 +90,7 @@ def test_image_lines(made, tmp_path):
     check(load_pairs(str(packed)), made)
 
 
-def test_a_caption_may_hold_what_separates_it_from_the_name(tmp_path):
+def test_a_caption_may_contain_the_delimiter(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text("image,caption\na.jpg,see b.jpg, which is larger\na.jpg,two\n")
     assert load_pairs(str(tmp_path / "a.txt")).captions == [["see b.jpg, which is larger", "two"]]
