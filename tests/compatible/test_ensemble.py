@@ -81,7 +81,7 @@ def test_old_vectors_stand_in_for_the_old_encoder(specs, backend, kind):
 def test_the_error_names_missing_old_vectors(specs):
     new, projection, _ = parts(specs, "open_clip")
     compatible = CompatibleEncoder(new, projection, both()["nlerp"])
-    words = r"text queries of .* combined with the old model's .*beta=0\.3.* give old=, which runs '.*old'"
+    words = r"text queries of .* combined with the old model's .*beta=0\.3.* give old=, so that '.*old'"
     with pytest.raises(EncoderError, match=words):
         compatible.encode_texts(TEXTS)
     with pytest.raises(EncoderError, match=r"image queries of .* or its vectors as old_vectors="):
@@ -105,7 +105,7 @@ def test_wrong_old_vectors(specs):
         compatible.encode_images(IMAGES[0], old_vectors=torch.ones(1, 12))
     plain = CompatibleEncoder(new, projection)
     for call in (plain.encode_texts, plain.encode_images):
-        with pytest.raises(ConfigError, match="of use only with an ensemble"):
+        with pytest.raises(ConfigError, match="only used with an ensemble"):
             call([], old_vectors=old.encode_texts(TEXTS))
 
 
@@ -194,7 +194,7 @@ def test_foreign_parts_are_refused(specs):
         CompatibleEncoder(new, projection, QueryEnsemble.midpoint(16))
     with pytest.raises(SpaceMismatchError, match="space of the ensemble is 'another'"):
         CompatibleEncoder(new, projection, QueryEnsemble.midpoint(12, EmbeddingSpace("another", 12)))
-    with pytest.raises(ConfigError, match="of use only with an ensemble"):
+    with pytest.raises(ConfigError, match="only used with an ensemble"):
         CompatibleEncoder(new, projection, old=old)
 
 

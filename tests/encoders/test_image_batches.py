@@ -292,7 +292,7 @@ def test_unknown_precision_and_workers_are_refused(encoder):
 
 
 def test_compiled_towers_give_the_same_vectors(encoder, monkeypatch):
-    """With the compiler's front end alone: it traces the towers, and what it traced is run."""
+    """Compile with the front end alone: it traces the towers and runs the traced graph."""
     texts, images = ["a red circle", "dog", "", "dog " * 20], draw_probe_images()
     expected = encoder.encode_texts(texts, batch_size=2), encoder.encode_images(images)
     traced, compile_module = [], torch.compile

@@ -184,7 +184,7 @@ def test_no_path_of_this_machine_is_pushed(hub, models, tmp_path):
     expected = CompatibleEncoder.from_pretrained(tmp_path / "encoder").encode_texts(texts)
     assert torch.equal(loaded.encode_texts(texts), expected)
     assert loaded.space.same_as(load_encoder(old).space)
-    # The snippet says what has to be named.
+    # The snippet names the options that must be given.
     assert (
         'base="backend:its specification", old="backend:its specification"'
         in everything(hub, "org/e")["README.md"]

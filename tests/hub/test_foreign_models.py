@@ -37,7 +37,7 @@ class Evil(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """A file that the code of a repository makes when it is run; whoever asks for leave to run it gets it."""
+    """A file that the code of a repository creates when it runs; prompts to run it are accepted."""
     monkeypatch.setenv("XBT_TEST_RAN", str(tmp_path / "ran"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     return tmp_path / "ran"

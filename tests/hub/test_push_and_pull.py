@@ -27,7 +27,7 @@ import xbt
 from xbt.data import make_scenes
 
 texts = json.loads(sys.argv[1])
-# Clones: what lies otherwise in memory is multiplied with other rounding.
+# Clones, because another memory layout can change rounding.
 given = {name: each.clone() for name, each in load_file(sys.argv[2]).items()}
 images = make_scenes(3).images
 encoder = xbt.CompatibleEncoder.from_pretrained("org/encoder")
@@ -80,7 +80,7 @@ def test_a_fresh_process_gets_the_same_vectors(hub, hosted, projection, tmp_path
     assert set(found) == set(expected)
     for name, vectors in expected.items():
         assert torch.equal(found[name], vectors), name
-    # The same once more, from the cache alone: nobody answers, and nobody is asked.
+    # The same again from the cache alone: no request is made.
     hub.requests.clear()
     run_fresh(PULL, json.dumps(TEXTS), tmp_path / "given", tmp_path / "offline", HF_HUB_OFFLINE="1")
     assert hub.requests == []

@@ -33,7 +33,7 @@ HUGE = 10**9
 
 @pytest.fixture
 def little_memory():
-    """Not more than 2 GiB of further address space: what is really allocated beyond that fails otherwise."""
+    """Limit further address space to 2 GiB, so that a larger allocation fails."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30, before[1]))
