@@ -172,7 +172,7 @@ def measure(name: str, folder: str, config: EvaluationSpeedBenchmark) -> Measure
 
 
 def contender(name: str, world: World, batch_size: int, ks: list[int]) -> Callable[[], Recalls]:
-    """What is measured; what an evaluation is given stands ready."""
+    """Measured function; its inputs are prepared beforehand."""
     if name == OURS:
         return ours(world, ks)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Settings that every training recipe shares, and the optimiser they ask for."""
+"""Settings shared by the training recipes, and their optimiser."""
 
 from __future__ import annotations
 

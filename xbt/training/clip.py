@@ -1,4 +1,4 @@
-"""A small CLIP from scratch: what the demo and the tests upgrade from and to."""
+"""Training of a small CLIP from scratch, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ClipObjective(nn.Module):
         self.towers = encoder.module
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss for ``{"pixels": (n, 3, H, W), "tokens": (n, context_length)}``."""
+        """Return the loss for ``{"pixels": (n, 3, H, W), "tokens": (n, context_length)}``."""
         images = self._encoder.embed_pixels(batch["pixels"])
         texts = self._encoder.embed_tokens(batch["tokens"])
         scale = self._encoder.logit_scale.exp()
@@ -68,7 +68,7 @@ class ClipObjective(nn.Module):
 
 
 def train_clip(config: ClipConfig) -> OpenClipEncoder:
-    """Trains a CLIP and saves it in open_clip's own format.
+    """Train a CLIP and save it in open_clip's own format.
 
     Args:
         config: What to do.

@@ -1,6 +1,6 @@
-"""A new CLIP that is fine-tuned to serve the old gallery and its own: BCT, BT² and OCA across modalities.
+"""Fine-tuning of a new CLIP for the old gallery and its own: BCT, BT² and OCA across modalities.
 
-The losses of BCT, BT² and OCA where classes are image–text pairs, and the start of their heads.
+The losses are those of BCT, BT² and OCA with image–text pairs as classes. Heads start at a Procrustes fit.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class CrossModalObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its parts.
+        """Return the loss and its parts.
 
         Args:
             batch: ``pixels``, ``tokens`` and, (n, dim) each, ``old_texts``, ``old_images``, ``own_texts``
@@ -246,7 +246,7 @@ class CompatibleClipConfig:
 
 
 def train_compatible_clip(config: CompatibleClipConfig) -> CompatibleEncoder:
-    """Trains the new CLIP and its head, and saves both of its faces.
+    """Train the new CLIP and its head, and save both of its faces.
 
     Step 0 is the Procrustes fit to the pairs' texts and images. The step is kept whose mean of R@1 against
     the old gallery and against its own, over both directions on held-out pairs, is best.
@@ -296,11 +296,11 @@ def whole_encoder(compatible: CompatibleEncoder, name: str) -> CompatibleEncoder
         )
     full = projection.full()
     preprocessing = dict(compatible.preprocessing)
-    # The probe is made by the encoder, which needs a space first: one without a probe stands in.
+    # The encoder makes the probe, but needs a space first: start with one without a probe.
     full.set_spaces(projection.new_space, EmbeddingSpace(name, full.old_dim, preprocessing))
     encoder = CompatibleEncoder(compatible.new, full)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncationWarning)  # cut texts tell models apart as well
+        warnings.simplefilter("ignore", TruncationWarning)  # cut texts distinguish models as well
         probe = torch.cat([encoder.encode_texts(PROBE_TEXTS), encoder.encode_images(draw_probe_images())])
     full.set_spaces(projection.new_space, EmbeddingSpace(name, full.old_dim, preprocessing, probe))
     return encoder

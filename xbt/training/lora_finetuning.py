@@ -71,8 +71,8 @@ class CompatibleObjective(nn.Module):
         p = φ(f(x)),  q = φ(g(t))
         L = InfoNCE(p, q; τ) + β · mean(1 − cos(q, φ₀(g₀(t))))
 
-    with f, g the new model's towers under LoRA, and φ₀, g₀ as stage 1 left them. After stage 1, φ₀∘g₀
-    stands for the old text tower; the first term draws new images to it, and the second (the anchor) holds
+    with f, g the new model's towers under LoRA, and φ₀, g₀ from stage 1. After stage 1, φ₀∘g₀ replaces
+    the old text tower; the first term draws new images to it, and the second (the anchor) holds
     the texts in the old space, because nothing else in this stage knows where that is. XBT (arXiv 2405.14715)
     fine-tunes with LoRA on pairs and without the old model; the anchor is ours.
     """
@@ -94,7 +94,7 @@ class CompatibleObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its parts for ``{"pixels", "tokens", "anchor": (n, old_dim)}``."""
+        """Return the loss and its parts for ``{"pixels", "tokens", "anchor": (n, old_dim)}``."""
         images = self.projection(self._encoder.embed_pixels(batch["pixels"]), "image")
         texts = self.projection(self._encoder.embed_tokens(batch["tokens"]), "text")
         contrastive = contrastive_loss(images, texts, self.temperature())
@@ -104,7 +104,7 @@ class CompatibleObjective(nn.Module):
 
 
 def finetune_lora(config: LoraFinetuningConfig) -> CompatibleEncoder:
-    """Runs stage 2 and saves the compatible encoder.
+    """Run stage 2 and save the compatible encoder.
 
     Args:
         config: What to do.
@@ -138,7 +138,7 @@ def _train(
     train: ImageTextPairs,
     held_out: ImageTextPairs,
 ) -> None:
-    # Before LoRA exists: what stage 1 made of these texts and images stands for the old model's vectors.
+    # Embed before LoRA is added: the vectors of stage 1 replace those of the old model.
     anchors = embed_texts_once(accelerator, compatible, train.texts, run.path / "anchors")
     stage1 = embed_pairs(accelerator, compatible, held_out)
     torch.manual_seed(config.training.seed)

@@ -1,7 +1,4 @@
-"""The ways to train a backbone: which head, which loss, what they need, and the papers' weights.
-
-The settings of a run that trains a backbone.
-"""
+"""Methods of training a backbone: heads, losses, required models, weights of the papers, and settings."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ _EXTRA_DIMS = {"independent": 0, "bct": 0, "bt2": 32, "oca": 32}
 
 @dataclass
 class LossWeights:
-    """Weights of the parts of a method's loss; what is not given is what the method's authors took.
+    """Weights of the parts of a method's loss; the defaults are those of the method's authors.
 
     BCT has ``classification`` (1) and ``influence`` (10); BT² ``classification`` (1), ``new`` (λ1 = 1; 5 is
     better on little data), ``influence`` (λ2 = 10) and ``old`` (λ3 = 5); OCA ``classification`` (5),
@@ -93,7 +90,7 @@ def make_method_head(
     orthogonal: bool = True,
     orthogonal_map: str = "matrix_exp",
 ) -> CompatibleHead:
-    """Builds a method's head with a classifier, its weights drawn anew.
+    """Build a method's head with a classifier and random weights.
 
     The whole vectors have ``new_dim`` dimensions (independent), ``new_dim + extra_dims`` (BCT),
     ``max(new_dim, old_dim) + extra_dims`` (BT²) or ``old_dim + extra_dims`` (OCA). In a series of updates
@@ -107,7 +104,7 @@ def make_method_head(
         new_dim: Dimension of the new model's own features; OCA has no such thing.
         extra_dims: Dimensions to add; ``None`` takes 32 for BT² and OCA, as their authors did, and else 0.
         scale: BT²'s C.
-        orthogonal: Whether OCA has its orthogonal layer.
+        orthogonal: Give OCA its orthogonal layer.
         orthogonal_map: How orthogonal matrices are parametrised.
 
     Raises:
@@ -136,7 +133,7 @@ def make_method_head(
 def make_method_loss(
     method: Method, weights: LossWeights, label_smoothing: float, prototypes: Prototypes | None
 ) -> HeadLoss:
-    """Builds a method's loss.
+    """Build a method's loss.
 
     Args:
         method: Which.
@@ -166,7 +163,7 @@ def check_method(
     label_smoothing: float,
     tested: bool,
 ) -> None:
-    """Checks that a method has the models that it needs, and no others.
+    """Check that a method has the models that it needs, and no others.
 
     Args:
         method: Which.
@@ -174,7 +171,7 @@ def check_method(
         independent: Where the independent new model is.
         weights: The loss's weights.
         label_smoothing: Of the cross entropies.
-        tested: Whether the result is evaluated.
+        tested: True if the result is evaluated.
 
     Raises:
         ConfigError: If a model is missing or not needed, or a weight cannot be used.
@@ -240,7 +237,7 @@ class CompatibleBackboneConfig:
     scale: float = 2.0
     """BT²'s scale C: how much the new model's features count among new vectors."""
     orthogonal: bool = True
-    """Whether oca has its orthogonal layer before the classifier."""
+    """Give oca its orthogonal layer before the classifier."""
     orthogonal_map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
     """How bt2's and oca's orthogonal matrices are parametrised; matrix_exp is the authors', cayley many times
     faster on a CPU."""
@@ -260,7 +257,7 @@ class CompatibleBackboneConfig:
     """Start afresh in an output directory that holds another run."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
             ConfigError: If one cannot be used, or the method lacks a model or is given one too many.
