@@ -81,7 +81,7 @@ def main(config: BackfillOrdersBenchmark) -> None:
         "Mean of R@1, R@5 and R@10 of text queries in the image gallery, over 0, 5, ..., 100 % backfilled, "
         "mean over the splits and seeds, and 95 % bootstrap interval (queries drawn image by image). *ours "
         "minus it*: paired, with its interval. The merge is the one that the support chooses. The log's "
-        "queries are captions that belong to no image of the gallery, and the order of the data stands for "
+        "queries are captions that belong to no image of the gallery, and the order of the data is used as "
         "age.",
         splits=record,
         config=settings,

@@ -1,4 +1,4 @@
-"""Backbones that are born compatible, beside each other: BCT, BT², OCA, and Procrustes, which trains nothing.
+"""Comparison of backward-compatible backbones: BCT, BT², OCA, and Procrustes, which needs no training.
 
     python recipes/benchmarks/compatible_backbones.py --images.source tiny_imagenet100_32px
 
@@ -86,7 +86,7 @@ def run_images(config: CompatibleBackbonesBenchmark) -> bool:
     if config.images.source is None or not config.images.seeds:
         return False
     found = per_seed(config.images.seeds, image_cells, config.images)
-    write(config, "images", "One upgrade, real images", found, config.images.told())
+    write(config, "images", "One upgrade, real images", found, config.images.describe())
     return True
 
 

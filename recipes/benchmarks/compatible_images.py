@@ -62,8 +62,8 @@ class ImagesConfig:
     runs_dir: str = "runs/benchmarks/compatible_images"
     """Where the models are trained; those that are there are used."""
 
-    def told(self) -> str:
-        """What the table is of, in a sentence."""
+    def describe(self) -> str:
+        """Describe the table in a sentence."""
         precision = "bf16 autocast" if self.precision == "bf16" else "float32"
         return (
             f"{Path(self.source or '').name}: {self.backbone}, {self.image_size}×{self.image_size} pixels, "

@@ -1,10 +1,10 @@
 """Exact search of a gallery on disk against bare FAISS on the same vectors, and an approximate index.
 
-    python recipes/benchmarks/gallery_search.py --folder /a/disk/with/room
+    python recipes/benchmarks/gallery_search.py --folder /a/disk/with/2/GB
 
-A gallery of random unit vectors around hidden centres is made, unless it is there. Bare FAISS is given the
-vectors that stand in it as one float32 array, and answers with row numbers; the gallery answers with the
-user's ids and settled scores. Both are timed in turns, in one process, at several batch sizes.
+A gallery of random unit vectors around hidden centres is created unless it exists. Bare FAISS searches its
+vectors as one float32 array and returns row numbers; the gallery returns the user's ids and rescored hits.
+Both are timed in turns in one process, at several batch sizes.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def contenders(
     vectors: NDArray[np.float32],
     queries: NDArray[np.float32],
 ) -> dict[str, Callable[[], object]]:
-    """What is timed; a gallery is told the space of the queries, and checks it."""
+    """Functions to time; a gallery also gets the space of the queries and checks it."""
     import faiss
 
     index = faiss.IndexFlat(vectors.shape[1], faiss.METRIC_INNER_PRODUCT)
@@ -195,7 +195,7 @@ def row(name: str, batch: int, timed: Timings, found: float | None) -> dict[str,
 
 
 def describe(config: GallerySearchBenchmark) -> str:
-    """What the table shows."""
+    """Describe the table."""
     return (
         f"{config.rows:,} random unit vectors of dimension {config.dim} around {CENTRES:,} centres, stored "
         f"in fp16, k = {config.k}, {config.threads} threads, {config.rounds} rounds in turns, shown "

@@ -1,10 +1,10 @@
-"""How fast a gallery on disk grows, is searched and backfilled, and what that means for billions of items.
+"""Speed of adding, searching and backfilling a gallery on disk, extrapolated to billions of items.
 
-    python recipes/benchmarks/gallery_throughput.py --folder /a/disk/with/room
+    python recipes/benchmarks/gallery_throughput.py --folder /a/disk/with/5/GB
 
 A gallery of random unit vectors is filled, searched, backfilled in random order while it is searched, and
-compacted. Memory and disk per item are measured for several indexes, each in a process of its own. From these
-follows a second table, of what 10 million to a billion items take; what it assumes stands below it.
+compacted. Memory and disk per item are measured for several indexes, each in its own process. A second table
+extrapolates to 10 million to a billion items; its assumptions are below it.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def measure(config: ImageEncodingBenchmark, encoder: DualEncoder, paths: list[Pa
 
 
 def probed(encoder: DualEncoder) -> object:
-    """The encoder's space, found anew: a loaded encoder does it once."""
+    """Compute the encoder's space again; a loaded encoder does so once."""
     encoder.invalidate_space()
     return encoder.space
 
