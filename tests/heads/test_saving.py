@@ -107,6 +107,6 @@ def test_damaged_configs_are_refused(tmp_path):
         CompatibleHead.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_head_built_anew_draws_other_weights():
+def test_a_head_built_again_draws_other_weights():
     first, second = (make_head("bct", {"new_dim": 4, "old_dim": 4, "n_classes": 3}) for _ in range(2))
     assert not torch.equal(first.classifier.weight, second.classifier.weight)

@@ -34,17 +34,17 @@ class ClipConfig:
     pairs: PairSource
     """The image–text pairs."""
     output_dir: str
-    """Where everything goes."""
+    """Output directory of the run."""
     training: TrainArgs = field(
         default_factory=lambda: TrainArgs(steps=1000, batch_size=256, lr=1e-3, weight_decay=0.1)
     )
-    """How to train."""
+    """Settings of the training."""
     preprocess: dict[str, Any] = field(default_factory=dict)
     """Overrides of open_clip's image preprocessing: mean, std, interpolation, resize_mode."""
     held_out: float = 0.02
     """Fraction of the pairs held out to choose the best step."""
     overwrite: bool = False
-    """Start afresh in an output directory that holds another run."""
+    """Replace another run in the output directory."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -115,7 +115,7 @@ def train_clip(config: ClipConfig) -> OpenClipEncoder:
 
 
 def read_model_config(model: str) -> dict[str, Any] | str:
-    """A JSON file's open_clip model config, or the built-in architecture's name as it is.
+    """Read an open_clip model config from a JSON file; returns the name of a built-in architecture unchanged.
 
     Raises:
         ConfigError: If the file is missing or is not a JSON object.

@@ -48,7 +48,7 @@ def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str)
     """
     accumulated = os.environ.get(_ACCUMULATION, "1").strip()
     if accumulated != "1":
-        # Accelerate would divide every loss by it, while every batch is a step.
+        # Accelerate would divide every loss by this number, although every batch is a step.
         raise ConfigError(
             f"{_ACCUMULATION} is {accumulated}, but every batch is one step of the optimiser; unset it (in "
             "Accelerate's config: gradient_accumulation_steps) and choose --training.batch_size"
@@ -159,7 +159,7 @@ class TrainingLoop:
         return self.state
 
     def result(self) -> dict[str, Any]:
-        """The step that was kept, the evaluations, and the number of processes."""
+        """Selected step, evaluations, and number of processes."""
         return {
             "best_step": self.state.best_step,
             "history": self.state.history,
@@ -312,12 +312,12 @@ class LoopState(StepSelection):
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the values of one of Accelerate's checkpoints."""
+        """Restore the values from one of Accelerate's checkpoints."""
         vars(self).update(state)
 
 
 class TrainedTensors:
-    """The tensors of a module that training changes.
+    """Tensors of a module that change in training.
 
     They are its parameters that require gradients and the persistent buffers of what is trained: batch norm's
     running statistics above all, without which the weights alone are another model. A buffer counts as
@@ -335,15 +335,15 @@ class TrainedTensors:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers by name, looked up each time: a module that moves to a device gets others."""
+        """Buffers by name; not cached, because a module gets new ones on another device."""
         return {name: owner.get_buffer(name.rpartition(".")[2]) for name, owner in self._owners.items()}
 
     def copy(self) -> dict[str, Tensor]:
-        """All of them, copied to the CPU."""
+        """Copy all tensors to the CPU."""
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self._all.items()}
 
     def set(self, values: dict[str, Tensor], source: str = "the kept weights") -> None:
-        """Put values of :meth:`copy` back.
+        """Restore the values of :meth:`copy`.
 
         Args:
             values: By name.

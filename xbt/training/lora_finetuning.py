@@ -36,25 +36,25 @@ class LoraFinetuningConfig:
     pairs: PairSource
     """The image–text pairs."""
     output_dir: str
-    """Where everything goes."""
+    """Output directory of the run."""
     training: TrainArgs = field(
         default_factory=lambda: TrainArgs(
             steps=200, batch_size=64, lr=5e-4, warmup_steps=20, eval_every=50, checkpoint_every=50
         )
     )
-    """How to train."""
+    """Settings of the training."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The LoRA."""
     train_projection: bool = True
     """Also train the projection."""
     anchor_weight: float = 1.0
-    """Weight of the anchor that keeps projected texts where stage 1 put them."""
+    """Weight of the anchor, which keeps projected texts near their vectors of stage 1."""
     temperature: float = 0.05
     """Temperature of the contrastive loss at the start; it is learned."""
     held_out: float = 0.2
     """Fraction of the pairs held out to choose the best step."""
     overwrite: bool = False
-    """Start afresh in an output directory that holds another run."""
+    """Replace another run in the output directory."""
 
     def __post_init__(self) -> None:
         if self.anchor_weight < 0:
@@ -66,7 +66,7 @@ class LoraFinetuningConfig:
 
 
 class CompatibleObjective(nn.Module):
-    """The loss of stage 2 over a batch of pairs.
+    """Loss of stage 2 over a batch of pairs.
 
         p = φ(f(x)),  q = φ(g(t))
         L = InfoNCE(p, q; τ) + β · mean(1 − cos(q, φ₀(g₀(t))))
