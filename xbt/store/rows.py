@@ -263,8 +263,8 @@ class NpyRows:
             largest = float((lengths - 1).abs().max())
             where = self._describe(wrong_length, numbers, "has rows that are not of length 1")
             raise StoreError(
-                f"{where} (lengths differ from 1 by up to {largest:.3g}), but its space has unit rows: normalise "
-                "them, or name a space of normalisation 'none'"
+                f"{where} (lengths differ from 1 by up to {largest:.3g}), but its space has unit rows: "
+                "normalise them, or name a space of normalisation 'none'"
             )
 
     def _describe(self, bad: Tensor, numbers: Sequence[int] | NDArray[np.int64], what: str) -> str:
