@@ -2,7 +2,7 @@
 
     accelerate launch recipes/backfill.py --config recipes/configs/backfill_b32_l14.yaml
 
-Items are embedded again in a chosen order and moved into the gallery's second part, where they can be searched
+Items are embedded again in a chosen order and moved into the gallery's second part, where they are searched
 at once. Recall over the fraction backfilled goes to curve.jsonl and curve.png, rejected items to
 rejected.jsonl. Processes share the items. A job that was killed, or that has spent its budget, continues with
 the same command and any number of processes.

@@ -71,7 +71,7 @@ def worlds(flickr8k: str | None, others: Sequence[str], of_scenes: ScenesConfig)
 
 
 def prepare(split: Split) -> World:
-    """Fits the projection and the merges to what a split selects on."""
+    """Fit the projection and the merges to what a split selects on."""
     support, asked = split.support, split.asked["T2I"]
     projection = fit_projection(*split.texts, "procrustes", pairs=support)
     assert support.new_images is not None

@@ -47,7 +47,7 @@ class CompatibleBackbonesBenchmark:
 
 
 def main(config: CompatibleBackbonesBenchmark) -> None:
-    """Runs every part that has seeds and writes its table."""
+    """Run every part that has seeds and write its table."""
     torch.set_num_threads(config.threads)
     ran = [run_worlds(config), run_images(config), run_clips(config)]
     if not any(ran):
@@ -107,7 +107,7 @@ def run_clips(config: CompatibleBackbonesBenchmark) -> bool:
 
 
 def per_seed(seeds: Sequence[int], run: Any, settings: Any) -> dict[int, dict[str, dict[str, float]]]:
-    """What ``run`` measures for every seed."""
+    """Results of ``run`` for every seed."""
     return {seed: run(settings, seed) for seed in tqdm(seeds, desc=run.__name__)}
 
 

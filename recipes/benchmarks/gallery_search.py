@@ -48,19 +48,19 @@ class GallerySearchBenchmark:
     index: str = ""
     """An approximate index to time as well, such as IVF1024,Flat; a gallery over the same store has it."""
     folder: str = "runs/benchmarks/gallery_search"
-    """Where the galleries are, or are made: rows · dim · 2 bytes, and the index."""
+    """Folder of the galleries: rows · dim · 2 bytes, and the index."""
     rounds: int = 11
-    """Rounds that count; everybody runs once in each."""
+    """Measured rounds; every contender runs once in each."""
     threads: int = 2
     """Threads of torch and FAISS."""
     seed: int = 0
-    """Draws the vectors."""
+    """Seed of the vectors."""
     results: str = "recipes/benchmarks/results/gallery_search"
-    """Where the results go, without suffix."""
+    """Path of the results, without suffix."""
 
 
 def main(config: GallerySearchBenchmark) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     check(config)
     import faiss
 
@@ -88,7 +88,7 @@ def main(config: GallerySearchBenchmark) -> None:
 
 
 def check(config: GallerySearchBenchmark) -> None:
-    """Refuses sizes that do not fit together.
+    """Refuse sizes that do not fit together.
 
     Raises:
         ConfigError: If one does not.

@@ -40,7 +40,7 @@ print(json.dumps({"bytes": used() - before, "seconds": ready}))
 
 @dataclass(frozen=True)
 class IndexCost:
-    """What an item of a gallery costs under one index.
+    """Cost of an item of a gallery under one index.
 
     Attributes:
         index: FAISS's string.
@@ -58,7 +58,7 @@ class IndexCost:
 def measure_index(
     path: Path, index: str, items: Iterable[tuple[Tensor, list[str]]], space: EmbeddingSpace, count: int
 ) -> IndexCost:
-    """Makes a gallery, and opens it in a process that does nothing else.
+    """Make a gallery; open it in a process that does nothing else.
 
     Args:
         path: Where to.

@@ -18,7 +18,7 @@ Both = tuple[EmbeddingStore, EmbeddingStore]
 
 
 def read_stores(folder: str) -> tuple[PairVectors, tuple[Tensor, Tensor] | None]:
-    """Joins the stores of a folder, as ``recipes/embed.py`` makes them, by their ids.
+    """Join the stores of a folder, as ``recipes/embed.py`` makes them, by their ids.
 
     The folder holds ``old_images``, ``old_texts`` and ``new_texts``; with ``new_images`` there are image
     queries too, and with ``old_corpus`` and ``new_corpus`` texts to fit to. The image of a text is its
