@@ -109,7 +109,7 @@ def main(config: ImageEncodingBenchmark) -> None:
 
 
 def measure(config: ImageEncodingBenchmark, encoder: DualEncoder, paths: list[Path]) -> tuple[Timings, float]:
-    """Seconds of every contender, and the largest difference between vectors of xbt and the plain pipeline."""
+    """Seconds of every contender, and the largest difference of vectors between xbt and the pipeline."""
     pixels = torch.stack(
         [encoder.preprocess(Image.open(path).convert("RGB")) for path in paths[: config.batch_size]]
     )
