@@ -176,7 +176,7 @@ show(broken[:3], "Broken by the upgrade")
 # %% [markdown]
 # ## The numbers behind the pictures
 #
-# With every caption, and in both directions. What is fixed and broken stands in the last lines.
+# With every caption, and in both directions. The last lines count the queries fixed and broken.
 
 # %%
 report = xbt.evaluate_retrieval(pictures, old, new, {"upgraded": upgraded})

@@ -231,8 +231,8 @@ for rule in rules:
 # ## Where Procrustes fails the criterion
 #
 # The last pair is an upgrade that should not be made: the rotation fails by far. A mixture may still gain a little,
-# as two models seldom err together, but it needs both of them at search time. Where the old one shall not run any
-# more (`use_old=False`), nothing beats what is there, and `auto` says so:
+# as two models seldom fail together, but it needs both of them at search time. If the old model may not run any
+# more (`use_old=False`), nothing beats the old query, and `auto` says so:
 
 # %%
 new_side, old_side, support, test = draw_world("worse")

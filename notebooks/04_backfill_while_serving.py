@@ -120,7 +120,7 @@ def to_old(texts: torch.Tensor) -> torch.Tensor:
 
 
 # %% [markdown]
-# The scores of the two parts do not mean the same. A *merge* puts them on one scale; which one is settled on the
+# The scores of the two parts are not comparable. A *merge* puts them on one scale; it is chosen on the
 # sample.
 
 # %%
@@ -397,7 +397,7 @@ print("damaged files:", gallery.verify())
 #
 # - [Galleries](../docs/galleries.md#two-parts-a-backfill): search, add, remove, backfill, and what a kill leaves behind.
 # - [Orders and merges](../docs/methods.md#backfill-orders-and-merges): how each of them works.
-# - [A gallery that grows](../README.md#a-gallery-that-grows-and-is-backfilled-while-it-serves): orders and merges measured
+# - [A gallery that grows](../README.md#galleries-that-grow-and-are-backfilled-while-they-serve): orders and merges measured
 #   on pictures, and what searching costs.
 # - [Serving](../docs/serving.md): the same backfill in Qdrant or PostgreSQL.
 # - [Upgrade a gallery](01_upgrade_a_gallery.ipynb): the projection that the old part is searched through.

@@ -133,7 +133,7 @@ old = train(
 independent = train(PlainHead(dim, n_classes=classes), ClassificationLoss(), Targets(labels), seed=2)
 
 # %% [markdown]
-# ## Models that are born compatible
+# ## Backward-compatible models
 #
 # They are shown what the old model makes of the training data, and the mean of each class in its space. BT² is also
 # shown the independent model. Weights of the losses are those of the papers, but for BT²'s λ1.
@@ -199,7 +199,7 @@ for name, (new_old, new_new) in cells.items():
 
 # %% [markdown]
 # The same as a picture. Each interval is a bootstrap over the test items; another training seed moves the points by
-# as much again, and [the README](../README.md#backbones-that-are-born-compatible) has five of them.
+# as much again, and [the README](../README.md#backward-compatible-backbones) has five of them.
 
 # %%
 figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
@@ -221,8 +221,8 @@ plt.show()
 # %% [markdown]
 # ## Extra dimensions
 #
-# Old and new classes compete for room. BT² and OCA add dimensions of which the old gallery sees nothing. With how
-# many?
+# Old and new classes compete for space. BT² and OCA add dimensions that the old gallery does not see. How many
+# are needed?
 
 # %%
 sweep = {}
@@ -251,14 +251,14 @@ plt.show()
 # - **For a single upgrade, nothing.** The rotation of an independent model finds at least as much in the old gallery,
 #   and there is no tax to pay. It asks for the vectors of the same items under both models, and that is all.
 # - **What training adds** is one vector that serves both galleries, with no map to keep beside the model. In a chain
-#   of versions each then speaks to every gallery before it; [the
-#   README](../README.md#backbones-that-are-born-compatible) measures such chains.
-# - **If you do train, leave room.** With extra dimensions (BT² and OCA) the tax is smaller than without (BCT).
+#   of versions each can then query every earlier gallery; [the
+#   README](../README.md#backward-compatible-backbones) measures such chains.
+# - **If you do train, add dimensions.** With extra dimensions (BT² and OCA) the tax is smaller than without (BCT).
 
 # %% [markdown]
 # ## What to read next
 #
-# - [Born-compatible models](../docs/methods.md#born-compatible-models): what each method computes, and its paper.
-# - [Measured](../README.md#backbones-that-are-born-compatible): five seeds, chains of versions, images and CLIPs.
+# - [Backward-compatible models](../docs/methods.md#backward-compatible-models): what each method computes, and its paper.
+# - [Measured](../README.md#backward-compatible-backbones): five seeds, chains of versions, images and CLIPs.
 # - [Which projection](03_which_projection.ipynb): the same question for CLIPs, where a rotation alone often fails.
 # - [Backfill while serving](04_backfill_while_serving.ipynb): from the old gallery to the new one.

@@ -1,10 +1,10 @@
-"""Choose what to query the old gallery with, by held-out retrieval, and save it; or learn that nothing helps.
+"""Choose the method for queries to the old gallery on held-out retrieval, and save it.
 
     accelerate launch recipes/choose_projection.py --config recipes/configs/choose_b32_l14.yaml
 
-Both models embed the captions and a few hundred image–text pairs once. Every candidate (projections, and
-ways to combine their queries with the old ones) is fitted and judged on pairs it has not seen; a direction in
-which no gain is shown stays with the old query. The result is a compatible encoder.
+Both models embed the captions and a few hundred image–text pairs once. Every candidate (a projection, and a
+combination of its queries with the old ones) is tested on held-out pairs. A direction without a significant
+gain keeps the old query. The result is a compatible encoder.
 
 Not supported: several processes.
 """
@@ -14,7 +14,7 @@ from xbt.config import run_recipe
 
 
 def main(config: FitConfig) -> None:
-    """Chooses and prints."""
+    """Choose and print the decision."""
     print(run_fit(config))
 
 

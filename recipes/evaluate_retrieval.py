@@ -2,10 +2,10 @@ r"""Measure old/old, new/old and new/new retrieval: T2I and I2T, R@1/5/10, and w
 
     accelerate launch recipes/evaluate_retrieval.py --config recipes/configs/evaluate_b32_l14.yaml
 
-R@k is the hit rate of CLIP's papers, with exact ranks; ties count against us. The table goes to standard
-output, JSON and Markdown to the output directory.
+R@k is the hit rate of the CLIP papers, with exact ranks; ties are ranked pessimistically. The table goes to
+standard output, JSON and Markdown to the output directory.
 
-For published numbers, one file for the models and one for the data, whose protocol is checked:
+To reproduce published numbers, give one config for the models and one for the data with its protocol:
 
     accelerate launch recipes/evaluate_retrieval.py --config recipes/configs/evaluate_pair_b32_h14.yaml \
         --config recipes/configs/evaluate_on_coco_5k.yaml --output_dir runs/b32_h14/coco_5k
@@ -19,7 +19,7 @@ from xbt.evaluation.job import EvaluationConfig, run_evaluation
 
 
 def main(config: EvaluationConfig) -> None:
-    """Measures and prints."""
+    """Evaluate and print the table."""
     run_evaluation(config, show=lambda report: print(format_table(report)))
 
 

@@ -1,11 +1,11 @@
-"""Write a store or gallery for others: .npy and Parquet, and SQL for PostgreSQL with pgvector.
+"""Export a store or gallery: .npy and Parquet files, and SQL for PostgreSQL with pgvector.
 
     accelerate launch recipes/export_gallery.py --config recipes/configs/export_gallery.yaml
 
-What has been written appears whole or not at all, and the same command writes it again. docs/serving.md says
-what to do with it.
+Every file appears whole or not at all, and the same command writes it again. docs/serving.md shows the use of
+the files.
 
-Not supported: several processes; both parts of a gallery that is being backfilled at once.
+Not supported: several processes; both parts of a gallery in one export.
 """
 
 from xbt.config import run_recipe
@@ -13,7 +13,7 @@ from xbt.serve.export import ExportConfig, run_export
 
 
 def main(config: ExportConfig) -> None:
-    """Exports and prints."""
+    """Export and print the result."""
     print(run_export(config))
 
 

@@ -3,7 +3,7 @@
     accelerate launch recipes/finetune_lora.py --config recipes/configs/stage2_b32_l14.yaml
 
 The old model is not loaded. Any key of the config can be given as a flag, nested ones with dots
-(--lora.rank 16). A killed run continues when the same command is given again.
+(--lora.rank 16). A killed run continues with the same command.
 
 Not supported: gradient accumulation (it would change the contrastive loss), FSDP.
 """

@@ -1,10 +1,10 @@
-"""The whole path on the built-in scenes, in minutes on a CPU; this is what `make demo` runs.
+"""A full upgrade on the built-in scenes, in minutes on a CPU; `make demo` runs it.
 
     accelerate launch --num_processes 1 recipes/quickstart.py --config recipes/configs/quickstart.yaml
 
-An old CLIP is trained and embeds a gallery; a better one is trained; stage 1 fits the projection on captions
-alone; stage 2 fine-tunes with LoRA on a few pairs. The table that it ends with shows, on scenes that no model
-was trained on, what the new CLIP finds in the old gallery; the pictures show it.
+It trains an old CLIP, which embeds a gallery, and a better new one. Stage 1 fits the projection on captions
+only, and stage 2 fine-tunes with LoRA on a few pairs. A table and two figures show the retrieval of the new
+CLIP in the old gallery, on scenes that are not in the training data.
 
 Not supported: several processes.
 """

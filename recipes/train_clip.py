@@ -3,10 +3,10 @@
     accelerate launch recipes/train_clip.py --config recipes/configs/clip_scenes_old.yaml
 
 Any key of the config can be given as a flag, nested ones with dots (--training.steps 200). A killed run
-continues when the same command is given again.
+continues with the same command.
 
 Not supported: image augmentation, gradient accumulation, FSDP. For serious pretraining use open_clip itself;
-this recipe makes the small models that the demo and the tests upgrade from and to.
+this recipe makes the small models of the demo and the tests.
 """
 
 from xbt.config import run_recipe

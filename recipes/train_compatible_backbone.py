@@ -2,13 +2,13 @@
 
     accelerate launch recipes/train_compatible_backbone.py --config recipes/configs/compatible_folder_old.yaml
 
-A series goes like this: train the old model and the independent new one with --method independent, then the
-compatible one with --old runs/.../model and, for bt2, --independent runs/.../model. It is in its turn the old
-one of the next version. Vectors of the models that are learned from are made once and kept with the run.
-With --test, result.json and report.md tell how well its queries do on the old gallery and on its own.
+For a series of versions, train the old model and the independent new one with --method independent, then the
+compatible one with --old runs/.../model and, for bt2, --independent runs/.../model. It is the old model of
+the next version. The vectors of the teacher models are computed once and kept with the run. With --test,
+result.json and report.md hold the results of its queries on the old gallery and on its own.
 
 Any key of the config can be given as a flag, nested ones with dots (--training.epochs 10). A killed run
-continues when the same command is given again.
+continues with the same command.
 
 Not supported: gradient accumulation, FSDP, several positive labels per image.
 """

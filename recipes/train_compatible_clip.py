@@ -2,9 +2,8 @@
 
     accelerate launch recipes/train_compatible_clip.py --config recipes/configs/compatible_clip_scenes.yaml
 
-Both models are loaded: the old one embeds the pairs, and is then let go. Any key of the config can be given
-as a flag, nested ones with dots (--lora.rank 16). A killed run continues when the same command is given
-again.
+Both models are loaded; the old one embeds the pairs and is then released. Any key of the config can be given
+as a flag, nested ones with dots (--lora.rank 16). A killed run continues with the same command.
 
 Not supported: gradient accumulation (it would change the contrastive losses), FSDP, training without LoRA.
 """

@@ -1,4 +1,4 @@
-"""Short configs of embedding jobs, and what their directories hold."""
+"""Short configs of embedding jobs, and the files of their directories."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config(spec, out, images=None, captions=None, **options):
 
 
 def write_dataset(path, names, parts=2):
-    """A Hugging Face data set in some parquet files, with the names as a column; image n is the scene n."""
+    """Write a Hugging Face data set as parquet files, with the names as a column; image n is scene n."""
     rows = [{"bytes": encoded(SCENES.image(n), "PNG"), "path": None} for n in range(len(names))]
     features = datasets.Features({"image": datasets.Image(), "name": datasets.Value("string")})
     whole = datasets.Dataset.from_dict({"image": rows, "name": names}, features=features)
@@ -35,7 +35,7 @@ def on_record(out, name):
 
 
 def files(out):
-    """Every file of a store that must not depend on how often its job was cut off."""
+    """Return the files of a store that must not depend on interruptions of its job."""
     names = [path for path in Path(out).rglob("*") if path.is_file()]
     return {
         str(path.relative_to(out)): path.read_bytes()
@@ -49,7 +49,7 @@ class Interrupted(Exception):
 
 
 def interrupt_after(monkeypatch, shards):
-    """Ends the job when it has written so many shards."""
+    """Stop a job after it has written this many shards."""
     write, count = StoreBuilder.write, 0
 
     def limited(self, *arguments, **options):

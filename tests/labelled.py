@@ -1,4 +1,4 @@
-"""Small labelled data sets for tests, on disk in the formats of the public ones."""
+"""Small labelled data sets for tests, on disk in public formats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def draw(label: int, number: int, size: int = 16) -> Image.Image:
-    """A picture of a class: a colour and a stripe of its own, with noise."""
+    """Draw a noisy image of a class, with the colour and stripe of the class."""
     own, random = np.random.default_rng(label), np.random.default_rng((label, number))
     pixels = np.tile(own.integers(60, 200, 3), (size, size, 1)).astype(float)
     stripe = own.integers(0, size - 3)
@@ -63,7 +63,7 @@ def write_imagenet(root: Path, train: int = 200, validation: int = 60, size: int
             numbers = range(shard * count // 2, (shard + 1) * count // 2)
             labels = [50 * (number % 20) for number in numbers]
             pictures = [draw(label, first + n, size) for n, label in zip(numbers, labels, strict=True)]
-            pictures = [each.resize((size + 16, size)) for each in pictures]  # not square, as there
+            pictures = [image.resize((size + 16, size)) for image in pictures]  # not square, as in ImageNet
             rows = {"image": [_jpeg(each) for each in pictures], "label": labels}
             made = datasets.Dataset.from_dict(rows, features=features)
             made.to_parquet(root / "data" / f"{split}-{shard:05d}-of-00002.parquet")
@@ -72,7 +72,7 @@ def write_imagenet(root: Path, train: int = 200, validation: int = 60, size: int
 
 
 SETS = {"cifar100": (write_cifar100, 50, 100), "imagenet": (write_imagenet, 500, 1000)}
-"""The data sets of the papers: what writes a small one, the old model's classes, and all classes."""
+"""Data sets of the papers: writer of a small version, number of old classes, number of all classes."""
 
 
 def paper(name, role, root, out, *flags):

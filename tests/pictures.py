@@ -1,4 +1,4 @@
-"""Images for tests, good and hostile, in files and in tars."""
+"""Valid and hostile images for tests, in files and in tars."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_tar(path, first, count):
 
 
 def write_hostile_files(root):
-    """100 files that are not simply images; returns the names of those that can be embedded all the same."""
+    """Write 100 unusual files; return the names of those that can still be embedded."""
     random, scene = np.random.default_rng(0), SCENES.image(0).resize((64, 64))
     jpeg, whole_png = encoded(scene, "JPEG"), encoded(scene, "PNG")
     noise = encoded(Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8)), "JPEG")

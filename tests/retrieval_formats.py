@@ -1,4 +1,4 @@
-"""One small retrieval data set written in every public format, as their own tools write them."""
+"""One small retrieval data set in every public format, written as the original tools do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLITS = ("train", "restval", "val", "test", "test", "test")
 
 @dataclass(frozen=True)
 class Photo:
-    """One image: COCO's number, file name, split, captions as people typed them, JPEG bytes."""
+    """One image: COCO's number, file name, split, raw captions, JPEG bytes."""
 
     number: int
     name: str
@@ -29,12 +29,12 @@ class Photo:
 
 
 def photos(count: int = len(SPLITS), captions: int = 5) -> list[Photo]:
-    """Scenes with as many captions each (the second image has one more), commas and quotes among them."""
+    """Draw scenes with this many captions each (the second has one more), with commas and quotes in them."""
     scenes, made = make_scenes(count, image_size=16), []
     for row in range(count):
         buffer = io.BytesIO()
         scenes.image(row).save(buffer, "JPEG", quality=95)
-        told = [
+        texts = [
             scenes.captions[row][0],
             f'A "scene", number {row}.',
             *(f"Take {k} of {row}" for k in range(captions)),
@@ -46,7 +46,7 @@ def photos(count: int = len(SPLITS), captions: int = 5) -> list[Photo]:
                 number,
                 f"COCO_val2014_{number:012d}.jpg",
                 SPLITS[row % len(SPLITS)],
-                told[: captions + extra],
+                texts[: captions + extra],
                 buffer.getvalue(),
             )
         )
@@ -102,7 +102,7 @@ def write_image_lines(root: Path, made: list[Photo]) -> Path:
 
 
 def write_coco_captions(root: Path, made: list[Photo], name: str = "coco_test_karpathy.json") -> Path:
-    """COCO's caption format; annotations of an image need not stand side by side."""
+    """COCO's caption format; annotations of an image need not be adjacent."""
     write_images(root, made)
     images = [
         {"id": photo.number, "file_name": photo.name, "width": 16, "height": 16, "license": 1}
@@ -120,13 +120,13 @@ def write_coco_captions(root: Path, made: list[Photo], name: str = "coco_test_ka
 
 
 def write_wds(root: Path, made: list[Photo], split: str = "test", per_shard: int = 2) -> Path:
-    """A folder as ``clip_benchmark_export_wds`` makes it."""
+    """Write a folder as ``clip_benchmark_export_wds`` does."""
     (root / split).mkdir(parents=True, exist_ok=True)
     (root / "dataset_type.txt").write_text("retrieval\n")
     with webdataset.ShardWriter(str(root / split / "%d.tar"), maxcount=per_shard, verbose=0) as sink:
         for index, photo in enumerate(made):
-            told = "\n".join(caption.replace("\n", r"\n") for caption in photo.captions)
-            sink.write({"__key__": f"s{index:07d}", "jpg": photo.jpeg, "txt": told})
+            text = "\n".join(caption.replace("\n", r"\n") for caption in photo.captions)
+            sink.write({"__key__": f"s{index:07d}", "jpg": photo.jpeg, "txt": text})
         shards = sink.shard
     (root / split / "nshards.txt").write_text(f"{shards}\n")
     return root
@@ -140,7 +140,7 @@ def table(made: list[Photo], **columns: list[Any]) -> datasets.Dataset:
 
 
 def write_parquet(root: Path, **splits: datasets.Dataset) -> Path:
-    """A directory as the Hub keeps it: ``data/test-00000-of-00001.parquet``."""
+    """Write a directory in the layout of the Hub: ``data/test-00000-of-00001.parquet``."""
     (root / "data").mkdir(parents=True, exist_ok=True)
     for name, data in splits.items():
         data.to_parquet(root / "data" / f"{name}-00000-of-00001.parquet")

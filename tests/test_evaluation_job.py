@@ -114,7 +114,7 @@ def test_folds_are_evaluated_apart_and_averaged(models, tmp_path):
         for direction in ("T2I", "I2T"):
             mean = sum(each.cell(cell.name).recall(direction)[1] for each in apart) / 3
             assert cell.recall(direction)[1] == pytest.approx(mean)
-    assert "mean over 3 folds of so many" in (tmp_path / "out/retrieval.md").read_text()
+    assert "per fold, mean over 3 folds" in (tmp_path / "out/retrieval.md").read_text()
 
 
 def test_wrong_data_is_refused_before_any_encoder_is_loaded(models, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from pictures import png
 from PIL import Image
 
-from xbt import image_plugins
+import xbt.images as images_module
 from xbt.data.image_folder import JoinedPaths
 from xbt.errors import DataError, ImageError
 from xbt.images import MAX_ASPECT_RATIO, MAX_PIXELS, load_image, read_image
@@ -348,13 +348,13 @@ def test_other_content_behind_an_image_suffix(content, tmp_path):
 def test_formats_that_need_a_plugin(head, words, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
     monkeypatch.setitem(sys.modules, "pillow_jxl", None)
-    image_plugins._load.cache_clear()
+    images_module._load.cache_clear()
     path = tmp_path / "photo"
     path.write_bytes(head + bytes(60))
     for source in (str(path), path.read_bytes()):
         with pytest.raises(ImageError, match=f"cannot be decoded: it .*{words}"):
             read_image(source)
-    image_plugins._load.cache_clear()
+    images_module._load.cache_clear()
 
 
 def test_a_plugin_that_is_installed_is_used(picture, tmp_path, monkeypatch):
@@ -367,9 +367,9 @@ def test_a_plugin_that_is_installed_is_used(picture, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image, "registered_extensions", lambda: known)
     monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
-    image_plugins._load.cache_clear()
+    images_module._load.cache_clear()
     assert read_image(data).image.tobytes() == picture.tobytes()
-    image_plugins._load.cache_clear()
+    images_module._load.cache_clear()
 
 
 def test_what_is_no_source_at_all():

@@ -23,6 +23,22 @@ from xbt.errors import DataError, ImageError
 
 _HEAD = 16
 """Number of bytes at the start of a file that identify a plugin's format."""
+ImageSource = Image.Image | str | os.PathLike[str] | bytes
+
+MAX_PIXELS = 89_478_485
+"""Maximum number of pixels, at which Pillow warns of decompression bombs; larger images are not decoded."""
+MAX_ASPECT_RATIO = 100
+"""Maximum ratio of the longer to the shorter side. A CLIP resizes the shorter side to a few hundred pixels,
+which would make the longer side of a narrower image huge."""
+
+_DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...
+_WORDS = {"1": "black and white", "L": "grayscale", "LA": "grayscale", "P": "palette", "PA": "palette"}
+_SYSTEM_ERRORS = (
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
+    errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH,
+)  # fmt: skip
+_URL = re.compile(r"\s*(?:[a-z][a-z0-9+.-]+://|https?:/|data:image/)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -76,24 +92,6 @@ def _load(plugin: Plugin) -> bool:
         if plugin.module == "pillow_heif":  # the others register themselves on import
             module.register_heif_opener()
     return plugin.suffix in Image.registered_extensions()
-
-
-ImageSource = Image.Image | str | os.PathLike[str] | bytes
-
-MAX_PIXELS = 89_478_485
-"""Maximum number of pixels, at which Pillow warns of decompression bombs; larger images are not decoded."""
-MAX_ASPECT_RATIO = 100
-"""Maximum ratio of the longer to the shorter side. A CLIP resizes the shorter side to a few hundred pixels,
-which would make the longer side of a narrower image huge."""
-
-_DEEP_MODES = ("I", "F")  # and I;16, I;16B, ...
-_WORDS = {"1": "black and white", "L": "grayscale", "LA": "grayscale", "P": "palette", "PA": "palette"}
-_SYSTEM_ERRORS = (
-    errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
-    errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-    errno.ENETDOWN, errno.ENETUNREACH,
-)  # fmt: skip
-_URL = re.compile(r"\s*(?:[a-z][a-z0-9+.-]+://|https?:/|data:image/)", re.IGNORECASE)
 
 
 def is_url(text: str) -> bool:

@@ -80,7 +80,7 @@ class Count:
     gain: float = 0.0
 
     def add(self, asked: Asked, queries: Tensor) -> None:
-        """Counts the cells of one direction."""
+        """Count the cells of one direction."""
         ours, old = (best_positive_ranks(each, asked.gallery, asked.answers) for each in (queries, asked.old))
         for k in KS:
             change = int((ours < k).sum()) - int((old < k).sum())
@@ -91,7 +91,7 @@ class Count:
 
 
 def main(config: AutoCellsBenchmark) -> None:
-    """Runs every world and writes the counts."""
+    """Run every world and write the counts."""
     counts: dict[str, dict[str, Count]] = {}
     started = time.perf_counter()
     for split in splits(config):
@@ -176,7 +176,7 @@ def splits(config: AutoCellsBenchmark) -> Iterator[Split]:
 
 
 def _chosen_by(config: AutoCellsBenchmark) -> str:
-    """What the data that are given choose by."""
+    """Pairs for the choice on the given data."""
     lvis = "; of LVIS four fifths of the class names, and text queries alone" if config.lvis else ""
     return f"500 of Flickr8k{lvis}"
 

@@ -41,7 +41,7 @@ class BackfillCurvesBenchmark:
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     """The built-in scenes."""
     seed: int = 0
-    """Of what the orders draw at random."""
+    """Seed of the random orders."""
     sample_queries: int = 5000
     """Unlabelled captions that our order rehearses with."""
     results: str = "recipes/benchmarks/results/backfill_curves"
@@ -49,7 +49,7 @@ class BackfillCurvesBenchmark:
 
 
 def main(config: BackfillCurvesBenchmark) -> None:
-    """Measures every split, and writes the table and the pictures."""
+    """Measure every split, and write the table and the pictures."""
     found: dict[str, Areas] = {}
     for world in worlds(config.flickr8k, [], config.scenes):
         print(f"{world.split.data}, split {world.split.number}", flush=True)
@@ -126,7 +126,7 @@ def step_gains(splits: list[tuple[Tensor, Tensor]]) -> list[Any]:
 
 
 def count_falls(found: Mapping[str, Areas]) -> tuple[int, int]:
-    """How many steps have an interval below zero, and of how many."""
+    """Number of steps with an interval below zero, and number of all steps."""
     steps = [
         step
         for of_data in gains(found).values()

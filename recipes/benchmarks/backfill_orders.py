@@ -43,17 +43,17 @@ class BackfillOrdersBenchmark:
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
     """The built-in scenes."""
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    """Seeds of what the orders draw at random."""
+    """Seeds of the random orders."""
     sample_queries: int = 5000
     """Unlabelled captions that serve as a query log."""
     step: int = 100
-    """How many items the next ones are when it is asked whether to go on."""
+    """Number of next items for the stopping rule."""
     results: str = "recipes/benchmarks/results/backfill_orders"
     """The results' path without suffix; the table of merges has ``_merges`` behind it."""
 
 
 def main(config: BackfillOrdersBenchmark) -> None:
-    """Runs every split and writes both tables."""
+    """Run every split and write both tables."""
     by_order: Areas = {}
     by_merge: Areas = {}
     record: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def main(config: BackfillOrdersBenchmark) -> None:
         "Mean of R@1, R@5 and R@10 of text queries in the image gallery, over 0, 5, ..., 100 % backfilled, "
         "mean over the splits and seeds, and 95 % bootstrap interval (queries drawn image by image). *ours "
         "minus it*: paired, with its interval. The merge is the one that the support chooses. The log's "
-        "queries are captions that belong to no image of the gallery, and the order of the data stands for "
+        "queries are captions that belong to no image of the gallery, and the order of the data is used as "
         "age.",
         splits=record,
         config=settings,
@@ -115,7 +115,7 @@ def merge_curves(world: World, seeds: Sequence[int]) -> dict[str, list[BackfillC
 
 
 def stops(world: World, found: Mapping[str, Tensor], step: int) -> dict[str, Any]:
-    """Where our order and the random one stop paying."""
+    """Stopping positions of our order and of the random one."""
     merge = merge_of(world)
     return {
         name: vars(stopping_point(world.test, found[name], merge, step=step, groups=world.groups))
@@ -128,7 +128,7 @@ def add(
     curves: Mapping[str, Sequence[BackfillCurve]],
     groups: Tensor,
 ) -> None:
-    """Adds a split's area per query, mean over its curves."""
+    """Add a split's area per query, mean over its curves."""
     for name, found in curves.items():
         per_query = torch.stack([curve.hits.mean(dim=0) for curve in found]).mean(dim=0)
         areas.setdefault(name, []).append((per_query, groups))

@@ -71,7 +71,7 @@ def worlds(flickr8k: str | None, others: Sequence[str], of_scenes: ScenesConfig)
 
 
 def prepare(split: Split) -> World:
-    """Fits the projection and the merges to what a split selects on."""
+    """Fit the projection and the merges to what a split selects on."""
     support, asked = split.support, split.asked["T2I"]
     projection = fit_projection(*split.texts, "procrustes", pairs=support)
     assert support.new_images is not None
@@ -89,10 +89,10 @@ def prepare(split: Split) -> World:
 
 
 def orders(world: World, seed: int, sample_queries: int) -> Mapping[str, Tensor]:
-    """Every order of the gallery to measure; the seed is that of all that is random.
+    """Orders of the gallery to measure, by name.
 
-    The log and the sample queries are captions of the corpus, none of which belongs to the gallery; there
-    are no dates, so that the data's own order stands for age.
+    The log and the sample queries are captions of the corpus; none of them belongs to the gallery. There are
+    no dates, so the order of the data is used as age.
     """
     support, gallery = world.split.support, world.split.asked["T2I"].gallery
     texts = world.split.texts[0]

@@ -1,4 +1,4 @@
-"""Backbones that are born compatible, beside each other: BCT, BT², OCA, and Procrustes, which trains nothing.
+"""Comparison of backward-compatible backbones: BCT, BT², OCA, and Procrustes, which needs no training.
 
     python recipes/benchmarks/compatible_backbones.py --images.source tiny_imagenet100_32px
 
@@ -47,7 +47,7 @@ class CompatibleBackbonesBenchmark:
 
 
 def main(config: CompatibleBackbonesBenchmark) -> None:
-    """Runs every part that has seeds and writes its table."""
+    """Run every part that has seeds and write its table."""
     torch.set_num_threads(config.threads)
     ran = [run_worlds(config), run_images(config), run_clips(config)]
     if not any(ran):
@@ -86,7 +86,7 @@ def run_images(config: CompatibleBackbonesBenchmark) -> bool:
     if config.images.source is None or not config.images.seeds:
         return False
     found = per_seed(config.images.seeds, image_cells, config.images)
-    write(config, "images", "One upgrade, real images", found, config.images.told())
+    write(config, "images", "One upgrade, real images", found, config.images.describe())
     return True
 
 
@@ -107,7 +107,7 @@ def run_clips(config: CompatibleBackbonesBenchmark) -> bool:
 
 
 def per_seed(seeds: Sequence[int], run: Any, settings: Any) -> dict[int, dict[str, dict[str, float]]]:
-    """What ``run`` measures for every seed."""
+    """Results of ``run`` for every seed."""
     return {seed: run(settings, seed) for seed in tqdm(seeds, desc=run.__name__)}
 
 

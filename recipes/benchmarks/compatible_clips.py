@@ -14,7 +14,7 @@ METHODS = ("bct", "bt2", "oca")
 NAMES = {"bct": "BCT", "bt2": "BT²", "oca": "OCA"}
 
 _PAIRS = 300_000
-"""What the demo adds to its seed where it draws the pairs of stage 2."""
+"""Offset of the demo's seed for the pairs of stage 2."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ClipsConfig:
             steps=120, batch_size=128, lr=3e-4, warmup_steps=10, eval_every=20, checkpoint_every=60
         )
     )
-    """How the heads and LoRA are trained, on the pairs of XBT's stage 2."""
+    """Training settings of the heads and LoRA, on the pairs of XBT's stage 2."""
 
 
 def clip_cells(config: ClipsConfig, seed: int) -> dict[str, dict[str, float]]:

@@ -58,12 +58,12 @@ class ImagesConfig:
     num_workers: int = 0
     """Processes that load images."""
     precision: str = "bf16"
-    """What models are trained in: bf16 (autocast; the heads stay in float32) or no."""
+    """Precision of the training: bf16 (autocast; the heads stay in float32) or no."""
     runs_dir: str = "runs/benchmarks/compatible_images"
-    """Where the models are trained; those that are there are used."""
+    """Folder of the models; existing ones are reused."""
 
-    def told(self) -> str:
-        """What the table is of, in a sentence."""
+    def describe(self) -> str:
+        """Describe the table in a sentence."""
         precision = "bf16 autocast" if self.precision == "bf16" else "float32"
         return (
             f"{Path(self.source or '').name}: {self.backbone}, {self.image_size}×{self.image_size} pixels, "
@@ -97,7 +97,7 @@ def image_cells(config: ImagesConfig, seed: int) -> dict[str, Values]:
 
 
 def _train(config: ImagesConfig, seed: int, out: Path, classes: int | None = None, **options: object) -> str:
-    """Trains one model, or finds it trained, and returns where it is."""
+    """Train one model unless it exists, and return its folder."""
     assert config.source is not None
     source = LabelledSource(config.source, split=config.train_split, classes=classes)
     extra = None if options["method"] in ("independent", "bct") else config.extra_dims
@@ -132,7 +132,7 @@ def _finished(out: Path) -> bool:
 
 
 def _measured(out: Path, new: str = "new") -> Values:
-    """What a run has measured of its own model, or of the independent one that it learned from."""
+    """Measured values of a run, for its own model or for the independent one that it learned from."""
     evaluation = json.loads((out / "result.json").read_text(encoding="utf-8"))["evaluation"]
     names = {"top1": "top-1", "mAP": "mAP"}
     cells = {"old/old": "old/old", "new/old": f"{new}/old", "new/new": f"{new}/{new}"}

@@ -35,7 +35,7 @@ CHAIN = (10, 20, 40)
 SWEEP = (0, 4, 16, 32, 64)
 
 Values = dict[str, float]
-"""What was measured: "top-1 new/old", "mAP new/old", ..., as fractions."""
+"""Measured values: "top-1 new/old", "mAP new/old", ..., as fractions."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ def chain(config: WorldsConfig, seed: int) -> dict[str, dict[str, list[list[floa
 
 
 class Trainer:
-    """Trains MLPs on one world and measures them."""
+    """Train MLPs on one world and measure them."""
 
     def __init__(self, config: WorldsConfig, world: ClassWorld, seed: int) -> None:
         self.config, self.world, self.seed = config, world, seed
@@ -178,7 +178,7 @@ class Trainer:
         return Model(lambda rows: vectors(rows, "new"), lambda rows: vectors(rows, compatible), head.out_dim)
 
     def teachers(self, old: Model, independent: Model, classes: int = CLASSES) -> Targets:
-        """What the frozen models say of the training inputs."""
+        """Outputs of the frozen models for the training inputs."""
         inputs, targets = self._rows(classes)
         return Targets(targets.labels, old.full(inputs), independent.full(inputs))
 

@@ -61,13 +61,13 @@ class EvaluationSpeedBenchmark:
     threads: int = 2
     """Threads of torch and of numpy's products."""
     seed: int = 0
-    """Draws the vectors."""
+    """Seed of the vectors."""
     results: str = "recipes/benchmarks/results/evaluation_speed"
-    """Where the results go, without suffix."""
+    """Path of the results, without suffix."""
 
 
 class Measured(NamedTuple):
-    """What one process found.
+    """Result of one process.
 
     Attributes:
         seconds: From vectors to R@k.
@@ -89,7 +89,7 @@ class World(NamedTuple):
 
 
 def main(config: EvaluationSpeedBenchmark) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     check(config)
     runs: dict[str, list[Measured]] = {OURS: [], WHOLE: [], SCORING: []}
     names = list(runs)
@@ -114,7 +114,7 @@ def main(config: EvaluationSpeedBenchmark) -> None:
 
 
 def check(config: EvaluationSpeedBenchmark) -> None:
-    """Refuses sizes that do not fit together.
+    """Refuse sizes that do not fit together.
 
     Raises:
         ConfigError: If one does not.
@@ -159,7 +159,7 @@ def in_own_process(name: str, folder: str, config: EvaluationSpeedBenchmark) -> 
 
 
 def measure(name: str, folder: str, config: EvaluationSpeedBenchmark) -> Measured:
-    """Measures one contender in this process."""
+    """Measure one contender in this process."""
     torch.set_num_threads(config.threads)
     texts, images = (torch.from_numpy(np.load(Path(folder) / f"{side}.npy")) for side in ("texts", "images"))
     few = 32  # libraries are imported and threads started
@@ -172,7 +172,7 @@ def measure(name: str, folder: str, config: EvaluationSpeedBenchmark) -> Measure
 
 
 def contender(name: str, world: World, batch_size: int, ks: list[int]) -> Callable[[], Recalls]:
-    """What is measured; what an evaluation is given stands ready."""
+    """Measured function; its inputs are prepared beforehand."""
     if name == OURS:
         return ours(world, ks)
     with warnings.catch_warnings():
@@ -290,7 +290,7 @@ def spread(found: list[Measured], what: str) -> Spread:
 
 
 def describe(config: EvaluationSpeedBenchmark) -> str:
-    """What the table shows."""
+    """Describe the table."""
     mib = (config.texts + config.images) * config.dim * 4 / 2**20
     return (
         f"{config.texts:,} text and {config.images:,} image vectors of dimension {config.dim} in fp32 "

@@ -1,10 +1,10 @@
 """Exact search of a gallery on disk against bare FAISS on the same vectors, and an approximate index.
 
-    python recipes/benchmarks/gallery_search.py --folder /a/large/disk
+    python recipes/benchmarks/gallery_search.py --folder /a/disk/with/2/GB
 
-A gallery of random unit vectors around hidden centres is made, unless it is there. Bare FAISS is given the
-same vectors as one float32 array, and answers with row numbers; the gallery answers with the user's
-ids and rescored results. Both are timed in turns, in one process, at several batch sizes.
+A gallery of random unit vectors around hidden centres is created unless it exists. Bare FAISS searches its
+vectors as one float32 array and returns row numbers; the gallery returns the user's ids and rescored hits.
+Both are timed in turns in one process, at several batch sizes.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ class GallerySearchBenchmark:
     index: str = ""
     """An approximate index to time as well, such as IVF1024,Flat; a gallery over the same store has it."""
     folder: str = "runs/benchmarks/gallery_search"
-    """Where the galleries are, or are made: rows · dim · 2 bytes, and the index."""
+    """Folder of the galleries: rows · dim · 2 bytes, and the index."""
     rounds: int = 11
-    """Rounds that count; everybody runs once in each."""
+    """Measured rounds; every contender runs once in each."""
     threads: int = 2
     """Threads of torch and FAISS."""
     seed: int = 0
-    """Draws the vectors."""
+    """Seed of the vectors."""
     results: str = "recipes/benchmarks/results/gallery_search"
-    """Where the results go, without suffix."""
+    """Path of the results, without suffix."""
 
 
 def main(config: GallerySearchBenchmark) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     check(config)
     import faiss
 
@@ -89,7 +89,7 @@ def main(config: GallerySearchBenchmark) -> None:
 
 
 def check(config: GallerySearchBenchmark) -> None:
-    """Refuses sizes that do not fit together.
+    """Refuse sizes that do not fit together.
 
     Raises:
         ConfigError: If one does not.
@@ -163,7 +163,7 @@ def contenders(
     vectors: NDArray[np.float32],
     queries: NDArray[np.float32],
 ) -> dict[str, Callable[[], object]]:
-    """The searches that are timed; a gallery also checks the space of the queries."""
+    """Functions to time; a gallery also gets the space of the queries and checks it."""
     import faiss
 
     index = faiss.IndexFlat(vectors.shape[1], faiss.METRIC_INNER_PRODUCT)
@@ -204,12 +204,12 @@ def row(name: str, batch: int, timed: Timings, found: float | None) -> dict[str,
 
 
 def describe(config: GallerySearchBenchmark) -> str:
-    """What the table shows."""
+    """Describe the table."""
     return (
         f"{config.rows:,} random unit vectors of dimension {config.dim} around {CENTRES:,} centres, stored "
         f"in fp16, k = {config.k}, {config.threads} threads, {config.rounds} rounds in turns, shown "
         "as median [least, greatest]. Bare FAISS is IndexFlat with inner product on the stored vectors as "
-        "float32. A gallery checks queries and space, settles scores and ties, and answers with ids; "
+        "float32. A gallery checks queries and space, rescores and orders ties, and answers with ids; "
         f"'{HOLEY}' is the same with {config.removed:,} items removed since they were read. "
         "What is found is compared with bare FAISS."
     )

@@ -1,4 +1,4 @@
-"""What large galleries take, from what small ones were measured to: memory, disk, machines and hours."""
+"""Extrapolation from measured galleries to large ones: memory, disk, machines and hours."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ print(json.dumps({"bytes": used() - before, "seconds": ready}))
 
 @dataclass(frozen=True)
 class IndexCost:
-    """What an item of a gallery costs under one index.
+    """Cost of an item of a gallery under one index.
 
     Attributes:
         index: FAISS's string.
@@ -58,7 +58,7 @@ class IndexCost:
 def measure_index(
     path: Path, index: str, items: Iterable[tuple[Tensor, list[str]]], space: EmbeddingSpace, count: int
 ) -> IndexCost:
-    """Makes a gallery, and opens it in a process that does nothing else.
+    """Make a gallery; open it in a process that does nothing else.
 
     Args:
         path: Where to.
@@ -72,12 +72,12 @@ def measure_index(
         gallery.add(vectors, ids)
     gallery.prepare()
     gallery.close()
-    answer = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", MEMORY, str(path)], check=True, capture_output=True, text=True
     )
-    found = json.loads(answer.stdout)
+    memory = json.loads(process.stdout)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return IndexCost(index, found["bytes"] / count, size / count, found["seconds"])
+    return IndexCost(index, memory["bytes"] / count, size / count, memory["seconds"])
 
 
 def sizing_rows(
@@ -108,40 +108,43 @@ def sizing_rows(
     for row in measured:
         if row[""].startswith("neighbours"):
             takes["for the neighbours of order rehearsed"] = neighbours(row)
-    takes |= {f"index {cost.index}": resources(cost, machine_gb) for cost in costs}
-    return [{"": what, **{f"{size:,} items": text(size) for size in sizes}} for what, text in takes.items()]
+    takes |= {f"index {cost.index}": index_size(cost, machine_gb) for cost in costs}
+    return [
+        {"": what, **{f"{size:,} items": estimate(size) for size in sizes}}
+        for what, estimate in takes.items()
+    ]
 
 
-def timed(each: float) -> Callable[[int], str]:
-    """So many seconds for each item."""
-    return lambda size: hours(size * each)
+def timed(seconds_per_item: float) -> Callable[[int], str]:
+    """Time that is proportional to the number of items."""
+    return lambda size: hours(size * seconds_per_item)
 
 
 def neighbours(row: Mapping[str, Any]) -> Callable[[int], str]:
-    """An item is compared with what a fixed number of lists hold, which are as many as the root of all."""
+    """Time of the neighbours: an item is compared with a fixed number of √n inverted lists."""
     spread: Spread = row["measured"]
     count = int(row[""].rsplit(", ", 1)[1].split()[0])
     return lambda size: hours(spread.median * (size / count) ** 1.5)
 
 
-def resources(cost: IndexCost, machine_gb: float) -> Callable[[int], str]:
-    """Memory, the machines that have it, and disk."""
+def index_size(cost: IndexCost, machine_gb: float) -> Callable[[int], str]:
+    """Memory, number of machines, and disk."""
 
-    def text(size: int) -> str:
+    def estimate(size: int) -> str:
         memory, disk = size * cost.memory / 1e9, size * cost.disk / 1e9
         machines = math.ceil(memory / (USED * machine_gb))
         return f"{memory:,.0f} GB memory = {machines} × {machine_gb:g} GB; {disk:,.0f} GB disk"
 
-    return text
+    return estimate
 
 
 def hours(seconds: float) -> str:
-    """A time as people say it."""
+    """Format a time in hours or seconds."""
     return f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds:,.0f} s"
 
 
 def sizing_notes(index_rows: int, rows: int, machine_gb: float, threads: int) -> str:
-    """What the table assumes."""
+    """Assumptions of the table."""
     return (
         f"Memory and disk are those of a gallery of {index_rows:,} items, times the number of items; a "
         f"machine of {machine_gb:g} GB is filled to {100 * USED:.0f} %. Times are those of {rows:,} items on "

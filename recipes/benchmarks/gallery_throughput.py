@@ -1,10 +1,10 @@
-"""How fast a gallery on disk grows, is searched and backfilled, and what that means for billions of items.
+"""Speed of adding, searching and backfilling a gallery on disk, extrapolated to billions of items.
 
-    python recipes/benchmarks/gallery_throughput.py --folder /a/large/disk
+    python recipes/benchmarks/gallery_throughput.py --folder /a/disk/with/5/GB
 
 A gallery of random unit vectors is filled, searched, backfilled in random order while it is searched, and
-compacted. Memory and disk per item are measured for several indexes, each in a process of its own. From these
-follows a second table, of what 10 million to a billion items take; its assumptions are listed below it.
+compacted. Memory and disk per item are measured for several indexes, each in its own process. A second table
+extrapolates to 10 million to a billion items; its assumptions are below it.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ class GalleryThroughputBenchmark:
     machine_gb: float = 256
     """Memory of a machine, of which nine tenths are used."""
     folder: str = "runs/benchmarks/gallery_throughput"
-    """Where the galleries are made; what is there is replaced."""
+    """Folder of the galleries; existing ones are replaced."""
     rounds: int = 5
-    """Searches of each batch that count."""
+    """Measured searches of each batch size."""
     threads: int = 2
     """Threads of torch and FAISS."""
     seed: int = 0
-    """Draws the vectors."""
+    """Seed of the vectors."""
     results: str = "recipes/benchmarks/results/gallery_throughput"
-    """Where the results go, without suffix; the sizing table's name gets _sizing."""
+    """Path of the results, without suffix; the name of the sizing table ends in _sizing."""
 
 
 def main(config: GalleryThroughputBenchmark) -> None:
@@ -100,14 +100,14 @@ def main(config: GalleryThroughputBenchmark) -> None:
 
 
 def measure_one_index(config: GalleryThroughputBenchmark, folder: Path, index: str) -> IndexCost:
-    """What an item costs under an index."""
+    """Cost of an item under an index."""
     items = parts(config, config.index_rows, 0)
     path = folder / index.replace(",", "_")
     return measure_index(path, index, items, space(config, config.dim), config.index_rows)
 
 
 def check(config: GalleryThroughputBenchmark) -> None:
-    """Refuses sizes that do not fit together.
+    """Refuse sizes that do not fit together.
 
     Raises:
         ConfigError: If one does not.
@@ -165,7 +165,7 @@ def measure_gallery(config: GalleryThroughputBenchmark, path: Path) -> list[dict
 def measure_backfill(
     config: GalleryThroughputBenchmark, gallery: Gallery, new: EmbeddingSpace
 ) -> list[dict[str, Any]]:
-    """Backfills all items, and searches both parts in the middle."""
+    """Backfill all items, and search both parts in the middle."""
     gallery.begin_part(new)
     ids, order = gallery.ids, random_order(len(gallery), config.seed).tolist()
     writing, searching = [], []
@@ -187,7 +187,7 @@ def measure_backfill(
 
 
 def measure_orders(config: GalleryThroughputBenchmark) -> list[dict[str, Any]]:
-    """Orders some of the gallery's items, whose cost grows with their number."""
+    """Order some of the gallery's items, whose cost grows with their number."""
     count = min(config.order_rows, config.rows)
     items = torch.cat([vectors for vectors, _ in parts(config, count, 0)])
     log = draw(config, 3, LOG, config.dim)
@@ -202,7 +202,7 @@ def measure_orders(config: GalleryThroughputBenchmark) -> list[dict[str, Any]]:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long something takes, once."""
+    """Seconds of one run of a function."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -218,7 +218,7 @@ def row(
 
 
 def describe(config: GalleryThroughputBenchmark) -> str:
-    """What the table shows."""
+    """Describe the table."""
     return (
         f"{config.rows:,} random unit vectors of dimension {config.dim}, backfilled with ones of dimension "
         f"{config.new_dim}, all stored in fp16; index Flat, k = {config.k}, {config.threads} threads. "

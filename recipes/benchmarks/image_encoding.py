@@ -57,21 +57,21 @@ class ImageEncodingBenchmark:
     rounds: int = 5
     """Rounds; everybody is timed once in each."""
     device: str = "cpu"
-    """Where the model is."""
+    """Device of the model."""
     precision: str = "fp32"
     """fp32 or bf16, for everybody."""
     compile: bool = False
-    """Whether to compile the towers."""
+    """Compile the towers."""
     threads: int = 2
     """Threads of torch on the CPU."""
     seed: int = 0
-    """Draws the images and the weights."""
+    """Seed of the images and the weights."""
     results: str = "recipes/benchmarks/results/image_encoding"
-    """Where the results go; model, device and a suffix are appended."""
+    """Path of the results; model, device and suffix are appended."""
 
 
 def main(config: ImageEncodingBenchmark) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     encoder = OpenClipEncoder.create(config.model).to(config.device)
@@ -109,7 +109,7 @@ def main(config: ImageEncodingBenchmark) -> None:
 
 
 def measure(config: ImageEncodingBenchmark, encoder: DualEncoder, paths: list[Path]) -> tuple[Timings, float]:
-    """Seconds of everybody, and the greatest difference between xbt's and the plain pipeline's vectors."""
+    """Seconds of every contender, and the largest difference of vectors between xbt and the pipeline."""
     pixels = torch.stack(
         [encoder.preprocess(Image.open(path).convert("RGB")) for path in paths[: config.batch_size]]
     )
@@ -129,13 +129,13 @@ def measure(config: ImageEncodingBenchmark, encoder: DualEncoder, paths: list[Pa
 
 
 def probed(encoder: DualEncoder) -> object:
-    """The encoder's space, found anew: a loaded encoder does it once."""
+    """Compute the encoder's space again; a loaded encoder does so once."""
     encoder.invalidate_space()
     return encoder.space
 
 
 def forward_only(config: ImageEncodingBenchmark, encoder: DualEncoder, pixels: Tensor, count: int) -> None:
-    """As many images through the model as there are, from pixels that are on the device already."""
+    """Run all images through the model, from pixels that are already on the device."""
     ready = pixels.to(encoder.device)
     with torch.no_grad(), autocast(config.device, config.precision):
         for start in range(0, count, config.batch_size):
@@ -199,7 +199,7 @@ def draw_jpegs(config: ImageEncodingBenchmark, directory: Path) -> Iterator[Path
 
 
 def describe(config: ImageEncodingBenchmark, count: int, size: float) -> str:
-    """What the table shows."""
+    """Describe the table."""
     drawn = "" if config.images else f" drawn with {config.width} x {config.height} pixels,"
     return (
         f"{count} image files,{drawn} {size / 1000:.0f} kB on average; {config.model} with random weights. "

@@ -29,7 +29,7 @@ class ScenesConfig:
     seeds: list[int] = field(default_factory=lambda: [3, 4, 5, 6, 7])
     """One pair of CLIPs per seed; an empty list leaves the scenes out."""
     runs_dir: str = "runs/benchmarks/upgrade_scenes"
-    """Where the CLIPs are trained, as upgrade_scenes.py does; those that are there are used."""
+    """Folder of the CLIPs, trained as in upgrade_scenes.py; existing ones are reused."""
     captions: int = 20_000
     """Corpus."""
     support: int = 500
@@ -61,7 +61,7 @@ class Asked:
 
 @dataclass
 class Split:
-    """What is fitted to, what is selected on, and what is measured.
+    """Data for fitting, for selection and for measurement.
 
     Attributes:
         data: Name of the data.
@@ -79,7 +79,7 @@ class Split:
 
     @property
     def texts(self) -> tuple[Tensor, Tensor]:
-        """What text-fitted maps are fitted to."""
+        """Vectors that text-fitted maps are fitted to."""
         return self.corpus or (self.support.new_texts, self.support.old_texts)
 
 
@@ -158,7 +158,7 @@ def scenes(config: ScenesConfig, seed: int) -> Split:
 
 
 def asked_of(pairs: PairVectors) -> dict[str, Asked]:
-    """What a split asks, per direction."""
+    """Queries and galleries of a split, by direction."""
     new_galleries = {"T2I": pairs.new_images, "I2T": pairs.new_texts}
     return {
         direction: Asked(

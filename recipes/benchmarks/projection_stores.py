@@ -18,7 +18,7 @@ Both = tuple[EmbeddingStore, EmbeddingStore]
 
 
 def read_stores(folder: str) -> tuple[PairVectors, tuple[Tensor, Tensor] | None]:
-    """Joins the stores of a folder, as ``recipes/embed.py`` makes them, by their ids.
+    """Join the stores of a folder, as ``recipes/embed.py`` makes them, by their ids.
 
     The folder holds ``old_images``, ``old_texts`` and ``new_texts``; with ``new_images`` there are image
     queries too, and with ``old_corpus`` and ``new_corpus`` texts to fit to. The image of a text is its
@@ -97,9 +97,10 @@ def _owners(texts: EmbeddingStore, images: list[str]) -> Tensor:
 
 
 def _others(corpus: EmbeddingStore, texts: EmbeddingStore) -> Tensor:
-    """Rows of the corpus that are no captions of the pairs, as far as captions are known."""
-    own, told = set(_column(texts, CAPTION) or []), _column(corpus, CAPTION)
-    return torch.tensor([row for row in range(len(corpus)) if told is None or told[row] not in own])
+    """Rows of the corpus whose captions are not in the pairs, as far as captions are known."""
+    held_out, captions = set(_column(texts, CAPTION) or []), _column(corpus, CAPTION)
+    rows = range(len(corpus))
+    return torch.tensor([row for row in rows if captions is None or captions[row] not in held_out])
 
 
 def _column(store: EmbeddingStore, name: str) -> list[str] | None:

@@ -54,14 +54,14 @@ class ProjectionTrainingBenchmark:
     threads: list[int] = field(default_factory=lambda: [1, 2])
     """Numbers of threads of torch to measure with."""
     device: str = "cpu"
-    """Where to train."""
+    """Device of the training."""
     seed: int = 0
-    """Draws the vectors and the weights."""
+    """Seed of the vectors and the weights."""
     results: str = "recipes/benchmarks/results/projection_training"
-    """Where the results go; suffixes are appended."""
+    """Path of the results; suffixes are appended."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
             ConfigError: If one cannot be used.
@@ -77,7 +77,7 @@ class ProjectionTrainingBenchmark:
 
 
 def main(config: ProjectionTrainingBenchmark) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     torch.manual_seed(config.seed)
     rows: list[dict[str, Any]] = []
     seconds: dict[str, Timings] = {}
@@ -117,7 +117,7 @@ def compare(config: ProjectionTrainingBenchmark, timings: Timings, name: str, th
 
 
 def describe(config: ProjectionTrainingBenchmark) -> str:
-    """What the table shows."""
+    """Describe the table."""
     return (
         f"Steps on {config.device}, {config.steps} at a time, {config.rounds} "
         "rounds in turns, shown as median [least, greatest]. *Matrix products*: those of φ forwards and "

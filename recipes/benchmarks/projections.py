@@ -115,7 +115,7 @@ Results = dict[str, dict[str, dict[str, list[Result]]]]
 
 
 def main(config: ProjectionsBenchmark) -> None:
-    """Runs every split and writes the results."""
+    """Run every split and write the results."""
     results: Results = {}
     decisions: dict[str, list[str]] = {}
     for split in splits(config):
@@ -247,7 +247,7 @@ def results_of(split: Split, queries: Mapping[str, Mapping[str, Tensor]]) -> dic
 
 
 class AgainstMixture(NamedTuple):
-    """What tuning on pairs gains in one direction.
+    """Gain of tuning on pairs in one direction.
 
     Attributes:
         mixture: The best mixture of the old query and one that is projected by a map of texts alone, chosen
@@ -273,7 +273,7 @@ def against_mixtures(methods: Mapping[str, Mapping[str, list[Result]]]) -> dict[
 def gain(
     methods: Mapping[str, Mapping[str, list[Result]]], ours: str, theirs: str, directions: list[str]
 ) -> Interval:
-    """What one method's mean R@1 of some directions is above another's; images are drawn, paired."""
+    """Paired difference of the mean R@1 of two methods over some directions; images are resampled."""
     gains = []
     for number in range(len(methods[ours][directions[0]])):
         per_image = []

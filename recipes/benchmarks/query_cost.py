@@ -1,4 +1,4 @@
-"""What a query costs on top of the new text tower: a map, folded or not, and an ensemble with the old query.
+"""Cost of a query beyond the new text tower: a map, folded or not, and an ensemble with the old query.
 
 The forms that ``auto`` deploys are among them: a combination tuned on pairs, and one whose weight depends on
 how sure each query is of its best score in a sample of the gallery.
@@ -48,13 +48,13 @@ class QueryCostBenchmark:
     rounds: int = 15
     """Rounds; everything is timed once in each."""
     repeats: int = 20
-    """How often a map is applied in each round; its time is divided by that."""
+    """Applications of a map in each round; its time is divided by this number."""
     threads: int = 2
     """Threads of torch."""
     seed: int = 0
-    """Draws the weights and the texts."""
+    """Seed of the weights and the texts."""
     results: str = "recipes/benchmarks/results/query_cost"
-    """Where the results go; suffixes are appended."""
+    """Path of the results; suffixes are appended."""
 
 
 Ways = dict[str, tuple[Callable[[list[str]], object], Callable[[Tensor], object] | None]]
@@ -62,7 +62,7 @@ Ways = dict[str, tuple[Callable[[list[str]], object], Callable[[Tensor], object]
 
 
 def main(config: QueryCostBenchmark) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     if config.repeats < 1 or not config.batch_sizes or min(config.batch_sizes) < 1:
         raise ConfigError(
             f"repeats is {config.repeats} and batch_sizes {config.batch_sizes}; give numbers of at least 1"
@@ -98,7 +98,7 @@ def tower(model: str, name: str) -> OpenClipEncoder:
 
 
 def ways(config: QueryCostBenchmark, new: OpenClipEncoder, old: OpenClipEncoder, texts: list[str]) -> Ways:
-    """What is compared with the tower alone."""
+    """Functions to compare with the tower alone."""
     dim = new.dim
     linear = LinearProjection.from_weight(torch.linalg.qr(torch.randn(dim, dim))[0])
     mlp = ResidualProjection(dim, dim, hidden_dim=config.hidden_dim)
@@ -203,7 +203,7 @@ def queries(count: int, seed: int) -> list[str]:
 
 
 def describe(config: QueryCostBenchmark, new: OpenClipEncoder) -> str:
-    """What the table shows."""
+    """Describe the table."""
     return (
         f"Median [min, max] over {config.rounds} rounds in which everything was timed in turns, on the CPU "
         f"with {config.threads} threads, fp32; towers of {config.model} with random weights, {new.dim} → "

@@ -1,4 +1,4 @@
-"""Which mix-ups of two models of one dimension the probe of a space shows, and which are only declared.
+"""Mix-ups of two models of one dimension: those that the probe of a space detects, and those only declared.
 
     python recipes/benchmarks/space_mixups.py
 
@@ -41,7 +41,7 @@ class SpaceMixups:
     seeds: int = 4
     """Models with other random weights, each compared with its own variants."""
     results: str = "recipes/benchmarks/results/space_mixups"
-    """Where the results go, without a suffix."""
+    """Path of the results, without suffix."""
 
 
 def make(seed: int, preprocess: dict[str, Any] | None = None, **config: Any) -> OpenClipEncoder:
@@ -60,7 +60,7 @@ def changed(seed: int, change: Callable[[nn.Module], object]) -> EmbeddingSpace:
 
 
 def noisy(scale: float) -> Callable[[nn.Module], object]:
-    """Adds noise of a fraction of each weight's own spread."""
+    """Add noise of a fraction of each weight's own spread."""
 
     @torch.no_grad()
     def change(module: nn.Module) -> None:
@@ -138,7 +138,7 @@ def compare(
 
 
 def main(config: SpaceMixups) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     originals = [make(seed).space for seed in range(config.seeds)]
     rows = [compare(name, "harmless", make_space, originals) for name, make_space in HARMLESS.items()]
     rows += [compare(name, "mix-up", make_space, originals) for name, make_space in MIX_UPS.items()]

@@ -48,19 +48,19 @@ class StreamingFitBenchmark:
     old_dim: int = 512
     """Dimension of the old ones, at most new_dim."""
     folder: str = "runs/benchmarks/streaming_fit"
-    """Where the stores are, or are made: rows · (new_dim + old_dim) · 2 bytes."""
+    """Folder of the stores: rows · (new_dim + old_dim) · 2 bytes."""
     rounds: int = 3
     """Rounds; everybody is measured once in each."""
     threads: int = 2
     """Threads of torch."""
     seed: int = 0
-    """Draws the vectors."""
+    """Seed of the vectors."""
     results: str = "recipes/benchmarks/results/streaming_fit"
-    """Where the results go, without suffix."""
+    """Path of the results, without suffix."""
 
 
 class Measured(NamedTuple):
-    """What one process found.
+    """Result of one process.
 
     Attributes:
         seconds: From the first byte read to the finished map.
@@ -74,7 +74,7 @@ class Measured(NamedTuple):
 
 
 def main(config: StreamingFitBenchmark) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     if not 1 <= config.old_dim <= config.new_dim:
         raise ConfigError(f"--old_dim must be from 1 to --new_dim {config.new_dim}, got {config.old_dim}")
     make_stores(config)
@@ -110,7 +110,7 @@ def row(name: str, found: list[Measured], seconds: dict[str, Spread]) -> dict[st
 
 
 def describe(config: StreamingFitBenchmark) -> str:
-    """What the table shows."""
+    """Describe the table."""
     gigabytes = config.rows * (config.new_dim + config.old_dim) * 2 / 1e9
     return (
         f"{config.rows:,} pairs, {config.new_dim} → {config.old_dim}, fp16 stores of {gigabytes:.1f} GB "
@@ -122,7 +122,7 @@ def describe(config: StreamingFitBenchmark) -> str:
 
 
 def make_stores(config: StreamingFitBenchmark) -> None:
-    """Makes both stores, or finds them; a half-made pair is continued.
+    """Make both stores unless they exist; a half-made pair is continued.
 
     Raises:
         ConfigError: If what is there has another size.
@@ -177,7 +177,7 @@ def in_own_process(name: str, config: StreamingFitBenchmark) -> Measured:
 
 
 def measure(name: str, config: StreamingFitBenchmark) -> Measured:
-    """Times one contender in this process."""
+    """Time one contender in this process."""
     torch.set_num_threads(config.threads)
     new, old = (EmbeddingStore.open(Path(config.folder) / side) for side in ("new", "old"))
     torch.ones(256, 256) @ torch.ones(256, 256)  # threads are started

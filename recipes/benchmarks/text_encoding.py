@@ -43,24 +43,24 @@ class TextEncodingBenchmark:
     texts: int = 512
     """Captions to encode, chosen at random with the seed."""
     batch_size: int = 64
-    """Captions per forward pass, for everybody."""
+    """Captions per forward pass, for every contender."""
     rounds: int = 5
     """Rounds; everybody is timed once in each."""
     device: str = "cpu"
-    """Where the towers are."""
+    """Device of the towers."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """What everybody computes in; bf16 is autocast."""
+    """Precision of all contenders; bf16 is autocast."""
     threads: int = 2
     """Threads of torch on the CPU."""
     seed: int = 0
-    """Draws the captions and the weights."""
+    """Seed of the captions and the weights."""
     results: str = "recipes/benchmarks/results/text_encoding"
-    """Where the results go; the model's name, unless it is the CPU in fp32 device and precision, and a suffix
+    """Path of the results; the model's name, unless it is the CPU in fp32 device and precision, and a suffix
     are appended."""
 
 
 class Library(NamedTuple):
-    """What is timed with one library: ``encode["xbt"]`` against the others."""
+    """Functions to time with one library: ``encode["xbt"]`` and the others."""
 
     name: str
     encode: dict[str, Encode]
@@ -68,7 +68,7 @@ class Library(NamedTuple):
 
 
 def main(config: TextEncodingBenchmark) -> None:
-    """Measures and writes the results."""
+    """Measure and write the results."""
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     texts = read_captions(CaptionSource(config.captions, limit=config.texts, seed=config.seed))
@@ -115,7 +115,7 @@ def compare(title: str, timings: Timings, name: str, difference: float) -> dict[
 
 
 def describe(config: TextEncodingBenchmark, texts: list[str]) -> str:
-    """What the table shows."""
+    """Describe the table."""
     tokens = open_clip.get_tokenizer(config.model)(texts)
     used = float((tokens != 0).sum(dim=1).float().mean())
     return (
@@ -185,7 +185,7 @@ def batched(
 def batched_tokens(
     config: TextEncodingBenchmark, texts: list[str], tokenize: Callable[[list[str]], object]
 ) -> None:
-    """Tokenises without encoding."""
+    """Tokenise without encoding."""
     for part in in_batches(config, texts):
         tokenize(part)
 
@@ -223,7 +223,7 @@ def transformers_encoder(model: str) -> TransformersEncoder:
 
 
 def write_tokenizer(directory: Path, simple: open_clip.SimpleTokenizer) -> dict[str, int]:
-    """Writes open_clip's vocabulary as files of a CLIPTokenizer, and returns it."""
+    """Write open_clip's vocabulary as files of a CLIPTokenizer, and return it."""
     names = {simple.decoder[simple.sot_token_id]: BOS, simple.decoder[simple.eot_token_id]: EOS}
     vocabulary = {names.get(token, token): number for token, number in simple.encoder.items()}
     merges = [" ".join(pair) for pair in sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)]

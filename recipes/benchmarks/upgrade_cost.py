@@ -1,4 +1,4 @@
-"""What an upgrade on text alone costs, against embedding the gallery again: from rates measured here.
+"""Cost of a text-only upgrade compared with embedding the gallery again, from rates measured here.
 
     python recipes/benchmarks/upgrade_cost.py --captions captions.json.gz
 
@@ -74,18 +74,18 @@ class UpgradeCostBenchmark:
     rounds: int = 5
     """Rounds; everything is timed once in each."""
     device: str = "cpu"
-    """Where the models are."""
+    """Device of the models."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the encoders."""
+    """Precision of the encoders."""
     threads: int = 2
     """Threads of torch on the CPU."""
     seed: int = 0
-    """Draws captions, weights and batches."""
+    """Seed of captions, weights and batches."""
     results: str = "recipes/benchmarks/results/upgrade_cost"
-    """Where the results go, without suffix."""
+    """Path of the results, without suffix."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
             ConfigError: If there is no gallery, or a number is below 1.
@@ -265,7 +265,7 @@ def compare(config: UpgradeCostBenchmark, units: Mapping[str, Cost]) -> list[dic
 def describe(
     config: UpgradeCostBenchmark, lengths: Mapping[str, Mapping[str, float]], units: Mapping[str, Cost]
 ) -> str:
-    """What the table is worked out from."""
+    """Measured values behind the table."""
     lines = ["| one | GFLOP | milliseconds here |", "|---|---|---|"]
     for name, unit in units.items():
         milliseconds = Spread(tuple(1000 * second for second in unit.seconds.values))

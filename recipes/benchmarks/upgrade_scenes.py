@@ -29,15 +29,15 @@ class UpgradeBenchmark:
     demo: str = "recipes/configs/quickstart.yaml"
     """The demo's config file; its seed and output directory are replaced by each run's own."""
     seeds: list[int] = field(default_factory=lambda: [3, 4, 5])
-    """One run per seed; seeds 0 to 2 are spoken for, the demo's models were settled on them."""
+    """One run per seed; seeds 0 to 2 were used to choose the demo's models."""
     runs_dir: str = "runs/benchmarks/upgrade_scenes"
-    """Where the runs go; runs that are there already are continued, not repeated."""
+    """Folder of the runs; existing runs are continued, not repeated."""
     results: str = "recipes/benchmarks/results/upgrade_scenes.json"
     """The JSON file to write."""
 
 
 def main(config: UpgradeBenchmark) -> None:
-    """Runs every seed and writes the results."""
+    """Run every seed and write the results."""
     if not config.seeds:
         raise ConfigError("--seeds is empty; give at least one")
     reports, base = {}, parse_config(DemoConfig, ["--config", config.demo])

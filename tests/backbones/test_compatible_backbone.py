@@ -120,7 +120,7 @@ def test_broken_weights_are_found():
         model.encode_images(SCENES.images)
 
 
-def test_space_is_told_by_the_weights(old):
+def test_space_is_identified_by_the_weights(old):
     same, other = build("independent", seed=3), build("independent", seed=4)
     assert old.space.dim == 12
     assert not old.space.probe[:16].any()

@@ -33,7 +33,7 @@ class Said(NamedTuple):
 
 @pytest.fixture
 def run(capsys, monkeypatch):
-    """Runs ``xbt`` in this process."""
+    """Run ``xbt`` in this process."""
 
     def call(*words, stdin=None):
         if stdin is not None:

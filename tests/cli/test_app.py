@@ -37,7 +37,7 @@ def answer(settings):
 
 @pytest.fixture
 def command(monkeypatch):
-    """Installs a function as the command ``try``."""
+    """Install a function as the command ``try``."""
 
     def install(function, **options):
         monkeypatch.setattr(sys.modules[__name__], "job", function, raising=False)

@@ -78,10 +78,10 @@ def test_old_vectors_stand_in_for_the_old_encoder(specs, backend, kind):
     assert compatible.encode_texts([], old_vectors=torch.zeros(0, 12)).shape == (0, 12)
 
 
-def test_without_the_old_side_the_error_says_what_is_missing(specs):
+def test_the_error_names_missing_old_vectors(specs):
     new, projection, _ = parts(specs, "open_clip")
     compatible = CompatibleEncoder(new, projection, both()["nlerp"])
-    words = r"text queries of .* combined with the old model's .*beta=0\.3.* give old=, which runs '.*old'"
+    words = r"text queries of .* combined with the old model's .*beta=0\.3.* give old=, so that '.*old'"
     with pytest.raises(EncoderError, match=words):
         compatible.encode_texts(TEXTS)
     with pytest.raises(EncoderError, match=r"image queries of .* or its vectors as old_vectors="):
@@ -105,7 +105,7 @@ def test_wrong_old_vectors(specs):
         compatible.encode_images(IMAGES[0], old_vectors=torch.ones(1, 12))
     plain = CompatibleEncoder(new, projection)
     for call in (plain.encode_texts, plain.encode_images):
-        with pytest.raises(ConfigError, match="of use only with an ensemble"):
+        with pytest.raises(ConfigError, match="only used with an ensemble"):
             call([], old_vectors=old.encode_texts(TEXTS))
 
 
@@ -159,7 +159,7 @@ def test_streams_of_images_with_broken_ones(specs, tmp_path, num_workers):
         compatible.encode_images([IMAGES[0], broken])
 
 
-def test_what_a_stream_raises_comes_out(specs):
+def test_exceptions_of_a_stream_are_raised(specs):
     new, projection, old = parts(specs, "open_clip")
     compatible = CompatibleEncoder(new, projection, both()["nlerp"], old)
 
@@ -194,7 +194,7 @@ def test_foreign_parts_are_refused(specs):
         CompatibleEncoder(new, projection, QueryEnsemble.midpoint(16))
     with pytest.raises(SpaceMismatchError, match="space of the ensemble is 'another'"):
         CompatibleEncoder(new, projection, QueryEnsemble.midpoint(12, EmbeddingSpace("another", 12)))
-    with pytest.raises(ConfigError, match="of use only with an ensemble"):
+    with pytest.raises(ConfigError, match="only used with an ensemble"):
         CompatibleEncoder(new, projection, old=old)
 
 

@@ -54,7 +54,7 @@ def test_a_folded_encoder_does_not_run_its_projection(specs, backend, monkeypatc
     assert folded.encode_images(IMAGES).shape == (len(IMAGES), 12)
 
 
-def test_what_cannot_be_folded(specs):
+def test_models_that_cannot_be_folded(specs):
     new, projection, old = parts(specs, "open_clip")
     residual = ResidualProjection(16, 12)
     offset = LinearProjection(16, 12, bias=True)

@@ -1,4 +1,4 @@
-"""Whatever makes the new model speak the old space is loaded by one function."""
+"""One function loads compatible encoders and projections alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_projection_that_does_not_know_its_encoder(parts, tmp_path):
     assert load_upgraded(tmp_path, new.name).space.same_as(old.space)
 
 
-def test_what_cannot_be_loaded(parts, tmp_path):
+def test_models_that_cannot_be_loaded(parts, tmp_path):
     _, new, projection = parts
     with pytest.raises(SavedPartError, match="nowhere"):
         load_upgraded(tmp_path / "nowhere")

@@ -91,7 +91,7 @@ def test_a_card_with_a_folder_elsewhere(tmp_path):
         (b"#" * (2 << 20), "too many for a card"),
     ],
 )
-def test_cards_that_are_no_cards(tmp_path, text, words):
+def test_invalid_cards(tmp_path, text, words):
     source = write_folder(tmp_path / "set")
     (tmp_path / "set/README.md").write_bytes(text)
     with pytest.raises(DataError, match=words):

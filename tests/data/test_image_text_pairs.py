@@ -29,7 +29,7 @@ def test_relevance(pairs):
     assert pairs.positives_i2t == [[0], [1, 2, 3], [4, 5]]
 
 
-def test_select_keeps_what_belongs_together(pairs):
+def test_select_keeps_images_and_captions_together(pairs):
     some = pairs.select([2, 0]).select([1, 0]).select([0])
     assert some.ids == ["a"]
     assert some.captions == [["a0"]]

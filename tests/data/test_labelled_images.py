@@ -136,7 +136,7 @@ def test_columns_are_found_where_there_is_no_doubt(cifar100, imagenet, prefix):
     assert len(load_labelled(chosen)) == 20
 
 
-def test_hub_name_of_a_preset_is_asked_for(monkeypatch):
+def test_a_preset_requests_its_hub_name(monkeypatch):
     asked = []
 
     def open_dataset(source, subset=None, split=None):
@@ -262,7 +262,7 @@ def test_fraction_is_stratified_and_nested(tmp_path):
     assert fewer.ids == [name for name in again.ids if not name.startswith("owl")]
 
 
-def test_limit_counts_what_is_left(tmp_path):
+def test_limit_applies_after_the_fraction(tmp_path):
     root = str(write_folders(tmp_path, count=20))
     some = load_labelled(LabelledSource(root, classes=2, fraction=0.5, limit=7))
     assert len(some) == 7
@@ -297,7 +297,10 @@ def test_select_and_pickle(tmp_path, cifar100):
         ({"fraction": 1.5}, "fraction is 1.5"),
         ({"limit": 0}, "limit is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"root": "x"}, "root 'x' was given with photos/, but only cifar100 and imagenet-1k have one"),
+        (
+            {"root": "x"},
+            "root 'x' was given with photos/, but only cifar100 and imagenet-1k have",
+        ),
     ],
 )
 def test_refuses_bad_options(options, message):
@@ -332,12 +335,12 @@ def test_refuses_sources_that_do_not_fit(tmp_path, cifar100):
         (["a", "b"], [0, 1], {"n_classes": 3}, "n_classes is 3, but there are 2 class names"),
     ],
 )
-def test_refuses_what_does_not_belong_together(ids, labels, options, message):
+def test_refuses_mismatched_arguments(ids, labels, options, message):
     with pytest.raises(DataError, match=message):
         LabelledImages(ids, [flat(0)] * len(labels), labels, ["x", "y"], **options)
 
 
-def test_nothing_is_decoded_before_an_image_is_asked_for(cifar100, monkeypatch):
+def test_nothing_is_decoded_before_access(cifar100, monkeypatch):
     def refuse(*_):
         raise AssertionError("an image was read")
 

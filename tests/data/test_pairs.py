@@ -125,7 +125,7 @@ def test_malformed_karpathy(coco, change, message):
             load_pairs(str(coco))
 
 
-def test_sources_that_are_no_pairs(tmp_path):
+def test_sources_that_are_not_pairs(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "a.json").write_text('{"annotations": [], "images": []}')
     (tmp_path / "a.xml").write_text("a")
@@ -270,7 +270,7 @@ def test_names_that_leave_the_image_root_are_refused(tmp_path, make, name):
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), True, None])
-def test_coco_ids_that_are_no_numbers_are_refused(tmp_path, number):
+def test_coco_ids_that_are_not_numbers_are_refused(tmp_path, number):
     content = official(["a.png"])
     content["images"][0]["id"] = number
     (tmp_path / "a.json").write_text(json.dumps(content))

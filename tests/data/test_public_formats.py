@@ -90,7 +90,7 @@ def test_image_lines(made, tmp_path):
     check(load_pairs(str(packed)), made)
 
 
-def test_a_caption_may_hold_what_separates_it_from_the_name(tmp_path):
+def test_a_caption_may_contain_the_delimiter(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text("image,caption\na.jpg,see b.jpg, which is larger\na.jpg,two\n")
     assert load_pairs(str(tmp_path / "a.txt")).captions == [["see b.jpg, which is larger", "two"]]
@@ -415,7 +415,7 @@ def test_a_folder_that_cannot_be_looked_into(made, tmp_path, monkeypatch):
 def test_options_that_do_not_apply(made, tmp_path):
     lines, wds = write_image_lines(tmp_path / "a", made), write_wds(tmp_path / "b", made)
     for source, message in (
-        (PairSource(str(lines), split="test"), "has no splits: it is one"),
+        (PairSource(str(lines), split="test"), "has no splits; leave split out"),
         (PairSource(str(lines), id_column="x"), "only hf: sources have id_columns"),
         (PairSource(str(wds), image_root="x"), "whose tars hold the images"),
     ):

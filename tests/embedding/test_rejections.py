@@ -32,7 +32,7 @@ def repair(folder):
     SCENES.image(37).save(folder / LOST[2])
 
 
-def assert_mended(out, encoder, folder):
+def assert_repaired(out, encoder, folder):
     store = EmbeddingStore.open(out)
     store.verify()
     expected = {str(path.relative_to(folder)) for path in folder.rglob("*.png")} - {LOST[1], "bad.png"}
@@ -60,11 +60,11 @@ def test_rejected_items_of_a_finished_job_are_tried_again(spec, encoder, photos,
         embed(config(spec, tmp_path / "out", photos, retry_rejected=True))
     assert [item.id for batch in seen for item in batch.items] == [*LOST, "bad.png"]
     assert "tried 4 rejected items again: 2 embedded, rejected 2" in capsys.readouterr().out
-    store = assert_mended(tmp_path / "out", encoder, photos)
+    store = assert_repaired(tmp_path / "out", encoder, photos)
     assert store.ids == [*old.ids, LOST[0], LOST[2]]  # rows keep their numbers
     with pytest.warns(UserWarning, match="none of 2 images could be embedded"):
         embed(config(spec, tmp_path / "out", photos, retry_rejected=True))
-    assert_mended(tmp_path / "out", encoder, photos)
+    assert_repaired(tmp_path / "out", encoder, photos)
     SCENES.image(12).save(photos / LOST[1])
     SCENES.image(13).save(photos / "bad.png")
     embed(config(spec, tmp_path / "out", photos, retry_rejected=True))
@@ -84,7 +84,7 @@ def test_rejected_items_of_an_unfinished_job_are_tried_again(
             embed(config(spec, tmp_path / "out", photos))
     repair(photos)
     embed(config(spec, tmp_path / "out", photos, retry_rejected=True))
-    assert_mended(tmp_path / "out", encoder, photos)
+    assert_repaired(tmp_path / "out", encoder, photos)
 
 
 class Killed(BaseException):
@@ -115,7 +115,7 @@ def test_a_kill_while_items_are_tried_again(spec, encoder, photos, tmp_path, mon
         assert len(EmbeddingStore.open(tmp_path / "out")) in (44, 46)
     monkeypatch.undo()
     assert kills >= 5
-    assert_mended(tmp_path / "out", encoder, photos)
+    assert_repaired(tmp_path / "out", encoder, photos)
 
 
 def test_a_half_removed_folder_does_no_harm(spec, encoder, photos, tmp_path):
@@ -124,7 +124,7 @@ def test_a_half_removed_folder_does_no_harm(spec, encoder, photos, tmp_path):
     (tmp_path / "out/retried/img_emb").mkdir(parents=True)
     (tmp_path / "out/retried/img_emb/img_emb_0.npy").write_bytes(b"half")
     embed(config(spec, tmp_path / "out", photos, retry_rejected=True))
-    assert_mended(tmp_path / "out", encoder, photos)
+    assert_repaired(tmp_path / "out", encoder, photos)
 
 
 @pytest.mark.filterwarnings("ignore:none of 1 texts")

@@ -1,4 +1,4 @@
-"""What every encoder promises, on both backends."""
+"""The interface of every encoder, on both backends."""
 
 from __future__ import annotations
 

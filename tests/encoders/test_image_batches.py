@@ -1,4 +1,4 @@
-"""Images in batches: the same vectors with and without workers, and no image lost without a word."""
+"""Images in batches: the same vectors with and without workers, and no image lost silently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import tiny
 import torch
 from PIL import Image
 
-from xbt.encoders import load_encoder, workers
+from xbt.encoders import image_batching, load_encoder
 from xbt.encoders.image_batching import decode_batches
 from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError, DataError, ImageError
@@ -102,7 +102,7 @@ def test_batches_are_consumed_lazily(encoder, num_workers):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_error_of_the_stream_comes_after_what_was_before_it(encoder, num_workers):
+def test_an_error_of_the_stream_comes_after_earlier_results(encoder, num_workers):
     def stream():
         yield [draw_probe_images()[0]]
         yield [draw_probe_images()[1]]
@@ -135,7 +135,7 @@ def test_a_fault_of_the_system_is_one_sentence(tmp_path, monkeypatch, num_worker
     assert not isinstance(caught.value, ImageError)
 
 
-def test_what_cannot_be_preprocessed_is_rejected(encoder):
+def test_images_that_cannot_be_preprocessed_are_rejected(encoder):
     original = encoder.image_transform
 
     def fragile(image):
@@ -292,7 +292,7 @@ def test_unknown_precision_and_workers_are_refused(encoder):
 
 
 def test_compiled_towers_give_the_same_vectors(encoder, monkeypatch):
-    """With the compiler's front end alone: it traces the towers, and what it traced is run."""
+    """Compile with the front end alone: it traces the towers and runs the traced graph."""
     texts, images = ["a red circle", "dog", "", "dog " * 20], draw_probe_images()
     expected = encoder.encode_texts(texts, batch_size=2), encoder.encode_images(images)
     traced, compile_module = [], torch.compile
@@ -310,8 +310,10 @@ def test_compiled_towers_give_the_same_vectors(encoder, monkeypatch):
 
 
 def test_tasks_and_their_order():
-    assert list(workers.run_ahead(str, range(9), num_workers=2, look_ahead=1)) == [str(n) for n in range(9)]
-    assert list(workers.run_ahead(str, [], num_workers=1)) == []
+    assert list(image_batching.run_ahead(str, range(9), num_workers=2, look_ahead=1)) == [
+        str(n) for n in range(9)
+    ]
+    assert list(image_batching.run_ahead(str, [], num_workers=1)) == []
 
 
 def own_a_descriptor(_task):
@@ -319,7 +321,7 @@ def own_a_descriptor(_task):
 
 
 def test_a_reader_that_breaks_off_makes_no_noise(capfd):
-    results = workers.run_ahead(own_a_descriptor, [0, 1], num_workers=1)
+    results = image_batching.run_ahead(own_a_descriptor, [0, 1], num_workers=1)
     descriptor = next(results)
     address, _key = descriptor._id
     with socket.socket(socket.AF_UNIX) as reader:
@@ -330,5 +332,5 @@ def test_a_reader_that_breaks_off_makes_no_noise(capfd):
 
 
 def test_other_errors_of_a_worker_s_threads_are_shown(capsys):
-    workers._ignore_lost_connections(ValueError, ValueError("of another kind"), None)
+    image_batching._ignore_lost_connections(ValueError, ValueError("of another kind"), None)
     assert "of another kind" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Image processors of transformers: what is declared is what is done, and the model takes it."""
+"""Image processors of transformers: declared steps are applied, and their images fit the model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_declared_pixels_are_those_that_are_made(name, specs):
     torch.testing.assert_close(pixels.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_declared_resizing_is_what_is_done(specs):
+def test_declared_resizing_is_applied(specs):
     crop = {"crop_size": SIZE}
     larger = load_encoder(with_processor(specs["clip"], size={"shortest_edge": 40}, **crop))
     equal = load_encoder(with_processor(specs["clip"], size={"shortest_edge": 32}, **crop))

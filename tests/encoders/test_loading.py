@@ -52,7 +52,7 @@ def test_an_unreachable_hub_is_one_sentence(spec):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99"])
-def test_a_device_that_is_not_there(open_clip_spec, device):
+def test_a_missing_device(open_clip_spec, device):
     with pytest.raises(EncoderError, match=f"could not be moved to device '{device}'"):
         load_encoder(open_clip_spec, device=device)
 

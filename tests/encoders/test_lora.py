@@ -113,7 +113,7 @@ def test_the_base_is_untouched_by_training(spec):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_a_saved_lora_on_a_pristine_model_gives_what_was_trained(spec, tmp_path, merge):
+def test_a_saved_lora_on_a_new_model_gives_the_trained_vectors(spec, tmp_path, merge):
     encoder = trained(spec)
     expected = vectors(encoder)
     assert not torch.allclose(expected, vectors(load_encoder(spec)), atol=1e-3)
@@ -161,7 +161,7 @@ def test_only_the_lora_is_saved_and_no_path_of_this_machine(spec, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_peft_alone_reads_what_was_saved(transformers_spec, tmp_path):
+def test_peft_alone_reads_a_saved_lora(transformers_spec, tmp_path):
     encoder = trained(transformers_spec)
     save_lora(encoder, tmp_path)
     clip = CLIPModel.from_pretrained(transformers_spec.removeprefix("transformers:"))
@@ -200,7 +200,7 @@ def test_targets_as_a_list_of_endings(transformers_spec, tmp_path):
 
 
 @pytest.mark.parametrize("target", [r"nothing\..*", ["nothing"]])
-def test_targets_that_match_nothing_name_what_there_is(encoder, target):
+def test_targets_that_match_nothing_suggest_modules(encoder, target):
     with pytest.raises(EncoderError, match=r"nothing.* matches no module of .*, for example, .*attn"):
         add_lora(encoder, LoraSettings(target_modules=target))
     assert not has_lora(encoder)

@@ -1,4 +1,4 @@
-"""Adapters as peft writes them, against peft itself, and adapters that nobody should trust."""
+"""Adapters that peft writes, against peft itself, and untrusted adapters."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_created_models_are_trainable_and_follow_the_seed():
     assert not torch.allclose(models[0].encode_texts(TEXTS), models[2].encode_texts(TEXTS), atol=1e-3)
 
 
-def test_create_refuses_what_is_no_model_config():
+def test_create_refuses_invalid_model_configs():
     with pytest.raises(EncoderError, match="lacks text_cfg, vision_cfg"):
         OpenClipEncoder.create({"embed_dim": 16})
     with pytest.raises(EncoderError, match="no architecture 'ViT-Q'"):

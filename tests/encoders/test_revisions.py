@@ -1,4 +1,4 @@
-"""Revisions of a Hub repository, from a cache laid out as the library lays it out."""
+"""Revisions of a Hub repository, from a cache in the layout of huggingface_hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Declared settings: read off the model that runs, and the same for one model in both libraries."""
+"""Declared settings: read from the running model, and equal for one model in both libraries."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import normalize
 
 from xbt.compatible import CompatibleEncoder
-from xbt.encoders import LoraSettings, add_lora, load_encoder, load_lora, save_lora, text_batches
+from xbt.encoders import LoraSettings, add_lora, load_encoder, load_lora, save_lora, text_batching
 from xbt.encoders.hf_transformers import LEGACY_EOS, pooled
 from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.encoders.text_batching import ShortContext, _full_precision, batches_by_length
@@ -140,8 +140,8 @@ def test_workers_tokenise_with_the_same_result(encoder):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_more_texts_than_one_window(encoder, num_workers, monkeypatch):
-    monkeypatch.setattr(text_batches, "CHUNK", 2)
-    monkeypatch.setattr(text_batches, "WINDOW", 4)
+    monkeypatch.setattr(text_batching, "CHUNK", 2)
+    monkeypatch.setattr(text_batching, "WINDOW", 4)
     expected = at_full_context(encoder, TEXTS)
     vectors = encode(encoder, TEXTS, num_workers=num_workers)
     torch.testing.assert_close(vectors, expected, rtol=0, atol=1e-5)
@@ -268,7 +268,7 @@ def test_the_model_is_not_touched(encoder):
     torch.testing.assert_close(encode(encoder, TEXTS), at_full_context(encoder, TEXTS), rtol=0, atol=1e-5)
 
 
-def test_what_was_found_is_kept_until_the_weights_change(encoder, monkeypatch):
+def test_the_short_context_is_cached_until_the_weights_change(encoder, monkeypatch):
     found = encoder.short_context
     seen = widths(encoder, monkeypatch)
     assert encoder.short_context is found

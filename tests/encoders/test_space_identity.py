@@ -1,4 +1,4 @@
-"""Every mix-up of two models of one dimension that users have suffered: refused, or harmless."""
+"""Known mix-ups of two models of the same dimension: refused or harmless."""
 
 from __future__ import annotations
 

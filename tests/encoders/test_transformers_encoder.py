@@ -31,7 +31,7 @@ TEXTS = ["a red circle", "Two dogs & a cat!!", "zebra", "naïve café ☕"]
 
 @pytest.fixture
 def model(tmp_path):
-    """A tiny CLIP of its own in tmp_path, to be damaged."""
+    """A separate tiny CLIP in tmp_path, to be damaged."""
     return tiny.tiny_transformers_clip(tmp_path)
 
 

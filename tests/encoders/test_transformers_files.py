@@ -1,4 +1,4 @@
-"""Folders of transformers that are not, or not quite, a CLIP's: loaded as they were meant, or named."""
+"""Folders of transformers that are not a plain CLIP: loaded correctly, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def modules(*kinds, path="0_CLIPModel"):
 
 
 @pytest.mark.parametrize("path", ["0_CLIPModel", "towers", ""])
-def test_what_sentence_transformers_saved_loads(path, clip, tmp_path):
+def test_models_of_sentence_transformers_load(path, clip, tmp_path):
     shutil.copytree(clip, tmp_path / path, dirs_exist_ok=True)
     (tmp_path / "modules.json").write_text(modules(f"{ST}.CLIPModel", f"{ST}.Normalize", path=path))
     loaded, direct = load_encoder(f"transformers:{tmp_path}"), load_encoder(f"transformers:{clip}")
@@ -132,7 +132,7 @@ def test_missing_files_are_named(removed, words, clip, tmp_path):
         load_encoder(f"transformers:{tmp_path}")
 
 
-def test_a_processor_config_alone_will_do_where_it_describes_images(clip, tmp_path):
+def test_a_processor_config_alone_suffices_if_it_describes_images(clip, tmp_path):
     shutil.copytree(clip, tmp_path, dirs_exist_ok=True)
     described = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").unlink()

@@ -1,4 +1,4 @@
-"""Weights files that people have: those that hold a model's weights load, the others are named."""
+"""Weights files of many kinds: those that hold a model's weights load, others are refused with a reason."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ FOREIGN = {
     "namespace": (lambda s: saved(NAMESPACE | {"state_dict": s}), r"object argparse\.Namespace"),
     "path": (lambda s: saved({"where": Path("x"), "state_dict": s}), r"an object pathlib"),
     "whole module": (lambda s: saved(Whole(2, 2)), r"an object .*Whole, which needs code to be run"),
-    "function": (lambda s: saved({"f": print, "state_dict": s}), "an object .*print, for which"),
+    "function": (lambda s: saved({"f": print, "state_dict": s}), "an object .*print, which needs"),
     "TorchScript": (lambda s: archived("TorchScript"), "TorchScript archive, which holds code"),
     "git-lfs": (lambda s: POINTER, "git lfs pull"),
     "cut short": (lambda s: saved(s)[:9_000], "damaged or was cut short"),
@@ -159,10 +159,10 @@ FOREIGN = {
     "tar": (lambda s: archived("tar"), "tar archive"),
     "zip": (lambda s: archived("zip"), "zip archive, but no checkpoint"),
     "bomb": (lambda s: archived("bomb"), "compressed zip archive"),
-    "pickle": (lambda s: pickle.dumps({"a": 1}, protocol=4), "as pickle.dump does|damaged"),
+    "pickle": (lambda s: pickle.dumps({"a": 1}, protocol=4), "pickle.dump|damaged"),
     "list": (lambda s: saved([1, 2]), "holds a list instead of weights by name"),
     "no weights": (lambda s: saved({"epoch": 1, "loss": 0.5}), "holds no weights, but epoch, loss"),
-    "other": (lambda s: saved({"text_model.a": torch.ones(1)}), "transformers: load its folder"),
+    "other": (lambda s: saved({"text_model.a": torch.ones(1)}), "transformers model: load its folder"),
     "expanded": (expanded, "not stored whole"),
     "sparse": (lambda s: saved(s | {"logit_scale": torch.ones(1).to_sparse()}), "not stored whole"),
     "twice": (lambda s: saved(s | {"module.logit_scale": torch.ones(())}), "two tensors for"),
@@ -203,7 +203,7 @@ def test_a_tilde_in_a_path_is_expanded(state, tmp_path, monkeypatch):
     )
 
 
-def test_what_open_clip_writes_is_found_in_a_directory(model, state, tmp_path):
+def test_files_of_open_clip_are_found_in_a_directory(model, state, tmp_path):
     from xbt.encoders.open_clip_loading import write_config
 
     write_config(tmp_path, SMALL, {})
@@ -211,7 +211,7 @@ def test_what_open_clip_writes_is_found_in_a_directory(model, state, tmp_path):
     encoder = load_encoder(f"open_clip:local-dir:{tmp_path}")
     assert torch.equal(encoder.module.visual.proj, model.visual.proj)
     torch.save(state, tmp_path / "epoch_2.pt")
-    with pytest.raises(EncoderError, match=r"2 weights files, epoch_1\.pt, epoch_2\.pt, and"):
+    with pytest.raises(EncoderError, match=r"2 weights files, epoch_1\.pt, epoch_2\.pt, but"):
         load_encoder(f"open_clip:local-dir:{tmp_path}")
     save_file(state, tmp_path / "open_clip_model.safetensors")
     load_encoder(f"open_clip:local-dir:{tmp_path}")

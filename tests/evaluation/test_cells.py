@@ -132,7 +132,7 @@ def test_report_is_json_with_counts():
 def test_report_refuses_cells_that_cannot_be_compared():
     with pytest.raises(DataError, match="needs the cell 'old/old'"):
         RetrievalReport([UP])
-    with pytest.raises(DataError, match="'new/old' comes twice"):
+    with pytest.raises(DataError, match="'new/old' occurs twice"):
         RetrievalReport([OLD, UP, UP])
     with pytest.raises(DataError, match=r"'new/old' has R@\[1, 10\]"):
         RetrievalReport([OLD, cell("new/old", (0.5, 0.5), (0.5, 0.5), ks=(1, 10))])

@@ -81,7 +81,7 @@ def test_published_taxes():
 def test_an_array_is_as_good_as_a_mapping():
     values = np.array([[0.5, 99.0], [0.6, 0.7]])
     matrix = CompatibilityMatrix(["a", "b"], values, "mAP")
-    assert np.isnan(matrix.values[0, 1])  # whatever stands above the diagonal is none of its business
+    assert np.isnan(matrix.values[0, 1])  # values above the diagonal are ignored
     assert matrix[1, 0] == 0.6
     assert matrix.average_metric() == pytest.approx(0.6)
     assert json.loads(json.dumps(matrix.to_dict())) == {
@@ -107,7 +107,7 @@ def test_one_version_alone():
     ("names", "values", "message"),
     [
         ([], {}, "at least one"),
-        (["a", "a"], np.zeros((2, 2)), "a name of its own"),
+        (["a", "a"], np.zeros((2, 2)), "its own name"),
         (["a", "b"], {(0, 0): 1.0, (1, 1): 1.0}, "the entry b/a is missing"),
         (["a", "b"], {(0, 1): 1.0}, r"\(0, 1\) is no entry"),
         (["a", "b"], {(2, 0): 1.0}, r"\(2, 0\) is no entry"),

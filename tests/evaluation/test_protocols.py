@@ -20,9 +20,9 @@ from xbt.evaluation import (
 
 def make_pairs(images=6, captions=5, extra=2):
     """Images with ``captions`` each, the last one with ``extra`` more."""
-    told = [[f"{row}.{k}" for k in range(captions)] for row in range(images)]
-    told[-1] += [f"surplus {k}" for k in range(extra)]
-    return ImageTextPairs([str(row) for row in range(images)], [Image.new("RGB", (2, 2))] * images, told)
+    texts = [[f"{row}.{k}" for k in range(captions)] for row in range(images)]
+    texts[-1] += [f"surplus {k}" for k in range(extra)]
+    return ImageTextPairs([str(row) for row in range(images)], [Image.new("RGB", (2, 2))] * images, texts)
 
 
 def test_published_counts():

@@ -72,7 +72,7 @@ def test_all_ties_give_the_worst_rank(n_queries, n_gallery, dim):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_copy_of_the_positive_ties_wherever_it_stands(dtype):
+def test_a_copy_of_the_positive_ties_wherever_it_is(dtype):
     # A plain matmul rounds some of these columns differently, so that the copy would fall behind by an ulp.
     rng = np.random.default_rng(3)
     for n_queries, n_gallery, dim in [(1, 13, 64), (3, 5, 16), (17, 131, 127), (33, 1001, 64)]:

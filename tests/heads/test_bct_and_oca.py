@@ -135,7 +135,7 @@ def test_a_loss_that_does_not_fit_the_head_is_refused():
     targets = Targets(torch.arange(2))
     plain, no_classes = PlainHead(4, 3)(torch.randn(2, 4)), BCTHead(3, 3)(torch.randn(2, 3))
     other = BCTHead(4, 4, n_classes=3)(torch.randn(2, 4))
-    with pytest.raises(ConfigError, match="compatible with nothing"):
+    with pytest.raises(ConfigError, match="has no compatible part"):
         BCTLoss(prototypes)(plain, targets)
     with pytest.raises(ConfigError, match="no classifier to train; give it n_classes"):
         BCTLoss(prototypes)(no_classes, targets)

@@ -131,7 +131,7 @@ def test_one_update():
     # An independent new model speaks another language.
     assert top1["independent new/old"] < 3 * 100 / CLASSES
     assert precision["independent new/old"] < precision["old/old"] / 4
-    # The criterion, and what a gallery that is embedded anew brings.
+    # The criterion, and the gain of a gallery that is embedded again.
     for method in ("bct", "bct+k", "bt2", "oca"):
         for metric in (top1, precision):
             assert metric["old/old"] + 2 < metric[f"{method} new/old"] < metric[f"{method} new/new"] - 2

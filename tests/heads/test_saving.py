@@ -88,7 +88,7 @@ def test_damaged_configs_are_refused(tmp_path):
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     for change, words in (
-        ({"kind": "magic"}, r"config\.json is not a head's: head 'magic' is not known"),
+        ({"kind": "magic"}, r"config\.json does not belong to a head: head 'magic' is not known"),
         ({"kind": ["bt2"]}, "is not known"),
         ({"options": {"new_dim": 6, "old_dim": 6, "extra_dims": 9}}, "extra_dims 9 is more than"),
         ({"options": {"depth": 3}}, "depth"),
@@ -107,6 +107,6 @@ def test_damaged_configs_are_refused(tmp_path):
         CompatibleHead.from_pretrained(tmp_path / "nowhere")
 
 
-def test_a_head_built_anew_draws_other_weights():
+def test_a_head_built_again_draws_other_weights():
     first, second = (make_head("bct", {"new_dim": 4, "old_dim": 4, "n_classes": 3}) for _ in range(2))
     assert not torch.equal(first.classifier.weight, second.classifier.weight)

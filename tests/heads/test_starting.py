@@ -24,7 +24,7 @@ def inputs(dim, n=60):
 
 
 def cosines(head, weight, x, order=None):
-    output = head(x @ head.start_at(weight, order).T)
+    output = head(x @ head.init_from(weight, order).T)
     return cosine_similarity(output.compatible, x @ weight.T, dim=1)
 
 
@@ -43,15 +43,15 @@ def cosines(head, weight, x, order=None):
 )
 def test_bct_and_oca_begin_at_the_map_itself(head, new_dim):
     weight, x = frame(8, new_dim), inputs(new_dim)
-    start = head.start_at(weight)
+    start = head.init_from(weight)
     assert start.shape == (head.in_dim, new_dim)
     assert start.dtype == torch.float32
     assert torch.equal(start[:8], weight)
     assert cosines(head, weight, x).min() > 0.9999
     rest = start[8:]
     assert (rest @ weight.T).abs().max() < 1e-5 if len(rest) and new_dim > 8 else True
-    room = min(max(new_dim - 8, 0), len(rest))
-    torch.testing.assert_close(rest @ rest.T, torch.diag((torch.arange(len(rest)) < room).float()))
+    fitting_rows = min(max(new_dim - 8, 0), len(rest))
+    torch.testing.assert_close(rest @ rest.T, torch.diag((torch.arange(len(rest)) < fitting_rows).float()))
     if head.in_dim >= new_dim >= 8:  # nothing of x is lost
         torch.testing.assert_close((x @ start.T) @ (x @ start.T).T, x @ x.T)
 
@@ -64,7 +64,7 @@ def test_bt2_without_extra_dimensions_is_exact(dims, orthogonal_map):
     order = frame(dims[1], dims[1], 3)
     for each in (None, order):
         assert cosines(head, weight, x, each).min() > 0.99999
-    output = head(x @ head.start_at(weight).T)
+    output = head(x @ head.init_from(weight).T)
     torch.testing.assert_close(output.compatible, 2 * x @ weight.T, atol=1e-5, rtol=0)
     torch.testing.assert_close(output.features, x)
 
@@ -77,7 +77,7 @@ def test_bt2_is_exact_but_for_the_least_important_directions(dims):
     order = frame(old_dim, old_dim, 3)
     if new_dim < old_dim:
         order = None
-    output = head(x @ head.start_at(weight, order).T)
+    output = head(x @ head.init_from(weight, order).T)
     basis = head.old_rotation.weight.detach()
     if order is not None:
         torch.testing.assert_close(basis, order, atol=1e-5, rtol=0)
@@ -106,14 +106,14 @@ def test_bt2_is_near_where_the_least_important_directions_hardly_matter():
 
 def test_the_default_order_gives_up_the_last_coordinates():
     head = BT2Head(12, 8, 3)
-    head.start_at(frame(8, 12))
+    head.init_from(frame(8, 12))
     torch.testing.assert_close(head.old_rotation.weight.detach(), torch.eye(8).flip(1))
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_a_start_can_be_trained_from(extra, train):
     head = BT2Head(6, 3, extra, n_classes=5)
-    head.start_at(frame(3, 6))
+    head.init_from(frame(3, 6))
     before = head.new_rotation.weight.detach().clone()
     train(head, steps=3)
     assert all(torch.isfinite(each).all() for each in head.parameters())
@@ -123,7 +123,7 @@ def test_a_start_can_be_trained_from(extra, train):
 @pytest.mark.parametrize("dims", [(3, 1, 1), (6, 10, 4)])
 def test_where_there_is_nothing_to_carry_the_code_begins_at_a_constant(dims):
     head = BT2Head(*dims)
-    h = inputs(dims[0]) @ head.start_at(frame(dims[1], dims[0])).T
+    h = inputs(dims[0]) @ head.init_from(frame(dims[1], dims[0])).T
     output = head(h)
     torch.testing.assert_close(head.code(h.relu()), torch.ones(60, dims[2]))
     output.full.sum().backward()
@@ -140,14 +140,14 @@ def test_more_old_dimensions_than_new_ones_are_taken_as_far_as_they_go():
 def test_a_map_that_does_not_fit_is_refused():
     head = BT2Head(6, 4, 1)
     with pytest.raises(ConfigError, match="leads to 3 dimensions, but the head's old model has 4"):
-        head.start_at(frame(3, 6))
+        head.init_from(frame(3, 6))
     with pytest.raises(ConfigError, match="takes 5 dimensions, but the head's new_dim is 6"):
-        head.start_at(frame(4, 5))
+        head.init_from(frame(4, 5))
     with pytest.raises(ConfigError, match=r"order must be an orthogonal 4 × 4 matrix .* got shape \(4, 3\)"):
-        head.start_at(frame(4, 6), frame(4, 3))
+        head.init_from(frame(4, 6), frame(4, 3))
     with pytest.raises(ConfigError, match="order must be an orthogonal 4 × 4 matrix"):
-        head.start_at(frame(4, 6), 2 * torch.eye(4))
-    with pytest.raises(DataError, match="the map to start at has NaN"):
-        head.start_at(torch.full((4, 6), torch.nan))
-    with pytest.raises(ConfigError, match="compatible with nothing, so there is no map to start at"):
-        PlainHead(4).start_at(frame(4, 4))
+        head.init_from(frame(4, 6), 2 * torch.eye(4))
+    with pytest.raises(DataError, match="the initial map has NaN"):
+        head.init_from(torch.full((4, 6), torch.nan))
+    with pytest.raises(ConfigError, match="has no old model, so it cannot be initialised from a map"):
+        PlainHead(4).init_from(frame(4, 4))

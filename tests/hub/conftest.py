@@ -1,4 +1,4 @@
-"""A Hub on this machine, and parts to share."""
+"""A local Hub server, and artifacts to share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of sharing have in common."""
+"""Helpers for tests of sharing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXTS = [f"a {size} {colour} {shape}" for size in ("large", "small") for colour 
 
 
 def adapted(new_spec, old_spec, directory, ensemble=None):
-    """A compatible encoder with a LoRA that does something, as it is loaded: merged."""
+    """A compatible encoder with a merged LoRA that changes vectors."""
     new, old = load_encoder(new_spec), load_encoder(old_spec)
     projection = fit_projection(
         new.encode_texts(TEXTS), old.encode_texts(TEXTS), new_space=new.space, old_space=old.space
@@ -33,7 +33,7 @@ def adapted(new_spec, old_spec, directory, ensemble=None):
 
 
 def run_fresh(code, *arguments, **environment):
-    """Runs Python code in a process of its own, and returns what it printed."""
+    """Run Python code in another process and return its output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(

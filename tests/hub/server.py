@@ -1,4 +1,4 @@
-"""The part of the Hub's API that huggingface_hub speaks to push, list and pull models, on this machine."""
+"""A local server for the part of the Hub's API that huggingface_hub uses to push, list and pull models."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             (rf"(GET|HEAD) /{_REPO}/resolve/(refs/pr/\d+|[^/]+)/(.+)", self._resolve),
         ]
 
-    # Who may do what
+    # Permissions
 
     def _token(self) -> str | None:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _repo(self, name: str) -> Repo | None:
         repo = self.server_hub.repos.get(name)
         if repo is None or (repo.private and self._token() not in (WRITER, READER)):
-            # As on the Hub, what is private looks as if it were not there.
+            # As on the Hub, a private repository looks like a missing one.
             self._error(401 if self._token() is None else 404, "RepoNotFound", "Repository not found")
             return None
         return repo

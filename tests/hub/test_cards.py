@@ -99,7 +99,7 @@ def test_without_results_and_licence_nothing_is_claimed(projection, tmp_path):
     [{}, {"cells": []}, {"cells": [{"name": "old/old"}]}, {"cells": "x"},
      {"cells": [{"name": "a", "n_images": 1, "n_texts": 1, "T2I": {"R@1": 40}, "I2T": {"R@1": 0.1}}]}],
 )  # fmt: skip
-def test_what_is_not_a_report(projection, bad, tmp_path):
+def test_invalid_reports(projection, bad, tmp_path):
     with pytest.raises(ConfigError, match="is not a retrieval report"):
         projection.save_pretrained(tmp_path / "p", card=CardData(report=bad))
     assert not (tmp_path / "p").exists()  # nothing half-saved
@@ -184,7 +184,7 @@ def test_no_path_of_this_machine_is_pushed(hub, models, tmp_path):
     expected = CompatibleEncoder.from_pretrained(tmp_path / "encoder").encode_texts(texts)
     assert torch.equal(loaded.encode_texts(texts), expected)
     assert loaded.space.same_as(load_encoder(old).space)
-    # The snippet says what has to be named.
+    # The snippet names the options that must be given.
     assert (
         'base="backend:its specification", old="backend:its specification"'
         in everything(hub, "org/e")["README.md"]
@@ -262,7 +262,7 @@ def test_repositories_of_specifications(spec, repository):
     assert hub_repository(spec) == repository
 
 
-def test_a_card_of_ones_own_is_kept(projection, report, tmp_path):
+def test_a_card_of_the_user_is_kept(projection, report, tmp_path):
     projection.save_pretrained(tmp_path)
     page = tmp_path / "README.md"
     projection.save_pretrained(tmp_path, card=CardData(report=report))
@@ -274,7 +274,7 @@ def test_a_card_of_ones_own_is_kept(projection, report, tmp_path):
     assert page.read_text() == "# mine\n"
 
 
-def test_every_method_tells_its_paper():
+def test_every_method_names_its_paper():
     vectors = torch.nn.functional.normalize(torch.randn(40, 6), dim=1)
     for method in METHODS:
         assert "not recorded" not in described_method(method, "linear")

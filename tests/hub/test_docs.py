@@ -1,4 +1,4 @@
-"""docs/hub.md, run from top to bottom against the Hub on this machine."""
+"""docs/hub.md, run from top to bottom against a local Hub server."""
 
 from __future__ import annotations
 

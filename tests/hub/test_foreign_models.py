@@ -1,4 +1,4 @@
-"""Models that a stranger's adapter names: nothing is run or unpickled, and no size is believed."""
+"""Models named by an untrusted adapter: no code runs, nothing is unpickled, and sizes are checked first."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Evil(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
-    """A file that the code of a repository makes when it is run; whoever asks for leave to run it gets it."""
+    """A file that the code of a repository creates when it runs; prompts to run it are accepted."""
     monkeypatch.setenv("XBT_TEST_RAN", str(tmp_path / "ran"))
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     return tmp_path / "ran"
@@ -111,7 +111,7 @@ def test_no_code_of_a_tokenizer_is_run(hub, adapter, base, ran, tmp_path):
 
 
 @pytest.mark.parametrize("text", [{"hf_tokenizer_name": "org/evil"}, {"hf_model_name": "org/evil"}])
-def test_nobody_is_asked_for_leave_to_run_code(text, hub, base, ran, tmp_path):
+def test_loading_never_prompts_to_run_code(text, hub, base, ran, tmp_path):
     hub.put("org/evil", with_code(base, **text))
     for spec in ("open_clip:hf-hub:org/evil", write(tmp_path / "evil", with_code(base, **text))):
         with pytest.raises(EncoderError):
@@ -260,7 +260,7 @@ def test_pixels_and_contexts_beyond_measure(tmp_path):
 @pytest.mark.parametrize(
     "name", ["hf-hub:org/tower", "local-dir:/tmp/tower", "hf_hub:org/tower", "org/tower"]
 )
-def test_a_tower_from_elsewhere_is_refused(name, hub, base, tmp_path):
+def test_a_config_that_fetches_a_tower_is_refused(name, hub, base, tmp_path):
     hub.put("org/tower", {"config.json": json.dumps({"architecture": "resnet18"}).encode()})
     with pytest.raises(EncoderError, match=r"timm_model_name"):
         load_encoder(write(tmp_path / "timm", model_config(base, "vision_cfg", timm_model_name=name)))
@@ -281,7 +281,7 @@ def test_settings_of_a_backbones_tower_that_fetch_are_refused(tmp_path):
             rebuild_backbone({"spec": "clip:x", "image_size": 32, "architecture": described})
 
 
-def test_from_the_cache_alone_nobody_is_asked(hub, adapter, hosted, tmp_path):
+def test_the_cache_alone_makes_no_requests(hub, adapter, hosted, tmp_path):
     adapter(hosted[0])
     first = CompatibleEncoder.from_pretrained("org/encoder")
     hub.requests.clear()

@@ -1,4 +1,4 @@
-"""Saved parts that are damaged or hostile: every loader refuses them in a sentence, or loads them."""
+"""Damaged or hostile artifacts: every loader loads them, or refuses them in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pushed to a Hub on this machine, pulled from it by another process, and what goes wrong in between."""
+"""Pushing to a local Hub server, pulling in another process, and failures in between."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ import xbt
 from xbt.data import make_scenes
 
 texts = json.loads(sys.argv[1])
-# Clones: what lies otherwise in memory is multiplied with other rounding.
+# Clones, because another memory layout can change rounding.
 given = {name: each.clone() for name, each in load_file(sys.argv[2]).items()}
 images = make_scenes(3).images
 encoder = xbt.CompatibleEncoder.from_pretrained("org/encoder")
@@ -80,7 +80,7 @@ def test_a_fresh_process_gets_the_same_vectors(hub, hosted, projection, tmp_path
     assert set(found) == set(expected)
     for name, vectors in expected.items():
         assert torch.equal(found[name], vectors), name
-    # The same once more, from the cache alone: nobody answers, and nobody is asked.
+    # The same again from the cache alone: no request is made.
     hub.requests.clear()
     run_fresh(PULL, json.dumps(TEXTS), tmp_path / "given", tmp_path / "offline", HF_HUB_OFFLINE="1")
     assert hub.requests == []
@@ -140,7 +140,7 @@ def test_pushing_the_same_again_commits_nothing(hub, projection):
     assert hub.counts()["upload"] == 1
 
 
-def test_what_an_earlier_part_had_goes(hub, hosted, projection, tmp_path):
+def test_files_of_an_earlier_artifact_are_deleted(hub, hosted, projection, tmp_path):
     adapted(*hosted, tmp_path / "encoder").push_to_hub("org/p")
     projection.push_to_hub("org/p")
     assert set(hub.files("org/p")) == {"README.md", "config.json", "model.safetensors"}
@@ -258,7 +258,7 @@ def test_an_empty_repository(hub):
         Projection.from_pretrained("org/p")
 
 
-def test_a_hiccup_of_the_server_is_waited_out(hub, projection, monkeypatch):
+def test_a_short_server_error_is_retried(hub, projection, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.faults["/preupload/"] = [503]
     hub.faults["/lfs/objects/batch"] = [500]

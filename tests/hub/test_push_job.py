@@ -1,4 +1,4 @@
-"""The push job: what it finds in a directory, what it uploads, and what it refuses."""
+"""The push job: files that it finds in a directory, uploads or refuses."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_nothing_to_share(projection, tmp_path):
         push(PushConfig(str(tmp_path), "org/p"))
 
 
-def test_what_is_damaged_is_not_pushed(hub, projection, tmp_path):
+def test_damaged_artifacts_are_not_pushed(hub, projection, tmp_path):
     projection.save_pretrained(tmp_path / "p")
     weights = tmp_path / "p" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])

@@ -1,4 +1,4 @@
-"""Configs and weights that nobody should trust: refused in a sentence, and before memory is taken."""
+"""Untrusted configs and weights: refused in one sentence, before memory is allocated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HUGE = 10**9
 
 @pytest.fixture
 def little_memory():
-    """Not more than 2 GiB of further address space: what is really allocated beyond that fails otherwise."""
+    """Limit further address space to 2 GiB, so that a larger allocation fails."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 2**30, before[1]))
@@ -216,7 +216,7 @@ def test_changed_weights_and_digests(tmp_path):
             Projection.from_pretrained(tmp_path)
 
 
-def test_what_was_saved_before_there_were_digests_loads(tmp_path):
+def test_artifacts_without_digests_load(tmp_path):
     projection = LinearProjection(12, 8)
     projection.save_pretrained(tmp_path)
     respoil(tmp_path, lambda config: config.pop("sha256"))
@@ -289,7 +289,7 @@ def test_the_place_of_an_encoders_models(models, tmp_path, monkeypatch):
         assert loaded is None or torch.equal(loaded.projection.weight, encoder.projection.weight)
 
 
-def test_paths_in_what_came_from_the_hub_are_not_followed(models, tmp_path):
+def test_paths_in_configs_from_the_hub_are_not_followed(models, tmp_path):
     new, old = (f"open_clip:local-dir:{models / name}" for name in ("new-clip", "old-clip"))
     snapshot = tmp_path / "models--org--e" / "snapshots" / ("0" * 40)
     adapted(new, old, tmp_path / "encoder").save_pretrained(snapshot)

@@ -109,7 +109,7 @@ def test_is_trained_through(projection):
         (lambda: HeadProjection(12, 8, "bt2", BT2, "full"), "old_dim is 8, .* 'full' has 15 dimensions"),
         (lambda: HeadProjection(12, 8, "bt2", BT2, "new"), "output 'new' is not known; there is old, full"),
         (lambda: HeadProjection(12, 0, "independent", {"dim": 4}), "old_dim is 0"),
-        (lambda: HeadProjection.starting_at(torch.eye(8, 12), PlainHead(12)), "compatible with nothing"),
+        (lambda: HeadProjection.starting_at(torch.eye(8, 12), PlainHead(12)), "has no old model"),
         (lambda: HeadProjection.starting_at(torch.eye(7, 12), BCTHead(12, 8)), "leads to 7 dimensions"),
     ],
 )

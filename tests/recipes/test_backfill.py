@@ -60,7 +60,7 @@ def flags(models, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the recipe in this process; returns its exit status, what it printed and the error's line."""
+    """Run the recipe in this process; return its exit status, what it printed and the error's line."""
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["backfill.py", *words])

@@ -20,7 +20,7 @@ BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Runs a benchmark as a script; returns its results and what it printed."""
+    """Run a benchmark as a script; return its results and what it printed."""
     monkeypatch.setitem(
         open_clip.factory._MODEL_CONFIGS, "tiny-arch", tiny.open_clip_config(context_length=77)
     )

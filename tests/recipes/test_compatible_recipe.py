@@ -35,7 +35,7 @@ def roots(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the recipe as a script in this process; returns its exit status and the last line on stderr."""
+    """Run the recipe as a script in this process; return its exit status and the last line on stderr."""
 
     def call(arguments):
         monkeypatch.chdir(ROOT)

@@ -32,7 +32,7 @@ def spec(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the recipe in this process; returns its exit status, what it printed and the error's line."""
+    """Run the recipe in this process; return its exit status, what it printed and the error's line."""
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["embed.py", *flags])

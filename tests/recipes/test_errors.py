@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a recipe as a script in this process; returns its exit status and the last line on stderr."""
+    """Run a recipe as a script in this process; return its exit status and the last line on stderr."""
 
     def call(name: str, *flags: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])

@@ -62,7 +62,7 @@ def stage2(models, name, out, steps=6):
 
 
 def launch(arguments, processes=1):
-    """Runs a recipe with torchrun, which really starts that many processes, and returns what it printed."""
+    """Run a recipe with torchrun, which starts real processes, and return what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += [str(processes), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)

@@ -10,10 +10,10 @@ import pytest
 from fuzzing import damaged, fuzzed, loads_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
-from xbt.report.upgrade.config import VectorSource
-from xbt.report.upgrade.from_vectors import _array
 
 from xbt.errors import ConfigError, DataError
+from xbt.report.config import VectorSource
+from xbt.report.from_vectors import _array
 
 ROWS = np.random.default_rng(5).standard_normal((7, 3)).astype(np.float32)
 

@@ -156,7 +156,7 @@ def test_texts_of_the_sample_are_taken_out_of_the_corpus(tmp_path, better):
         )
     np.savez(tmp_path / "mixed.npz", **arrays)
     report = write_upgrade_report(config_of(str(tmp_path / "mixed.npz"), tmp_path / "out", sample=60))
-    assert any("300 texts of the corpus were the sample's own" in limit for limit in report.limits)
+    assert any("300 texts of the corpus are in the sample" in limit for limit in report.limits)
 
 
 def test_the_owner_of_texts_may_be_given_and_an_image_without_text_is_left_out(tmp_path, better):

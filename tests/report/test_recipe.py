@@ -102,7 +102,7 @@ def test_a_corpus_of_the_pairs_own_captions(specs, tmp_path):
 
 @pytest.fixture
 def status(monkeypatch, capsys):
-    """Runs the recipe as a script; returns its exit status, what it printed, and its errors."""
+    """Run the recipe as a script; return its exit status, what it printed, and its errors."""
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["upgrade_report.py", *flags])

@@ -21,7 +21,7 @@ RECIPE, CONFIG = ROOT / "recipes/export_gallery.py", ROOT / "recipes/configs/exp
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs the recipe in this process; returns its exit status, what it printed and the error's line."""
+    """Run the recipe in this process; return its exit status, what it printed and the error's line."""
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["export_gallery.py", *map(str, flags)])

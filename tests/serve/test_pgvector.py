@@ -19,7 +19,7 @@ UNESCAPED = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "v": "\v", "
 
 
 def statements(sql):
-    """Splits SQL as psql does: at semicolons outside quotes; after COPY come data, up to backslash-dot."""
+    """Split SQL as psql does: at semicolons outside quotes; after COPY come data, up to backslash-dot."""
     found, place = [], 0
     token = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|--[^\n]*|;|[^;'\"-]+|-", re.S)
     start = 0

@@ -239,9 +239,9 @@ def test_a_corrupt_image_is_named_counted_and_left_out(world, tmp_path):
     config = settings(tmp_path, "run", "oca", old=str(world / "old/model"), extra_dims=4, epochs=1)
     with pytest.warns(UserWarning, match="skipped") as caught:
         train_compatible_backbone(config)
-    told = [str(each.message) for each in caught if "skipped" in str(each.message)]
-    assert told[0].startswith("skipped 1 of 36 training images: image class_2/001.png cannot be decoded")
-    assert told[1].startswith("skipped 1 of 18 test images: image class_3/002.png cannot be decoded")
+    messages = [str(each.message) for each in caught if "skipped" in str(each.message)]
+    assert messages[0].startswith("skipped 1 of 36 training images: image class_2/001.png cannot be decoded")
+    assert messages[1].startswith("skipped 1 of 18 test images: image class_3/002.png cannot be decoded")
     result = result_of(config)
     assert (result["train_images"], result["evaluation"]["n_images"]) == (35, 17)
 

@@ -164,7 +164,7 @@ def test_which_buffers_are_trained():
     assert not any("frozen" in name for name in trained.copy())
 
 
-def test_buffers_are_looked_up_anew():
+def test_buffers_are_looked_up_again():
     module = nn.BatchNorm1d(2)
     trained = TrainedTensors(module)
     kept = trained.copy()

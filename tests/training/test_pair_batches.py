@@ -41,12 +41,12 @@ def test_captions_vary_with_the_step_but_not_with_the_slicing(encoder):
     assert not torch.equal(dataset.__getitems__(draws(2, range(8)))["tokens"], whole)
 
 
-@pytest.mark.parametrize(("room", "calls"), [(512, 10), (3, 17), (0, 20)])
-def test_pixels_are_preprocessed_once_where_they_fit(encoder, monkeypatch, room, calls):
+@pytest.mark.parametrize(("cache_rows", "calls"), [(512, 10), (3, 17), (0, 20)])
+def test_pixels_are_preprocessed_once_where_they_fit(encoder, monkeypatch, cache_rows, calls):
     pairs, count = make_scenes(10), []
     original = encoder.preprocess
     expected = torch.stack([original(pairs.image(row)) for row in range(10)])
-    monkeypatch.setattr(pair_batches, "CACHE_BYTES", room * expected[0].nbytes)
+    monkeypatch.setattr(pair_batches, "CACHE_BYTES", cache_rows * expected[0].nbytes)
     monkeypatch.setattr(encoder, "preprocess", lambda image: count.append(1) or original(image))
     dataset = PairBatches(pairs, encoder, seed=0)
     for step in range(2):
@@ -54,21 +54,21 @@ def test_pixels_are_preprocessed_once_where_they_fit(encoder, monkeypatch, room,
     assert len(count) == calls
 
 
-@pytest.mark.parametrize("room", [0, 7, 10**6])
-def test_captions_beyond_the_cache_are_tokenised_as_they_come(encoder, monkeypatch, recwarn, room):
+@pytest.mark.parametrize("cache_rows", [0, 7, 10**6])
+def test_captions_beyond_the_cache_are_tokenised_as_they_come(encoder, monkeypatch, recwarn, cache_rows):
     pairs = make_scenes(10)
     expected = encoder.tokenize(pairs.texts)
     recwarn.clear()
-    monkeypatch.setattr(pair_batches, "TOKEN_CACHE_BYTES", room * encoder.context_length * 4)
+    monkeypatch.setattr(pair_batches, "TOKEN_CACHE_BYTES", cache_rows * encoder.context_length * 4)
     dataset = PairBatches(pairs, encoder, seed=0, per_text={"row": torch.arange(len(pairs.texts))})
-    assert len(dataset._tokens) == min(max(room, 1), len(pairs.texts))
+    assert len(dataset._tokens) == min(max(cache_rows, 1), len(pairs.texts))
     assert dataset._tokens.dtype == torch.int32
     before = len(recwarn)
     for step in range(5):
         batch = dataset.__getitems__(draws(step, range(10)))
         assert batch["tokens"].dtype == torch.int64
         assert torch.equal(batch["tokens"], expected[batch["row"]])
-    assert len(recwarn) == before  # cut captions are told of once, not once a batch
+    assert len(recwarn) == before  # cut captions are reported once, not once per batch
 
 
 def test_rows_of_a_store_go_with_their_captions(encoder, tmp_path):

@@ -40,9 +40,9 @@ def write_store(path, space, rows, ids, captions=None, modality="text", dtype="f
     store = EmbeddingStore.create(path, modality=modality, space=space, dtype=dtype)
     borders = [0, *np.cumsum(sizes).tolist(), len(rows)]
     for start, stop in pairwise(borders):
-        told = None if captions is None else {"caption": captions[start:stop]}
+        metadata = None if captions is None else {"caption": captions[start:stop]}
         if start < min(stop, len(rows)):
-            store.append(rows[start : min(stop, len(rows))], ids[start:stop], told)
+            store.append(rows[start : min(stop, len(rows))], ids[start:stop], metadata)
     return store
 
 
@@ -243,8 +243,8 @@ def test_two_million_pairs_need_no_more_memory_than_a_batch(tmp_path):
         block = unit_rows(per_shard, dim, seed=dim).astype(np.float16)
         for shard in range(count // per_shard):
             ids = [str(row) for row in range(shard * per_shard, (shard + 1) * per_shard)]
-            told = {"caption": [f"a photo of thing number {name}" for name in ids]}
-            builder.write(f"{shard:02d}", np.roll(block, 7 * shard, axis=1), ids, told)
+            metadata = {"caption": [f"a photo of thing number {name}" for name in ids]}
+            builder.write(f"{shard:02d}", np.roll(block, 7 * shard, axis=1), ids, metadata)
         builder.finish(f"{shard:02d}" for shard in range(count // per_shard))
         del block
     command = [

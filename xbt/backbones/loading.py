@@ -1,4 +1,4 @@
-"""One specification string, one backbone.
+"""Backbones from specification strings.
 
 A network that turns pixels into pooled features, whichever library it comes from.
 
@@ -19,7 +19,7 @@ from xbt.errors import ConfigError, EncoderError
 
 
 class ImageBackbone(nn.Module):
-    """(n, 3, height, width) pixels → (n, feature_dim) pooled features, not normalised.
+    """Network from (n, 3, height, width) pixels to (n, feature_dim) pooled features, not normalised.
 
     Attributes:
         spec: The specification it was loaded from, such as ``"timm:resnet18"``.
@@ -39,7 +39,7 @@ class ImageBackbone(nn.Module):
         preprocessing: ImagePreprocessing | None = None,
         architecture: dict[str, Any] | None = None,
     ) -> None:
-        """Finds out the dimension by a pass over one blank image.
+        """Determine the dimension with a forward pass of one blank image.
 
         Raises:
             ConfigError: If the network does not give one vector per image.
@@ -53,13 +53,13 @@ class ImageBackbone(nn.Module):
         self.feature_dim = _feature_dim(spec, network, image_size)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(n, 3, height, width) pixels → (n, feature_dim) features."""
+        """Map (n, 3, height, width) pixels to (n, feature_dim) features."""
         # Convolutions are a fifth faster on a CPU when the channels of a pixel lie together.
         features: Tensor = self.network(pixels.contiguous(memory_format=torch.channels_last))
         return features
 
     def description(self) -> dict[str, Any]:
-        """A JSON-able form, of which :func:`xbt.backbones.rebuild_backbone` makes the same network."""
+        """A JSON-able form, from which :func:`xbt.backbones.rebuild_backbone` builds the same network."""
         return {"spec": self.spec, "image_size": self.image_size, "architecture": self.architecture}
 
     def __repr__(self) -> str:
@@ -125,7 +125,7 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(n, 3, height, width) pixels → (n, feature_dim) pooled features."""
+        """Map (n, 3, height, width) pixels to (n, feature_dim) pooled features."""
         features: Tensor = torch.mean(self.stages(self.stem(pixels)), dim=(2, 3))
         return features
 
@@ -146,13 +146,13 @@ FORMS = (
     "torchvision:NAME",
     "clip:ENCODER (any specification of load_encoder)",
 )
-"""Every form a specification can take."""
+"""All forms of a specification."""
 SMALL_SIZE = 32
 USUAL_SIZE = 224
 
 
 def load_backbone(spec: str, image_size: int | None = None, pretrained: bool = False) -> ImageBackbone:
-    """Builds an image backbone without its classifier, ready to be trained.
+    """Build an image backbone without its classifier, for training.
 
     Random weights come from torch's global generator: seed it beforehand.
 
@@ -190,7 +190,7 @@ def load_backbone(spec: str, image_size: int | None = None, pretrained: bool = F
 
 
 def rebuild_backbone(description: Mapping[str, Any]) -> ImageBackbone:
-    """Builds the network that :meth:`ImageBackbone.description` tells of; nothing is downloaded.
+    """Build the network of an :meth:`ImageBackbone.description`; nothing is downloaded.
 
     Returns:
         The same architecture with random weights.
@@ -280,7 +280,7 @@ _LIBRARIES: dict[str, Callable[[str, int | None, bool], tuple[nn.Module, int, Im
 
 
 def _sized(create: Callable[..., nn.Module], option: str, image_size: int | None) -> Any:
-    """A network told the size of its images where it wants to know; convolutional ones do not."""
+    """Create a network; pass the image size if it has this option, as transformers do."""
     if image_size is not None:
         try:
             return create(**{option: image_size})
@@ -290,7 +290,7 @@ def _sized(create: Callable[..., nn.Module], option: str, image_size: int | None
 
 
 def _cut_classifier(network: nn.Module, name: str) -> None:
-    """Replaces the last linear layer, which torchvision's models keep under a dozen names, by nothing."""
+    """Replace the last linear layer by an identity; torchvision has a dozen names for it."""
     linear = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise ConfigError(f"torchvision's {name!r} does not end in a linear layer; choose another network")

@@ -40,7 +40,7 @@ class CompatibleBackbone(nn.Module, HubArtifact):
         preprocessing: From images to pixels.
         class_names: The classes it was trained on.
         old_space: The space that ``space="old"`` vectors belong to; ``None`` where nobody said, or where the
-            head is compatible with nothing.
+            head is independent.
 
     Example:
         >>> model = CompatibleBackbone.from_pretrained("runs/bt2/model")
@@ -55,7 +55,7 @@ class CompatibleBackbone(nn.Module, HubArtifact):
         class_names: Sequence[str] = (),
         old_space: EmbeddingSpace | None = None,
     ) -> None:
-        """Joins the parts; the linear layer between them is drawn from torch's global generator.
+        """Join the parts; the linear layer between them is drawn from torch's global generator.
 
         Raises:
             SpaceMismatchError: If ``old_space`` does not have the dimension that the head is compatible with.
@@ -82,7 +82,7 @@ class CompatibleBackbone(nn.Module, HubArtifact):
 
     @property
     def dim(self) -> int:
-        """Dimension of the whole vectors."""
+        """Dimension of the full vectors."""
         return self.head.out_dim
 
     @property
@@ -92,28 +92,28 @@ class CompatibleBackbone(nn.Module, HubArtifact):
 
     @property
     def name(self) -> str:
-        """What its space is called: the backbone's specification and the head's kind."""
+        """Name of the space: the backbone's specification and the head's kind."""
         return f"{self.backbone.spec}+{self.head.kind}"
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.embedding.weight.device
 
     def forward(self, pixels: Tensor) -> HeadOutput:
-        """Maps (n, 3, size, size) pixels on the model's device to what the head makes of them."""
+        """Map (n, 3, size, size) pixels on the model's device to the head's output."""
         output: HeadOutput = self.head(self.embedding(self.backbone(pixels)))
         return output
 
     def embed_pixels(self, pixels: Tensor, space: Side = "new") -> Tensor:
-        """Maps (n, 3, size, size) pixels to unit rows on the model's device, differentiably.
+        """Map (n, 3, size, size) pixels to unit rows on the model's device, differentiably.
 
         Args:
             pixels: Preprocessed images, on any device.
             space: ``"new"`` for (n, dim) whole vectors, ``"old"`` for (n, old_dim) compatible ones.
 
         Raises:
-            ConfigError: If the space is neither, or the head is compatible with nothing.
+            ConfigError: If the space is neither, or the head is independent.
         """
         self._dim_of(space)
         features = self.embedding(self.backbone(pixels.to(self.device)))
@@ -127,13 +127,13 @@ class CompatibleBackbone(nn.Module, HubArtifact):
         progress: bool = False,
         num_workers: int = 0,
     ) -> Tensor:
-        """Encodes images, decoding them batch by batch; always in float32 and in evaluation mode.
+        """Decode and encode images batch by batch, always in float32 and in evaluation mode.
 
         Args:
             images: n PIL images, paths, or bytes of encoded images.
             space: ``"new"`` for whole vectors, ``"old"`` for vectors of the space of the old model.
             batch_size: Images per forward pass.
-            progress: Whether to show a progress bar on stderr.
+            progress: Show a progress bar on stderr.
             num_workers: Processes that read and preprocess images while the model computes.
 
         Returns:
@@ -141,34 +141,34 @@ class CompatibleBackbone(nn.Module, HubArtifact):
 
         Raises:
             ImageError: If an image cannot be decoded; the message names it.
-            ConfigError: If the space is neither, or the head is compatible with nothing.
+            ConfigError: If the space is neither, or the head is independent.
             DataError: If a single image is given instead of a list, or the model returns NaN.
         """
         items = as_images(images)
         require_positive(batch_size)
-        parts, seen = [torch.zeros(0, self._dim_of(space))], 0
+        parts, done = [torch.zeros(0, self._dim_of(space))], 0
         batches = numbered(items, batch_size)
-        num_workers = min(num_workers, -(-len(items) // batch_size))  # no more than there is to do
+        num_workers = min(num_workers, -(-len(items) // batch_size))  # no more workers than batches
         pin = self.device.type == "cuda"
         decoded = decode_batches(batches, self.preprocessing.evaluation(), num_workers, pin_memory=pin)
         with tqdm(total=len(items), unit="image", disable=not progress, file=sys.stderr) as bar:
-            for each in decoded:
-                if each.rejected:
-                    raise ImageError(each.rejected[min(each.rejected)])
+            for batch in decoded:
+                if batch.rejected:
+                    raise ImageError(batch.rejected[min(batch.rejected)])
                 with self._evaluating():
-                    vectors = self.embed_pixels(each.pixels, space).float().cpu()
+                    vectors = self.embed_pixels(batch.pixels, space).float().cpu()
                 for broken in not_finite(vectors)[:1]:
                     raise DataError(
-                        f"{self.name} gives NaN for image number {seen + broken}; its weights are broken"
+                        f"{self.name} gives NaN for image number {done + broken}; its weights are damaged"
                     )
                 parts.append(vectors)
-                seen += len(vectors)
+                done += len(vectors)
                 bar.update(len(vectors))
         return torch.cat(parts)
 
     @property
     def space(self) -> EmbeddingSpace:
-        """The space of the whole vectors; its probe is computed at first use and kept until training goes on.
+        """Space of the full vectors; its probe is computed at first use and cached until the next training.
 
         The probe's rows for texts are zero, because there is no text tower.
         """
@@ -179,11 +179,11 @@ class CompatibleBackbone(nn.Module, HubArtifact):
         return self._space
 
     def invalidate_space(self) -> None:
-        """Forgets the probe; call it when weights were changed while the model was in evaluation mode."""
+        """Drop the cached probe; call this after a change of weights in evaluation mode."""
         self._space = None
 
     def train(self, mode: bool = True) -> Self:
-        """Sets the mode as usual; what is trained gets another space."""
+        """Set the mode; training mode drops the cached probe."""
         if mode:
             self.invalidate_space()
         return super().train(mode)
@@ -199,12 +199,12 @@ class CompatibleBackbone(nn.Module, HubArtifact):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Evaluation mode in float32 without gradients; afterwards every module is in the mode it was in."""
+        """Evaluation mode in float32 without gradients; restores the mode of every module afterwards."""
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            # Orthogonal matrices are made once, not at every use.
+            # parametrize.cached computes each orthogonal matrix once, not at every access.
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False), parametrize.cached():
                 yield
         finally:

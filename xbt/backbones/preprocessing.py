@@ -1,4 +1,4 @@
-"""How images become pixels: one fixed way for vectors, one with random crops and flips for training."""
+"""Preprocessing of images: a deterministic transform for vectors, and random augmentation for training."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ _CHOICES = {"interpolation": Interpolation, "resize_mode": ResizeMode, "augmenta
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 PADDING = 8
-"""``crop_flip`` pads by this part of the image size: 4 pixels of 32, as is usual for CIFAR."""
+"""Padding of ``crop_flip`` as a fraction of the image size: 4 pixels of 32, as is usual for CIFAR."""
 AREA = (0.08, 1.0)
-"""``resized_crop_flip`` crops a part of the area between these, as is usual for ImageNet, ..."""
+"""Range of the area that ``resized_crop_flip`` crops, as is usual for ImageNet."""
 RATIO = (3 / 4, 4 / 3)
-"""... and a ratio of width to height between these."""
+"""Range of the ratio of width to height that ``resized_crop_flip`` crops."""
 
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """How an image becomes pixels.
+    """Settings of the preprocessing of images.
 
     Raises:
         ConfigError: If a value cannot be used.
     """
 
     image_size: int = 224
-    """Side in pixels of what the backbone sees."""
+    """Side of the backbone's input in pixels."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Mean of each colour, of values between 0 and 1."""
     std: tuple[float, float, float] = IMAGENET_STD
     """Standard deviation of each colour."""
     interpolation: Interpolation = "bilinear"
-    """How images are resized, always by Pillow."""
+    """Interpolation of the resizing, always by Pillow."""
     resize_mode: ResizeMode = "shortest"
     """For vectors: shortest keeps the sides' ratio and cuts out the middle, squash makes images square."""
     crop_fraction: float = 1.0
@@ -58,7 +58,7 @@ class ImagePreprocessing:
     resized_crop_flip (a random part, resized and flipped, as is usual for ImageNet)."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
         if self.image_size < 1:
@@ -85,7 +85,7 @@ class ImagePreprocessing:
         return TrainingTransform(self)
 
     def describe(self) -> dict[str, Any]:
-        """What belongs to the identity of a space: everything but the augmentation."""
+        """Settings that belong to the identity of a space: all but the augmentation."""
         return {
             "backend": "pil",
             "size": [self.image_size, self.image_size],
@@ -99,7 +99,7 @@ class ImagePreprocessing:
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """From an RGB image to (3, size, size) float32 pixels, always the same; picklable.
+    """Deterministic transform of an RGB image to (3, size, size) float32 pixels; picklable.
 
     Attributes:
         preprocessing: How.
@@ -108,13 +108,13 @@ class EvaluationTransform:
     preprocessing: ImagePreprocessing
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Resizes the shorter side, cuts out the middle, and normalises."""
+        """Resize the shorter side, cut out the middle, and normalise."""
         return _normalised(_middle(image, self.preprocessing), self.preprocessing)
 
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """From an RGB image and a seed to (3, size, size) float32 pixels; picklable.
+    """Random transform of an RGB image and a seed to (3, size, size) float32 pixels; picklable.
 
     Attributes:
         preprocessing: How.
@@ -126,7 +126,7 @@ class TrainingTransform:
     preprocessing: ImagePreprocessing
 
     def __call__(self, image: Image.Image, seed: Seed) -> Tensor:
-        """Augments and normalises.
+        """Augment and normalise.
 
         Args:
             image: An RGB image.
@@ -162,7 +162,7 @@ def _shifted(image: Image.Image, size: int, random: np.random.Generator) -> Imag
 
 
 def _random_part(image: Image.Image, how: ImagePreprocessing, random: np.random.Generator) -> Image.Image:
-    """Inception's crop: a part of random area and ratio; the middle if ten draws do not fit the image."""
+    """Inception's crop of random area and ratio; a centre crop if ten draws do not fit the image."""
     width, height = image.size
     for _ in range(10):
         area = width * height * random.uniform(*AREA)

@@ -1,4 +1,4 @@
-"""The files of a compatible backbone: its config, its weights, and what its card says."""
+"""Files of a compatible backbone: config, weights, and content of the model card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ModelT = TypeVar("ModelT", bound="CompatibleBackbone")
 
 MAX_IMAGE_SIZE = 2048
-"""Largest side in pixels that a saved config may ask for; a blank image is made of it."""
+"""Maximum side in pixels in a saved config; loading allocates a blank image of this size."""
 _FORMAT = "compatible_backbone"
 _KEYS = ("format", "xbt_version", "backbone", "head", "preprocessing", "class_names", "old_space")
 _SPARE_BYTES = 256 * 2**20  # a blank image, and the small text tower that open_clip builds besides
@@ -61,7 +61,7 @@ _LIMITS = (
 
 
 def save(model: CompatibleBackbone, directory: Path, naming: Naming) -> None:
-    """Writes config and weights, batch norms' statistics among them."""
+    """Write the config and the weights, with the statistics of batch norms."""
     save_weights(model, directory / WEIGHTS_NAME)
     described, space = model.backbone.description(), model.old_space
     config = {
@@ -78,7 +78,7 @@ def save(model: CompatibleBackbone, directory: Path, naming: Naming) -> None:
 
 
 def load(directory: Path, kind: type[ModelT]) -> ModelT:
-    """Builds the model that :func:`save` wrote and loads its weights, strictly.
+    """Load a model that was written by :func:`save`.
 
     Args:
         directory: Where it was saved.
@@ -110,7 +110,7 @@ def load(directory: Path, kind: type[ModelT]) -> ModelT:
 def _described(
     config: SavedConfig, values: Mapping[str, Any], n_tensors: int
 ) -> tuple[dict[str, Any], str, dict[str, Any], ImagePreprocessing, list[str]]:
-    """Backbone, head, preprocessing and class names as the config describes them, of possible sizes."""
+    """Parse backbone, head, preprocessing and class names from the config, and check their sizes."""
     backbone = config.only(values["backbone"], ("spec", "image_size", "architecture"), "backbone")
     given = config.only(values["head"], ("kind", "options"), "head")
     kind, options = known_head(config, given["kind"], given["options"], "head.options")
@@ -126,7 +126,7 @@ def _described(
 
 
 def _require_depth(described: object, n_tensors: int, key: str = "backbone") -> None:
-    """Refuses a network of more layers than there are tensors: each would be built before it is compared."""
+    """Refuse a network with more layers than saved tensors, before the layers are built."""
     if isinstance(described, Mapping):
         for name, each in described.items():
             _require_depth(each, n_tensors, str(name))
@@ -152,7 +152,7 @@ def _build(
 
 
 def facts(model: CompatibleBackbone) -> CardFacts:
-    """What the card of a backbone says."""
+    """Content of the model card of a backbone."""
     space = model.old_space
     compatible = ""
     if model.old_dim:

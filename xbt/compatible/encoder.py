@@ -17,7 +17,7 @@ from xbt.encoders.checks import as_images, as_texts
 from xbt.encoders.image_batching import NamedImage
 from xbt.encoders.text_batching import ShortContext, TextTransform
 from xbt.errors import ConfigError, DataError, EncoderError, SpaceMismatchError
-from xbt.hub import CardData, CardFacts, HubAccess, HubArtifact, Naming, fetch, gathered_warning, is_snapshot
+from xbt.hub import CardData, CardFacts, HubAccess, HubArtifact, Naming, combined_warning, fetch, is_snapshot
 from xbt.images import ImageSource
 from xbt.projections import LinearProjection, Projection
 from xbt.projections.base import Modality
@@ -399,7 +399,7 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
             local_files_only=local_files_only,
         )
         access = HubAccess(None, cache_dir, token, local_files_only)
-        with gathered_warning():
+        with combined_warning():
             return cls._read(directory, device, base, old, load_old, access)
 
 

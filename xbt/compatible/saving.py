@@ -30,7 +30,7 @@ from xbt.hub import (
     public_name,
     quoted,
     require_loadable,
-    warn_of_directories,
+    warn_about_local_models,
     write_config,
 )
 from xbt.projections import Projection
@@ -108,7 +108,7 @@ def save(encoder: CompatibleEncoder, directory: Path, naming: Naming, card: Card
         names += [f"{LORA_DIR}/{file}" for file in (CONFIG_FILE, WEIGHTS_FILE)]
     base = card.base or encoder.new.name
     old = encoder.old.name if encoder.old is not None else encoder.space.model
-    warn_of_directories({"base": base} | ({"old": old} if _needs_old(encoder.ensemble) else {}), naming)
+    warn_about_local_models({"base": base} | ({"old": old} if _needs_old(encoder.ensemble) else {}), naming)
     new_space = encoder.projection.new_space or encoder.new.space
     config = {
         "format": _FORMAT,

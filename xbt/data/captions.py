@@ -52,7 +52,7 @@ def read_rows(path: Path, column: str, split: str | None) -> Iterator[Row]:
 
     Raises:
         ConfigError: If a split is given for a file that has none.
-        DataError: If the file cannot be read; the message names the line where there is one.
+        DataError: If the file cannot be read; the message names the line if there is one.
     """
     check_is_file(path)
     kind = kind_of(path)
@@ -209,7 +209,7 @@ class CaptionSource:
     """Column of an hf: source that holds a unique id per row; by default the id is the row number."""
 
     def __post_init__(self) -> None:
-        """Checks the values."""
+        """Check the values."""
         check_source(self.source, self.limit)
 
 
@@ -225,7 +225,7 @@ def read_captions(source: CaptionSource | str) -> list[str]:
     Raises:
         ConfigError: If an option does not apply to this kind of source.
         DataError: If the source cannot be read or holds no caption; the message names the file, the line
-            where there is one, and the fix.
+            if there is one, and the fix.
 
     Warns:
         UserWarning: If captions were left out because they are not valid Unicode, or if captions look quoted

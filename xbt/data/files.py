@@ -1,6 +1,6 @@
 """Shared helpers for data files: text and JSON (plain or gzipped), caption cells, file lookup and splits.
 
-Every error names the file, the line where there is one, and the fix.
+Every error names the file, the line if there is one, and the fix.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def read_text(path: Path) -> str:
 
 
 def decode(data: bytes, where: str) -> str:
-    """Decodes UTF-8, with or without a byte order mark.
+    """Decode UTF-8, with or without a byte order mark.
 
     Raises:
         DataError: If it is not UTF-8; the message gives the line.
@@ -135,7 +135,7 @@ def decode(data: bytes, where: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file, plain or gzipped.
+    """Read a JSON file, plain or gzipped.
 
     Args:
         path: The file.

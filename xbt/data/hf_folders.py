@@ -147,12 +147,7 @@ def _check_card(card: Path, directory: Path) -> None:
     if not os.path.lexists(card):
         return
     _check_inside(card, directory)
-    if card.stat().st_size > _MAX_CARD_BYTES:
-        raise DataError(f"{card} has {card.stat().st_size:,} bytes, too many for a card; remove it")
-    try:
-        text = card.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{card} is not UTF-8; save it in UTF-8, or remove it") from error
+    text = _read_card(card)
     if re.search(rf"(?:\r?\n|\r){{{_MAX_BLANK_LINES}}}", text):
         raise DataError(f"{card} has more than {_MAX_BLANK_LINES} blank lines in a row; remove them")
     if card.name == _CARDS[0]:
@@ -171,6 +166,15 @@ def _check_card(card: Path, directory: Path) -> None:
         if isinstance(config, dict):
             for pattern in _patterns([config.get("data_files"), config.get("data_dir")]):
                 _check_pattern(pattern, card)
+
+
+def _read_card(card: Path) -> str:
+    if card.stat().st_size > _MAX_CARD_BYTES:
+        raise DataError(f"{card} has {card.stat().st_size:,} bytes, too many for a card; remove it")
+    try:
+        return card.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{card} is not UTF-8; save it in UTF-8, or remove it") from error
 
 
 def _check_yaml(text: str, card: Path) -> None:

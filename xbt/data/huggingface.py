@@ -28,6 +28,12 @@ SPLIT_COLUMN = "split"
 _URL_COLUMN = re.compile(r"(?:^|_)(?:url|uri|link)s?$", re.IGNORECASE)
 _HEAD = 1_000
 _ADVICE = "check its name and subset, and that it holds parquet or jsonl files rather than a loading script"
+IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp", "img")
+CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "sentences_raw", "original_alt_text")
+"""Known names of caption columns. ``alt_text`` may hold rewritten captions, so it is used only if none of
+these exists."""
+ID_COLUMNS = ("image_id", "img_id", "imgid", "cocoid", "filename", "file_name", "image_name")
+"""Known names of columns that identify the image of a row, in the order in which they are tried."""
 
 
 def open_dataset(source: str, subset: str | None = None, split: str | None = None) -> Any:
@@ -291,14 +297,6 @@ def as_image(cell: Any, roots: Sequence[str]) -> ImageSource:
     path = os.path.join(roots[0], cell)  # noqa: PTH118 - no Path per image
     root = next((folder for folder in roots if path.startswith(f"{folder}/")), roots[0])
     return ListedPath(as_spelled(path, root, os.path.relpath(path, root)), root)
-
-
-IMAGE_COLUMNS = ("image", "images", "jpg", "jpeg", "png", "webp", "img")
-CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "sentences_raw", "original_alt_text")
-"""Known names of caption columns. ``alt_text`` may hold rewritten captions, so it is used only if none of
-these exists."""
-ID_COLUMNS = ("image_id", "img_id", "imgid", "cocoid", "filename", "file_name", "image_name")
-"""Known names of columns that identify the image of a row, in the order in which they are tried."""
 
 
 class HubPairs(NamedTuple):

@@ -24,6 +24,9 @@ from xbt.data.pairs import as_listed, image_at, require_lengths
 from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource, load_image
 
+SPLIT_FOLDERS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
+"""Folder names that are read as splits if a directory holds no other folders."""
+
 
 class LabelledImages:
     """Images with one class each; images are read on access.
@@ -134,9 +137,6 @@ class LabelledImages:
             self.n_classes,
         )
 
-
-SPLIT_FOLDERS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
-"""Folder names that are read as splits if a directory holds no other folders."""
 
 Labelled = tuple[list[str], Sequence[ImageSource], NDArray[np.int64], list[str]]
 """Ids, unread images, (n,) class of each image, and the names of all classes."""

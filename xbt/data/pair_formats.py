@@ -37,6 +37,11 @@ from xbt.data.tars import DAMAGE, missing, one_line, read_samples
 from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 
+_HUB_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(/.*)?")
+_MAX_DIGITS = 18
+_NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
+_PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz"}
+
 
 class NamedImages(NamedTuple):
     """Image names and captions of a file.
@@ -197,12 +202,6 @@ def _values(record: Any, keys: tuple[str, str], where: str, kind: str) -> tuple[
             "should be; fix the record"
         )
     return identity, record[keys[1]]
-
-
-_HUB_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(/.*)?")
-_MAX_DIGITS = 18
-_NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
-_PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
 class TarredPairs(NamedTuple):

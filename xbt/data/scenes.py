@@ -28,6 +28,12 @@ from xbt.data.scene_drawing import (
 from xbt.data.scene_wording import word_scene
 from xbt.errors import ConfigError
 
+SPLITS = ("train", "val", "test")
+_COLOURS = tuple(COLOURS)
+_SIZES = tuple(RADII)
+# Number of objects, drawn uniformly. One object teaches the words; two or three give many distinct scenes.
+_COUNTS = (1, 2, 2, 2, 2, 3, 3, 3, 3, 3)
+
 
 @dataclass(frozen=True)
 class SceneObject:
@@ -105,13 +111,6 @@ class Scene:
                 caption = self.describe(rng)
             captions.append(caption)
         return captions
-
-
-SPLITS = ("train", "val", "test")
-_COLOURS = tuple(COLOURS)
-_SIZES = tuple(RADII)
-# Number of objects, drawn uniformly. One object teaches the words; two or three give many distinct scenes.
-_COUNTS = (1, 2, 2, 2, 2, 3, 3, 3, 3, 3)
 
 
 class ArrayImages(Sequence[Image.Image]):

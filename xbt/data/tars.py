@@ -39,6 +39,29 @@ _STAMPS = (
     "ETag", "etag", "md5Hash", "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime", "created"
 )  # fmt: skip
 _MAX_REQUESTS = 16
+_UNPACK: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+_BLOCK = 1 << 20
+_UNPACKED_BLOCK = 1 << 16
+_EXTENDED_HEADERS = frozenset(
+    [
+        *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+        *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    ]
+)
+"""Member types that describe the next member; tarfile reads them into memory as a whole."""
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_NAME_LENGTH = 4096
+_MAX_GLOBAL_HEADERS = 1_000
+_MAX_CONSECUTIVE_HEADERS = 8
+_KEY = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)", re.DOTALL)
+# tarfile also passes on errors from parsing a damaged header; gzip and bz2 report damage as OSError. Errors
+# in fetching the tar are DataErrors and must be caught first.
+DAMAGE = (
+    tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError,
+    RecursionError,
+)  # fmt: skip
+_MAX_BYTES: dict[Literal["image", "caption"], int] = {"image": 4 * MAX_PIXELS, "caption": 1 << 22}
+"""Maximum size of a member in bytes; an uncompressed image with the maximum number of pixels fits."""
 
 
 def is_tar(source: str) -> bool:
@@ -158,22 +181,6 @@ def tar_names(tars: Sequence[str]) -> list[str]:
         repeated = next(name for number, name in enumerate(names) if name in names[:number])
         raise DataError(f"the tar file {repeated} is named twice; name every file once")
     return names
-
-
-_UNPACK: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-_BLOCK = 1 << 20
-_UNPACKED_BLOCK = 1 << 16
-_EXTENDED_HEADERS = frozenset(
-    [
-        *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-        *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-    ]
-)
-"""Member types that describe the next member; tarfile reads them into memory as a whole."""
-_MAX_HEADER_BYTES = 1 << 20
-_MAX_NAME_LENGTH = 4096
-_MAX_GLOBAL_HEADERS = 1_000
-_MAX_CONSECUTIVE_HEADERS = 8
 
 
 class TarStream:
@@ -335,17 +342,6 @@ class _Eager:
     def read(self, size: int) -> bytes:
         data: bytes = self._file.read1(min(size, _UNPACKED_BLOCK))
         return data
-
-
-_KEY = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)", re.DOTALL)
-# tarfile also passes on errors from parsing a damaged header; gzip and bz2 report damage as OSError. Errors
-# in fetching the tar are DataErrors and must be caught first.
-DAMAGE = (
-    tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, ValueError, LookupError, ArithmeticError,
-    RecursionError,
-)  # fmt: skip
-_MAX_BYTES: dict[Literal["image", "caption"], int] = {"image": 4 * MAX_PIXELS, "caption": 1 << 22}
-"""Maximum size of a member in bytes; an uncompressed image with the maximum number of pixels fits."""
 
 
 class _Tar(SourceShard):

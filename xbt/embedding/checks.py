@@ -61,7 +61,7 @@ def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> 
     if started.get("digest") != job["digest"]:
         raise DataError(
             f"{job['source']} has changed since {path} was started ({_count(started)} then, {_count(job)} "
-            "now, or others in their place); choose another directory, or pass --overwrite true to start again"
+            "now, or others in their place); choose another directory, or start again with --overwrite true"
         )
     return {**job, "items_per_shard": started.get("items_per_shard", started["shard_size"])}
 

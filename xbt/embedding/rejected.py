@@ -23,6 +23,9 @@ from xbt.store.layout import MANIFEST, read_record
 
 REJECTED, NOTES = "rejected.jsonl", "notes.jsonl"
 _FIELDS = {REJECTED: ("rejected", "reason"), NOTES: ("notes", "note")}
+RETRIED = "retried"
+"""Folder within a job's directory in which a second job tries the rejected items again."""
+_MIN_ENTRIES = 100  # a share of fewer items says little
 
 
 def as_extra(rejected: Iterable[tuple[str, str]], notes: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -66,10 +69,6 @@ def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int
         write_lines(path / name, lines())
         counts.append(count)
     return counts[0], counts[1]
-
-
-RETRIED = "retried"
-"""Folder within a job's directory in which a second job tries the rejected items again."""
 
 
 class SelectedEntries(SourceShard):
@@ -184,9 +183,6 @@ def _with_new_notes(old: Path, new: Path) -> Iterator[str]:
         added.pop(line, None)
         yield line
     yield from added
-
-
-_MIN_ENTRIES = 100  # a share of fewer items says little
 
 
 @dataclass

@@ -99,7 +99,7 @@ def _embed_texts(
 
 
 class _Writer:
-    """Collects the batches of a shard and writes it when it is complete."""
+    """Writer of one shard after another; collects batches until a shard is complete."""
 
     def __init__(
         self,

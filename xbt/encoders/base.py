@@ -23,7 +23,7 @@ from xbt.encoders.image_batching import (
     NamedImage,
     Transform,
     decode_batches,
-    received,
+    wait_for_copies,
 )
 from xbt.encoders.settings import describe_model
 from xbt.encoders.text_batching import (
@@ -394,7 +394,7 @@ class DualEncoder(ABC):
                     tokens, self.short_context, batch_size, self._multiple, fill=self._on_cuda
                 )
                 launched = ((b.rows, self._launch(self._embed_whole, b.tokens, precision)) for b in batches)
-                for rows, part in received(launched):
+                for rows, part in wait_for_copies(launched):
                     vectors[start + rows] = part
                     bar.update(int(times[start + rows].sum()))
                 window = slice(start, start + len(tokens))
@@ -413,7 +413,7 @@ class DualEncoder(ABC):
             for batch in decoded
         )
         seen = 0
-        for batch, vectors in received(launched):
+        for batch, vectors in wait_for_copies(launched):
             for broken in not_finite(vectors)[:1]:
                 self._raise_nan("image", seen + batch.kept[broken])
             seen += len(batch.kept) + len(batch.rejected)

@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoModel
 
 from xbt.encoders.base import DualEncoder
 from xbt.encoders.image_processors import Pixels, describe, load_image_processor
-from xbt.encoders.loading import own_file
+from xbt.encoders.loading import resolve_user_link
 from xbt.encoders.text_batching import TextTransform, Tokenized, require_known
 from xbt.encoders.transformers_files import WEIGHTS, find_transformers, load_tokenizer
 from xbt.errors import EncoderError
-from xbt.hub import HubAccess, is_pickled, proportionate, read_json
+from xbt.hub import HubAccess, is_pickled, limit_allocations, read_json
 from xbt.space import PROBE_TEXTS
 
 CAPITALS = "A Red DOG"
@@ -152,7 +152,7 @@ def _check_shards(folder: Path, names: set[str]) -> None:
     """Refuse an index of shards that names files outside of the folder."""
     if not (folder / WEIGHTS[1]).is_file():
         return
-    shards = read_json(own_file(folder / WEIGHTS[1])).get("weight_map")
+    shards = read_json(resolve_user_link(folder / WEIGHTS[1])).get("weight_map")
     if not isinstance(shards, dict) or not set(map(str, shards.values())) <= names:
         raise EncoderError(
             f"the weight_map of {folder / WEIGHTS[1]} must name safetensors files of that folder, got "
@@ -161,7 +161,7 @@ def _check_shards(folder: Path, names: set[str]) -> None:
 
 
 def _load_module(folder: Path, config: Any, name: str) -> nn.Module:
-    weights = [own_file(file) for file in sorted(folder.glob("model*.safetensors"))]
+    weights = [resolve_user_link(file) for file in sorted(folder.glob("model*.safetensors"))]
     if not weights:
         pickled = next((file.name for file in sorted(folder.glob("*")) if is_pickled(file.name)), None)
         other = f" but {pickled}, which would have to be unpickled" if pickled else ""
@@ -172,7 +172,7 @@ def _load_module(folder: Path, config: Any, name: str) -> nn.Module:
     if not (folder / WEIGHTS[0]).is_file():
         _check_shards(folder, {file.name for file in weights})
     # Built once without memory, to refuse a config of a model far larger than the weights.
-    with proportionate(weights, folder / "config.json"), torch.device("meta"):
+    with limit_allocations(weights, folder / "config.json"), torch.device("meta"):
         AutoModel.from_config(deepcopy(config), trust_remote_code=False)
     module, info = AutoModel.from_pretrained(
         folder,

@@ -190,7 +190,7 @@ class HostCopy:
         return self._vectors.clone()
 
 
-def received(copies: Iterable[tuple[Label, HostCopy]]) -> Iterator[tuple[Label, Tensor]]:
+def wait_for_copies(copies: Iterable[tuple[Label, HostCopy]]) -> Iterator[tuple[Label, Tensor]]:
     """Wait for each copy only after the next batch is queued, so that the device never idles.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from xbt.encoders.base import require_side
-from xbt.encoders.loading import own_file
+from xbt.encoders.loading import resolve_user_link
 from xbt.encoders.quiet import brief
 from xbt.errors import EncoderError, XbtError
 from xbt.hub import read_json
@@ -42,7 +42,7 @@ def load_image_processor(folder: Path, name: str) -> Any:
         SavedPartError: If its file is not a JSON object.
     """
     files = [file for file in map(folder.joinpath, CONFIG_FILES) if file.is_file()]
-    contents = {file.name: read_json(own_file(file)) for file in files}
+    contents = {file.name: read_json(resolve_user_link(file)) for file in files}
     if not any(file == CONFIG_FILES[0] or "image_processor" in contents[file] for file in contents):
         raise EncoderError(
             f"'{name}' has no image processor: {folder / CONFIG_FILES[0]} is missing; save the one that the "

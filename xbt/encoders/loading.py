@@ -171,7 +171,7 @@ def read_plain_transformers(folder: Path) -> dict[str, Any]:
         EncoderError: As :func:`require_plain_transformers`, or if an adapter is in the same directory.
     """
     file = folder / "config.json"
-    config = read_json(own_file(file))
+    config = read_json(resolve_user_link(file))
     require_plain_transformers(config, str(file))
     adapter = folder / "adapter_config.json"
     if adapter.exists():
@@ -188,7 +188,7 @@ def _tower(config: Mapping[str, Any], name: str, what: str) -> dict[str, Any]:
     return tower
 
 
-def own_file(file: Path) -> Path:
+def resolve_user_link(file: Path) -> Path:
     """Resolve a link in a directory of the user; links in a Hub snapshot are returned as they are."""
     return file.resolve() if file.is_symlink() and file.parent.parent.name != "snapshots" else file
 

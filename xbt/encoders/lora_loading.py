@@ -172,13 +172,13 @@ def expected_weights(encoder: DualEncoder, ranks: Mapping[str, int]) -> dict[str
     return shapes
 
 
-def misfit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Stored]) -> str:
+def misfit(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]) -> str:
     """Describe the difference between two sets of weights; empty if there is none."""
-    missing = sorted(set(expected) - set(given))
-    extra = sorted(set(given) - set(expected))
-    common = sorted(set(given) & set(expected))
-    wrong = [key for key in common if given[key].shape != expected[key]]
-    odd = [key for key in common if given[key].dtype not in _FLOATS]
+    missing = sorted(set(expected) - set(stored))
+    extra = sorted(set(stored) - set(expected))
+    common = sorted(set(stored) & set(expected))
+    wrong = [key for key in common if stored[key].shape != expected[key]]
+    odd = [key for key in common if stored[key].dtype not in _FLOATS]
     faults = []
     if missing:
         faults.append(f"{len(missing)} weights are missing, first {missing[0]}")
@@ -186,10 +186,10 @@ def misfit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Stored])
         faults.append(f"{len(extra)} are unknown to it, first {extra[0]:.200}")
     if wrong:
         key = wrong[0]
-        shapes = f"{given[key].shape} instead of {expected[key]}"
+        shapes = f"{stored[key].shape} instead of {expected[key]}"
         faults.append(f"{len(wrong)} have another shape, first {key} with {shapes}")
     if odd:
-        faults.append(f"{len(odd)} are not floats, first {odd[0]} with {given[odd[0]].dtype}")
+        faults.append(f"{len(odd)} are not floats, first {odd[0]} with {stored[odd[0]].dtype}")
     return "; ".join(faults)
 
 

@@ -21,7 +21,7 @@ from open_clip.pretrained import (
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import nn
 
-from xbt.encoders.loading import own_file, read_plain_transformers, require_plain_open_clip
+from xbt.encoders.loading import read_plain_transformers, require_plain_open_clip, resolve_user_link
 from xbt.encoders.weights_files import load_weights_file
 from xbt.errors import EncoderError
 from xbt.hub import (
@@ -30,7 +30,7 @@ from xbt.hub import (
     cached_commit,
     fetch_repository,
     is_snapshot,
-    proportionate,
+    limit_allocations,
     read_json,
     split_revision,
 )
@@ -74,7 +74,7 @@ class OpenClipSource:
             module = build(with_text_model(self.config, self.access), self.preprocess)
         else:
             config = with_text_model(self.config, self.access, is_snapshot(self.folder))
-            with proportionate([own_file(self.weights)], self.folder / CONFIG_FILE):
+            with limit_allocations([resolve_user_link(self.weights)], self.folder / CONFIG_FILE):
                 module = build(config, self.preprocess)
         load_weights_file(module, self.weights)
         return module
@@ -243,7 +243,7 @@ def write_config(folder: Path, model_config: dict[str, Any], preprocess: dict[st
 
 def _in_folder(folder: Path, weights: Path, access: HubAccess, revision: str | None) -> OpenClipSource:
     file = folder / CONFIG_FILE
-    content = read_json(own_file(file))
+    content = read_json(resolve_user_link(file))
     config, preprocess = content.get("model_cfg"), content.get("preprocess_cfg") or {}
     if not isinstance(config, dict) or not isinstance(preprocess, dict):
         raise EncoderError(

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from xbt.encoders.loading import own_file, read_plain_transformers
+from xbt.encoders.loading import read_plain_transformers, resolve_user_link
 from xbt.encoders.quiet import brief
 from xbt.errors import EncoderError
 from xbt.hub import SAFE_PATTERNS, HubAccess, fetch_repository, read_json, split_revision
@@ -71,7 +71,7 @@ def _model_folder(folder: Path, name: str) -> Path:
     listing = folder / _MODULES
     if not listing.is_file():
         return folder
-    modules = _read_list(own_file(listing))
+    modules = _read_list(resolve_user_link(listing))
     kinds = [
         str(module.get("type", "")).rpartition(".")[2] if isinstance(module, dict) else ""
         for module in modules
@@ -145,7 +145,7 @@ def load_tokenizer(folder: Path, name: str) -> Any:
         SavedPartError: If ``tokenizer_config.json`` is not a JSON object.
     """
     file = folder / "tokenizer_config.json"
-    config = read_json(own_file(file)) if file.is_file() else {}
+    config = read_json(resolve_user_link(file)) if file.is_file() else {}
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise errors of many types

@@ -1,8 +1,8 @@
-"""Is a gain more than luck? Queries fixed and broken, and paired bootstrap intervals.
+"""Significance of a gain: queries fixed and broken, and paired bootstrap intervals.
 
-Two query models are compared on the same queries, so their hits are paired: what one query contributes is
-its change of hit. Queries about one image (its five captions, say) rise and fall together and are drawn
-together (a cluster bootstrap; Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and
+Two query models are compared on the same queries, so their hits are paired: each query contributes its change
+of hit. Queries about one image, such as its five captions, are correlated and are drawn together (a cluster
+bootstrap; Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 8 and
 13; for retrieval, Sakai, "Evaluating evaluation metrics based on the bootstrap", SIGIR 2006).
 """
 
@@ -21,14 +21,14 @@ from torch import Tensor
 from xbt.errors import ConfigError, DataError
 
 _DRAWS_AT_ONCE = 16 * 2**20
-"""Upper bound on the counts held at once while groups are drawn."""
+"""Maximum number of counts in memory while groups are drawn."""
 
 
 class Interval(NamedTuple):
     """An estimate and its two-sided confidence interval, as fractions.
 
     Attributes:
-        estimate: What was measured.
+        estimate: The measured value.
         low: Lower end.
         high: Upper end.
     """
@@ -43,7 +43,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """What changing the query model did to R@k.
+    """Change of R@k from the old query model to the new one.
 
     The gain is exactly ``fixed - broken`` (positive and negative flips; Yan et al., "Positive-Congruent
     Training", CVPR 2021).
@@ -73,20 +73,20 @@ def compare_ranks(
     seed: int = 0,
     interval: Callable[..., Interval] | None = None,
 ) -> Difference:
-    """Compares two query models at one k on the same queries.
+    """Compare two query models at one k on the same queries.
 
     Args:
         new_ranks: (n,) ranks from 0, of :func:`xbt.evaluation.best_positive_ranks`.
         old_ranks: (n,) ranks of the same queries under the old model.
         k: The cut-off.
-        groups: (n,) integers; queries with the same one are drawn together. ``None``: all independent.
-        confidence: Of the two-sided interval.
-        samples: Bootstrap samples.
-        seed: Fixes them.
-        interval: How the gain's interval is made; by default by :func:`bootstrap_interval`.
+        groups: (n,) integers; queries of a group are drawn together. ``None``: all are independent.
+        confidence: Level of the two-sided interval.
+        samples: Number of bootstrap samples.
+        seed: Seed of the samples.
+        interval: Function for the interval of the gain; by default :func:`bootstrap_interval`.
 
     Raises:
-        DataError, ConfigError: As :func:`bootstrap_means`, or if the lengths differ.
+        DataError, ConfigError: See :func:`bootstrap_means`; also if the lengths differ.
     """
     if new_ranks.shape != old_ranks.shape:
         raise DataError(
@@ -108,17 +108,17 @@ def bootstrap_interval(
     samples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """The mean of one value per query with its percentile bootstrap interval.
+    """Mean of one value per query with its percentile bootstrap interval.
 
     Args:
         values: (n,) one value per query: a hit (0 or 1), or a change of hit (-1, 0 or 1).
-        groups: (n,) integers; queries with the same one are drawn together.
-        confidence: Of the two-sided interval, between 0 and 1.
-        samples: Bootstrap samples.
-        seed: Fixes them.
+        groups: (n,) integers; queries of a group are drawn together.
+        confidence: Level of the two-sided interval, between 0 and 1.
+        samples: Number of bootstrap samples.
+        seed: Seed of the samples.
 
     Raises:
-        DataError, ConfigError: As :func:`bootstrap_means`.
+        DataError, ConfigError: See :func:`bootstrap_means`.
     """
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence is {confidence}, but must lie between 0 and 1, such as 0.95")
@@ -135,33 +135,33 @@ def cautious_interval(
     samples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """The mean change of hits with an interval that can be relied on when there are few groups.
+    """Mean change of hits with an interval that is also valid for few groups.
 
-    The percentile bootstrap takes the spread of n groups for that of all there are, and its tails for normal
-    ones: of 20 groups its interval is too narrow by a tenth. Each end is therefore the farther one of two:
-    the bootstrap's, moved away from the mean by √(n/(n−1)) and by the ratio of Student's quantile to the
-    normal one, and that of Student's t, mean ± quantile · standard error. From a few hundred groups on they
-    are those of :func:`bootstrap_interval`, but for some hundredths of their width.
+    The percentile bootstrap underestimates the spread of few groups and assumes normal tails: for 20 groups
+    its interval is too narrow by a tenth. So each end is the farther one of two: the end of the bootstrap,
+    moved away from the mean by √(n/(n−1)) and by the ratio of Student's quantile to the normal one, and the
+    end of Student's t, mean ± quantile · standard error. For a few hundred groups or more they differ from
+    :func:`bootstrap_interval` by some hundredths of the width.
 
     Args:
         values: (n,) one value per query, between -1 and 1.
-        groups: (n,) integers; queries with the same one are drawn together.
-        confidence: Of the two-sided interval, between 0 and 1.
-        samples: Bootstrap samples.
-        seed: Fixes them.
+        groups: (n,) integers; queries of a group are drawn together.
+        confidence: Level of the two-sided interval, between 0 and 1.
+        samples: Number of bootstrap samples.
+        seed: Seed of the samples.
 
     Returns:
-        The mean and its interval, cut off at -1 and 1; of one group both ends are there.
+        The mean and its interval, clipped to [-1, 1]; for one group the interval is [-1, 1].
 
     Raises:
-        DataError, ConfigError: As :func:`bootstrap_interval`.
+        DataError, ConfigError: See :func:`bootstrap_interval`.
     """
     plain = bootstrap_interval(values, groups, confidence, samples, seed)
-    owner = torch.arange(len(values)) if groups is None else groups
-    count = len(torch.unique(owner))
+    group_ids = torch.arange(len(values)) if groups is None else groups
+    count = len(torch.unique(group_ids))
     if count == 1:
         return Interval(plain.estimate, -1.0, 1.0)
-    _, error = means_and_errors(values.double()[:, None], owner)
+    _, error = means_and_errors(values.double()[:, None], group_ids)
     quantile = student_quantile((1 + confidence) / 2, count - 1)
     factor = quantile / NormalDist().inv_cdf((1 + confidence) / 2) * (count / (count - 1)) ** 0.5
     margin = quantile * float(error[0])
@@ -174,19 +174,21 @@ def cautious_interval(
 
 
 def means_and_errors(values: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """(m,) means of (n, m) values and their standard errors, the queries of a group taken together."""
-    place = torch.unique(groups, return_inverse=True)[1]
-    count = int(place.max()) + 1
+    """(m,) means of (n, m) values and their standard errors, clustered by group."""
+    group_ids = torch.unique(groups, return_inverse=True)[1]
+    count = int(group_ids.max()) + 1
     mean = values.mean(dim=0)
-    by_group = torch.zeros(count, values.shape[1], dtype=torch.float64).index_add_(0, place, values - mean)
+    by_group = torch.zeros(count, values.shape[1], dtype=torch.float64)
+    by_group.index_add_(0, group_ids, values - mean)
     error = (by_group.square().sum(dim=0) * count / max(1, count - 1)).sqrt() / len(values)
     return mean, error
 
 
 def student_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's t by the expansion in 1/degrees (Abramowitz & Stegun 1964, 26.7.5).
+    """Quantile of Student's t by the expansion in 1/degrees (Abramowitz & Stegun 1964, 26.7.5).
 
-    Right to a thousandth from 5 degrees of freedom on at the usual probabilities; ours are 19 and more.
+    The error is below a thousandth for 5 or more degrees of freedom at the usual probabilities; callers here
+    have 19 or more.
     """
     z, v = NormalDist().inv_cdf(probability), float(degrees)
     return (
@@ -205,9 +207,9 @@ def bootstrap_means(
 
     Args:
         values: (n,) one value per query.
-        groups: (n,) integers; queries with the same one are drawn together. ``None``: all independent.
-        samples: How many means to draw.
-        seed: Fixes them.
+        groups: (n,) integers; queries of a group are drawn together. ``None``: all are independent.
+        samples: Number of means.
+        seed: Seed of the samples.
 
     Returns:
         (samples,) float64 means over the drawn queries.
@@ -225,9 +227,9 @@ def bootstrap_means(
         raise ConfigError(f"samples is {samples}, but the bootstrap needs at least 1")
     if groups is not None and groups.shape != values.shape:
         raise DataError(f"there are {len(groups)} groups for {len(rows)} queries; give one group per query")
-    owner = np.arange(len(rows)) if groups is None else np.unique(groups.numpy(), return_inverse=True)[1]
-    totals = np.bincount(owner, weights=rows)
-    sizes = np.bincount(owner).astype(np.float64)
+    group_ids = np.arange(len(rows)) if groups is None else np.unique(groups.numpy(), return_inverse=True)[1]
+    totals = np.bincount(group_ids, weights=rows)
+    sizes = np.bincount(group_ids).astype(np.float64)
     rng, count = np.random.default_rng(seed), len(totals)
     means = np.empty(samples)
     step = max(1, _DRAWS_AT_ONCE // count)
@@ -238,5 +240,5 @@ def bootstrap_means(
 
 
 def hits_at(ranks: Tensor, ks: tuple[int, ...]) -> Tensor:
-    """(n, len(ks)) booleans: whether each query has a positive among its first k."""
+    """(n, len(ks)) booleans: True where a query has a positive among its first k."""
     return ranks[:, None] < torch.tensor(ks)

@@ -1,4 +1,4 @@
-"""Query/gallery cells: what an upgrade gains, measured the way the field measures it.
+"""Query/gallery cells of an upgrade, the criterion of compatibility, and the recovered gain.
 
 A cell ``new/old`` is named after the model of the queries, then the model of the gallery. The criterion of
 backward compatibility (Shen et al., "Towards Backward-Compatible Representation Learning", CVPR 2020; for
@@ -39,12 +39,12 @@ class Cell:
     """R@k of one pairing of query model and gallery model.
 
     Attributes:
-        name: ``"old/old"``, ``"new/old"`` or ``"new/new"``, maybe with a suffix: ``"new/old (stage 1)"``.
+        name: ``"old/old"``, ``"new/old"`` or ``"new/new"``, optionally with a label: ``"new/old (stage 1)"``.
         t2i: ``{k: fraction}`` for text queries against the image gallery.
         i2t: ``{k: fraction}`` for image queries against the text gallery.
         n_images: Images in the gallery.
         n_texts: Texts in the gallery.
-        ranks: Per direction the rank of every query, from which intervals are computed, if known.
+        ranks: Rank of every query by direction, for intervals; empty if not known.
     """
 
     name: str
@@ -55,10 +55,10 @@ class Cell:
     ranks: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def recall(self, direction: str) -> dict[int, float]:
-        """The R@k of ``"T2I"`` or ``"I2T"``.
+        """R@k of ``"T2I"`` or ``"I2T"``.
 
         Raises:
-            DataError: If it is another word.
+            DataError: For any other direction.
         """
         if direction not in DIRECTIONS:
             raise DataError(f"there is no direction {direction!r}; use 'T2I' or 'I2T'")
@@ -75,20 +75,20 @@ def evaluate_cell(
     pairs_positives_i2t: Sequence[Sequence[int]],
     ks: Sequence[int] = (1, 5, 10),
 ) -> Cell:
-    """Measures one cell in both directions.
+    """Measure one cell in both directions.
 
     Args:
-        name: What to call it.
+        name: Name of the cell.
         query_texts: (n_texts, dim) vectors of the query model, searched in ``gallery_images``.
         query_images: (n_images, dim) vectors of the query model, searched in ``gallery_texts``.
         gallery_texts: (n_texts, dim) vectors of the gallery model.
         gallery_images: (n_images, dim) vectors of the gallery model.
-        pairs_positives_t2i: For every text the images that show it.
-        pairs_positives_i2t: For every image the texts that describe it.
+        pairs_positives_t2i: The matching images of every text.
+        pairs_positives_i2t: The matching texts of every image.
         ks: Cut-offs.
 
     Raises:
-        DataError, SpaceMismatchError: As :func:`xbt.evaluation.recall_at_k`.
+        DataError, SpaceMismatchError: See :func:`xbt.evaluation.recall_at_k`.
     """
     ks = check_ks(ks)
     t2i = best_positive_ranks(query_texts, gallery_images, pairs_positives_t2i)
@@ -104,7 +104,7 @@ def evaluate_cell(
 
 
 def criterion(new_old: Cell, old_old: Cell) -> PerDirection:
-    """Whether new queries beat old queries on the old gallery, strictly, per direction and k."""
+    """True where new queries are strictly better than old ones on the old gallery, by direction and k."""
     return {
         direction: {k: value > old_old.recall(direction)[k] for k, value in new_old.recall(direction).items()}
         for direction in DIRECTIONS
@@ -112,11 +112,10 @@ def criterion(new_old: Cell, old_old: Cell) -> PerDirection:
 
 
 def recovered_gain(new_old: Cell, old_old: Cell, new_new: Cell) -> Gains:
-    """Share of a full re-embedding's gain that comes without one, per direction and k.
+    """Share of the gain of re-embedding that the upgrade achieves without it, by direction and k.
 
-    It is (new/old - old/old) / (new/new - old/old): 0 for no better than the old model, 1 for as good as
-    re-embedding the gallery, negative for worse than the old model, and ``None`` where re-embedding gains
-    nothing.
+    It is (new/old - old/old) / (new/new - old/old): 0 is the old model, 1 is a re-embedded gallery, negative
+    is worse than the old model, and ``None`` means that re-embedding gains nothing.
     """
     gains: Gains = {}
     for direction in DIRECTIONS:
@@ -129,12 +128,12 @@ def recovered_gain(new_old: Cell, old_old: Cell, new_new: Cell) -> Gains:
 
 
 def differences(new_old: Cell, old_old: Cell, groups: Mapping[str, Tensor] | None = None) -> Differences:
-    """What the new queries fix and break, per direction and k, with 95 % bootstrap intervals of the gain.
+    """Share of queries fixed and broken, by direction and k, with 95 % bootstrap intervals of the gain.
 
     Args:
         new_old: A cell with ranks.
-        old_old: The cell to compare with, of the same queries, with ranks.
-        groups: Per direction the group of every query; queries of a group are not independent.
+        old_old: The baseline cell of the same queries, with ranks.
+        groups: Group of every query by direction; queries of a group are not independent.
 
     Raises:
         DataError: If a cell has no ranks.
@@ -155,14 +154,14 @@ def differences(new_old: Cell, old_old: Cell, groups: Mapping[str, Tensor] | Non
 
 @dataclass
 class RetrievalReport:
-    """The cells of one upgrade on one set of pairs, and what follows from them.
+    """Cells of one upgrade on one set of pairs, with criterion, gains and intervals.
 
     Attributes:
-        cells: In the order in which they are shown; names are unique, and one is ``"old/old"``.
-        groups: Per direction the group of every query: texts of one image are not independent.
+        cells: In display order; names are unique, and one is ``"old/old"``.
+        groups: Group of every query by direction: texts of one image are not independent.
 
     Raises:
-        DataError: If there is no ``"old/old"``, a name comes twice, or the cells have different k.
+        DataError: If there is no ``"old/old"``, a name occurs twice, or the cells have different k.
     """
 
     cells: list[Cell]
@@ -174,7 +173,7 @@ class RetrievalReport:
             raise DataError(f"a report needs the cell 'old/old' to compare with; it has {names}")
         for cell in self.cells:
             if names.count(cell.name) > 1:
-                raise DataError(f"the cell {cell.name!r} comes twice; give each a name of its own")
+                raise DataError(f"the cell {cell.name!r} occurs twice; give each its own name")
             if tuple(cell.t2i) != self.ks or tuple(cell.i2t) != self.ks:
                 raise DataError(
                     f"the cell {cell.name!r} has R@{list(cell.t2i)} (T2I) and R@{list(cell.i2t)} (I2T), but "
@@ -188,7 +187,7 @@ class RetrievalReport:
 
     @property
     def upgrades(self) -> list[Cell]:
-        """The cells whose name starts with ``new/old``."""
+        """Cells whose name starts with ``new/old``."""
         return [cell for cell in self.cells if cell.name.startswith("new/old")]
 
     @property
@@ -206,16 +205,16 @@ class RetrievalReport:
 
     @property
     def differences(self) -> dict[str, Differences]:
-        """:func:`differences` of every upgrade to old/old, by the cell's name; only of cells with ranks."""
+        """:func:`differences` of every upgrade to old/old, by the cell's name; only for cells with ranks."""
         old = self.cell("old/old")
         ranked = [cell for cell in self.upgrades if cell.ranks and old.ranks]
         return {cell.name: differences(cell, old, self.groups) for cell in ranked}
 
     def cell(self, name: str) -> Cell:
-        """The cell of that name.
+        """Find a cell by name.
 
         Raises:
-            DataError: If there is none; the message lists those there are.
+            DataError: If there is none; the message lists the existing names.
         """
         for cell in self.cells:
             if cell.name == name:
@@ -223,11 +222,11 @@ class RetrievalReport:
         raise DataError(f"there is no cell {name!r}; there are {[cell.name for cell in self.cells]}")
 
     def meets_criterion(self, direction: str, name: str | None = None) -> bool:
-        """Whether the criterion holds at every k.
+        """True if the criterion holds at every k.
 
         Args:
             direction: ``"T2I"`` or ``"I2T"``.
-            name: The ``new/old`` cell meant; by default all of them must meet it.
+            name: A ``new/old`` cell; by default all of them must meet the criterion.
 
         Raises:
             DataError: If the direction or the cell does not exist, or there is no ``new/old`` cell at all.
@@ -260,7 +259,7 @@ class RetrievalReport:
             },
             "difference_to_old_old": {
                 name: {
-                    direction: _named({k: each.to_dict() for k, each in values.items()})
+                    direction: _named({k: change.to_dict() for k, change in values.items()})
                     for direction, values in difference.items()
                 }
                 for name, difference in self.differences.items()
@@ -277,24 +276,24 @@ def evaluate_retrieval(
     progress: bool = False,
     own: Mapping[str, DualEncoder] | None = None,
 ) -> RetrievalReport:
-    """Measures old/old, new/old for every upgraded encoder, and new/new on the same pairs.
+    """Measure old/old, new/old for every upgraded encoder, and new/new on the same pairs.
 
     Every encoder embeds every image and every text once.
 
     Args:
-        pairs: Images, texts and which of them belong together.
-        old: The encoder the gallery was embedded with.
-        new: The new encoder as it is off the shelf; on both sides it shows what re-embedding would give.
-        upgraded: By label, encoders built on the new one whose vectors live in the old space. A single one is
-            called ``new/old``, several are called ``new/old (label)``.
+        pairs: Images, texts and their matches.
+        old: The encoder of the gallery.
+        new: The unchanged new encoder; on both sides it shows the result of re-embedding.
+        upgraded: Encoders by label, built on the new one, that embed into the old space. A single one is
+            named ``new/old``, several are named ``new/old (label)``.
         ks: Cut-offs.
-        progress: Whether the encoders show progress bars.
-        own: By label, encoders to be measured on galleries of their own, as ``new/new (label)``: what their
-            compatibility has cost is the difference to ``new/new``.
+        progress: Show progress bars of the encoders.
+        own: Encoders by label to be measured on their own galleries, as ``new/new (label)``; the difference
+            to ``new/new`` is the cost of compatibility.
 
     Raises:
-        SpaceMismatchError: If an upgraded encoder does not speak the old space.
-        DataError: If ``ks`` or the pairs cannot be used; both are checked before anything is embedded.
+        SpaceMismatchError: If an upgraded encoder does not embed into the old space.
+        DataError: If ``ks`` or the pairs cannot be used; both are checked before the embedding.
     """
     ks = check_ks(ks)
     texts, images = list(pairs.texts), LazyImages(pairs)
@@ -323,7 +322,7 @@ def evaluate_retrieval(
 
 
 class LazyImages(Sequence[Image.Image]):
-    """The images of some pairs, decoded one at a time when they are asked for."""
+    """Images of pairs, decoded one at a time on access."""
 
     def __init__(self, pairs: ImageTextPairs) -> None:
         self._pairs = pairs

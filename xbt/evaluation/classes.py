@@ -1,10 +1,10 @@
 """Exact retrieval among labelled vectors: CMC and mean average precision.
 
-An item is right for a query when both have the same label. CMC top-k is the share of the queries with a right
-item among their first k, as in re-identification and in the papers on compatible representations. Average
-precision is the mean, over the right items, of the precision at the item's own score; with equal scores that
-is ``sklearn.metrics.average_precision_score``. The query's own copy in the gallery is left out by its id,
-never by its label.
+An item is relevant to a query if both have the same label. CMC top-k is the share of the queries with a
+relevant item among their first k, as in re-identification and in the papers on compatible representations.
+Average precision is the mean, over the relevant items, of the precision at the item's score. Equal scores are
+handled as in ``sklearn.metrics.average_precision_score``. The query's own copy in the gallery is left out by
+its id, never by its label.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ Ids = Sequence[Hashable] | Tensor | NDArray[Any]
 
 @dataclass(frozen=True)
 class LabelRetrieval:
-    """How well items of a query's class are found.
+    """CMC and mean average precision of queries for items of their class.
 
     Attributes:
         cmc: k → share of the queries with an item of their class among the first k.
-        mean_average_precision: Mean over the queries of the average precision.
-        n_queries: Number of queries that are counted: those with an item of their class in the gallery.
-        n_without_positive: Number of queries that are left out, because their class is not in the gallery.
-        first_ranks: (n_queries,) int64, the number of wrong items that score at least as high as the best
-            right one; ties count against us.
-        average_precisions: (n_queries,) float64, in the queries' order.
+        mean_average_precision: Mean of the average precision over the queries.
+        n_queries: Number of queries with an item of their class in the gallery; only they count.
+        n_without_positive: Number of queries that are left out because their class is not in the gallery.
+        first_ranks: (n_queries,) int64, the number of other items that score at least as high as the best
+            relevant one: ties are ranked pessimistically.
+        average_precisions: (n_queries,) float64, in the order of the queries.
     """
 
     cmc: dict[int, float]
@@ -73,7 +73,7 @@ def evaluate_labels(
     ks: Sequence[int] = (1, 5),
     chunk_size: int | None = None,
 ) -> LabelRetrieval:
-    """Measures how well each query finds the items of its class, by cosine.
+    """Measure the retrieval of items of each query's class, by cosine.
 
     Scores are float32 (float64 when either input is), never lower. Vectors of different dimensions are
     refused; :func:`xbt.evaluation.prefix_vectors` cuts them to a common prefix.
@@ -81,13 +81,13 @@ def evaluate_labels(
     Args:
         query_vectors: (n_queries, dim) torch tensor or numpy array of any float dtype; rows of any length.
         query_labels: (n_queries,) integers.
-        gallery_vectors: (n_gallery, dim) likewise; left out, the queries are their own gallery.
+        gallery_vectors: (n_gallery, dim) likewise; by default the queries are their own gallery.
         gallery_labels: (n_gallery,) integers, given with ``gallery_vectors``.
-        query_ids: One name per query; the gallery item of that name is left out of the query's ranking.
-        gallery_ids: One name per gallery item, unique. Without ids nothing is left out, except where the
-            queries are their own gallery: there every query is left out of its own ranking.
+        query_ids: One id per query; the gallery item with this id is left out of the query's ranking.
+        gallery_ids: One unique id per gallery item. Without ids nothing is left out, unless the queries are
+            their own gallery: then every query is left out of its own ranking.
         ks: Cut-offs of CMC, each at least 1. A k beyond the gallery gives 1.0.
-        chunk_size: Queries scored at a time; by default as many as keep the scores within 64 MiB.
+        chunk_size: Queries per block of scores; by default a block has at most 64 MiB.
 
     Raises:
         DataError: If vectors are empty or hold NaN, labels or ids do not fit the vectors, an id occurs twice
@@ -102,21 +102,21 @@ def evaluate_labels(
     checked_ks = check_ks(ks)
     if (gallery_vectors is None) != (gallery_labels is None):
         raise DataError("gallery_vectors and gallery_labels belong together; give both or neither")
-    queries, own_labels = (
+    queries, label_of_query = (
         unit_rows(as_vectors(query_vectors, "queries")),
         _as_labels(query_labels, "query_labels"),
     )
     if gallery_vectors is None or gallery_labels is None:
         if gallery_ids is not None:
             raise DataError("gallery_ids were given without a gallery; give query_ids alone")
-        items, labels = queries, own_labels
+        items, labels = queries, label_of_query
         gallery_ids = query_ids = range(len(queries)) if query_ids is None else query_ids
     else:
         items, labels = (
             unit_rows(as_vectors(gallery_vectors, "gallery")),
             _as_labels(gallery_labels, "gallery_labels"),
         )
-    _check_lengths("queries", len(queries), query_labels=own_labels, query_ids=query_ids)
+    _check_lengths("queries", len(queries), query_labels=label_of_query, query_ids=query_ids)
     _check_lengths("gallery items", len(items), gallery_labels=labels, gallery_ids=gallery_ids)
     if queries.shape[1] != items.shape[1]:
         raise SpaceMismatchError(
@@ -124,7 +124,7 @@ def evaluate_labels(
             "on their common prefix with prefix_vectors, or embed the queries into the gallery's space"
         )
     excluded = _own_items(query_ids, gallery_ids, len(queries))
-    ranks, precisions = _rank(queries, own_labels, _sorted_gallery(items, labels), excluded, chunk_size)
+    ranks, precisions = _rank(queries, label_of_query, _sorted_gallery(items, labels), excluded, chunk_size)
     counted = ranks >= 0
     if not counted.any():
         raise DataError("no query has an item of its class in the gallery; check that the labels agree")
@@ -140,13 +140,13 @@ def evaluate_labels(
 
 
 class _ByClass(NamedTuple):
-    """A gallery in which the items of a class stand side by side.
+    """Gallery sorted by class.
 
     Attributes:
         distinct: (m, dim) distinct vectors.
-        columns: (n_gallery,) which of them each item has.
-        labels: (n_gallery,) ascending.
-        positions: (n_gallery,) where each gallery row stands now.
+        columns: (n_gallery,) index of each item's vector in ``distinct``.
+        labels: (n_gallery,) labels in ascending order.
+        positions: (n_gallery,) position of each gallery row in the sorted order.
     """
 
     distinct: NDArray[Any]
@@ -168,7 +168,7 @@ def _rank(
     excluded: NDArray[np.int64],
     chunk_size: int | None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """(n,) ranks of the first right item and (n,) average precisions; -1 and NaN where nothing is right."""
+    """(n,) ranks of the first relevant item and (n,) average precisions; -1 and NaN if there is none."""
     dtype = np.promote_types(queries.numpy().dtype, gallery.distinct.dtype)
     rows, columns = queries.numpy().astype(dtype), gallery.distinct.astype(dtype)
     size = len(gallery.labels)
@@ -178,7 +178,7 @@ def _rank(
         raise DataError(
             f"chunk_size is {chunk_size!r}; give an integer of at least 1, or None for the default"
         )
-    own = np.where(excluded >= 0, gallery.positions[excluded], -1)
+    left_out = np.where(excluded >= 0, gallery.positions[excluded], -1)
     firsts = np.searchsorted(gallery.labels, labels, "left")
     lasts = np.searchsorted(gallery.labels, labels, "right")
     ranks, precisions = np.full(len(rows), -1, dtype=np.int64), np.full(len(rows), np.nan)
@@ -186,23 +186,23 @@ def _rank(
         scores = rows[start : start + chunk_size] @ columns.T
         if len(columns) < size:
             scores = scores[:, gallery.columns]
-        part = np.flatnonzero(own[start : start + chunk_size] >= 0)
-        scores[part, own[start + part]] = -np.inf
+        affected = np.flatnonzero(left_out[start : start + chunk_size] >= 0)
+        scores[affected, left_out[start + affected]] = -np.inf
         bounds = zip(firsts[start:], lasts[start:], scores, strict=False)
-        right = [np.sort(row[first:last]) for first, last, row in bounds]
+        relevant = [np.sort(row[first:last]) for first, last, row in bounds]
         scores.sort(axis=1)
-        for number, (row, ours) in enumerate(zip(scores, right, strict=True), start):
-            found = ours[np.searchsorted(ours, -np.inf, "right") :]
-            if len(found):
-                ranks[number], precisions[number] = _rank_one(row, found)
+        for number, (row, class_scores) in enumerate(zip(scores, relevant, strict=True), start):
+            class_scores = class_scores[np.searchsorted(class_scores, -np.inf, "right") :]
+            if len(class_scores):
+                ranks[number], precisions[number] = _rank_one(row, class_scores)
     return ranks, precisions
 
 
-def _rank_one(scores: NDArray[Any], right: NDArray[Any]) -> tuple[int, float]:
-    """Rank of the best right item and average precision, from ascending scores of all and of right items."""
-    all_above = len(scores) - np.searchsorted(scores, right, "left")
-    right_above = len(right) - np.searchsorted(right, right, "left")
-    return int(all_above[-1] - right_above[-1]), float((right_above / all_above).mean())
+def _rank_one(scores: NDArray[Any], relevant: NDArray[Any]) -> tuple[int, float]:
+    """Rank of the best relevant item and average precision, from ascending scores of all and of relevant."""
+    all_above = len(scores) - np.searchsorted(scores, relevant, "left")
+    relevant_above = len(relevant) - np.searchsorted(relevant, relevant, "left")
+    return int(all_above[-1] - relevant_above[-1]), float((relevant_above / all_above).mean())
 
 
 def _as_labels(labels: Labels, name: str) -> NDArray[np.int64]:
@@ -222,7 +222,7 @@ def _check_lengths(what: str, count: int, **given: Any) -> None:
 
 
 def _own_items(query_ids: Ids | None, gallery_ids: Ids | None, n_queries: int) -> NDArray[np.int64]:
-    """(n_queries,) the gallery row that has the query's id, or -1 where there is none."""
+    """(n_queries,) gallery row with the query's id, or -1 if there is none."""
     if query_ids is None and gallery_ids is None:
         return np.full(n_queries, -1, dtype=np.int64)
     if query_ids is None or gallery_ids is None:
@@ -237,5 +237,5 @@ def _own_items(query_ids: Ids | None, gallery_ids: Ids | None, n_queries: int) -
 
 
 def _plain(ids: Ids) -> list[Hashable]:
-    # Elements of tensors and arrays do not hash like the numbers they hold.
+    # Elements of tensors and arrays hash differently from Python numbers.
     return ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)

@@ -1,8 +1,6 @@
-"""Old and new models judged against each other: every version's queries against every earlier gallery.
+"""Compatibility of a series of model versions: every version's queries against every earlier gallery.
 
-One metric of a series of model versions, and what is read from it.
-
-Entry (i, j) of the lower triangle belongs to queries by version i against a gallery of version j; the
+Entry (i, j) of the lower triangle belongs to queries of version i against a gallery of version j. The
 diagonal holds the self tests. The criterion is Shen et al.'s ("Towards backward-compatible representation
 learning", CVPR 2020); the two averages are Biondi et al.'s ("CoReS: Compatible representations via
 stationarity", TPAMI 2023).
@@ -26,7 +24,7 @@ from xbt.vectors import Vectors, as_vectors, unit_rows
 
 
 class AverageCompatibility(NamedTuple):
-    """In how many pairs of versions the newer one may query the older one's gallery.
+    """Number of pairs of versions in which the newer one may query the gallery of the older one.
 
     Attributes:
         met: Number of pairs that meet the criterion.
@@ -49,9 +47,9 @@ class CompatibilityMatrix:
     Attributes:
         names: The T versions, oldest first.
         values: (T, T) float64; row i is the query version, column j the gallery version, NaN above the
-            diagonal. A mapping ``(i, j) → value`` of the lower triangle may be given instead. Fractions or
-            percentages: nothing here depends on it.
-        metric: What was measured, for the heading of a table.
+            diagonal. A mapping ``(i, j) → value`` of the lower triangle works too. Values are fractions or
+            percentages.
+        metric: Name of the metric, for the heading of a table.
     """
 
     names: Sequence[str]
@@ -59,7 +57,7 @@ class CompatibilityMatrix:
     metric: str = ""
 
     def __post_init__(self) -> None:
-        """Checks the entries and brings them to one form.
+        """Check the entries and convert them to an array.
 
         Raises:
             DataError: If there is no version, a name occurs twice, or an entry of the lower triangle is
@@ -67,7 +65,7 @@ class CompatibilityMatrix:
         """
         names = tuple(self.names)
         if not names or len(set(names)) != len(names):
-            raise DataError(f"the versions are {list(names)}; give at least one, each with a name of its own")
+            raise DataError(f"the versions are {list(names)}; give at least one, each with its own name")
         table = np.full((len(names), len(names)), np.nan)
         if isinstance(self.values, Mapping):
             for (row, column), value in self.values.items():
@@ -93,11 +91,11 @@ class CompatibilityMatrix:
         object.__setattr__(self, "values", table)
 
     def __getitem__(self, entry: tuple[int, int]) -> float:
-        """The value of (query version, gallery version), both counted from 0."""
+        """Value of (query version, gallery version), both counted from 0."""
         return float(np.asarray(self.values)[entry])
 
     def criterion(self) -> dict[tuple[int, int], bool]:
-        """For every pair i > j of versions, whether i/j is strictly better than j/j."""
+        """True for every pair i > j of versions where i/j is strictly better than j/j."""
         pairs = [(row, column) for row, column in lower_triangle(len(self.names)) if row > column]
         return {(row, column): self[row, column] > self[column, column] for row, column in pairs}
 
@@ -131,18 +129,18 @@ class CompatibilityMatrix:
         }
 
     def format(self, markdown: bool = False, scale: float = 100.0) -> str:
-        """Lays the matrix out as a table with AC and AM below it.
+        """Format the matrix as a table, with AC and AM below it.
 
         Args:
-            markdown: Whether to write Markdown instead of plain text.
-            scale: What entries are multiplied with: 100 makes percentages of fractions.
+            markdown: Write Markdown instead of plain text.
+            scale: Factor of the entries: 100 turns fractions into percentages.
 
         Returns:
-            A row per query version and a column per gallery version; an entry that misses the criterion
-            carries an ``x``. No newline at the end.
+            A row per query version and a column per gallery version; an ``x`` marks an entry that misses the
+            criterion. No newline at the end.
         """
         verdicts, size = self.criterion(), len(self.names)
-        # A name with a bar in it would open another column.
+        # A bar in a name would open another column.
         names = [name.replace("|", chr(92) + "|") if markdown else name for name in self.names]
         head = ["query \\ gallery" + (f" ({self.metric})" if self.metric else ""), *names]
         rows = [
@@ -152,7 +150,7 @@ class CompatibilityMatrix:
         if size > 1:
             notes.insert(0, f"AC {self.average_compatibility()} (x: does not beat the gallery's own model)")
         if markdown:
-            lines = [f"| {' | '.join(each)} |" for each in (head, *rows)]
+            lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
             lines.insert(1, f"|---|{'---:|' * size}")
             return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
         widths = [max(len(row[column]) for row in (head, *rows)) for column in range(size + 1)]
@@ -166,14 +164,14 @@ class CompatibilityMatrix:
 
 
 def lower_triangle(count: int) -> list[tuple[int, int]]:
-    """The entries (query version, gallery version) of so many versions, row by row."""
+    """Entries (query version, gallery version) of ``count`` versions, row by row."""
     return [(row, column) for row in range(count) for column in range(row + 1)]
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
     return [
         row[0].ljust(widths[0]),
-        *(each.rjust(width) for each, width in zip(row[1:], widths[1:], strict=True)),
+        *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
     ]
 
 
@@ -185,23 +183,23 @@ def compatibility_matrix(
     ks: Sequence[int] = (1, 5),
     chunk_size: int | None = None,
 ) -> dict[str, CompatibilityMatrix]:
-    """Measures every version against its own and every earlier version's vectors of the same test images.
+    """Measure every version against its own and every earlier version's vectors of the same test images.
 
-    The test set is query and gallery at once; an image is left out of its own ranking. Where dimensions
-    differ both sides are cut to their common prefix.
+    The test set is query and gallery; an image is left out of its own ranking. If dimensions differ, both
+    sides are cut to their common prefix.
 
     Args:
         versions: Name → (n, dim) vectors of one version, oldest first; row r is the same image in all.
         labels: (n,) integers.
-        ids: One name per image, unique; rows by default.
+        ids: One unique id per image; row numbers by default.
         ks: Cut-offs of CMC.
-        chunk_size: As in :func:`xbt.evaluation.evaluate_labels`.
+        chunk_size: See :func:`xbt.evaluation.evaluate_labels`.
 
     Returns:
         One matrix of fractions per metric: ``"top1"``, ``"top5"``, ..., ``"mAP"``.
 
     Raises:
-        DataError: As :func:`xbt.evaluation.evaluate_labels`, or if there is no version or their numbers of
+        DataError: See :func:`xbt.evaluation.evaluate_labels`; also if there is no version or the numbers of
             rows differ.
 
     Example:
@@ -215,9 +213,16 @@ def compatibility_matrix(
     entries: dict[str, dict[tuple[int, int], float]] = {}
     for i, j in lower_triangle(len(names)):
         queries, gallery = prefix_vectors(versions[names[i]], versions[names[j]])
-        own = range(len(queries)) if ids is None else ids
+        image_ids = range(len(queries)) if ids is None else ids
         measured = evaluate_labels(
-            queries, labels, gallery, labels, query_ids=own, gallery_ids=own, ks=ks, chunk_size=chunk_size
+            queries,
+            labels,
+            gallery,
+            labels,
+            query_ids=image_ids,
+            gallery_ids=image_ids,
+            ks=ks,
+            chunk_size=chunk_size,
         )
         for metric, value in measured.metrics().items():
             entries.setdefault(metric, {})[i, j] = value
@@ -227,10 +232,10 @@ def compatibility_matrix(
 
 
 def prefix_vectors(query_vectors: Vectors, gallery_vectors: Vectors) -> tuple[Tensor, Tensor]:
-    """Cuts both sides to the leading coordinates that they share, and normalises the rows.
+    """Cut both sides to their common leading coordinates, and normalise the rows.
 
-    Heads that add dimensions put those that the old model knows first, so that an old gallery is compared
-    with the leading part of a new vector.
+    Heads that add dimensions keep those of the old model first. An old gallery is thus compared with the
+    leading part of a new vector.
 
     Args:
         query_vectors: (n_queries, d_q) torch tensor or numpy array of any float dtype.
@@ -251,12 +256,12 @@ def update_gain(new_old: float, old_old: float, new_new_independent: float) -> f
     """Γ = (M(new/old) − M(old/old)) / (M(new′/new′) − M(old/old)), the share of the possible gain.
 
     Args:
-        new_old: The compatible new model's queries against the old gallery.
-        old_old: The old model's self test.
-        new_new_independent: Self test of a new model that was trained without regard to the old one.
+        new_old: Queries of the compatible new model against the old gallery.
+        old_old: Self test of the old model.
+        new_new_independent: Self test of a new model that was trained independently of the old one.
 
     Returns:
-        1 for as good as re-embedding everything, negative for worse than the old model, and ``None`` where
+        1 equals re-embedding everything, negative is worse than the old model, and ``None`` means that
         re-embedding gains nothing.
     """
     possible = new_new_independent - old_old
@@ -264,7 +269,7 @@ def update_gain(new_old: float, old_old: float, new_new_independent: float) -> f
 
 
 def compatibility_tax(new_new_independent: float, new_new: float) -> float:
-    """M(new′/new′) − M(new/new): what compatibility costs the new model in its own space."""
+    """M(new′/new′) − M(new/new): cost of compatibility for the new model in its own space."""
     return new_new_independent - new_new
 
 
@@ -273,13 +278,13 @@ def over_seeds(
 ) -> Interval:
     """Mean of one value per training seed, with its bootstrap interval over the seeds.
 
-    With few seeds such intervals are too narrow; five are little, two say almost nothing.
+    With few seeds these intervals are too narrow: five seeds are few, two are almost useless.
 
     Args:
         values: One fraction per seed.
-        confidence: Of the two-sided interval.
-        samples: Bootstrap samples.
-        seed: Fixes them.
+        confidence: Level of the two-sided interval.
+        samples: Number of bootstrap samples.
+        seed: Seed of the samples.
 
     Raises:
         DataError: If there are fewer than two values, or one is NaN.
@@ -301,13 +306,13 @@ def difference_over_seeds(
 
     Args:
         values: One fraction per seed.
-        baseline: What to compare with, of the same seeds in the same order.
-        confidence: Of the two-sided interval.
-        samples: Bootstrap samples.
-        seed: Fixes them.
+        baseline: Values of the baseline for the same seeds in the same order.
+        confidence: Level of the two-sided interval.
+        samples: Number of bootstrap samples.
+        seed: Seed of the samples.
 
     Raises:
-        DataError, ConfigError: As :func:`over_seeds`, or if the numbers of seeds differ.
+        DataError, ConfigError: See :func:`over_seeds`; also if the numbers of seeds differ.
     """
     if len(values) != len(baseline):
         raise DataError(

@@ -1,4 +1,4 @@
-"""The evaluation recipe's job: load the encoders, measure the cells, write them down."""
+"""Evaluation job: load the encoders, measure the cells, and write the report."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ class EvaluationConfig:
     """
 
     old: str
-    """The encoder that embedded the gallery."""
+    """The encoder of the gallery."""
     new: str
-    """The new encoder as it is off the shelf."""
+    """The unchanged new encoder."""
     pairs: PairSource
     """Held-out image–text pairs."""
     output_dir: str
-    """Where the results go."""
+    """Directory of the results."""
     upgraded: dict[str, str] = field(default_factory=dict)
-    """By label, what makes the new model speak the old space: directories or Hub repositories of compatible
-    encoders, or of projections alone (stage 1)."""
+    """Upgrades by label: directories or Hub repositories of compatible encoders, or of projections alone
+    (stage 1)."""
     own: dict[str, str] = field(default_factory=dict)
-    """By label, compatible encoders to be measured on galleries of their own, as new/new (label)."""
+    """Compatible encoders by label to be measured on their own galleries, as new/new (label)."""
     ks: list[int] = field(default_factory=lambda: [1, 5, 10])
     """Cut-offs of R@k."""
     protocol: str | None = None
-    """What the pairs claim to be: flickr30k_1k, coco_5k, coco_1k, flickr30k_all, coco_2014_val or
+    """The test set that the pairs must be: flickr30k_1k, coco_5k, coco_1k, flickr30k_all, coco_2014_val or
     nocaps_val. Its counts are checked before anything is encoded, and its folds are averaged."""
     expected: list[Expectation] = field(default_factory=list)
-    """Published values to compare with; those of other models are passed over."""
+    """Published values to compare with; those of other models are ignored."""
     fail_on_mismatch: bool = False
-    """End with an error if a published value is not reproduced, after the results are written, or will not be
-    measured, before anything is encoded."""
+    """Fail if a published value is not reproduced (after the results are written) or will not be measured
+    (before anything is encoded)."""
     device: str | None = None
-    """Where the encoders run; the GPU if there is one."""
+    """Device of the encoders; by default the GPU, if there is one."""
     overwrite: bool = False
     """Replace the results of another evaluation in the output directory."""
 
@@ -69,25 +69,25 @@ def run_evaluation(
     show: Callable[[CheckedReport], object] | None = None,
     protocols: Mapping[str, Protocol] = PROTOCOLS,
 ) -> CheckedReport:
-    """Measures the cells and writes them to the output directory.
+    """Measure the cells and write them to the output directory.
 
     Args:
-        config: What to measure.
-        show: Called with the report before a mismatch can end the job.
-        protocols: The protocols that ``config.protocol`` can name.
+        config: The settings.
+        show: Callback for the report, before a mismatch can end the job.
+        protocols: Protocols that ``config.protocol`` can name.
 
     Returns:
         The report; ``format_table`` prints it.
 
     Raises:
-        XbtError: If an encoder, a saved part or the pairs cannot be used.
-        DataError: If the pairs are not what the protocol says, or with ``fail_on_mismatch`` a published value
-            is not reproduced; everything is written by then.
-        ConfigError: If with ``fail_on_mismatch`` nothing was published for these models, or something that
+        XbtError: If an encoder, a saved artifact or the pairs cannot be used.
+        DataError: If the pairs do not match the protocol; with ``fail_on_mismatch`` also if a published value
+            is not reproduced, after everything is written.
+        ConfigError: With ``fail_on_mismatch``, if nothing was published for these models or a published value
             will not be measured.
 
     Warns:
-        UserWarning: If images were left out because they cannot be decoded.
+        UserWarning: If images are left out because they cannot be decoded.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("the evaluation runs in one process; launch it with --num_processes 1")
@@ -95,7 +95,7 @@ def run_evaluation(
         config.output_dir, config, config.overwrite, may_change=["expected", "fail_on_mismatch"]
     )
     protocol = None if config.protocol is None else find_protocol(config.protocol, protocols)
-    # The cell of a single upgrade bears no label.
+    # The cell of a single upgrade has no label.
     names = (
         {f"new/old ({label})": "new/old" for label in config.upgraded} if len(config.upgraded) == 1 else {}
     )
@@ -125,7 +125,7 @@ def run_evaluation(
 
 
 def _open(source: PairSource, protocol: Protocol | None) -> tuple[ImageTextPairs, list[ImageTextPairs]]:
-    """The pairs, whole and in folds, with no image decoded; a protocol counts them."""
+    """Open the pairs and cut them into folds, without decoding images; a protocol checks the counts."""
     if protocol is None:
         pairs = load_pairs(source)
         return pairs, [pairs]
@@ -141,7 +141,7 @@ def _open(source: PairSource, protocol: Protocol | None) -> tuple[ImageTextPairs
 def _readable(
     pairs: ImageTextPairs, folds: list[ImageTextPairs], protocol: Protocol | None
 ) -> tuple[list[ImageTextPairs], list[Rejected]]:
-    """The folds without what cannot be decoded; under a protocol not one image may be missing."""
+    """Leave out unreadable images; with a protocol, an unreadable image is an error."""
     if protocol is None:
         readable, rejected = keep_readable(pairs, progress=True)
         return [readable], rejected
@@ -156,6 +156,6 @@ def _readable(
 
 def _write(run: RunDirectory, report: CheckedReport, rejected: list[Rejected]) -> None:
     run.prepare()
-    skipped = [{"id": each.id, "reason": each.reason} for each in rejected]
+    skipped = [{"id": item.id, "reason": item.reason} for item in rejected]
     run.write_json("retrieval.json", {**report.to_dict(), "skipped_images": skipped})
     (run.path / "retrieval.md").write_text(format_markdown(report) + "\n", encoding="utf-8")

@@ -1,11 +1,9 @@
-"""The test sets that papers mean by a name, with the counts that tell them from their look-alikes.
+"""Test sets with the counts that identify them, and comparison with published values.
 
 Sources of the counts and conventions: Karpathy & Fei-Fei's splits (CVPR 2015) for Flickr30k and COCO; nocaps
 (Agrawal et al., ICCV 2019); the mean over five folds of COCO's test split (VSE++, Faghri et al., BMVC 2018);
 the three large sets of Jang & Lim, "Towards Cross-modal Backward-compatible Representation Learning for
 Vision-Language Models" (ICCV 2025).
-
-Published numbers beside one's own: does this evaluation reproduce them?
 """
 
 from __future__ import annotations
@@ -27,16 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Protocol:
-    """A test set and how recall is computed on it.
+    """A test set and its computation of recall.
 
     Attributes:
-        name: What configs call it.
-        images: How many images it has.
-        captions: How many captions these have together, as published.
-        pitfalls: What a wrong count usually comes from, for the error.
-        folds: Over how many parts of equal size, in the data's order, recall is averaged. A query of a part
-            is only searched in that part.
-        captions_per_image: Take only the first so many captions of every image; ``None`` takes them all.
+        name: Name in configs.
+        images: Number of images.
+        captions: Number of captions of all images, as published.
+        pitfalls: Usual causes of a wrong count, for the error message.
+        folds: Number of folds of equal size, in the data's order, over which recall is averaged. A query is
+            only searched in its fold.
+        captions_per_image: Number of captions to use per image, the first ones; ``None`` uses all.
 
     Raises:
         ConfigError: If a number is below 1 or the images cannot be cut into folds of equal size.
@@ -53,7 +51,7 @@ class Protocol:
     captions_per_image: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Check the numbers."""
         if min(self.images, self.captions, self.folds, self.captions_per_image or 1) < 1:
             raise ConfigError(f"the protocol {self.name!r} has a number below 1; give positive numbers")
         if self.images % self.folds:
@@ -63,17 +61,17 @@ class Protocol:
             )
 
     def prepare(self, pairs: ImageTextPairs, where: str = "the source") -> list[ImageTextPairs]:
-        """Checks the counts and makes the folds.
+        """Check the counts and make the folds.
 
         Args:
-            pairs: What was loaded.
-            where: What to call it in the error.
+            pairs: The loaded pairs.
+            where: Their name in error messages.
 
         Returns:
             One collection per fold, in the data's order.
 
         Raises:
-            DataError: If images or captions are more or fewer, or an image has too few captions.
+            DataError: If the number of images or captions differs, or an image has too few captions.
         """
         if (len(pairs), len(pairs.texts)) != (self.images, self.captions):
             raise DataError(
@@ -86,13 +84,13 @@ class Protocol:
 
     def _cut(self, pairs: ImageTextPairs, where: str) -> ImageTextPairs:
         count = self.captions_per_image
-        for name, told in zip(pairs.ids, pairs.captions, strict=True):
-            if len(told) < (count or 1):
+        for name, captions in zip(pairs.ids, pairs.captions, strict=True):
+            if len(captions) < (count or 1):
                 raise DataError(
                     f"the protocol {self.name!r} takes {count} captions of every image, but {name!r} of "
-                    f"{where} has only {len(told)}; {self.pitfalls}"
+                    f"{where} has only {len(captions)}; {self.pitfalls}"
                 )
-        return type(pairs)(pairs.ids, pairs.images, [told[:count] for told in pairs.captions])
+        return type(pairs)(pairs.ids, pairs.images, [captions[:count] for captions in pairs.captions])
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form: the name and the counts."""
@@ -151,14 +149,14 @@ PROTOCOLS: Mapping[str, Protocol] = _by_name(
         ),
     ]
 )
-"""By name, the protocols that configs can ask for."""
+"""Protocols that configs can name."""
 
 
 def find_protocol(name: str, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Protocol:
-    """Looks a protocol up.
+    """Find a protocol by name.
 
     Raises:
-        ConfigError: If there is none of that name; the message lists those there are.
+        ConfigError: If there is none; the message lists the existing names.
     """
     if name not in protocols:
         raise ConfigError(f"there is no protocol {name!r}; there are {', '.join(protocols)}")
@@ -166,13 +164,13 @@ def find_protocol(name: str, protocols: Mapping[str, Protocol] = PROTOCOLS) -> P
 
 
 def average_folds(reports: Sequence[RetrievalReport]) -> RetrievalReport:
-    """The mean over folds: every R@k is averaged, and the queries are put side by side for the intervals.
+    """Average the R@k of folds, and concatenate their queries for the intervals.
 
     Args:
-        reports: One per fold, with the same cells; the folds have equally many images and equally many texts.
+        reports: One per fold, with the same cells; the folds have equal numbers of images and of texts.
 
     Returns:
-        A report whose cells have the counts of one fold.
+        A report; its cells have the counts of one fold.
 
     Raises:
         DataError: If there is no report, or they differ in cells, ks or counts.
@@ -183,7 +181,7 @@ def average_folds(reports: Sequence[RetrievalReport]) -> RetrievalReport:
     if len(reports) == 1:
         return first
     shapes = [
-        [(cell.name, cell.n_images, cell.n_texts, *cell.t2i) for cell in each.cells] for each in reports
+        [(cell.name, cell.n_images, cell.n_texts, *cell.t2i) for cell in report.cells] for report in reports
     ]
     for number, shape in enumerate(shapes):
         if shape != shapes[0]:
@@ -191,11 +189,11 @@ def average_folds(reports: Sequence[RetrievalReport]) -> RetrievalReport:
                 f"fold {number} has other cells, cut-offs or counts than the first; evaluate folds of equal "
                 "size in the same way"
             )
-    cells = [_average([each.cells[position] for each in reports]) for position in range(len(first.cells))]
+    cells = [_average([report.cells[position] for report in reports]) for position in range(len(first.cells))]
     groups = {}
     for direction in first.groups:
-        parts = [each.groups[direction] for each in reports]
-        # A group of one fold is another one than that of the same number in the next.
+        parts = [report.groups[direction] for report in reports]
+        # Each fold numbers its groups from 0.
         offsets = accumulate((int(part.max()) + 1 for part in parts[:-1]), initial=0)
         groups[direction] = torch.cat([part + offset for part, offset in zip(parts, offsets, strict=True)])
     return RetrievalReport(cells, groups)
@@ -220,14 +218,14 @@ _CELL = re.compile(r"(old/old|new/old|new/new)( \(.+\))?")
 
 @dataclass
 class Expectation:
-    """What one cell should come out as.
+    """Published values of one cell.
 
     Raises:
-        ConfigError: If a key, value or name makes no sense.
+        ConfigError: If a key, value or name is invalid.
     """
 
     cell: str
-    """Which cell: old/old, new/old, new/new, or with a label: new/old (Procrustes)."""
+    """The cell: old/old, new/old, new/new, or with a label: new/old (Procrustes)."""
     source: str
     """Where the values were published."""
     T2I: dict[str, float] = field(default_factory=dict)
@@ -235,24 +233,21 @@ class Expectation:
     I2T: dict[str, float] = field(default_factory=dict)
     """Image queries against the text gallery, likewise."""
     tolerance: float = 0.2
-    """By how many points a value may differ: library versions and mixed precision move published ones by
-    0.2."""
+    """Accepted difference in points: library versions and mixed precision change published values by 0.2."""
     old: list[str] = field(default_factory=list)
-    """Names under which the old model is known; with any other one the values are passed over. Empty: any."""
+    """Specifications of the old model; the values are ignored for any other one. Empty: any model."""
     new: list[str] = field(default_factory=list)
     """The same for the new model."""
 
     def __post_init__(self) -> None:
-        """Checks the names and values."""
+        """Check the names and values."""
         if not _CELL.fullmatch(self.cell):
             raise ConfigError(
-                f"expected names the cell {self.cell!r}; write old/old, new/old or new/new, perhaps with a "
+                f"expected names the cell {self.cell!r}; write old/old, new/old or new/new, or with a "
                 "label: new/old (Procrustes)"
             )
         if not self.source.strip():
-            raise ConfigError(
-                f"the values expected of {self.cell} have no source; say where they were published"
-            )
+            raise ConfigError(f"the values expected of {self.cell} have no source; name the publication")
         if not self.tolerance >= 0:
             raise ConfigError(
                 f"the tolerance for {self.cell} is {self.tolerance}; give points of at least 0, such as 0.2"
@@ -268,17 +263,17 @@ class Expectation:
                     )
 
     def values(self, direction: str) -> dict[str, float]:
-        """The percentages of ``"T2I"`` or ``"I2T"``, by keys such as ``"R@1"``."""
+        """Percentages of ``"T2I"`` or ``"I2T"``, by keys such as ``"R@1"``."""
         return self.T2I if direction == "T2I" else self.I2T
 
     def applies(self, old: str, new: str) -> bool:
-        """Whether these models are the ones that the values were published for."""
+        """True if the values were published for these models."""
         return (not self.old or old in self.old) and (not self.new or new in self.new)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One published value and what was measured, in percent.
+    """A published value and the measured one, in percent.
 
     Attributes:
         cell: The cell.
@@ -286,7 +281,7 @@ class Comparison:
         k: The cut-off.
         expected: As published.
         measured: As measured.
-        tolerance: By how many points they may differ.
+        tolerance: Accepted difference in points.
         source: Where the value was published.
     """
 
@@ -305,7 +300,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """Whether the difference is within the tolerance."""
+        """True if the difference is within the tolerance."""
         return abs(self.difference) <= self.tolerance + 1e-9  # 30.64 - 30.44 is a little more than 0.2
 
     def __str__(self) -> str:
@@ -329,13 +324,13 @@ class Comparison:
 
 @dataclass
 class CheckedReport(RetrievalReport):
-    """A report that knows its protocol and what was published for it.
+    """A report with its protocol and a comparison with published values.
 
     Attributes:
-        protocol: The protocol, if one was asked for.
-        comparisons: The published values that were measured.
-        unmeasured: What was published for these models and not measured: a cell, ``"new/old"``, or one value
-            of a cell, ``"old/old T2I R@7"``.
+        protocol: The protocol, if any.
+        comparisons: Published values that were measured.
+        unmeasured: Published values for these models that were not measured: a cell, ``"new/old"``, or one
+            value of a cell, ``"old/old T2I R@7"``.
     """
 
     protocol: Protocol | None = None
@@ -343,24 +338,24 @@ class CheckedReport(RetrievalReport):
     unmeasured: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As the report's, with ``"protocol"`` and ``"expected"``."""
+        """See :meth:`RetrievalReport.to_dict`; adds ``"protocol"`` and ``"expected"``."""
         return {
             **super().to_dict(),
             "protocol": self.protocol.to_dict() if self.protocol is not None else None,
-            "expected": [each.to_dict() for each in self.comparisons],
+            "expected": [comparison.to_dict() for comparison in self.comparisons],
             "expected_but_not_measured": self.unmeasured,
         }
 
     def require_agreement(self) -> None:
-        """Checks that every value published for these models was measured and reproduced.
+        """Check that every value published for these models was measured and reproduced.
 
         Raises:
-            DataError: If one was not reproduced; the message counts them and gives the first three.
-            ConfigError: If one was not measured, or there is none for these models.
+            DataError: If a value was not reproduced; the message gives the number and the first three.
+            ConfigError: If a value was not measured, or there is none for these models.
         """
-        wrong = [each for each in self.comparisons if not each.agrees]
+        wrong = [value for value in self.comparisons if not value.agrees]
         if wrong:
-            listed = "; ".join(f"{each.cell} {each.direction} R@{each.k} {each}" for each in wrong[:3])
+            listed = "; ".join(f"{value.cell} {value.direction} R@{value.k} {value}" for value in wrong[:3])
             more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise DataError(
                 f"{len(wrong)} of {len(self.comparisons)} published values are not reproduced: "
@@ -378,24 +373,24 @@ def check_report(
     new: str,
     names: Mapping[str, str] | None = None,
 ) -> CheckedReport:
-    """Compares a report with published values.
+    """Compare a report with published values.
 
     Args:
-        report: What was measured.
-        protocol: The protocol it followed, if any.
-        expected: The published values; those of other models are passed over.
+        report: The measured cells.
+        protocol: Its protocol, if any.
+        expected: The published values; those of other models are ignored.
         old: Specification of the old model.
         new: Specification of the new model.
-        names: Cells that have another name in ``expected``: ``{"new/old (Procrustes)": "new/old"}`` where
-            there is only one upgrade, whose cell bears no label.
+        names: Cells with another name in ``expected``: ``{"new/old (Procrustes)": "new/old"}`` if there is
+            only one upgrade, because its cell has no label.
     """
     cells = {cell.name: cell for cell in report.cells}
-    applying = [each for each in expected if each.applies(old, new)]
-    found, unmeasured = _sorted(applying, cells, report.ks, names or {})
+    applicable = [values for values in expected if values.applies(old, new)]
+    comparable, unmeasured = _partition(applicable, cells, report.ks, names or {})
     comparisons = [
-        Comparison(name, direction, k, value, 100 * cells[name].recall(direction)[k], each.tolerance,
-                   each.source)
-        for each, name, direction, k, value in found
+        Comparison(name, direction, k, value, 100 * cells[name].recall(direction)[k], values.tolerance,
+                   values.source)
+        for values, name, direction, k, value in comparable
     ]  # fmt: skip
     return CheckedReport(report.cells, report.groups, protocol, comparisons, unmeasured)
 
@@ -408,7 +403,7 @@ def require_comparable(
     ks: Sequence[int],
     names: Mapping[str, str] | None = None,
 ) -> None:
-    """Checks that all that was published for these models will be measured, before anything is.
+    """Check before the measurement that all values published for these models will be measured.
 
     Args:
         expected: The published values.
@@ -416,38 +411,39 @@ def require_comparable(
         new: Specification of the new model.
         cells: Names of the cells that will be measured.
         ks: The cut-offs.
-        names: As for :func:`check_report`.
+        names: See :func:`check_report`.
 
     Raises:
-        ConfigError: If something will not be measured, or nothing was published for these models.
+        ConfigError: If a value will not be measured, or nothing was published for these models.
     """
-    found, unmeasured = _sorted([each for each in expected if each.applies(old, new)], cells, ks, names or {})
-    _require_all_measured(len(found), unmeasured)
+    applicable = [values for values in expected if values.applies(old, new)]
+    comparable, unmeasured = _partition(applicable, cells, ks, names or {})
+    _require_all_measured(len(comparable), unmeasured)
 
 
 _Value = tuple[Expectation, str, str, int, float]
-"""One published value: by whom, the cell's name, the direction, k and the percentage."""
+"""One published value: its expectation, the cell's name, the direction, k and the percentage."""
 
 
-def _sorted(
+def _partition(
     expected: Sequence[Expectation], cells: Collection[str], ks: Sequence[int], names: Mapping[str, str]
 ) -> tuple[list[_Value], list[str]]:
-    """The published values that can be compared, and what cannot, each once."""
-    found: list[_Value] = []
+    """Split published values into those that are measured, and the names of the others without repetition."""
+    comparable: list[_Value] = []
     unmeasured: list[str] = []
-    for each in expected:
-        name = names.get(each.cell, each.cell)
+    for values in expected:
+        name = names.get(values.cell, values.cell)
         if name not in cells:
-            unmeasured.append(each.cell)
+            unmeasured.append(values.cell)
             continue
         for direction in DIRECTIONS:
-            for key, value in each.values(direction).items():
+            for key, value in values.values(direction).items():
                 k = int(key.removeprefix("R@"))
                 if k in ks:
-                    found.append((each, name, direction, k, value))
+                    comparable.append((values, name, direction, k, value))
                 else:
                     unmeasured.append(f"{name} {direction} {key}")
-    return found, list(dict.fromkeys(unmeasured))
+    return comparable, list(dict.fromkeys(unmeasured))
 
 
 def _require_all_measured(compared: int, unmeasured: Sequence[str]) -> None:

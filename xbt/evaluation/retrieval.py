@@ -2,8 +2,7 @@
 
 The R@k of the CLIP literature is a hit rate: a query counts 1 when at least one of its positives is among the
 first k, else 0. CLIP_benchmark reports it as ``*_retrieval_recall@k`` and torchmetrics calls it
-``RetrievalHitRate``; "recall" in torchmetrics is another, smaller number as soon as a query has several
-positives.
+``RetrievalHitRate``. "Recall" in torchmetrics is another, smaller number if a query has several positives.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from xbt.errors import DataError, SpaceMismatchError
 from xbt.vectors import Vectors, as_vectors
 
 SCORE_BYTES = 64 * 2**20
-"""Upper bound on the scores held at once when no chunk size is given (one query's row is the least)."""
+"""Default maximum size of a block of scores; a block has at least one query."""
 _BLOCK_ROWS = 4096
 
 
 class Positives(NamedTuple):
-    """The right answers of every query, as the two arrays of a CSR matrix.
+    """Positives of every query, as the two arrays of a CSR matrix.
 
     Attributes:
-        starts: (n_queries + 1,) int64; query i owns ``rows[starts[i]:starts[i + 1]]``, at least one.
+        starts: (n_queries + 1,) int64; query i has ``rows[starts[i]:starts[i + 1]]``, at least one.
         rows: Gallery rows, int64, sorted and without repetition within a query.
     """
 
@@ -47,14 +46,14 @@ def recall_at_k(
     Args:
         queries: (n_queries, dim) vectors; see :func:`best_positive_ranks`.
         gallery: (n_gallery, dim) vectors.
-        positives: For every query the gallery rows that answer it.
+        positives: The relevant gallery rows of every query.
         ks: Cut-offs, each at least 1. A k beyond the size of the gallery gives 1.0.
 
     Returns:
         ``{k: fraction in [0, 1]}`` in the order of ``ks``.
 
     Raises:
-        DataError: As :func:`best_positive_ranks`, or if ``ks`` is empty or holds anything but integers >= 1.
+        DataError: See :func:`best_positive_ranks`; also if ``ks`` is empty or not integers >= 1.
         SpaceMismatchError: If the dimensions differ.
     """
     checked = check_ks(ks)
@@ -68,30 +67,30 @@ def best_positive_ranks(
     positives: Sequence[Sequence[int]],
     chunk_size: int | None = None,
 ) -> Tensor:
-    """Counts, for every query, the wrong gallery rows that score at least as high as its best positive.
+    """Count, for every query, the other gallery rows that score at least as high as its best positive.
 
-    Scores are inner products of the rows as given: nothing is normalised here. Ties count against us, so a
-    model that gives every item the same vector gets the worst rank and not the best. Scores are float32
-    (float64 when either input is), never lower, whatever torch's autocast or matmul precision is set to.
+    Scores are inner products of the given rows, without normalisation. Ties are ranked pessimistically, so a
+    model with equal vectors for all items gets the worst rank. Scores are float32 (float64 if either input
+    is), whatever torch's autocast or matmul precision is.
 
     Args:
         queries: (n_queries, dim) torch tensor or numpy array of any float dtype.
         gallery: (n_gallery, dim) likewise.
-        positives: For every query the gallery rows that answer it; at least one, repetitions are harmless.
-        chunk_size: Queries scored at a time; by default as many as keep the scores within 64 MiB.
+        positives: The relevant gallery rows of every query, at least one; repetitions are allowed.
+        chunk_size: Queries per block of scores; by default a block has at most 64 MiB.
 
     Returns:
-        (n_queries,) int64 ranks from 0 (best) to the number of the query's wrong rows.
+        (n_queries,) int64 ranks from 0 (best) to the number of the query's other rows.
 
     Raises:
-        DataError: If queries or gallery are empty or hold NaN, if values are so large that scores overflow,
-            if a query has no positive or one outside the gallery, or if ``chunk_size`` is no integer >= 1.
+        DataError: If queries or gallery are empty or hold NaN, scores would overflow, a query has no positive
+            or one outside the gallery, or ``chunk_size`` is not an integer >= 1.
         SpaceMismatchError: If the dimensions differ.
     """
     left, right = _as_pair(queries, gallery)
     answers = check_positives(positives, len(left), len(right))
     columns, column_of_row = distinct_rows(right)
-    copies = np.bincount(column_of_row) - 1  # further gallery rows that each column stands for
+    copies = np.bincount(column_of_row) - 1  # further gallery rows with the vector of each column
     repeated = np.flatnonzero(copies)
     if chunk_size is None:
         chunk_size = max(1, SCORE_BYTES // (right.itemsize * len(right)))
@@ -100,7 +99,7 @@ def best_positive_ranks(
             f"chunk_size is {chunk_size!r}; give an integer of at least 1, or None for the default"
         )
 
-    # One block for all chunks: a new one would be filled while the last one is still held.
+    # All chunks reuse one block: a new one would be filled before the last one is freed.
     block = np.empty((min(chunk_size, len(left)), len(columns)), dtype=left.dtype)
     ranks = np.empty(len(left), dtype=np.int64)
     for start in range(0, len(left), chunk_size):
@@ -108,18 +107,18 @@ def best_positive_ranks(
         scores = np.matmul(left[start:stop], columns.T, out=block[: stop - start])
         bounds = answers.starts[start : stop + 1]
         owners = np.repeat(np.arange(stop - start), np.diff(bounds))
-        own_scores = scores[owners, column_of_row[answers.rows[bounds[0] : bounds[-1]]]]
+        positive_scores = scores[owners, column_of_row[answers.rows[bounds[0] : bounds[-1]]]]
         segments = bounds[:-1] - bounds[0]
-        best = np.maximum.reduceat(own_scores, segments)
+        best = np.maximum.reduceat(positive_scores, segments)
         as_high = scores >= best[:, None]
-        right_ones = np.add.reduceat((own_scores == best[owners]).astype(np.int64), segments)
+        best_positives = np.add.reduceat((positive_scores == best[owners]).astype(np.int64), segments)
         further = as_high[:, repeated] @ copies[repeated]
-        ranks[start:stop] = np.count_nonzero(as_high, axis=1) + further - right_ones
+        ranks[start:stop] = np.count_nonzero(as_high, axis=1) + further - best_positives
     return torch.from_numpy(ranks)
 
 
 def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
-    """Returns the cut-offs as plain integers.
+    """Return the cut-offs as plain integers.
 
     Raises:
         DataError: If there are none, or one is not an integer of at least 1.
@@ -138,13 +137,13 @@ def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
 def check_positives(
     positives: Sequence[Sequence[int]], n_queries: int, n_gallery: int, name: str = "positives"
 ) -> Positives:
-    """Turns lists of right answers into CSR arrays.
+    """Convert lists of positives to CSR arrays.
 
     Args:
-        positives: For every query the gallery rows that answer it.
-        n_queries: How many queries there are.
-        n_gallery: How many gallery rows there are.
-        name: What to call the lists in an error.
+        positives: The relevant gallery rows of every query.
+        n_queries: Number of queries.
+        n_gallery: Number of gallery rows.
+        name: Name of the lists in error messages.
 
     Raises:
         DataError: If there is not one list per query, a list is empty, or an entry is not a row of the
@@ -161,7 +160,7 @@ def check_positives(
     try:
         parts = [np.asarray(part) for part in positives]
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"{name} holds what is no list of gallery rows ({error}); give such lists") from error
+        raise DataError(f"{name} must be lists of gallery rows ({error}); give one list per query") from error
     for i, part in enumerate(parts):
         if part.ndim != 1:
             raise DataError(f"{name}[{i}] is {positives[i]!r}; give a list of gallery rows, such as [0]")
@@ -184,7 +183,7 @@ def check_positives(
 
 
 def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Checks both sides and brings them to one dtype, float32 or float64."""
+    """Check both sides and convert them to a common dtype, float32 or float64."""
     left, right = as_vectors(queries, "queries"), as_vectors(gallery, "gallery")
     if left.shape[1] != right.shape[1]:
         raise SpaceMismatchError(
@@ -192,8 +191,8 @@ def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[
             "they were made by different models: embed or project the queries into the gallery's space"
         )
     dtype = torch.promote_types(left.dtype, right.dtype)
-    # Cauchy and Schwarz bound every partial sum by the norms. An overflowing score could turn into NaN, which
-    # compares false with everything and would pass for a perfect rank.
+    # By Cauchy-Schwarz, the norms bound every partial sum. An overflow could become NaN, which compares false
+    # with everything and would look like a perfect rank.
     norms = [_longest(side) for side in (left, right)]
     if norms[0] * norms[1] >= torch.finfo(dtype).max:
         raise DataError(
@@ -205,24 +204,24 @@ def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[
 
 
 def _longest(rows: Tensor) -> float:
-    """The greatest norm of a row, in double precision, block by block: no second copy of the rows."""
+    """Largest norm of a row in double precision, computed in blocks to avoid a second copy of the rows."""
     starts = range(0, len(rows), _BLOCK_ROWS)
     return max(float(rows[start : start + _BLOCK_ROWS].double().norm(dim=1).max()) for start in starts)
 
 
 def distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Returns the distinct rows in the order of their first occurrence, and for every row which it is.
+    """Return the distinct rows in order of first occurrence, and the index of each row's distinct row.
 
-    BLAS may round the same inner product differently in different columns (its kernels treat the edge of a
-    block apart), so that equal gallery rows would not tie. Scoring every distinct row once makes them tie.
-    Where no row occurs twice, what comes back is ``rows`` itself and not a copy.
+    BLAS may round the same inner product differently in different columns: its kernels handle the edge of a
+    block separately. Equal gallery rows would then not tie, so each distinct row is scored once. If no
+    row occurs twice, the result is ``rows`` itself, not a copy.
     """
     hashes = np.fromiter((hash(_row_bytes(row)) for row in rows), np.int64, len(rows))
-    _, where, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    _, group, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     first = np.arange(len(rows))
     first_of: dict[bytes, int] = {}
-    # Rows with different hashes differ; only the others are compared byte by byte.
-    for row in np.flatnonzero(counts[where] > 1).tolist():
+    # Rows with different hashes differ. Only rows with equal hashes are compared byte by byte.
+    for row in np.flatnonzero(counts[group] > 1).tolist():
         first[row] = first_of.setdefault(_row_bytes(rows[row]), row)
     kept, column_of_row = np.unique(first, return_inverse=True)
     return (rows if len(kept) == len(rows) else rows[kept]), column_of_row.astype(np.int64)

@@ -1,4 +1,4 @@
-"""A retrieval report as text: for a terminal, and as Markdown."""
+"""Retrieval reports as plain text and as Markdown."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from xbt.evaluation.protocols import CheckedReport, Comparison
 
 
 def format_table(report: RetrievalReport) -> str:
-    """Lays a report out as plain text.
+    """Format a report as plain text.
 
     Args:
-        report: What was measured.
+        report: The report.
 
     Returns:
-        A table of R@k in percent with one row per cell, then for every ``new/old`` cell whether it meets the
-        criterion, how much of the gain of re-embedding it recovers, and what it fixes and breaks with 95 %
-        bootstrap intervals; a :class:`~xbt.evaluation.CheckedReport` ends with its published values. No
-        newline at the end.
+        A table of R@k in percent with one row per cell. Below it, for every ``new/old`` cell: the criterion,
+        the recovered gain, and the queries fixed and broken with 95 % bootstrap intervals. A
+        :class:`~xbt.evaluation.CheckedReport` ends with its published values. No newline at the end.
     """
     width = max(len("query/gallery"), *(len(cell.name) for cell in report.cells))
     columns = [f"R@{k}" for k in report.ks]
@@ -39,10 +38,10 @@ def format_table(report: RetrievalReport) -> str:
 
 
 def format_markdown(report: RetrievalReport) -> str:
-    """Lays a report out as a Markdown table with the same lines below it as a list.
+    """Format a report as a Markdown table, with the lines of :func:`format_table` below it as a list.
 
     Args:
-        report: What was measured.
+        report: The report.
 
     Returns:
         Markdown without a newline at the end.
@@ -67,7 +66,7 @@ def _counts(report: RetrievalReport) -> str:
     if protocol is None:
         return counts
     if protocol.folds > 1:
-        counts += f", mean over {protocol.folds} folds of so many"
+        counts += f" per fold, mean over {protocol.folds} folds"
     if protocol.captions_per_image is not None:
         counts += f", the first {protocol.captions_per_image} captions of every image"
     return f"{counts} (protocol {protocol.name})"
@@ -98,16 +97,16 @@ def _met(verdict: Mapping[int, bool]) -> str:
 
 
 def _recovered(gains: Mapping[int, float | None]) -> str:
-    """Percentages; a dash where re-embedding gains nothing, so that there is nothing to recover."""
+    """Percentages; a dash where re-embedding gains nothing."""
     return ", ".join(f"{'-' if gain is None else f'{100 * gain:.0f}%'} at R@{k}" for k, gain in gains.items())
 
 
 def _changed(changes: Mapping[int, Difference]) -> str:
-    """Points gained with their 95 % interval, and how they come about."""
+    """Points gained with their 95 % interval, and the shares of queries fixed and broken."""
     return ", ".join(
-        f"{_points(each.gain.estimate)} [{_points(each.gain.low)}, {_points(each.gain.high)}] at R@{k} "
-        f"(fixed {100 * each.fixed:.1f}, broken {100 * each.broken:.1f})"
-        for k, each in changes.items()
+        f"{_points(change.gain.estimate)} [{_points(change.gain.low)}, {_points(change.gain.high)}] at R@{k} "
+        f"(fixed {100 * change.fixed:.1f}, broken {100 * change.broken:.1f})"
+        for k, change in changes.items()
     )
 
 
@@ -116,16 +115,16 @@ def _points(share: float) -> str:
 
 
 def _expected_lines(report: RetrievalReport) -> list[str]:
-    """Published values, one line per cell and direction, and how many of them were reproduced."""
+    """Summary of the published values, then one line per cell, direction and source."""
     if not isinstance(report, CheckedReport) or not report.comparisons + report.unmeasured:
         return []
     lines = [_summary(report)] if report.comparisons else []
     rows: dict[tuple[str, str, str], list[Comparison]] = {}
-    for each in report.comparisons:
-        rows.setdefault((each.cell, each.direction, each.source), []).append(each)
+    for value in report.comparisons:
+        rows.setdefault((value.cell, value.direction, value.source), []).append(value)
     for (cell, direction, source), values in rows.items():
-        told = "; ".join(f"R@{each.k} {each}" for each in values)
-        lines.append(f"  {cell} {direction}: {told} [{source}]")
+        listed = "; ".join(f"R@{value.k} {value}" for value in values)
+        lines.append(f"  {cell} {direction}: {listed} [{source}]")
     return [*lines, *_unmeasured(report)]
 
 
@@ -133,11 +132,11 @@ def _expected_markdown(report: RetrievalReport) -> list[str]:
     if not isinstance(report, CheckedReport) or not report.comparisons + report.unmeasured:
         return []
     lines = ["", "| cell | | expected | got | difference | | source |", "|---|---|---:|---:|---:|---|---|"]
-    for each in report.comparisons:
-        verdict = "agrees" if each.agrees else "**disagrees**"
+    for value in report.comparisons:
+        verdict = "agrees" if value.agrees else "**disagrees**"
         lines.append(
-            f"| {_in_cell(each.cell)} | {each.direction} R@{each.k} | {each.expected:.2f} | "
-            f"{each.measured:.2f} | {each.difference:+.2f} | {verdict} | {_in_cell(each.source)} |"
+            f"| {_in_cell(value.cell)} | {value.direction} R@{value.k} | {value.expected:.2f} | "
+            f"{value.measured:.2f} | {value.difference:+.2f} | {verdict} | {_in_cell(value.source)} |"
         )
     if not report.comparisons:
         return ["", *(f"- {line}" for line in _unmeasured(report))]
@@ -145,8 +144,8 @@ def _expected_markdown(report: RetrievalReport) -> list[str]:
 
 
 def _summary(report: CheckedReport) -> str:
-    agreeing = sum(each.agrees for each in report.comparisons)
-    points = ", ".join(f"{value:g}" for value in sorted({each.tolerance for each in report.comparisons}))
+    agreeing = sum(value.agrees for value in report.comparisons)
+    points = ", ".join(f"{points:g}" for points in sorted({value.tolerance for value in report.comparisons}))
     return f"published values: {agreeing} of {len(report.comparisons)} agree within {points} points"
 
 
@@ -157,5 +156,4 @@ def _unmeasured(report: CheckedReport) -> list[str]:
 
 
 def _in_cell(text: str) -> str:
-    """A bar in a text would open another column."""
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|")  # a bar would open another column

@@ -1,4 +1,4 @@
-"""Heads of models that are born compatible (BCT, BT², OCA): their architectures, losses and prototypes."""
+"""Heads for backward-compatible training (BCT, BT², OCA): architectures, losses and prototypes."""
 
 from __future__ import annotations
 

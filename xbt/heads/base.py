@@ -1,4 +1,4 @@
-"""What every head shares: what goes in and what comes out, the two ways to embed, and one way to be saved."""
+"""Base class of heads: input and output, embedding into the old or the new space, saving."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from xbt.heads.folded import FoldedHead
 from xbt.hub import CardData, CardFacts, HubArtifact, Naming
 
 Space = Literal["old", "new"]
-"""Which vectors a head is asked for: those that are compared with the old model's, or its own."""
+"""Space of a head's vectors: ``"old"`` is comparable with the old model, ``"new"`` is its own."""
 
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What a head makes of a batch.
+    """Output of a head for a batch.
 
     Attributes:
-        features: (n, feature dim), unit rows that the classifier sees.
-        compatible: (n, old_dim), what is compared with the old model's vectors, not normalised; bitwise
-            ``full[:, :old_dim]``. ``None`` for a head that is compatible with nothing.
-        full: (n, out_dim), what is stored for a new item.
+        features: (n, feature dim), unit rows, the input of the classifier.
+        compatible: (n, old_dim), comparable with the old model's vectors, not normalised; bitwise
+            ``full[:, :old_dim]``. ``None`` for an independent head.
+        full: (n, out_dim), the vectors that a gallery stores for new items.
         logits: (n, n_classes), or ``None`` without a classifier.
     """
 
@@ -41,17 +41,17 @@ class HeadOutput:
 
 
 class CompatibleHead(nn.Module, HubArtifact, ABC):
-    """The last part of a model: from a backbone's features to vectors whose leading ones are compatible.
+    """Last part of a model: maps a backbone's features to vectors with compatible leading coordinates.
 
-    Whatever it computes is computed in float32 (or float64), also under autocast: in half precision an
-    orthogonal matrix is not orthogonal.
+    It computes in float32 (or float64), also under autocast: in half precision an orthogonal matrix is not
+    orthogonal.
 
     Args:
-        in_dim: Dimension of the features that come in.
-        old_dim: Dimension of the old model's vectors; 0 for a head that is compatible with nothing.
-        out_dim: Dimension of the vectors that go out.
-        feature_dim: Dimension of what the classifier sees.
-        n_classes: Classes of the classifier; ``None`` for no classifier.
+        in_dim: Dimension of the input features.
+        old_dim: Dimension of the old model's vectors; 0 for an independent head.
+        out_dim: Dimension of the output vectors.
+        feature_dim: Dimension of the classifier's input.
+        n_classes: Number of classes; ``None`` for no classifier.
 
     Raises:
         ConfigError: If a number is too small.
@@ -59,8 +59,8 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
 
     kind: ClassVar[str]
     no_decay: ClassVar[tuple[str, ...]] = ("parametrizations",)
-    """Parts of the names of parameters that get no weight decay: those behind an orthogonal matrix, which
-    decay would turn towards where it began, and whose Householder form it would destroy."""
+    """Parts of the names of parameters without weight decay: those of orthogonal matrices. Decay would pull
+    the matrix back to its start, and destroy its Householder form."""
     _kinds: ClassVar[dict[str, type[CompatibleHead]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -78,34 +78,34 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
 
     @abstractmethod
     def embedded(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(n, in_dim) → what the classifier sees (n, feature dim), and the whole vectors (n, out_dim)."""
+        """Map (n, in_dim) to the classifier's input (n, feature dim) and to full vectors (n, out_dim)."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """Keyword arguments that rebuild this head; JSON can hold them."""
+        """JSON-able keyword arguments that rebuild this head."""
 
     @abstractmethod
     def fold(self) -> FoldedHead:
-        """The head as it is served: plain matrices, the same vectors (≤ 1e-5), no classifier."""
+        """Convert to an inference head: plain matrices, the same vectors (≤ 1e-5), no classifier."""
 
     @abstractmethod
-    def start_at(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
-        """Sets the head so that ``compatible`` begins near the direction of ``weight @ x``.
+    def init_from(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
+        """Initialise the head so that ``compatible`` starts near the direction of ``weight @ x``.
 
         Args:
-            weight: (old_dim, d) map of vectors x to the old space, of orthonormal rows (or columns).
-            order: (old_dim, old_dim) orthogonal, its columns directions of the old space, the least
-                important first; only BT² heads care.
+            weight: (old_dim, d) map of vectors x to the old space, with orthonormal rows (or columns).
+            order: (old_dim, old_dim) orthogonal matrix; its columns are directions of the old space, the
+                least important first. Only BT² heads use it.
 
         Returns:
-            (in_dim, d) float32 matrix E: the head is to be given E x.
+            (in_dim, d) float32 matrix E; the input of the head must be E x.
 
         Raises:
-            ConfigError: If a shape does not fit, or the head is compatible with nothing.
+            ConfigError: If a shape does not fit, or the head is independent.
         """
 
     def forward(self, features: Tensor) -> HeadOutput:
-        """Maps (n, in_dim) features of a backbone to a :class:`HeadOutput`.
+        """Map (n, in_dim) features of a backbone to a :class:`HeadOutput`.
 
         Raises:
             SpaceMismatchError: If the dimension is not ``in_dim``.
@@ -116,16 +116,18 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
                 f"got {tuple(features.shape)}"
             )
         with torch.autocast(features.device.type, enabled=False):
-            seen, full = self.embedded(features if features.dtype == torch.float64 else features.float())
-            logits = self.classifier(seen) if self.classifier is not None else None
-        return HeadOutput(seen, full[:, : self.old_dim] if self.old_dim else None, full, logits)
+            class_features, full = self.embedded(
+                features if features.dtype == torch.float64 else features.float()
+            )
+            logits = self.classifier(class_features) if self.classifier is not None else None
+        return HeadOutput(class_features, full[:, : self.old_dim] if self.old_dim else None, full, logits)
 
     def embed(self, features: Tensor, space: Space = "new") -> Tensor:
-        """Maps (n, in_dim) features to unit rows.
+        """Map (n, in_dim) features to unit rows.
 
         Args:
             features: Features of a backbone.
-            space: ``"new"`` for the whole vectors (n, out_dim), ``"old"`` for the compatible (n, old_dim).
+            space: ``"new"`` for full vectors (n, out_dim), ``"old"`` for compatible ones (n, old_dim).
 
         Raises:
             ConfigError: If there is no such space.
@@ -134,8 +136,8 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
         dims = {"new": self.out_dim, "old": self.old_dim}.get(space, 0)
         if not dims:
             raise ConfigError(
-                f"space {space!r} is not one that the {self.kind} head embeds into; "
-                f"there is {'new, old' if self.old_dim else 'new'}"
+                f"the {self.kind} head does not embed into the space {space!r}; "
+                f"choose {'new, old' if self.old_dim else 'new'}"
             )
         return normalize(self(features).full[:, :dims], dim=1)
 
@@ -151,14 +153,14 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
 
 
 def make_head(kind: str, options: Mapping[str, Any]) -> CompatibleHead:
-    """Builds a head, its weights drawn anew.
+    """Build a head with random weights.
 
     Args:
         kind: ``"independent"``, ``"bct"``, ``"bt2"`` or ``"oca"``.
-        options: Its keyword arguments, as :meth:`CompatibleHead.options` returns them.
+        options: Its keyword arguments; see :meth:`CompatibleHead.options`.
 
     Raises:
-        ConfigError: If the kind or an option is not known, or a value cannot be used.
+        ConfigError: If the kind or an option is unknown, or a value cannot be used.
     """
     if not isinstance(kind, str) or kind not in CompatibleHead._kinds:
         raise ConfigError(f"head {kind!r} is not known; there is {', '.join(sorted(CompatibleHead._kinds))}")
@@ -171,16 +173,16 @@ def make_head(kind: str, options: Mapping[str, Any]) -> CompatibleHead:
 
 
 def option_names(kind: object) -> tuple[str, ...]:
-    """The keyword arguments of a kind of head; none for a kind that is not known."""
+    """Names of the keyword arguments of a kind of head; empty for an unknown kind."""
     head = CompatibleHead._kinds.get(kind) if isinstance(kind, str) else None
     return () if head is None else tuple(inspect.signature(head).parameters)
 
 
-def require_at_least(name: str, value: int, least: int) -> None:
-    """Checks a whole number.
+def require_at_least(name: str, value: int, minimum: int) -> None:
+    """Check a whole number.
 
     Raises:
-        ConfigError: If it is no whole number, or too small.
+        ConfigError: If it is not a whole number, or too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} must be a whole number of at least {minimum}, got {value!r}")

@@ -1,7 +1,4 @@
-"""BCT: a classifier of the old model keeps the new vectors where the old ones are.
-
-The head of an independent model: what every compatible one is measured against.
-"""
+"""BCT head and loss, and the head of independent models, which are the baseline."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class BCTHead(CompatibleHead):
     """h of unit length, whose leading coordinates are compatible; logits = W h.
 
     Shen et al., "Towards backward-compatible representation learning", CVPR 2020, arXiv 2003.11942. With
-    ``extra_dims`` it is the naive way to give the new model room of its own, which BT² is compared with.
+    ``extra_dims`` it is the naive way to add dimensions for the new model, a baseline of BT².
 
     Args:
         new_dim: Dimension of the new vectors.
@@ -45,12 +42,12 @@ class BCTHead(CompatibleHead):
     kind = "bct"
 
     def __init__(self, new_dim: int, old_dim: int, extra_dims: int = 0, n_classes: int | None = None) -> None:
-        for name, value, least in (
+        for name, value, minimum in (
             ("new_dim", new_dim, 1),
             ("old_dim", old_dim, 1),
             ("extra_dims", extra_dims, 0),
         ):
-            require_at_least(name, value, least)
+            require_at_least(name, value, minimum)
         dim = new_dim + extra_dims
         if dim < old_dim:
             raise ConfigError(
@@ -78,15 +75,15 @@ class BCTHead(CompatibleHead):
         """See :meth:`CompatibleHead.fold`."""
         return FoldedHead(self.in_dim, self.old_dim, self.in_dim)
 
-    def start_at(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
-        """See :meth:`CompatibleHead.start_at`; nothing in the head has to be set."""
+    def init_from(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
+        """See :meth:`CompatibleHead.init_from`; the head itself has nothing to initialise."""
         return stacked(checked_map(weight, self.old_dim), self.in_dim)
 
 
 class BCTLoss(HeadLoss):
-    """L = w_cls · CE(W h, y) + w_infl · CE(u · pᵀ, y), u the compatible part as a unit vector.
+    """L = w_cls · CE(W h, y) + w_infl · CE(u · pᵀ, y), where u is the compatible part as a unit vector.
 
-    p are the old model's class means, for all classes of the new data ("pseudo classifier"); see
+    p are the old model's class means for all classes of the new data ("pseudo classifier"); see
     :func:`~xbt.heads.losses.influence` for why there is no temperature. Both terms are label-smoothed. The
     weights 1 and 10 are those of BT²'s code for its baseline.
 
@@ -116,16 +113,17 @@ class BCTLoss(HeadLoss):
 
     def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`HeadLoss.forward`; parts ``classification``, ``influence``."""
-        own = classification(output, targets.labels, self.label_smoothing)
-        pull = influence(compatible_direction(output), self.prototypes, targets.labels, self.label_smoothing)
-        loss = self.classification_weight * own + self.influence_weight * pull
-        return loss, {"classification": own.detach(), "influence": pull.detach()}
+        class_loss = classification(output, targets.labels, self.label_smoothing)
+        direction = compatible_direction(output)
+        influence_loss = influence(direction, self.prototypes, targets.labels, self.label_smoothing)
+        loss = self.classification_weight * class_loss + self.influence_weight * influence_loss
+        return loss, {"classification": class_loss.detach(), "influence": influence_loss.detach()}
 
 
 class PlainHead(CompatibleHead):
     """f = h / ‖h‖, logits = W f: the old model φ_old, and the independent new one φ'_new.
 
-    It is compatible with nothing: ``old_dim`` is 0 and ``compatible`` is ``None``.
+    It is compatible with no old model: ``old_dim`` is 0 and ``compatible`` is ``None``.
 
     Args:
         dim: Dimension of the features and of the vectors.
@@ -154,14 +152,14 @@ class PlainHead(CompatibleHead):
         """See :meth:`CompatibleHead.fold`."""
         return FoldedHead(self.in_dim, 0, self.in_dim)
 
-    def start_at(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
-        """Always refused.
+    def init_from(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
+        """Refuse: there is no old model.
 
         Raises:
-            ConfigError: Because there is no old model.
+            ConfigError: Always.
         """
         raise ConfigError(
-            "an independent head is compatible with nothing, so there is no map to start at; "
+            "an independent head has no old model, so it cannot be initialised from a map; "
             "take a bct, bt2 or oca head"
         )
 

@@ -1,4 +1,4 @@
-"""BT²: two learned rotations put what is compatible first and lose nothing of the new model's features."""
+"""BT² head and loss: two learned rotations put the compatible part first and keep the new features."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from xbt.heads.orthogonal import (
 
 
 class BT2Head(CompatibleHead):
-    """The head of BT²: new features through two learned rotations, beside k dimensions for the old model.
+    """BT² head: rotates the new features, together with k dimensions for the old model.
 
     Zhou et al., "BT²: Backward-compatible training with basis transformation", ICCV 2023, arXiv 2211.03989.
     For features h of ``new_dim + old_dim`` coordinates, k extra dimensions and the scale C:
 
-        f = unit(h[:new_dim])                      what the classifier sees; near φ'_new
-        o = unit(A relu(h) + a) ∈ R^k              what the old model saw and f does not tell
+        f = unit(h[:new_dim])                      input of the classifier; near φ'_new
+        o = unit(A relu(h) + a) ∈ R^k              information of the old model that f lacks
         z = [o; P C f]
         compatible = Q z[:old_dim]                 near φ_old
         full = [compatible; z[old_dim:]] ∈ R^(new_dim + k)
 
-    P and Q are orthogonal. So ‖full‖ = √(1 + C²) for every input (C for k = 0), f can be read off the whole
-    vector (:meth:`unrotate`), and ⟨full(x), full(y)⟩ = ⟨o(x), o(y)⟩ + C² ⟨f(x), f(y)⟩: C says how much the
-    new model's angles count among new vectors.
+    P and Q are orthogonal. So ‖full‖ = √(1 + C²) for every input (C for k = 0), f can be recovered from the
+    full vector (:meth:`unrotate`), and ⟨full(x), full(y)⟩ = ⟨o(x), o(y)⟩ + C² ⟨f(x), f(y)⟩: C weights the
+    new model's angles among new vectors.
 
     Args:
         new_dim: Dimension of the independent new model's vectors.
         old_dim: Dimension of the old model's vectors.
-        extra_dims: k, what is added to ``new_dim``; at most ``old_dim``.
+        extra_dims: k, added to ``new_dim``; at most ``old_dim``.
         scale: C.
         n_classes: Classes of the classifier; ``None`` for no classifier.
-        orthogonal_map: How P and Q are parametrised; see :func:`~xbt.heads.orthogonal.orthogonal_linear`.
+        orthogonal_map: Parametrisation of P and Q; see :func:`~xbt.heads.orthogonal.orthogonal_linear`.
 
     Raises:
         ConfigError: If a number cannot be used, the shapes do not fit, or the map is not known.
@@ -87,21 +87,21 @@ class BT2Head(CompatibleHead):
 
     def embedded(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`CompatibleHead.embedded`."""
-        seen = normalize(features[:, : self.new_dim], dim=1)
-        mixed = self.new_rotation(self.scale * seen)
+        unit = normalize(features[:, : self.new_dim], dim=1)
+        mixed = self.new_rotation(self.scale * unit)
         if self.code is not None:
             mixed = torch.cat([normalize(self.code(features.relu()), dim=1), mixed], dim=1)
         compatible = self.old_rotation(mixed[:, : self.old_dim])
-        return seen, torch.cat([compatible, mixed[:, self.old_dim :]], dim=1)
+        return unit, torch.cat([compatible, mixed[:, self.old_dim :]], dim=1)
 
     def unrotate(self, full: Tensor) -> Tensor:
-        """Reads f off whole vectors.
+        """Recover f from full vectors.
 
         Args:
-            full: (n, out_dim) rows as ``forward`` returns them (not normalised).
+            full: (n, out_dim) rows of ``HeadOutput.full`` (not normalised).
 
         Returns:
-            (n, new_dim) unit rows f, exact but for rounding.
+            (n, new_dim) unit rows f, exact up to rounding.
         """
         first = full[:, : self.old_dim] @ self.old_rotation.weight
         mixed = torch.cat([first, full[:, self.old_dim :]], dim=1)
@@ -129,13 +129,13 @@ class BT2Head(CompatibleHead):
         return FoldedHead(self.in_dim, self.old_dim, self.new_dim, matrix, code)
 
     @torch.no_grad()
-    def start_at(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
-        """See :meth:`CompatibleHead.start_at`.
+    def init_from(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
+        """See :meth:`CompatibleHead.init_from`.
 
-        With U the order, Q = U and the leading rows of P are the last rows of Uᵀ W (the nearest orthonormal
-        ones, if they are not), so that ``compatible`` is W x in all but the k least important directions. In
-        those o, which has length 1 whatever x is, begins at the direction of W x too, for as many of them as
-        pairs of the remaining features can carry a sign through the ReLU.
+        With the order U, Q = U, and the leading rows of P are the last rows of Uᵀ W (made orthonormal if they
+        are not). So ``compatible`` is W x in all but the k least important directions. There o, which always
+        has length 1, also starts at the direction of W x, for as many directions as pairs of the remaining
+        features can carry a sign through the ReLU.
 
         Raises:
             ConfigError: Also if ``weight`` does not map from ``new_dim`` dimensions.
@@ -143,31 +143,31 @@ class BT2Head(CompatibleHead):
         target = checked_map(weight, self.old_dim)
         if target.shape[1] != self.new_dim:
             raise ConfigError(
-                f"the map to start at takes {target.shape[1]} dimensions, but the head's new_dim is "
+                f"the initial map takes {target.shape[1]} dimensions, but the head's new_dim is "
                 f"{self.new_dim}"
             )
         basis = checked_order(order, target)
-        wanted = basis.T @ target
-        leading = nearest_orthonormal(wanted[self.extra_dims :])
+        rotated = basis.T @ target
+        leading = nearest_orthonormal(rotated[self.extra_dims :])
         assign(self.old_rotation, basis.float())
         assign(self.new_rotation, torch.cat([leading, complement(leading)]).float())
         start = torch.zeros(self.in_dim, self.new_dim)
         start[: self.new_dim] = torch.eye(self.new_dim)
         if self.code is not None:
-            start[self.new_dim :] = self._start_code(self.code, wanted[: self.extra_dims].float())
+            start[self.new_dim :] = self._init_code(self.code, rotated[: self.extra_dims].float())
         return start
 
-    def _start_code(self, code: nn.Linear, wanted: Tensor) -> Tensor:
-        """Sets o to the direction of ``wanted @ x``, and returns the rows of E that carry it."""
+    def _init_code(self, code: nn.Linear, target: Tensor) -> Tensor:
+        """Initialise o at the direction of ``target @ x``, and return the rows of E that carry it."""
         rows = torch.zeros(self.old_dim, self.new_dim)
         code.weight.zero_()
         code.bias.zero_()
         carried = min(self.extra_dims, self.old_dim // 2)
-        first = self.extra_dims - carried  # the most important of them
-        if not bool((wanted[first:].norm(dim=1) > 1e-6).any()):
-            code.bias.fill_(1.0)  # nothing of x to carry: any direction but that of rounding errors
+        first = self.extra_dims - carried  # the most important directions
+        if not bool((target[first:].norm(dim=1) > 1e-6).any()):
+            code.bias.fill_(1.0)  # there is nothing to carry, so avoid the direction of rounding errors
             return rows
-        rows[:carried], rows[carried : 2 * carried] = wanted[first:], -wanted[first:]
+        rows[:carried], rows[carried : 2 * carried] = target[first:], -target[first:]
         diagonal = torch.arange(carried, device=code.weight.device)
         code.weight[first + diagonal, self.new_dim + diagonal] = 1.0
         code.weight[first + diagonal, self.new_dim + carried + diagonal] = -1.0
@@ -180,8 +180,8 @@ class BT2Loss(HeadLoss):
         L = w_cls · CE(W f, y) + λ1 · (1 − mean cos(φ'_new(x), f))
             + λ2 · CE(b · pᵀ, y) + λ3 · (1 − mean cos(φ_old(x), b))
 
-    λ1 = 1, λ2 = 10, λ3 = 5 in the authors' code. On little data λ1 = 1 leaves f far from φ'_new, and λ1 = 5
-    is the better choice. There is neither label smoothing nor a temperature; see
+    λ1 = 1, λ2 = 10, λ3 = 5 in the authors' code. With little data λ1 = 1 leaves f far from φ'_new, and λ1 = 5
+    is better. There is neither label smoothing nor a temperature; see
     :func:`~xbt.heads.losses.influence`.
 
     Args:
@@ -217,32 +217,32 @@ class BT2Loss(HeadLoss):
     def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`HeadLoss.forward`; parts ``classification``, ``influence``, ``new``, ``old``."""
         direction = compatible_direction(output)
-        own = classification(output, targets.labels, 0.0)
-        pull = influence(direction, self.prototypes, targets.labels)
-        loss = self.classification_weight * own + self.influence_weight * pull
-        parts = {"classification": own.detach(), "influence": pull.detach()}
+        class_loss = classification(output, targets.labels, 0.0)
+        influence_loss = influence(direction, self.prototypes, targets.labels)
+        loss = self.classification_weight * class_loss + self.influence_weight * influence_loss
+        parts = {"classification": class_loss.detach(), "influence": influence_loss.detach()}
         for name, weight, predicted, target in (
             ("new", self.new_weight, output.features, targets.new),
             ("old", self.old_weight, direction, targets.old),
         ):
             if weight:
-                apart = matching(predicted, target, name)
-                loss = loss + weight * apart
-                parts[name] = apart.detach()
+                distance = matching(predicted, target, name)
+                loss = loss + weight * distance
+                parts[name] = distance.detach()
         return loss, parts
 
 
 def _check(new_dim: int, old_dim: int, extra_dims: int, scale: float) -> None:
-    for name, value, least in (
+    for name, value, minimum in (
         ("new_dim", new_dim, 1),
         ("old_dim", old_dim, 1),
         ("extra_dims", extra_dims, 0),
     ):
-        require_at_least(name, value, least)
+        require_at_least(name, value, minimum)
     if extra_dims > old_dim:
         raise ConfigError(
-            f"extra_dims {extra_dims} is more than the {old_dim} dimensions of the old vectors, which is all "
-            f"that the added ones can serve; take at most {old_dim}"
+            f"extra_dims {extra_dims} is more than the {old_dim} dimensions of the old vectors; "
+            f"take at most {old_dim}"
         )
     if new_dim + extra_dims < old_dim:
         raise ConfigError(

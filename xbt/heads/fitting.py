@@ -1,4 +1,4 @@
-"""A small training loop for heads on features that are already there: one process, one device."""
+"""Training loop for heads on precomputed features, in one process on one device."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _WARM_UP = 0.05
 
 @dataclass(frozen=True)
 class EpochSchedule:
-    """Length and speed of :func:`fit_on_vectors`, counted in passes over the rows.
+    """Schedule of :func:`fit_on_vectors`, in passes over the rows.
 
     Attributes:
         epochs: Passes over the rows.
         batch_size: Rows per step, all of them if there are fewer.
         lr: Peak learning rate; it warms up over 5 % of the steps, then falls to zero along a cosine.
-        weight_decay: Of all but ``head.no_decay``.
-        seed: Fixes the order of the rows; initial weights are the caller's.
-        device: Where to train; module and head end there.
+        weight_decay: Weight decay of all parameters but ``head.no_decay``.
+        seed: Seed of the order of the rows; the caller sets the initial weights.
+        device: Device of the training; module and head stay there.
 
     Raises:
         ConfigError: If a value cannot be used.
@@ -41,8 +41,8 @@ class EpochSchedule:
     device: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-            require_at_least(name, getattr(self, name), least)
+        for name, minimum in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+            require_at_least(name, getattr(self, name), minimum)
         for name in ("lr", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
@@ -70,25 +70,25 @@ def fit_on_vectors(
 ) -> CompatibleHead:
     """Train a head, and the module before it, in place.
 
-    For precomputed features, of which an epoch takes a moment;
-    :func:`xbt.training.train_compatible_backbone` trains on images, with checkpoints and many processes.
-    Adam; every epoch is a permutation, whose incomplete last batch is left out.
+    It is made for precomputed features, where an epoch is short;
+    :func:`xbt.training.train_compatible_backbone` trains on images, with checkpoints and many processes. The
+    optimiser is Adam. Every epoch is a permutation of the rows without its incomplete last batch.
 
     Args:
-        module: Any backbone (n, d) → (n, head.in_dim), or ``None`` where the head reads the inputs.
+        module: Any backbone (n, d) → (n, head.in_dim), or ``None`` if the head takes the inputs.
         head: The head.
         loss: Its loss.
         inputs: (n, d) features.
-        targets: Of all n rows.
-        schedule: How to train.
-        progress: Whether to show a bar.
+        targets: Targets of all n rows.
+        schedule: The schedule.
+        progress: Show a progress bar.
 
     Returns:
-        The head, in evaluation mode, as is the module.
+        The head; head and module are in evaluation mode.
 
     Raises:
         ConfigError: If there is nothing to train.
-        DataError: If the rows do not pair or are not finite, or the loss is not.
+        DataError: If the numbers of rows differ, or rows or loss are not finite.
     """
     device = schedule.device
     inputs = as_vectors(inputs, "inputs").to(device)
@@ -113,22 +113,22 @@ def fit_on_vectors(
             total += value.detach()
         if not bool(torch.isfinite(total)):
             raise DataError(
-                f"the loss is NaN or infinite in epoch {epoch + 1}; lower lr (now {schedule.lr}) or look for "
-                "broken rows"
+                f"the loss is NaN or infinite in epoch {epoch + 1}; lower lr (now {schedule.lr}) or check "
+                "the rows"
             )
     whole.eval()
     return head
 
 
 def _groups(whole: nn.Module, no_decay: tuple[str, ...], weight_decay: float) -> list[dict[str, object]]:
-    trained = [(name, each) for name, each in whole.named_parameters() if each.requires_grad]
+    trained = [(name, weight) for name, weight in whole.named_parameters() if weight.requires_grad]
     if not trained:
         raise ConfigError("there is nothing to train: neither the head nor the module has trainable weights")
-    kept = [each for name, each in trained if any(part in name for part in no_decay)]
-    decayed = [each for name, each in trained if not any(part in name for part in no_decay)]
+    not_decayed = [weight for name, weight in trained if any(part in name for part in no_decay)]
+    decayed = [weight for name, weight in trained if not any(part in name for part in no_decay)]
     groups: list[dict[str, object]] = [
         {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": not_decayed, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
@@ -137,7 +137,7 @@ def _moved(targets: Targets, rows: int, device: str | torch.device) -> Targets:
     if targets.labels.shape != (rows,):
         raise DataError(
             f"there are {rows} inputs but labels of the shape {tuple(targets.labels.shape)}; "
-            "give one label a row"
+            "give one label per row"
         )
     vectors = {}
     for name in ("old", "new"):
@@ -145,7 +145,7 @@ def _moved(targets: Targets, rows: int, device: str | torch.device) -> Targets:
         if side is None:
             continue
         if len(side) != rows:
-            raise DataError(f"there are {rows} inputs but {len(side)} {name} vectors; give one a row")
+            raise DataError(f"there are {rows} inputs but {len(side)} {name} vectors; give one per row")
         vectors[name] = as_vectors(side, f"the {name} vectors").to(device)
     return replace(targets, labels=targets.labels.long().to(device), **vectors)
 

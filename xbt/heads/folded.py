@@ -1,4 +1,4 @@
-"""A head as it is served: matrices alone."""
+"""Inference form of a head: plain matrices."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from xbt.errors import ConfigError, SpaceMismatchError
 class FoldedHead(nn.Module):
     """A head without parametrisations, classifier or parameters, which embeds as the head did.
 
-    With f = unit(h[:d]) the whole vector is f, or M [unit(A relu(h) + a); f] where there is a matrix M: for
-    BT² both rotations and the scale in one product.
+    With f = unit(h[:d]) the full vector is f, or M [unit(A relu(h) + a); f] with a matrix M. For BT², M
+    combines both rotations and the scale.
 
     Args:
-        in_dim: Dimension of the features that come in.
-        old_dim: Leading dimensions that are compatible; 0 for none.
+        in_dim: Dimension of the input features.
+        old_dim: Number of compatible leading dimensions; 0 for none.
         feature_dim: d.
-        matrix: (out_dim, k + d) M, or ``None`` for a head whose vectors are f.
+        matrix: (out_dim, k + d) M, or ``None`` if the vectors are f.
         code: (k, in_dim) A and (k,) a, or ``None`` for k = 0.
     """
 
@@ -45,7 +45,7 @@ class FoldedHead(nn.Module):
         self.register_buffer("code_bias", None if code is None else code[1].detach().clone())
 
     def embed(self, features: Tensor, space: Literal["old", "new"] = "new") -> Tensor:
-        """As :meth:`xbt.heads.CompatibleHead.embed`, at the cost of the dimensions that are asked for.
+        """Embed as :meth:`xbt.heads.CompatibleHead.embed` does; computes only the requested dimensions.
 
         Raises:
             ConfigError: If there is no such space.
@@ -54,8 +54,8 @@ class FoldedHead(nn.Module):
         dims = {"new": self.out_dim, "old": self.old_dim}.get(space, 0)
         if not dims:
             raise ConfigError(
-                f"space {space!r} is not one that this folded head embeds into; "
-                f"there is {'new, old' if self.old_dim else 'new'}"
+                f"this folded head does not embed into the space {space!r}; "
+                f"choose {'new, old' if self.old_dim else 'new'}"
             )
         if features.ndim != 2 or features.shape[1] != self.in_dim:
             raise SpaceMismatchError(
@@ -69,5 +69,5 @@ class FoldedHead(nn.Module):
         return normalize(vectors, dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """The whole vectors: (n, in_dim) → (n, out_dim) unit rows."""
+        """Map (n, in_dim) features to full vectors, (n, out_dim) unit rows."""
         return self.embed(features)

@@ -1,7 +1,4 @@
-"""What the losses of all heads share: what they are given, and the two cross entropies they are made of.
-
-Class prototypes: what stands in for the old model's classifier, also for classes it never saw.
-"""
+"""Common parts of the heads' losses: targets, cross entropies, and class prototypes of the old model."""
 
 from __future__ import annotations
 
@@ -28,12 +25,12 @@ _NAMED = 5
 class Prototypes(nn.Module):
     """Mean vector of each class under the old model.
 
-    Prototypes are data, not weights: they move with the module they are part of, and no state dict holds
-    them.
+    They replace the old model's classifier, also for classes that it never saw. Prototypes are data, not
+    weights: they move with their module, but are not in its state dict.
 
     Args:
-        vectors: (n_classes, dim) means; rows of classes without samples are not looked at.
-        counts: (n_classes,) how many samples each is the mean of.
+        vectors: (n_classes, dim) means; rows of classes without samples are ignored.
+        counts: (n_classes,) number of samples of each class.
 
     Attributes:
         vectors: (n_classes, dim) float32.
@@ -56,16 +53,16 @@ class Prototypes(nn.Module):
         if counts.shape != vectors.shape[:1]:
             raise DataError(
                 f"there are {len(vectors)} prototypes but counts of the shape {tuple(counts.shape)}; "
-                "give one count a class"
+                "give one count per class"
             )
-        filled = counts > 0
-        if not bool(filled.any()):
+        has_samples = counts > 0
+        if not bool(has_samples.any()):
             raise DataError(f"none of the {len(counts)} classes has samples, so there is no prototype")
-        column = torch.where(filled, filled.cumsum(0) - 1, -1)
+        column = torch.where(has_samples, has_samples.cumsum(0) - 1, -1)
         for name, tensor in (
             ("vectors", vectors),
             ("counts", counts),
-            ("present", vectors[filled]),
+            ("present", vectors[has_samples]),
             ("_column", column),
         ):
             self.register_buffer(name, tensor, persistent=False)
@@ -79,18 +76,18 @@ class Prototypes(nn.Module):
         return int(self.vectors.shape[1])
 
     def columns(self, labels: Tensor) -> Tensor:
-        """Rows of ``present`` that belong to (n,) labels; (n,) int64.
+        """(n,) int64 rows of ``present`` for (n,) labels.
 
         Raises:
-            DataError: If a label is no class, or its class has no prototype.
+            DataError: If a label is not a class, or its class has no prototype.
         """
-        known = (labels >= 0) & (labels < len(self))
-        columns = torch.where(known, self._column[labels.clamp(0, len(self) - 1)], -1)
+        in_range = (labels >= 0) & (labels < len(self))
+        columns = torch.where(in_range, self._column[labels.clamp(0, len(self) - 1)], -1)
         if bool((columns < 0).any()):
             bad = sorted(set(labels[columns < 0].tolist()))
             raise DataError(
-                f"label {bad[0]} has no prototype: the old model's vectors hold no sample of it among "
-                f"{len(self)} classes; compute the prototypes on the data that is trained on"
+                f"label {bad[0]} has no prototype among {len(self)} classes: the old model's vectors have no "
+                "sample of it; compute the prototypes on the training data"
             )
         return columns
 
@@ -98,20 +95,20 @@ class Prototypes(nn.Module):
 def class_prototypes(
     features: Vectors | EmbeddingStore, labels: Tensor | NDArray[np.integer], n_classes: int
 ) -> Prototypes:
-    """Averages the old model's vectors of each class.
+    """Average the old model's vectors of each class.
 
         p_c = mean of φ_old(x) over the training images of class c
 
-    The mean of unit rows is shorter than 1, the more so the more they scatter; it is kept so, which makes the
-    logits of scattered classes smaller. Sums are in float64, in blocks of rows.
+    The mean of unit rows is shorter than 1, and shorter for scattered classes. It is not normalised, so the
+    logits of scattered classes are smaller. Sums are in float64, in blocks of rows.
 
     Args:
         features: (n, dim) unit rows of the old model: tensor, array or store.
         labels: (n,) classes.
-        n_classes: Classes of the new model, those that the old one never saw included.
+        n_classes: Number of classes of the new model, with those that the old one never saw.
 
     Returns:
-        The prototypes; classes without samples take no part in the influence loss, and a warning names them.
+        The prototypes; the influence loss ignores classes without samples, and a warning names them.
 
     Raises:
         ConfigError: If ``n_classes`` is below 1.
@@ -145,7 +142,7 @@ def _checked_labels(labels: Tensor | NDArray[np.integer], rows: int, n_classes: 
     if classes.ndim != 1 or len(classes) != rows:
         raise DataError(
             f"there are {rows} vectors but labels of the shape {tuple(classes.shape)}; "
-            "give one label a vector"
+            "give one label per vector"
         )
     if not rows:
         raise DataError("there are no vectors to average; give at least one")
@@ -155,7 +152,7 @@ def _checked_labels(labels: Tensor | NDArray[np.integer], rows: int, n_classes: 
     if len(bad):
         raise DataError(
             f"label {int(classes[bad[0]])} in row {int(bad[0])} is not a class: they count from 0 to "
-            f"{n_classes - 1}; raise n_classes or mend the labels"
+            f"{n_classes - 1}; raise n_classes or fix the labels"
         )
     return classes.long()
 
@@ -171,7 +168,7 @@ def _blocks(features: Vectors | EmbeddingStore) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Targets:
-    """What the rows of a batch should become.
+    """Targets of the rows of a batch.
 
     Attributes:
         labels: (n,) int64 classes.
@@ -189,19 +186,19 @@ class HeadLoss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss, a scalar, and its parts, detached scalars.
+        """Return the loss, a scalar, and its parts, detached scalars.
 
         Raises:
-            ConfigError: If the head lacks what the loss needs.
-            DataError: If the targets do.
+            ConfigError: If the head lacks an output that the loss needs.
+            DataError: If the targets lack a value that the loss needs.
         """
 
 
 def check_weights(**weights: float) -> None:
-    """Checks the weights of a loss by their names.
+    """Check the weights of a loss by their names.
 
     Raises:
-        ConfigError: If one is negative or not finite, or all are 0.
+        ConfigError: If a weight is negative or not finite, or all are 0.
     """
     for name, weight in weights.items():
         if not 0 <= weight < float("inf"):
@@ -211,7 +208,7 @@ def check_weights(**weights: float) -> None:
 
 
 def check_smoothing(label_smoothing: float) -> None:
-    """Checks a label smoothing.
+    """Check a label smoothing.
 
     Raises:
         ConfigError: If it does not lie in [0, 1).
@@ -235,10 +232,10 @@ def compatible_direction(output: HeadOutput) -> Tensor:
     """The compatible part as (n, old_dim) unit rows.
 
     Raises:
-        ConfigError: If the head is compatible with nothing.
+        ConfigError: If the head is independent.
     """
     if output.compatible is None:
-        raise ConfigError("the head is compatible with nothing, so this loss cannot train it; give old_dim")
+        raise ConfigError("the head has no compatible part, so this loss cannot train it; give old_dim")
     return normalize(output.compatible, dim=1)
 
 
@@ -249,10 +246,10 @@ def influence(
 
         CE(u · pᵀ, y)    over the classes that have a prototype
 
-    the influence loss of BCT (Shen et al., CVPR 2020, arXiv 2003.11942) with class means in place of the old
-    classifier. There is no temperature, on purpose: the prototypes of classes that the old model never saw
-    lie close together, and a sharp softmax pushes new vectors apart where the old ones are not. Logits
-    multiplied by 16 brought cross tests of all three methods below the old model's own.
+    The influence loss of BCT (Shen et al., CVPR 2020, arXiv 2003.11942) with class means instead of the
+    old classifier. There is no temperature on purpose: the prototypes of classes that the old model never saw
+    are close together, and a sharp softmax pushes new vectors apart where the old ones are not. With logits
+    multiplied by 16, the cross tests of all three methods were worse than the old model's self test.
 
     Args:
         directions: (n, old_dim) unit rows u.
@@ -274,7 +271,7 @@ def influence(
 
 
 def matching(predicted: Tensor, target: Tensor | None, name: str) -> Tensor:
-    """1 − mean cos between unit rows and what they should be, a scalar; no gradient flows into the latter.
+    """1 − mean cos between unit rows and their targets, a scalar; no gradient flows into the targets.
 
     Raises:
         ConfigError: If the dimensions differ.
@@ -287,5 +284,5 @@ def matching(predicted: Tensor, target: Tensor | None, name: str) -> Tensor:
             f"the {name} vectors have the shape {tuple(target.shape)}, but the head's have "
             f"{tuple(predicted.shape)}; build the head for the models that made them"
         )
-    wanted = normalize(target.detach().to(predicted.dtype), dim=1)
-    return 1 - (predicted * wanted).sum(dim=1).mean()
+    unit_target = normalize(target.detach().to(predicted.dtype), dim=1)
+    return 1 - (predicted * unit_target).sum(dim=1).mean()

@@ -1,4 +1,4 @@
-"""OCA: added dimensions, and an orthogonal layer before the classifier that is left out afterwards."""
+"""OCA head and loss: added dimensions, and an orthogonal layer before the classifier during training."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from xbt.heads.orthogonal import checked_map, orthogonal_linear, stacked
 class OCAHead(CompatibleHead):
     """h of unit length with ``old_dim + extra_dims`` coordinates, the leading ones compatible.
 
-        logits = W T h,    T orthogonal;    what is stored is h
+        logits = W T h,    T orthogonal;    galleries store h
 
     Ricci, Biondi, Pernici, Del Bimbo, "Backward-compatible aligned representations via an orthogonal
     transformation layer", ECCV 2024 workshops, arXiv 2408.08793. T is square and orthogonal, so T h and h
-    have the same angles, and W T is a matrix like W: T does not change what can be learned, only how an
-    optimiser gets there. ``orthogonal=False`` leaves it out; measure whether that costs anything. Here T has
-    no bias, which in the authors' code makes it keep distances but not angles.
+    have the same angles, and W T is a matrix like W: T changes only the optimisation, not the functions that
+    can be learned. ``orthogonal=False`` leaves it out; measure the effect. T has no bias here. The authors'
+    code has one, which preserves distances but not angles.
 
     Args:
         old_dim: Dimension of the old model's vectors.
         extra_dims: Dimensions added to it.
-        orthogonal: Whether there is T.
+        orthogonal: Use T.
         n_classes: Classes of the classifier; ``None`` for no classifier.
-        orthogonal_map: How T is parametrised; see :func:`~xbt.heads.orthogonal.orthogonal_linear`.
+        orthogonal_map: Parametrisation of T; see :func:`~xbt.heads.orthogonal.orthogonal_linear`.
 
     Raises:
         ConfigError: If a number is too small or the map is not known.
@@ -59,7 +59,7 @@ class OCAHead(CompatibleHead):
         dim = old_dim + extra_dims
         super().__init__(in_dim=dim, old_dim=old_dim, out_dim=dim, feature_dim=dim, n_classes=n_classes)
         self.extra_dims, self.orthogonal_map = extra_dims, orthogonal_map
-        rotation = orthogonal_linear(dim, orthogonal_map)  # refuses unknown maps also where it is not used
+        rotation = orthogonal_linear(dim, orthogonal_map)  # refuses unknown maps even if T is not used
         self.rotation = rotation if orthogonal else None
 
     def embedded(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,11 +78,11 @@ class OCAHead(CompatibleHead):
         }
 
     def fold(self) -> FoldedHead:
-        """See :meth:`CompatibleHead.fold`; T goes with the classifier."""
+        """See :meth:`CompatibleHead.fold`; T is dropped with the classifier."""
         return FoldedHead(self.in_dim, self.old_dim, self.in_dim)
 
-    def start_at(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
-        """See :meth:`CompatibleHead.start_at`; T may be any."""
+    def init_from(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
+        """See :meth:`CompatibleHead.init_from`; T keeps its initial value."""
         return stacked(checked_map(weight, self.old_dim), self.in_dim)
 
 
@@ -91,7 +91,7 @@ class OCALoss(HeadLoss):
 
     u is the compatible part as a unit vector and p the old model's class means; the weights 5, 10 and 5 are
     those of the authors' code. Both cross entropies are label-smoothed and neither has a temperature; see
-    :func:`~xbt.heads.losses.influence`. The old model is needed for the prototypes alone.
+    :func:`~xbt.heads.losses.influence`. The old model is needed only for the prototypes.
 
     Args:
         prototypes: p.
@@ -126,10 +126,12 @@ class OCALoss(HeadLoss):
     def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`HeadLoss.forward`; parts ``classification``, ``influence``, ``prototype``."""
         labels, direction = targets.labels, compatible_direction(output)
-        own = classification(output, labels, self.label_smoothing)
-        pull = influence(direction, self.prototypes, labels, self.label_smoothing)
-        wanted = self.prototypes.present[self.prototypes.columns(labels)]
-        apart = 1 - cosine_similarity(direction, wanted, dim=1).mean()
-        loss = self.classification_weight * own + self.influence_weight * pull + self.prototype_weight * apart
-        parts = {"classification": own, "influence": pull, "prototype": apart}
-        return loss, {name: part.detach() for name, part in parts.items()}
+        parts = {
+            "classification": classification(output, labels, self.label_smoothing),
+            "influence": influence(direction, self.prototypes, labels, self.label_smoothing),
+        }
+        own_prototypes = self.prototypes.present[self.prototypes.columns(labels)]
+        parts["prototype"] = 1 - cosine_similarity(direction, own_prototypes, dim=1).mean()
+        weights = (self.classification_weight, self.influence_weight, self.prototype_weight)
+        first, second, third = (weight * part for weight, part in zip(weights, parts.values(), strict=True))
+        return first + second + third, {name: part.detach() for name, part in parts.items()}

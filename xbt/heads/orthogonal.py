@@ -1,7 +1,4 @@
-"""Orthogonal matrices: as layers that stay orthogonal while they are trained, and as bases for a start.
-
-Where a head begins when it is to start from a map that is already known, such as a Procrustes rotation.
-"""
+"""Orthogonal layers, and initialisation of heads from a known map such as a Procrustes rotation."""
 
 from __future__ import annotations
 
@@ -17,21 +14,21 @@ _TOLERANCE = 1e-4
 
 
 def orthogonal_linear(dim: int, orthogonal_map: str = "matrix_exp") -> nn.Linear:
-    """A layer x → R x whose (dim, dim) matrix R is orthogonal whatever an optimiser does to its parameters.
+    """Create a layer x → R x with a (dim, dim) matrix R that stays orthogonal during training.
 
-    R = B · map(X) with B a fixed orthogonal matrix, the one it began at, and X the parameter (Lezcano-Casado,
+    R = B · map(X) with the fixed initial orthogonal matrix B and the parameter X (Lezcano-Casado,
     "Trivializations for gradient-based optimization on manifolds", NeurIPS 2019). The determinant of
-    ``matrix_exp`` and ``cayley`` keeps its sign, as that of any continuous path of such matrices.
+    ``matrix_exp`` and ``cayley`` keeps its sign, as on any continuous path of orthogonal matrices.
 
-    There is no bias: with one the layer would keep distances but not angles.
+    There is no bias, because it would preserve distances but not angles.
 
     Args:
         dim: Size of the matrix.
         orthogonal_map: ``"matrix_exp"``: exp(A) of a skew-symmetric A; ``"cayley"``: (I + A/2)(I − A/2)⁻¹,
-            one linear solve, and on a CPU by far the quickest; ``"householder"``: a product of reflections.
+            one linear solve, by far the fastest on a CPU; ``"householder"``: a product of reflections.
 
     Raises:
-        ConfigError: If the map is not known.
+        ConfigError: If the map is unknown.
     """
     if orthogonal_map not in ORTHOGONAL_MAPS:
         raise ConfigError(
@@ -43,10 +40,10 @@ def orthogonal_linear(dim: int, orthogonal_map: str = "matrix_exp") -> nn.Linear
 
 
 def assign(layer: nn.Linear, matrix: Tensor) -> None:
-    """Sets the matrix of a layer that :func:`orthogonal_linear` made.
+    """Set the matrix of a layer of :func:`orthogonal_linear`.
 
     Raises:
-        ConfigError: If the shape differs, or the matrix is not orthogonal; torch would make it so in silence.
+        ConfigError: If the shape differs, or the matrix is not orthogonal; torch would silently change it.
     """
     weight = layer.weight
     if matrix.shape != weight.shape:
@@ -62,45 +59,45 @@ def assign(layer: nn.Linear, matrix: Tensor) -> None:
 
 
 def nearest_orthonormal(rows: Tensor) -> Tensor:
-    """The (m, d) matrix of orthonormal rows, m ≤ d, that is nearest to another; float64."""
+    """Nearest matrix with orthonormal rows to an (m, d) matrix, m ≤ d; float64."""
     left, _, right = torch.linalg.svd(rows.double(), full_matrices=False)
     nearest: Tensor = left @ right
     return nearest
 
 
 def complement(rows: Tensor) -> Tensor:
-    """Orthonormal rows (d − rank, d) that span what the (m, d) rows do not; float64."""
+    """Orthonormal rows (d − rank, d) that span the orthogonal complement of (m, d) rows; float64."""
     _, values, right = torch.linalg.svd(rows.double(), full_matrices=True)
     largest = float(values.max()) if len(values) else 0.0
     rank = int((values > 1e-6 * largest).sum()) if largest else 0
-    rest: Tensor = right[rank:]
-    return rest
+    basis: Tensor = right[rank:]
+    return basis
 
 
 def checked_map(weight: Tensor, old_dim: int) -> Tensor:
-    """The map to the old space as float64 on the CPU.
+    """Check a map to the old space, and convert it to float64 on the CPU.
 
     Raises:
-        ConfigError: If it does not lead to ``old_dim`` dimensions.
-        DataError: If it is no matrix of finite numbers.
+        ConfigError: If it does not map to ``old_dim`` dimensions.
+        DataError: If it is not a matrix of finite numbers.
     """
-    matrix = as_vectors(weight, "the map to start at").double()
+    matrix = as_vectors(weight, "the initial map").double()
     if len(matrix) != old_dim:
         raise ConfigError(
-            f"the map to start at leads to {len(matrix)} dimensions, but the head's old model has {old_dim}"
+            f"the initial map leads to {len(matrix)} dimensions, but the head's old model has {old_dim}"
         )
     return matrix
 
 
 def stacked(weight: Tensor, in_dim: int) -> Tensor:
-    """The map of leading compatible dimensions: E = [W; W⊥; 0], which keeps as much of x as fits.
+    """Extend a map of the compatible dimensions to E = [W; W⊥; 0], which keeps as much of x as possible.
 
     Args:
         weight: (old_dim, d) W.
-        in_dim: Rows of E, at least old_dim.
+        in_dim: Number of rows of E, at least old_dim.
 
     Returns:
-        (in_dim, d) float32 E; W⊥ are orthonormal rows of what W does not see, as many as there is room for.
+        (in_dim, d) float32 E; W⊥ are as many orthonormal rows of the complement of W as fit.
     """
     start = torch.zeros(in_dim, weight.shape[1], dtype=torch.float64)
     rest = complement(weight)[: in_dim - len(weight)]
@@ -112,8 +109,8 @@ def stacked(weight: Tensor, in_dim: int) -> Tensor:
 def checked_order(order: Tensor | None, weight: Tensor) -> Tensor:
     """Directions of the old space, the least important first; (old_dim, old_dim) float64.
 
-    By default the coordinates, the last one first; and where the map's image does not fill the old space,
-    what lies outside it, and then that image.
+    The default is the coordinates, the last one first. If the image of the map does not fill the old space,
+    the directions outside the image come first, then the image.
 
     Raises:
         ConfigError: If an order is given that is not an orthogonal matrix.

@@ -1,4 +1,4 @@
-"""The files of a head: its config, its weights, and what its card says."""
+"""Files of a head: config, weights, and content of the model card."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ vectors = head.embed(torch.randn(2, {in_dim}))  # (2, {out_dim}) unit rows of a 
 
 
 def save(head: CompatibleHead, directory: Path) -> None:
-    """Writes config and weights."""
+    """Write the config and the weights."""
     save_weights(head, directory / WEIGHTS_NAME)
     config = {
         "xbt_version": __version__,
@@ -55,8 +55,8 @@ def save(head: CompatibleHead, directory: Path) -> None:
     write_config(directory / CONFIG_NAME, config)
 
 
-def load(directory: Path, asked: type[HeadT]) -> HeadT:
-    """Builds the head that :func:`save` wrote and loads its weights, strictly.
+def load(directory: Path, expected: type[HeadT]) -> HeadT:
+    """Load a head that was written by :func:`save`.
 
     Raises:
         SavedPartError: If a file is missing, damaged, changed, of another kind, or does not fit the other.
@@ -74,17 +74,17 @@ def load(directory: Path, asked: type[HeadT]) -> HeadT:
     except (ConfigError, ValueError, RuntimeError) as error:
         if isinstance(error, SavedPartError):
             raise
-        raise SavedPartError(f"{file} is not a head's: {error}") from error
-    if not isinstance(head, asked):
-        raise SavedPartError(f"{directory} holds a {type(head).__name__}, not a {asked.__name__}")
+        raise SavedPartError(f"{file} does not belong to a head: {error}") from error
+    if not isinstance(head, expected):
+        raise SavedPartError(f"{directory} holds a {type(head).__name__}, not a {expected.__name__}")
     check_digests(directory, config.values.get("sha256"))
     return head
 
 
 def known_head(config: SavedConfig, kind: str, options: object, where: str) -> tuple[str, dict[str, object]]:
-    """A head's kind and its options, without those that only a newer xbt knows.
+    """Return a head's kind and its options, without the options of newer versions of xbt.
 
-    What is not a mapping, or of a kind that is not known, is left for :func:`~xbt.heads.make_head` to refuse.
+    :func:`~xbt.heads.make_head` refuses unknown kinds and options that are not a mapping.
     """
     from xbt.heads.base import option_names
 
@@ -95,7 +95,7 @@ def known_head(config: SavedConfig, kind: str, options: object, where: str) -> t
 
 
 def facts(head: CompatibleHead) -> CardFacts:
-    """What the card of a head says."""
+    """Content of the model card of a head."""
     return CardFacts(
         title=f"A head of the kind {head.kind}",
         summary=(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xbt.errors import SavedPartError
 from xbt.hub.cards import CardData, CardFacts, make_card, quoted
-from xbt.hub.configs import NewerConfigWarning, SavedConfig, gathered_warning
+from xbt.hub.configs import NewerConfigWarning, SavedConfig, combined_warning
 from xbt.hub.files import (
     CARD_NAME,
     CONFIG_NAME,
@@ -19,7 +19,7 @@ from xbt.hub.files import (
     write_config,
 )
 from xbt.hub.names import LOCAL, Naming, public_name, require_loadable, resolved_name
-from xbt.hub.sharing import HubArtifact, warn_of_directories
+from xbt.hub.sharing import HubArtifact, warn_about_local_models
 from xbt.hub.transfer import (
     SAFE_PATTERNS,
     HubAccess,
@@ -33,8 +33,8 @@ from xbt.hub.transfer import (
 from xbt.hub.weights import (
     Stored,
     build_and_load,
+    limit_allocations,
     load_weights,
-    proportionate,
     read_header,
     read_tensors,
     save_weights,
@@ -59,17 +59,17 @@ __all__ = [
     "build_and_load",
     "cached_commit",
     "check_digests",
+    "combined_warning",
     "digests",
     "fetch",
     "fetch_repository",
-    "gathered_warning",
     "is_commit",
     "is_pickled",
     "is_repository",
     "is_snapshot",
+    "limit_allocations",
     "load_weights",
     "make_card",
-    "proportionate",
     "public_name",
     "quoted",
     "read_header",
@@ -80,6 +80,6 @@ __all__ = [
     "resolved_name",
     "save_weights",
     "split_revision",
-    "warn_of_directories",
+    "warn_about_local_models",
     "write_config",
 ]

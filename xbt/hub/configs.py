@@ -37,7 +37,7 @@ class SavedConfig:
     """The config of a saved artifact.
 
     An unknown key is an error, because it may change the meaning of the vectors. If a newer xbt wrote the
-    file, the key is ignored instead, with a warning; see :func:`gathered_warning`.
+    file, the key is ignored instead, with a warning; see :func:`combined_warning`.
 
     Attributes:
         file: The config's file.
@@ -132,7 +132,7 @@ class SavedConfig:
 
 
 @contextmanager
-def gathered_warning() -> Iterator[None]:
+def combined_warning() -> Iterator[None]:
     """Gather the ignored settings of several configs within the block into one warning at its end."""
     if _dropped.get() is not None:
         yield

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
 
 from xbt.hub.cards import MARK, CardData, CardFacts, make_card
-from xbt.hub.configs import gathered_warning
+from xbt.hub.configs import combined_warning
 from xbt.hub.files import CARD_NAME
 from xbt.hub.names import LOCAL, Naming, public_name, resolved_name
 from xbt.hub.transfer import fetch, require_repository, upload
@@ -172,7 +172,7 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        with gathered_warning():
+        with combined_warning():
             return cls._read(directory, device)
 
     def generate_model_card(self, card: CardData | None = None, repo_id: str | None = None) -> ModelCard:
@@ -212,7 +212,7 @@ def _write_card(file: Path, page: ModelCard, card: CardData | None) -> None:
     page.save(file)
 
 
-def warn_of_directories(names: dict[str, str], naming: Naming) -> None:
+def warn_about_local_models(names: dict[str, str], naming: Naming) -> None:
     """Warn, when names are made public, about models that others must name themselves.
 
     Args:

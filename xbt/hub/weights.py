@@ -121,14 +121,14 @@ def build_and_load(
             values; or the config cannot be used.
     """
     # The random weights are overwritten, so drawing them must not change the caller's random state.
-    with torch.random.fork_rng(devices=[]), proportionate([path], config, spare_bytes):
+    with torch.random.fork_rng(devices=[]), limit_allocations([path], config, spare_bytes):
         module = build()
     load_weights(module, path)
     return module.eval()
 
 
 @contextmanager
-def proportionate(files: Sequence[Path], config: Path, spare_bytes: int = _SPARE_BYTES) -> Iterator[None]:
+def limit_allocations(files: Sequence[Path], config: Path, spare_bytes: int = _SPARE_BYTES) -> Iterator[None]:
     """Refuse tensors within the block that are far larger than the weights in the files.
 
     Args:

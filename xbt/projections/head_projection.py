@@ -80,14 +80,14 @@ class HeadProjection(Projection):
                 rotation.
             head: The head; its weights are set, and shared with the projection.
             order: Directions of the old space, the least important first; see
-                :meth:`~xbt.heads.CompatibleHead.start_at`.
+                :meth:`~xbt.heads.CompatibleHead.init_from`.
             new_space: The space the projection maps from.
             old_space: The space the projection maps to.
 
         Raises:
             ConfigError: If a shape does not fit, or the head is compatible with nothing.
         """
-        start = head.start_at(weight, order)
+        start = head.init_from(weight, order)
         projection = cls(
             weight.shape[1], head.old_dim, head.kind, head.options(), "old", new_space, old_space
         )

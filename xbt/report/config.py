@@ -131,7 +131,7 @@ class UpgradeReportConfig:
     """Replace another report in the output directory."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
             ConfigError: If one is out of range, or the inputs are neither of the two kinds.

@@ -261,10 +261,10 @@ class NpyRows:
         wrong_length = not_unit(lengths)
         if self._unit and bool(wrong_length.any()):
             largest = float((lengths - 1).abs().max())
+            where = self._describe(wrong_length, numbers, "has rows that are not of length 1")
             raise StoreError(
-                f"{self._describe(wrong_length, numbers, 'has rows that are not of length 1')} (lengths "
-                f"differ from 1 by up to {largest:.3g}), but its space has unit rows: normalise them, or name "
-                "a space of normalisation 'none'"
+                f"{where} (lengths differ from 1 by up to {largest:.3g}), but its space has unit rows: "
+                "normalise them, or name a space of normalisation 'none'"
             )
 
     def _describe(self, bad: Tensor, numbers: Sequence[int] | NDArray[np.int64], what: str) -> str:

@@ -1,4 +1,4 @@
-"""Training: CLIPs from scratch, stages 1 and 2 of XBT, and models that are born compatible."""
+"""Training: CLIPs from scratch, stages 1 and 2 of XBT, and backward-compatible training."""
 
 from __future__ import annotations
 

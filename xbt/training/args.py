@@ -1,4 +1,4 @@
-"""Settings that every training recipe shares, and the optimiser they ask for."""
+"""Settings shared by the training recipes, and their optimiser."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from xbt.projections.trainer import Schedule, parameter_groups
 
 @dataclass
 class TrainArgs(Schedule):
-    """Length, speed, checkpoints and log of a training."""
+    """Length, optimiser, checkpoints and log of a training."""
 
     batch_size: int = 256
     """Global batch size: the batch is split over the processes, and negatives are gathered across them."""
     checkpoint_every: int = 200
     """Steps between checkpoints; 0 writes none."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay on disk."""
+    """Number of checkpoints to keep."""
     log_every: int = 10
     """Steps between two entries of the training log."""
     log_with: str | None = None
@@ -42,7 +42,7 @@ class TrainArgs(Schedule):
 
 @dataclass
 class BackboneTraining(TrainArgs):
-    """The same for backbones trained from scratch, which count in epochs and choose their optimiser."""
+    """Settings for backbones trained from scratch, with epochs and a choice of optimiser."""
 
     batch_size: int = 128
     """Global batch size: the batch is split over the processes."""
@@ -75,7 +75,7 @@ class BackboneTraining(TrainArgs):
             raise ConfigError(f"--training.momentum must lie in [0, 1), got {self.momentum}")
 
     def in_steps(self, n_items: int) -> Self:
-        """The same settings with epochs counted in steps.
+        """Convert epochs to steps.
 
         Args:
             n_items: Number of training items; at least the batch size.
@@ -95,7 +95,7 @@ class BackboneTraining(TrainArgs):
 def make_optimizer(
     parameters: dict[str, nn.Parameter], args: TrainArgs, no_decay: Iterable[str] = ()
 ) -> torch.optim.Optimizer:
-    """AdamW, or what :class:`~xbt.training.args.BackboneTraining` names.
+    """Create AdamW or the optimiser of :class:`~xbt.training.args.BackboneTraining`.
 
     Args:
         parameters: What to train, by name.

@@ -1,10 +1,7 @@
-"""Backbones that are born compatible (BCT, BT², OCA), and the independent ones they are measured against.
+"""Training of compatible backbones (BCT, BT², OCA) and of independent ones, the baseline.
 
-What a run that trains a backbone starts from: the images, the models it learns from, the new model.
-
-What a trained backbone is worth: old/old, new/old and new/new retrieval, the criterion, gain and tax.
-
-What frozen models make of the training images: embedded once, kept with the run, read ever after.
+A run loads images and teachers, embeds the images with the frozen teachers once, trains the backbone, and
+measures old/old, new/old and new/new retrieval with criterion, update gain and compatibility tax.
 """
 
 from __future__ import annotations
@@ -38,10 +35,10 @@ TRAIN, TEST = "train", "test"
 
 
 def load_images(config: CompatibleBackboneConfig) -> dict[str, LabelledImages]:
-    """Opens the training and the test images; none is decoded.
+    """Open the training and the test images; none is decoded.
 
     Raises:
-        DataError: If they cannot be read, or are of other classes than each other.
+        DataError: If they cannot be read, or training and test classes differ.
     """
     images = {TRAIN: load_labelled(config.data)}
     if config.test is not None:
@@ -54,12 +51,12 @@ def load_images(config: CompatibleBackboneConfig) -> dict[str, LabelledImages]:
 
 
 def load_teachers(config: CompatibleBackboneConfig, train: LabelledImages) -> dict[str, CompatibleBackbone]:
-    """Loads the models that are learned from or measured against: ``"old"`` and ``"independent"``.
+    """Load the teachers and baselines: ``"old"`` and ``"independent"``.
 
     Raises:
-        SavedPartError: If one is missing or damaged.
+        SavedPartError: If a model is missing or damaged.
         ConfigError: If the independent model does not have the new model's dimension (for BT²).
-        DataError: If it was trained on other classes than the new model shall be.
+        DataError: If its classes are not those of the training images.
     """
     teachers: dict[str, CompatibleBackbone] = {}
     for name, source in (("old", config.old), ("independent", config.independent)):
@@ -82,10 +79,10 @@ def load_teachers(config: CompatibleBackboneConfig, train: LabelledImages) -> di
 def make_backbone(
     config: CompatibleBackboneConfig, train: LabelledImages, old: CompatibleBackbone | None
 ) -> CompatibleBackbone:
-    """Builds the model to be trained; its random weights depend on the seed alone.
+    """Build the new model; its random weights depend only on the seed.
 
     Raises:
-        XbtError: If the architecture is not known, or its dimensions do not fit the old model's.
+        XbtError: If the architecture is unknown, or its dimensions do not fit the old model's.
     """
     torch.manual_seed(config.training.seed)
     head = make_method_head(
@@ -109,7 +106,7 @@ def make_backbone(
 
 
 def require_enough(train: LabelledImages, args: BackboneTraining) -> None:
-    """Refuses a batch size that the images cannot fill.
+    """Refuse a batch size that the images cannot fill.
 
     Raises:
         DataError: If there are fewer images than the batch size.
@@ -117,7 +114,7 @@ def require_enough(train: LabelledImages, args: BackboneTraining) -> None:
     if len(train) < args.batch_size:
         raise DataError(
             f"there are {len(train)} training images, fewer than --training.batch_size {args.batch_size}; "
-            "lower it or bring more images"
+            "lower it or add images"
         )
 
 
@@ -129,7 +126,7 @@ def _require_same_classes(ours: list[str], theirs: list[str], what: str, where: 
     else:
         number = next(n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
         differ = f"the class {theirs[number]!r} as number {number}, but {where} has {ours[number]!r}"
-    raise DataError(f"{what} has {differ}; they must be of the same classes in the same order")
+    raise DataError(f"{what} has {differ}; give both the same classes in the same order")
 
 
 METRICS = {"top1": "CMC top-1", "top5": "CMC top-5", "mAP": "mAP"}
@@ -144,16 +141,16 @@ _PAIRS = (
 
 @dataclass(frozen=True)
 class BackboneReport:
-    """Retrieval within a labelled test set, every image a query and every other one the gallery.
+    """Retrieval within a labelled test set; every image is a query, and all other images are its gallery.
 
     Attributes:
         cells: ``"query/gallery"`` → metric → value, fractions; old galleries are compared with the leading
             coordinates of new vectors.
-        criterion: Metric → whether new/old is strictly better than old/old; empty without an old model.
+        criterion: Metric → True if new/old is strictly better than old/old; empty without an old model.
         update_gain: Metric → (new/old − old/old) / (independent/independent − old/old), ``None`` where the
-            independent model is not better than the old one; empty unless both are there.
+            independent model is not better than the old one; empty without these models.
         compatibility_tax: Metric → independent/independent − new/new; empty without an independent model.
-        n_images: Images of the test set.
+        n_images: Number of test images.
     """
 
     cells: dict[str, dict[str, float]]
@@ -167,17 +164,17 @@ class BackboneReport:
         return dict(vars(self))
 
     def format(self) -> str:
-        """A Markdown table in percent, with a line for each of the other measures; no newline at the end."""
+        """Format as a Markdown table in percent, with a line per other measure; no newline at the end."""
         lines = [f"| query/gallery | {' | '.join(METRICS.values())} |", f"|---|{'---:|' * len(METRICS)}"]
         for name, cell in self.cells.items():
             lines.append(f"| {name} | {' | '.join(f'{100 * cell[metric]:.1f}' for metric in METRICS)} |")
         lines += ["", f"- percent, over {self.n_images:,} images, each a query among all the others"]
-        told: list[tuple[str, Mapping[str, float | bool | None]]] = [
+        measures: list[tuple[str, Mapping[str, float | bool | None]]] = [
             ("criterion (new/old > old/old)", self.criterion),
             ("update gain", self.update_gain),
             ("compatibility tax, in points", self.compatibility_tax),
         ]
-        for title, values in told:
+        for title, values in measures:
             if values:
                 parts = ", ".join(
                     f"{METRICS[metric]} {_shown(value, title)}" for metric, value in values.items()
@@ -187,25 +184,25 @@ class BackboneReport:
 
 
 def measure_backbones(vectors: Mapping[str, Tensor], images: LabelledImages) -> BackboneReport:
-    """Measures every cell that there are vectors for.
+    """Measure every cell with available vectors.
 
     Args:
-        vectors: ``"new"`` and, where they are at hand, ``"old"`` and ``"independent"`` → (n, dim) whole
-            vectors of the test images.
+        vectors: ``"new"`` and optionally ``"old"`` and ``"independent"`` → (n, dim) full vectors of the test
+            images.
         images: The n test images, for their labels.
 
     Raises:
-        DataError: If no image has another one of its class.
+        DataError: If no image has another image of its class.
     """
     cells: dict[str, dict[str, float]] = {}
-    own = range(len(images))
+    ids = range(len(images))
     for query, gallery in _PAIRS:
         if query in vectors and gallery in vectors:
             queries, items = prefix_vectors(vectors[query], vectors[gallery])
-            found = evaluate_labels(
-                queries, images.labels, items, images.labels, query_ids=own, gallery_ids=own, ks=(1, 5)
+            retrieval = evaluate_labels(
+                queries, images.labels, items, images.labels, query_ids=ids, gallery_ids=ids, ks=(1, 5)
             )
-            cells[f"{query}/{gallery}"] = found.metrics()
+            cells[f"{query}/{gallery}"] = retrieval.metrics()
     new, old = cells["new/new"], cells.get("old/old", {})
     across, best = cells.get("new/old", {}), cells.get("independent/independent", {})
     return BackboneReport(
@@ -226,7 +223,7 @@ def _shown(value: float | bool | None, title: str) -> str:
 
 
 SHARD_ROWS = 4096
-"""Images per shard: what a killed run has to embed again at most, per process."""
+"""Images per shard; a killed run repeats at most one shard per process."""
 
 
 def embed_images_once(
@@ -237,19 +234,18 @@ def embed_images_once(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> EmbeddingStore:
-    """Embeds images into a store in the run's directory, or goes on where an earlier, killed run stopped.
+    """Embed images into a store in the run's directory; continues an earlier, killed run.
 
-    The images are preprocessed as for evaluation, so that a vector belongs to an image and not to one of its
-    augmentations. Shards are split over the processes.
+    The images are preprocessed as for evaluation, without augmentation. Shards are split over the processes.
 
     Args:
         accelerator: The run's Accelerate object.
-        backbone: The frozen model; its whole vectors are stored.
+        backbone: The frozen model; its full vectors are stored.
         images: n images, all readable.
-        path: The store's directory; beside it, a record says which images and which model it belongs to,
-            and vectors of others are replaced.
+        path: The store's directory. A record beside it names the images and the model; vectors of others are
+            replaced.
         batch_size: Images per forward pass.
-        num_workers: Processes that decode, per process of the run.
+        num_workers: Number of decoding processes per process of the run.
 
     Returns:
         The store of n float32 unit rows, with the images' ids.
@@ -260,14 +256,14 @@ def embed_images_once(
     """
     builder = StoreBuilder(path, modality="image", space=backbone.space, dtype="float32")
     if accelerator.is_main_process:
-        _forget_others(path, _cache_key(backbone, images))
+        _remove_other_vectors(path, _cache_key(backbone, images))
         builder.prepare()
     accelerator.wait_for_everyone()
     starts = range(0, len(images), SHARD_ROWS)
     names = {f"{number:06d}": start for number, start in enumerate(starts)}
-    left = [name for name in names if name not in builder.committed()]
-    accelerator.wait_for_everyone()  # all must see the same list before one of them shortens it
-    for name in left[accelerator.process_index :: accelerator.num_processes]:
+    pending = [name for name in names if name not in builder.committed()]
+    accelerator.wait_for_everyone()  # all must see the same list before one of them writes a shard
+    for name in pending[accelerator.process_index :: accelerator.num_processes]:
         part = images.select(range(names[name], min(names[name] + SHARD_ROWS, len(images))))
         show = accelerator.is_main_process
         vectors = backbone.encode_images(
@@ -281,11 +277,11 @@ def embed_images_once(
     return EmbeddingStore.open(path)
 
 
-def _forget_others(path: Path, key: dict[str, Any]) -> None:
-    """Removes the vectors of other images or of another model."""
+def _remove_other_vectors(path: Path, key: dict[str, Any]) -> None:
+    """Remove the vectors of other images or of another model."""
     record = path.with_suffix(".json")
     if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != key:
-        # In this order, so that a kill in between leaves no vectors that the record does not fit.
+        # In this order a kill in between leaves no vectors beside a record of others.
         shutil.rmtree(path, ignore_errors=True)
         write_json(record, key)
 
@@ -306,7 +302,7 @@ class BackboneObjective(nn.Module):
     """The method's loss over a batch of labelled images.
 
     Args:
-        backbone: What is trained.
+        backbone: The model to train.
         loss: The loss over its output; see :mod:`xbt.heads`.
     """
 
@@ -315,19 +311,19 @@ class BackboneObjective(nn.Module):
         self.backbone, self.loss = backbone, loss
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its parts for ``{"pixels", "labels"}`` and, for BT², ``{"old", "new"}``."""
+        """Return the loss and its parts for ``{"pixels", "labels"}`` and, for BT², ``{"old", "new"}``."""
         targets = Targets(batch["labels"], batch.get("old"), batch.get("new"))
         loss, parts = self.loss(self.backbone(batch["pixels"]), targets)
         return loss, parts
 
 
 def train_compatible_backbone(config: CompatibleBackboneConfig) -> CompatibleBackbone:
-    """Trains a backbone, saves it, and measures it if there are test images.
+    """Train a backbone, save it, and measure it if there are test images.
 
-    The last step is kept, as in the papers: nothing is chosen by the test images.
+    The last step is kept, as in the papers: the test images select nothing.
 
     Args:
-        config: What to do.
+        config: The settings.
 
     Returns:
         The backbone on the CPU in evaluation mode.
@@ -336,16 +332,16 @@ def train_compatible_backbone(config: CompatibleBackboneConfig) -> CompatibleBac
         XbtError: If the data, a model or a setting cannot be used.
 
     Warns:
-        UserWarning: If images were left out because they cannot be decoded, or a class has no image.
+        UserWarning: If images are left out because they cannot be decoded, or a class has no image.
     """
     run = RunDirectory(config.output_dir, config, config.overwrite)
     images = load_images(config)
     teachers = load_teachers(config, images[TRAIN])
     backbone = make_backbone(config, images[TRAIN], teachers.get("old"))
     accelerator = make_accelerator(config.training, run, config, "train_compatible_backbone")
-    for part, found in images.items():
-        record = run.path / "images" / f"{part}.json"
-        images[part] = leave_out_unreadable(accelerator, found, record, _WHAT[part])
+    for split, listed in images.items():
+        record = run.path / "images" / f"{split}.json"
+        images[split] = leave_out_unreadable(accelerator, listed, record, _WHAT[split])
     require_enough(images[TRAIN], config.training)
     stores = embed_with_teachers(accelerator, run, config, images, teachers)
     result = _train(accelerator, run, config, backbone, images[TRAIN], stores)
@@ -354,7 +350,7 @@ def train_compatible_backbone(config: CompatibleBackboneConfig) -> CompatibleBac
     accelerator.wait_for_everyone()
     if TEST in images:
         vectors = _test_vectors(accelerator, config, backbone, images[TEST], stores)
-        if accelerator.is_main_process:  # the others have nothing left to do, and need not wait
+        if accelerator.is_main_process:  # the others have nothing left to do and do not wait
             _write_report(run, measure_backbones(vectors, images[TEST]), result)
     return backbone.cpu().eval()
 
@@ -366,7 +362,7 @@ def embed_with_teachers(
     images: dict[str, LabelledImages],
     teachers: dict[str, CompatibleBackbone],
 ) -> dict[str, EmbeddingStore]:
-    """Embeds with every frozen model what is needed of it, one model on the device at a time.
+    """Embed the images with every frozen model, one model on the device at a time.
 
     Returns:
         ``"old_train"``, ``"independent_test"``, ... → the store.
@@ -374,14 +370,14 @@ def embed_with_teachers(
     stores: dict[str, EmbeddingStore] = {}
     for name, teacher in teachers.items():
         teacher.to(accelerator.device)
-        for part, found in images.items():
-            if part == TRAIN and name == "independent" and config.method != "bt2":
+        for split, split_images in images.items():
+            if split == TRAIN and name == "independent" and config.method != "bt2":
                 continue
-            stores[f"{name}_{part}"] = embed_images_once(
+            stores[f"{name}_{split}"] = embed_images_once(
                 accelerator,
                 teacher,
-                found,
-                run.path / "vectors" / f"{name}_{part}",
+                split_images,
+                run.path / "vectors" / f"{name}_{split}",
                 config.embed_batch_size,
                 config.training.num_workers,
             )

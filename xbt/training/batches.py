@@ -1,7 +1,4 @@
-"""Batches of image–text pairs: pixels, one caption's tokens per image, and what else is known of it.
-
-Batches of labelled images: augmented pixels, classes, and what frozen teachers make of each image.
-"""
+"""Training batches of image–text pairs and of labelled images, with the vectors of frozen teachers."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ from xbt.store import EmbeddingStore
 CACHE_BYTES = 512 * 2**20
 """Preprocessed pixels kept in memory per process: small sets are decoded once, large ones as they come."""
 TOKEN_CACHE_BYTES = 64 * 2**20
-"""Tokens kept in memory per process; the captions beyond are tokenised as they come (0.1 ms a caption)."""
+"""Bytes of cached tokens per process; further captions are tokenised on demand (0.1 ms per caption)."""
 
 
 class PairBatches(Dataset[dict[str, Tensor]]):
@@ -64,8 +61,8 @@ class PairBatches(Dataset[dict[str, Tensor]]):
         self._pixels: dict[int, Tensor] = {}
         self._tokenize_more = encoder.text_transform
         row_bytes = encoder.context_length * torch.int32.itemsize
-        room = max(1, TOKEN_CACHE_BYTES // row_bytes)
-        self._tokens = encoder.tokenize(self._texts[:room]).int()
+        cached_rows = max(1, TOKEN_CACHE_BYTES // row_bytes)
+        self._tokens = encoder.tokenize(self._texts[:cached_rows]).int()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -107,7 +104,7 @@ def _rows(source: Tensor | EmbeddingStore, rows: NDArray[np.int64]) -> Tensor:
     )
 
 
-_NAMED, _THREADS, _ROWS_AT_ONCE = 5, 4, 4096
+_MAX_LISTED, _THREADS, _ROWS_AT_ONCE = 5, 4, 4096
 
 
 class LabelledBatches(Dataset[dict[str, Tensor]]):
@@ -158,46 +155,46 @@ class LabelledBatches(Dataset[dict[str, Tensor]]):
 def leave_out_unreadable(
     accelerator: Accelerator, images: LabelledImages, record: Path, what: str
 ) -> LabelledImages:
-    """Decodes every image once, split over the processes, and leaves out those that cannot be decoded.
+    """Decode every image once, split over the processes, and leave out those that cannot be decoded.
 
     Args:
         accelerator: The run's Accelerate object.
         images: The images, the same in every process.
-        record: JSON file that keeps the outcome, so that a run that continues need not look again; what it
-            lists was left out, with the reasons.
-        what: What to call the images, such as ``"training images"``.
+        record: JSON file of the unreadable images with the reasons; a continued run reads it instead of the
+            images.
+        what: Name of the images in messages, such as ``"training images"``.
 
     Returns:
-        The readable ones.
+        The readable images.
 
     Raises:
-        DataError: If none can be read, or the system rather than an image is at fault.
+        DataError: If none can be read, or the system fails to read files.
 
     Warns:
-        UserWarning: If images were left out; it counts them and names the first.
+        UserWarning: If images are left out; the message gives their number and the first ones.
     """
     key = {"images": ids_digest(images.ids), "count": len(images)}
-    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if {name: known.get(name) for name in key} != key:
-        known = {**key, "unreadable": _find_unreadable(accelerator, images)}
+    checked = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if {name: checked.get(name) for name in key} != key:
+        checked = {**key, "unreadable": _find_unreadable(accelerator, images)}
         if accelerator.is_main_process:
-            write_json(record, known)
+            write_json(record, checked)
     accelerator.wait_for_everyone()
-    found: dict[str, str] = known["unreadable"]
-    if not found:
+    unreadable: dict[str, str] = checked["unreadable"]
+    if not unreadable:
         return images
-    listed = "; ".join(list(found.values())[:_NAMED])
-    more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-    if len(found) == len(images):
-        raise DataError(f"none of the {len(found)} {what} can be read: {listed}{more}")
-    warnings.warn(f"skipped {len(found)} of {len(images)} {what}: {listed}{more}", stacklevel=2)
-    return images.select([row for row, name in enumerate(images.ids) if name not in found])
+    listed = "; ".join(list(unreadable.values())[:_MAX_LISTED])
+    more = f"; and {len(unreadable) - _MAX_LISTED} more" if len(unreadable) > _MAX_LISTED else ""
+    if len(unreadable) == len(images):
+        raise DataError(f"none of the {len(unreadable)} {what} can be read: {listed}{more}")
+    warnings.warn(f"skipped {len(unreadable)} of {len(images)} {what}: {listed}{more}", stacklevel=2)
+    return images.select([row for row, name in enumerate(images.ids) if name not in unreadable])
 
 
 def _find_unreadable(accelerator: Accelerator, images: LabelledImages) -> dict[str, str]:
-    """Ids of images that cannot be decoded, with the reasons, in order; the same in every process."""
+    """Reasons by the ids of images that cannot be decoded, in order; the same in every process."""
     rows = range(len(images))[accelerator.process_index :: accelerator.num_processes]
-    mine: list[tuple[int, str]] = []
+    local: list[tuple[int, str]] = []
     hidden = not accelerator.is_main_process
     with (
         ThreadPoolExecutor(_THREADS) as pool,
@@ -206,10 +203,12 @@ def _find_unreadable(accelerator: Accelerator, images: LabelledImages) -> dict[s
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             block = rows[start : start + _ROWS_AT_ONCE]
             problems = pool.map(lambda row: _problem(images, row), block)
-            mine += [(row, told) for row, told in zip(block, problems, strict=True) if told is not None]
+            local += [
+                (row, reason) for row, reason in zip(block, problems, strict=True) if reason is not None
+            ]
             bar.update(len(block))
-    everyones = gather_object(mine) if accelerator.num_processes > 1 else mine
-    return {images.ids[row]: problem for row, problem in sorted(everyones)}
+    gathered = gather_object(local) if accelerator.num_processes > 1 else local
+    return {images.ids[row]: reason for row, reason in sorted(gathered)}
 
 
 def _problem(images: LabelledImages, row: int) -> str | None:
@@ -221,7 +220,7 @@ def _problem(images: LabelledImages, row: int) -> str | None:
 
 
 def ids_digest(ids: list[str]) -> str:
-    """A fingerprint of a list of ids, in their order."""
+    """SHA-256 of a list of ids in their order."""
     digest = hashlib.sha256()
     for name in ids:
         digest.update(name.encode("utf-8") + b"\0")

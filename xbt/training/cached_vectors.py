@@ -1,8 +1,6 @@
-"""Embedding a list once, split over the processes, and keeping the vectors with the run.
+"""Vectors that a run embeds once, split over the processes, and caches in its directory.
 
-What the recipes that train on image–text pairs share: vectors of held-out pairs, and recall on them.
-
-The same texts under two models, row by row, in memory or in stores.
+They include vectors of held-out pairs, with their recall, and the same texts under two models.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ Item = TypeVar("Item")
 def embed_split(
     accelerator: Accelerator, items: Sequence[Item], embed: Callable[[Sequence[Item]], Tensor]
 ) -> Tensor:
-    """Embeds every item in one of the processes and gives all of them the whole result.
+    """Embed items, split over the processes, and return all vectors in every process.
 
     Args:
         accelerator: The run's Accelerate object.
@@ -60,7 +58,7 @@ def embed_split(
 def embed_texts_once(
     accelerator: Accelerator, encoder: DualEncoder, texts: list[str], path: Path, batch_size: int = 256
 ) -> EmbeddingStore:
-    """Embeds texts into a store in the run's directory, or goes on where an earlier, killed run stopped.
+    """Embed texts into a store in the run's directory; continues an earlier, killed run.
 
     Args:
         accelerator: The run's Accelerate object.
@@ -106,7 +104,7 @@ class PairVectors(NamedTuple):
 
 
 def require_enough(pairs: ImageTextPairs, batch_size: int) -> None:
-    """Refuses a batch size that the pairs cannot fill.
+    """Refuse a batch size that the pairs cannot fill.
 
     Raises:
         DataError: If there are fewer pairs than the batch size.
@@ -119,14 +117,14 @@ def require_enough(pairs: ImageTextPairs, batch_size: int) -> None:
 
 
 def embed_pairs(accelerator: Accelerator, encoder: DualEncoder, pairs: ImageTextPairs) -> PairVectors:
-    """Embeds all images and texts of some pairs, split over the processes."""
+    """Embed the images and texts of pairs, split over the processes."""
     rows = list(range(len(pairs)))
     images = embed_split(accelerator, rows, lambda part: encoder.encode_images(pairs.select(part).images))
     return PairVectors(images, embed_split(accelerator, pairs.texts, encoder.encode_texts))
 
 
 def cross_recall(queries: PairVectors, gallery: PairVectors, pairs: ImageTextPairs) -> dict[str, float]:
-    """R@1 of T2I and I2T with queries of one encoder and a gallery of another; their mean decides."""
+    """R@1 of T2I and I2T with queries of one encoder and a gallery of another; their mean is the score."""
     t2i = recall_at_k(queries.texts, gallery.images, pairs.positives_t2i, (1,))[1]
     i2t = recall_at_k(queries.images, gallery.texts, pairs.positives_i2t, (1,))[1]
     return {"score": (t2i + i2t) / 2, "t2i_r1": t2i, "i2t_r1": i2t}
@@ -168,7 +166,7 @@ class TextVectors:
         return new, old
 
     def checked(self) -> Self:
-        """The same vectors, once it is sure that they can be used; stores are checked as they are read.
+        """Check the vectors and return them; stores are checked during reads.
 
         Raises:
             DataError: If a tensor holds NaN, or the row counts differ.
@@ -183,7 +181,7 @@ class TextVectors:
         return replace(self, new=new, old=old)
 
     def take(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """New and old vectors of some texts, in the order asked for.
+        """New and old vectors of texts by row, in the given order.
 
         Args:
             positions: (k,) int64, from 0 to the length.
@@ -198,14 +196,14 @@ class TextVectors:
         return _take(self.new, rows), _take(self.old, rows)
 
     def chunks(self, positions: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-        """New and old vectors of some texts, a few thousand at a time, in row order (sequential reads)."""
+        """New and old vectors of texts in blocks of rows, in row order (sequential reads)."""
         ordered = np.sort(positions)
         for start in range(0, len(ordered), _ROWS_AT_ONCE):
             yield self.take(ordered[start : start + _ROWS_AT_ONCE])
 
 
 def open_text_stores(new: str, old: str) -> TextVectors:
-    """Opens two stores of the same texts and pairs them.
+    """Open two stores of the same texts and pair them.
 
     Args:
         new: The directory of the new model's text store.
@@ -237,7 +235,7 @@ def _open(path: str, flag: str) -> EmbeddingStore:
 
 
 def distinct_rows(new: EmbeddingStore, old: EmbeddingStore) -> NDArray[np.int64] | None:
-    """Rows of the first of equal captions, or ``None`` for all; checks on the way that the rows pair."""
+    """Rows of the first of equal captions, or ``None`` for all; checks that the stores have equal ids."""
     count = min(len(new), len(old))
     captioned = [store for store in (new, old) if CAPTION in store.columns]
     hashes = np.empty(count if captioned else 0, np.uint64)

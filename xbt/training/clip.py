@@ -1,4 +1,4 @@
-"""A small CLIP from scratch: what the demo and the tests upgrade from and to."""
+"""Training of a small CLIP from scratch, for the demo and the tests."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class ClipConfig:
     pairs: PairSource
     """The image–text pairs."""
     output_dir: str
-    """Where everything goes."""
+    """Output directory of the run."""
     training: TrainArgs = field(
         default_factory=lambda: TrainArgs(steps=1000, batch_size=256, lr=1e-3, weight_decay=0.1)
     )
-    """How to train."""
+    """Settings of the training."""
     preprocess: dict[str, Any] = field(default_factory=dict)
     """Overrides of open_clip's image preprocessing: mean, std, interpolation, resize_mode."""
     held_out: float = 0.02
     """Fraction of the pairs held out to choose the best step."""
     overwrite: bool = False
-    """Start afresh in an output directory that holds another run."""
+    """Replace another run in the output directory."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -60,7 +60,7 @@ class ClipObjective(nn.Module):
         self.towers = encoder.module
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss for ``{"pixels": (n, 3, H, W), "tokens": (n, context_length)}``."""
+        """Return the loss for ``{"pixels": (n, 3, H, W), "tokens": (n, context_length)}``."""
         images = self._encoder.embed_pixels(batch["pixels"])
         texts = self._encoder.embed_tokens(batch["tokens"])
         scale = self._encoder.logit_scale.exp()
@@ -68,7 +68,7 @@ class ClipObjective(nn.Module):
 
 
 def train_clip(config: ClipConfig) -> OpenClipEncoder:
-    """Trains a CLIP and saves it in open_clip's own format.
+    """Train a CLIP and save it in open_clip's own format.
 
     Args:
         config: What to do.
@@ -115,7 +115,7 @@ def train_clip(config: ClipConfig) -> OpenClipEncoder:
 
 
 def read_model_config(model: str) -> dict[str, Any] | str:
-    """A JSON file's open_clip model config, or the built-in architecture's name as it is.
+    """Read an open_clip model config from a JSON file; returns the name of a built-in architecture unchanged.
 
     Raises:
         ConfigError: If the file is missing or is not a JSON object.

@@ -1,6 +1,6 @@
-"""A new CLIP that is fine-tuned to serve the old gallery and its own: BCT, BT² and OCA across modalities.
+"""Fine-tuning of a new CLIP for the old gallery and its own: BCT, BT² and OCA across modalities.
 
-The losses of BCT, BT² and OCA where classes are image–text pairs, and the start of their heads.
+The losses are those of BCT, BT² and OCA with image–text pairs as classes. Heads start at a Procrustes fit.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _DEFAULTS: dict[str, dict[str, float]] = {
 
 @dataclass
 class CrossModalWeights:
-    """Weights of the parts of the cross-modal loss; a part without one has its method's default."""
+    """Weights of the parts of the cross-modal loss; ``None`` takes the default of the method."""
 
     contrastive: float | None = None
-    """Between the new model's own texts and images; 1."""
+    """Contrastive loss between the new model's texts and images; default 1."""
     influence: float | None = None
-    """Between compatible vectors and the old vectors of the other modality; 1."""
+    """Contrastive loss between compatible vectors and old vectors of the other modality; default 1."""
     old: float | None = None
-    """Of the cosine to the old vectors of the same items; 0 for BCT, else 1."""
+    """Cosine to the old vectors of the same items; default 0 for BCT, else 1."""
     own: float | None = None
-    """Of the cosine to the new model's vectors before training; 1 for BT², else 0."""
+    """Cosine to the new model's vectors before training; default 1 for BT², else 0."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -55,7 +55,7 @@ class CrossModalWeights:
                 raise ConfigError(f"--weights.{each.name} must not be negative, got {value}")
 
     def of(self, method: str) -> dict[str, float]:
-        """Every part's weight for a method."""
+        """Weights of all parts for a method."""
         given = {each.name: getattr(self, each.name) for each in fields(self)}
         return _DEFAULTS[method] | {name: value for name, value in given.items() if value is not None}
 
@@ -105,7 +105,7 @@ class CrossModalObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its parts.
+        """Return the loss and its parts.
 
         Args:
             batch: ``pixels``, ``tokens`` and, (n, dim) each, ``old_texts``, ``old_images``, ``own_texts``
@@ -143,7 +143,7 @@ class CrossModalObjective(nn.Module):
 def head_at_procrustes(
     method: str, new: PairVectors, old: PairVectors, extra_dims: int | None = None, scale: float = 2.0
 ) -> HeadProjection:
-    """A head whose compatible part starts at the Procrustes fit to texts and images alike.
+    """Create a head with its compatible part at the Procrustes fit to texts and images.
 
     Args:
         method: ``"bct"``, ``"bt2"`` or ``"oca"``.
@@ -165,7 +165,7 @@ def head_at_procrustes(
 
 
 def _code_first(targets: Tensor, head: BT2Head) -> Tensor:
-    """Directions of the old space, first those k that BT²'s code o is to stand for.
+    """Directions of the old space, first the k that BT²'s code o replaces.
 
     Whatever the input, o has the share 1 / (1 + C²) of a compatible vector's square. Of the principal
     directions those neighbouring k are taken that hold this share of the old vectors' own.
@@ -205,20 +205,20 @@ class CompatibleClipConfig:
     """
 
     old: str
-    """The encoder that embedded the gallery."""
+    """The encoder of the gallery."""
     new: str
     """The new encoder."""
     pairs: PairSource
     """The image–text pairs."""
     output_dir: str
-    """Where everything goes."""
+    """Output directory of the run."""
     method: Literal["bct", "bt2", "oca"] = "oca"
-    """Which head."""
+    """Method of the head."""
     extra_dims: int | None = None
-    """Dimensions beyond the old ones (OCA) or the new model's (BCT, BT²). By default OCA gets what the new
-    model has more than the old one, BCT none, and BT² a quarter of the old dimension."""
+    """Dimensions beyond the old ones (OCA) or the new model's (BCT, BT²). By default OCA gets the
+    surplus of the new model over the old one, BCT none, and BT² a quarter of the old dimension."""
     scale: float = 2.0
-    """BT²'s scale C of the new model's share of a vector."""
+    """Scale C of BT²: weight of the new model's features in a vector."""
     weights: CrossModalWeights = field(default_factory=CrossModalWeights)
     """Weights of the parts of the loss."""
     training: TrainArgs = field(
@@ -226,7 +226,7 @@ class CompatibleClipConfig:
             steps=200, batch_size=64, lr=5e-4, warmup_steps=20, eval_every=50, checkpoint_every=50
         )
     )
-    """How to train."""
+    """Settings of the training."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The LoRA of the new model; the head is trained whole."""
     temperature: float = 0.05
@@ -234,7 +234,7 @@ class CompatibleClipConfig:
     held_out: float = 0.2
     """Fraction of the pairs held out to choose the best step."""
     overwrite: bool = False
-    """Start afresh in an output directory that holds another run."""
+    """Replace another run in the output directory."""
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.temperature <= 1:
@@ -246,7 +246,7 @@ class CompatibleClipConfig:
 
 
 def train_compatible_clip(config: CompatibleClipConfig) -> CompatibleEncoder:
-    """Trains the new CLIP and its head, and saves both of its faces.
+    """Train the new CLIP and its head, and save the compatible encoder and the full one.
 
     Step 0 is the Procrustes fit to the pairs' texts and images. The step is kept whose mean of R@1 against
     the old gallery and against its own, over both directions on held-out pairs, is best.
@@ -279,7 +279,7 @@ def train_compatible_clip(config: CompatibleClipConfig) -> CompatibleEncoder:
 
 
 def whole_encoder(compatible: CompatibleEncoder, name: str) -> CompatibleEncoder:
-    """The encoder with all dimensions of its head, for galleries that it embeds itself.
+    """Encoder with all dimensions of its head, for its own galleries.
 
     Args:
         compatible: An encoder behind a :class:`~xbt.projections.HeadProjection`.
@@ -296,11 +296,11 @@ def whole_encoder(compatible: CompatibleEncoder, name: str) -> CompatibleEncoder
         )
     full = projection.full()
     preprocessing = dict(compatible.preprocessing)
-    # The probe is made by the encoder, which needs a space first: one without a probe stands in.
+    # The encoder makes the probe, but needs a space first: start with one without a probe.
     full.set_spaces(projection.new_space, EmbeddingSpace(name, full.old_dim, preprocessing))
     encoder = CompatibleEncoder(compatible.new, full)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncationWarning)  # cut texts tell models apart as well
+        warnings.simplefilter("ignore", TruncationWarning)  # cut texts distinguish models as well
         probe = torch.cat([encoder.encode_texts(PROBE_TEXTS), encoder.encode_images(draw_probe_images())])
     full.set_spaces(projection.new_space, EmbeddingSpace(name, full.old_dim, preprocessing, probe))
     return encoder
@@ -314,7 +314,7 @@ def _start(
     train: ImageTextPairs,
     targets: PairVectors,
 ) -> CompatibleEncoder:
-    """The new encoder, not yet with LoRA, behind a head at the Procrustes fit."""
+    """New encoder without LoRA behind a head at the Procrustes fit."""
     vectors = embed_pairs(accelerator, new, train)
     torch.manual_seed(config.training.seed)
     projection = head_at_procrustes(config.method, vectors, targets, config.extra_dims, config.scale)

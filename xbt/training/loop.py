@@ -1,4 +1,4 @@
-"""One training loop for every recipe: seeded batches, held-out selection, checkpoints that resume exactly."""
+"""Training loop of all recipes: seeded batches, held-out selection, checkpoints that resume exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _ACCUMULATION = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
 
 
 def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str) -> Accelerator:
-    """Seeds everything, starts Accelerate for this run and prepares the run's directory.
+    """Seed everything, start Accelerate for this run and prepare the run's directory.
 
     Batches are split, so ``batch_size`` is global. Precision, devices and processes come from
     ``accelerate launch``.
@@ -48,7 +48,7 @@ def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str)
     """
     accumulated = os.environ.get(_ACCUMULATION, "1").strip()
     if accumulated != "1":
-        # Accelerate would divide every loss by it, while every batch is a step.
+        # Accelerate would divide every loss by this number, although every batch is a step.
         raise ConfigError(
             f"{_ACCUMULATION} is {accumulated}, but every batch is one step of the optimiser; unset it (in "
             "Accelerate's config: gradient_accumulation_steps) and choose --training.batch_size"
@@ -74,7 +74,7 @@ def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str)
 
 
 class TrainingLoop:
-    """Trains a module whose forward takes a batch and returns ``(loss, metrics)``.
+    """Training loop for a module; its forward takes a batch and returns ``(loss, metrics)``.
 
     Requirements: parameters that require gradients are what is trained, and with the buffers beside them
     (:class:`~xbt.training.loop.TrainedTensors`) what is checkpointed and selected; the dataset's
@@ -118,7 +118,7 @@ class TrainingLoop:
         accelerator.register_load_state_pre_hook(self._load_trainable)
 
     def fit(self) -> LoopState:
-        """Trains from the newest checkpoint or the start, and leaves the selected weights in the module.
+        """Train from the newest checkpoint or the start, and leave the selected weights in the module.
 
         Returns:
             The final state; ``best_step`` says which step's weights were kept.
@@ -159,7 +159,7 @@ class TrainingLoop:
         return self.state
 
     def result(self) -> dict[str, Any]:
-        """The step that was kept, the evaluations, and the number of processes."""
+        """Selected step, evaluations, and number of processes."""
         return {
             "best_step": self.state.best_step,
             "history": self.state.history,
@@ -167,7 +167,7 @@ class TrainingLoop:
         }
 
     def _record(self) -> None:
-        """Writes ``result.json``."""
+        """Write ``result.json``."""
         if self.accelerator.is_main_process:
             self.run_dir.write_json("result.json", self.result())
         score = f": held-out score {self.state.best_score:.4f}" if self.evaluate else ", the last one"
@@ -261,7 +261,7 @@ class TrainingLoop:
 
 @contextmanager
 def _compiled_if_possible(accelerator: Accelerator, module: nn.Module) -> Iterator[None]:
-    """Keeps Accelerate from compiling a module that TorchDynamo cannot trace.
+    """Keep Accelerate from compiling a module that TorchDynamo cannot trace.
 
     LoRA on ``nn.MultiheadAttention`` puts other tensors in the place of parameters in every forward pass.
     """
@@ -294,7 +294,7 @@ def _trackable(value: Any) -> Any:
 
 @dataclass
 class LoopState(StepSelection):
-    """Progress of a run: what a checkpoint keeps besides weights, optimiser and schedule.
+    """Progress of a run, saved in a checkpoint besides weights, optimiser and schedule.
 
     Attributes:
         step: Steps done.
@@ -312,12 +312,12 @@ class LoopState(StepSelection):
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the values of one of Accelerate's checkpoints."""
+        """Restore the values from one of Accelerate's checkpoints."""
         vars(self).update(state)
 
 
 class TrainedTensors:
-    """The tensors of a module that training changes.
+    """Tensors of a module that change in training.
 
     They are its parameters that require gradients and the persistent buffers of what is trained: batch norm's
     running statistics above all, without which the weights alone are another model. A buffer counts as
@@ -335,15 +335,15 @@ class TrainedTensors:
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers by name, looked up each time: a module that moves to a device gets others."""
+        """Buffers by name; not cached, because a module gets new ones on another device."""
         return {name: owner.get_buffer(name.rpartition(".")[2]) for name, owner in self._owners.items()}
 
     def copy(self) -> dict[str, Tensor]:
-        """All of them, copied to the CPU."""
+        """Copy all tensors to the CPU."""
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in self._all.items()}
 
     def set(self, values: dict[str, Tensor], source: str = "the kept weights") -> None:
-        """Puts values of :meth:`copy` back.
+        """Restore the values of :meth:`copy`.
 
         Args:
             values: By name.
@@ -357,12 +357,12 @@ class TrainedTensors:
                 if name not in values or values[name].shape != tensor.shape:
                     raise DataError(
                         f"{source} does not fit the model at {name!r}; it was written by another version of "
-                        "xbt, so start afresh with --overwrite true"
+                        "xbt, so start from scratch with --overwrite true"
                     )
                 tensor.copy_(values[name])
 
     def agree(self) -> None:
-        """Gives every process the main one's buffers: statistics of its own share of the data differ."""
+        """Copy the buffers of the main process to all others, because statistics of their shares differ."""
         for buffer in self.buffers.values():
             broadcast(buffer, from_process=0)
 

@@ -36,25 +36,25 @@ class LoraFinetuningConfig:
     pairs: PairSource
     """The image–text pairs."""
     output_dir: str
-    """Where everything goes."""
+    """Output directory of the run."""
     training: TrainArgs = field(
         default_factory=lambda: TrainArgs(
             steps=200, batch_size=64, lr=5e-4, warmup_steps=20, eval_every=50, checkpoint_every=50
         )
     )
-    """How to train."""
+    """Settings of the training."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     """The LoRA."""
     train_projection: bool = True
     """Also train the projection."""
     anchor_weight: float = 1.0
-    """Weight of the anchor that keeps projected texts where stage 1 put them."""
+    """Weight of the anchor, which keeps projected texts near their vectors of stage 1."""
     temperature: float = 0.05
     """Temperature of the contrastive loss at the start; it is learned."""
     held_out: float = 0.2
     """Fraction of the pairs held out to choose the best step."""
     overwrite: bool = False
-    """Start afresh in an output directory that holds another run."""
+    """Replace another run in the output directory."""
 
     def __post_init__(self) -> None:
         if self.anchor_weight < 0:
@@ -66,13 +66,13 @@ class LoraFinetuningConfig:
 
 
 class CompatibleObjective(nn.Module):
-    """The loss of stage 2 over a batch of pairs.
+    """Loss of stage 2 over a batch of pairs.
 
         p = φ(f(x)),  q = φ(g(t))
         L = InfoNCE(p, q; τ) + β · mean(1 − cos(q, φ₀(g₀(t))))
 
-    with f, g the new model's towers under LoRA, and φ₀, g₀ as stage 1 left them. After stage 1, φ₀∘g₀
-    stands for the old text tower; the first term draws new images to it, and the second (the anchor) holds
+    with f, g the new model's towers under LoRA, and φ₀, g₀ from stage 1. After stage 1, φ₀∘g₀ replaces
+    the old text tower; the first term draws new images to it, and the second (the anchor) holds
     the texts in the old space, because nothing else in this stage knows where that is. XBT (arXiv 2405.14715)
     fine-tunes with LoRA on pairs and without the old model; the anchor is ours.
     """
@@ -94,7 +94,7 @@ class CompatibleObjective(nn.Module):
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and its parts for ``{"pixels", "tokens", "anchor": (n, old_dim)}``."""
+        """Return the loss and its parts for ``{"pixels", "tokens", "anchor": (n, old_dim)}``."""
         images = self.projection(self._encoder.embed_pixels(batch["pixels"]), "image")
         texts = self.projection(self._encoder.embed_tokens(batch["tokens"]), "text")
         contrastive = contrastive_loss(images, texts, self.temperature())
@@ -104,7 +104,7 @@ class CompatibleObjective(nn.Module):
 
 
 def finetune_lora(config: LoraFinetuningConfig) -> CompatibleEncoder:
-    """Runs stage 2 and saves the compatible encoder.
+    """Run stage 2 and save the compatible encoder.
 
     Args:
         config: What to do.
@@ -138,7 +138,7 @@ def _train(
     train: ImageTextPairs,
     held_out: ImageTextPairs,
 ) -> None:
-    # Before LoRA exists: what stage 1 made of these texts and images stands for the old model's vectors.
+    # Embed before LoRA is added: the vectors of stage 1 replace those of the old model.
     anchors = embed_texts_once(accelerator, compatible, train.texts, run.path / "anchors")
     stage1 = embed_pairs(accelerator, compatible, held_out)
     torch.manual_seed(config.training.seed)

@@ -1,7 +1,4 @@
-"""The ways to train a backbone: which head, which loss, what they need, and the papers' weights.
-
-The settings of a run that trains a backbone.
-"""
+"""Methods of training a backbone: heads, losses, required models, weights of the papers, and settings."""
 
 from __future__ import annotations
 
@@ -37,11 +34,11 @@ _EXTRA_DIMS = {"independent": 0, "bct": 0, "bt2": 32, "oca": 32}
 
 @dataclass
 class LossWeights:
-    """Weights of the parts of a method's loss; what is not given is what the method's authors took.
+    """Weights of the parts of a method's loss; the defaults are those of the method's authors.
 
     BCT has ``classification`` (1) and ``influence`` (10); BT² ``classification`` (1), ``new`` (λ1 = 1; 5 is
     better on little data), ``influence`` (λ2 = 10) and ``old`` (λ3 = 5); OCA ``classification`` (5),
-    ``influence`` (10) and ``prototype`` (5); an independent model has nothing to weigh.
+    ``influence`` (10) and ``prototype`` (5); an independent model has no weights.
     """
 
     classification: float | None = None
@@ -56,7 +53,7 @@ class LossWeights:
     """Cosine to the old model's prototype of the image's class."""
 
     def of(self, method: Method) -> dict[str, float]:
-        """Every weight of a method by its name in the loss, such as ``influence_weight``.
+        """Weights of a method by their names in the loss, such as ``influence_weight``.
 
         Raises:
             ConfigError: If a weight is negative, is not part of the method, or all are 0.
@@ -93,7 +90,7 @@ def make_method_head(
     orthogonal: bool = True,
     orthogonal_map: str = "matrix_exp",
 ) -> CompatibleHead:
-    """Builds a method's head with a classifier, its weights drawn anew.
+    """Build a method's head with a classifier and random weights.
 
     The whole vectors have ``new_dim`` dimensions (independent), ``new_dim + extra_dims`` (BCT),
     ``max(new_dim, old_dim) + extra_dims`` (BT²) or ``old_dim + extra_dims`` (OCA). In a series of updates
@@ -107,7 +104,7 @@ def make_method_head(
         new_dim: Dimension of the new model's own features; OCA has no such thing.
         extra_dims: Dimensions to add; ``None`` takes 32 for BT² and OCA, as their authors did, and else 0.
         scale: BT²'s C.
-        orthogonal: Whether OCA has its orthogonal layer.
+        orthogonal: Give OCA its orthogonal layer.
         orthogonal_map: How orthogonal matrices are parametrised.
 
     Raises:
@@ -136,7 +133,7 @@ def make_method_head(
 def make_method_loss(
     method: Method, weights: LossWeights, label_smoothing: float, prototypes: Prototypes | None
 ) -> HeadLoss:
-    """Builds a method's loss.
+    """Build a method's loss.
 
     Args:
         method: Which.
@@ -166,7 +163,7 @@ def check_method(
     label_smoothing: float,
     tested: bool,
 ) -> None:
-    """Checks that a method has the models that it needs, and no others.
+    """Check that a method has the models that it needs, and no others.
 
     Args:
         method: Which.
@@ -174,7 +171,7 @@ def check_method(
         independent: Where the independent new model is.
         weights: The loss's weights.
         label_smoothing: Of the cross entropies.
-        tested: Whether the result is evaluated.
+        tested: True if the result is evaluated.
 
     Raises:
         ConfigError: If a model is missing or not needed, or a weight cannot be used.
@@ -211,8 +208,8 @@ class CompatibleBackboneConfig:
     """Train an image backbone on labelled images: independent of others, or compatible with an old one.
 
     Writes ``model/`` (load it with ``xbt.CompatibleBackbone.from_pretrained``), ``result.json`` and, if there
-    are test images, ``report.md`` to the output directory. The vectors of other models that it learns from
-    are kept in ``vectors/``.
+    are test images, ``report.md`` to the output directory. The vectors of the other models are
+    cached in ``vectors/``.
     """
 
     method: Method
@@ -222,14 +219,13 @@ class CompatibleBackboneConfig:
     data: LabelledSource
     """The training images."""
     output_dir: str
-    """Where everything goes."""
+    """Output directory of the run."""
     test: LabelledSource | None = None
-    """Images to measure retrieval on; classes that the old model never saw belong to them."""
+    """Images for the retrieval test, with classes that the old model never saw."""
     old: str | None = None
     """The trained backbone to be compatible with: the model/ of its run, or a Hub repository."""
     independent: str | None = None
-    """The independent new model, trained on the same data: what bt2 learns from, and what gain and tax are
-    measured against."""
+    """The independent new model, trained on the same data: teacher of bt2, and baseline of gain and tax."""
     pretrained: bool = False
     """Start from the architecture's published weights instead of random ones."""
     new_dim: int = 128
@@ -238,39 +234,39 @@ class CompatibleBackboneConfig:
     """Dimensions added to the larger of new_dim and the old model's (bt2), to the old model's (oca) or to
     new_dim (bct); by default 32, 32 and 0."""
     scale: float = 2.0
-    """BT²'s scale C: how much the new model's features count among new vectors."""
+    """Scale C of BT²: weight of the new model's features in new vectors."""
     orthogonal: bool = True
-    """Whether oca has its orthogonal layer before the classifier."""
+    """Give oca its orthogonal layer before the classifier."""
     orthogonal_map: Literal["matrix_exp", "cayley", "householder"] = "matrix_exp"
-    """How bt2's and oca's orthogonal matrices are parametrised; matrix_exp is the authors', cayley many times
-    faster on a CPU."""
+    """Parametrisation of the orthogonal matrices of bt2 and oca: matrix_exp is that of the authors, cayley is
+    many times faster on a CPU."""
     weights: LossWeights = field(default_factory=LossWeights)
     """Weights of the parts of the loss; by default those of the method's authors."""
     label_smoothing: float = 0.1
     """Label smoothing of independent, bct and oca; bt2 has none."""
     preprocessing: ImagePreprocessing = field(default_factory=ImagePreprocessing)
-    """How images become pixels, and how they are augmented."""
+    """Preprocessing and augmentation of images."""
     training: BackboneTraining = field(default_factory=lambda: BackboneTraining(epochs=100, warmup_epochs=5))
-    """How to train; nothing is held out, so that eval_every has no effect."""
+    """Settings of the training; nothing is held out, so eval_every has no effect."""
     sync_batchnorm: bool = True
-    """Let batch norm see the whole batch when several GPUs split it; on a CPU a process sees its own part."""
+    """Synchronise batch norm over GPUs; on CPUs each process uses the statistics of its share."""
     embed_batch_size: int = 128
-    """Images per forward pass of the models that it learns from and is measured against."""
+    """Images per forward pass of the old and the independent model."""
     overwrite: bool = False
-    """Start afresh in an output directory that holds another run."""
+    """Replace another run in the output directory."""
 
     def __post_init__(self) -> None:
-        """Checks the values.
+        """Check the values.
 
         Raises:
             ConfigError: If one cannot be used, or the method lacks a model or is given one too many.
         """
         if not self.output_dir.strip():
-            raise ConfigError("--output_dir is missing; say where everything goes")
-        for name, least in (("new_dim", 1), ("extra_dims", 0), ("embed_batch_size", 1)):
+            raise ConfigError("--output_dir is missing; name a directory")
+        for name, minimum in (("new_dim", 1), ("extra_dims", 0), ("embed_batch_size", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"--{name} must be at least {least}, got {value}")
+            if value is not None and value < minimum:
+                raise ConfigError(f"--{name} must be at least {minimum}, got {value}")
         check_method(
             self.method, self.old, self.independent, self.weights, self.label_smoothing, self.test is not None
         )

@@ -36,25 +36,25 @@ class TextProjectionConfig(Stage1Options):
     """
 
     old: str | None = None
-    """The encoder that embedded the gallery, such as open_clip:ViT-B-32-quickgelu/openai."""
+    """The encoder of the gallery, such as open_clip:ViT-B-32-quickgelu/openai."""
     new: str | None = None
-    """The encoder that will query it, such as transformers:openai/clip-vit-large-patch14."""
+    """The new encoder for queries, such as transformers:openai/clip-vit-large-patch14."""
     captions: CaptionSource | None = None
-    """The text corpus, which both encoders embed first, or ..."""
+    """The text corpus, embedded by both encoders. Alternatively, give old_store and new_store."""
     output_dir: str = ""
-    """Where everything goes."""
+    """Output directory of the run."""
     training: TrainArgs = field(default_factory=lambda: TrainArgs(**STAGE1_SCHEDULE.common()))
-    """How to train."""
+    """Settings of the training."""
     held_out: int = STAGE1_SCHEDULE.held_out
     """Captions held out to choose the best step; at most a fifth of the corpus is taken."""
     encode_batch_size: int = 256
     """Captions per forward pass of the text towers."""
     old_store: str | None = None
-    """... a directory where recipes/embed.py has put a corpus under the old encoder, and ..."""
+    """A directory of recipes/embed.py with a corpus under the old encoder."""
     new_store: str | None = None
-    """... one with the same corpus under the new encoder: in place of old, new and captions."""
+    """The same corpus under the new encoder; old_store and new_store replace old, new and captions."""
     overwrite: bool = False
-    """Start again in an output directory that holds another run."""
+    """Replace another run in the output directory."""
 
     flag: ClassVar[str] = "--"
 
@@ -73,7 +73,7 @@ class TextProjectionConfig(Stage1Options):
 
     def _check_texts(self) -> None:
         if not self.output_dir.strip():
-            raise ConfigError("--output_dir is missing; say where everything goes")
+            raise ConfigError("--output_dir is missing; name a directory")
         ways = [{name: getattr(self, name) for name in way} for way in (_ENCODED, _STORED)]
         given = [[f"--{name}" for name, value in way.items() if value is not None] for way in ways]
         lacking = [[f"--{name}" for name, value in way.items() if value is None] for way in ways]

@@ -135,7 +135,7 @@ def test_in_markdown():
     values = [Expectation("old/old", "a|b", {"R@1": 30.64, "R@5": 56.0}), expected("new/new")]
     lines = format_markdown(check_report(report(), PROTOCOLS["coco_1k"], values, "a", "b")).splitlines()
     assert (
-        "- R@k in percent over 5,000 images and 25,010 texts, mean over 5 folds of so many, the first 5 "
+        "- R@k in percent over 5,000 images and 25,010 texts per fold, mean over 5 folds, the first 5 "
         "captions of every image (protocol coco_1k)"
     ) in lines
     assert lines[-6:] == [
