@@ -27,7 +27,8 @@ from xbt.projections import (
 )
 from xbt.projections.combinations import _MODES, Adaptive, Linear, Nlerp, Slerp
 from xbt.projections.forward import ForwardMap
-from xbt.serve import export_onnx, onnx_export
+from xbt.serve import export_onnx
+from xbt.serve import onnx as onnx_export
 from xbt.serve.onnx import CONTRACT
 from xbt.space import EmbeddingSpace
 

@@ -20,7 +20,7 @@ from xbt.training import (
     LossWeights,
     train_compatible_backbone,
 )
-from xbt.training import teachers as teachers_module
+from xbt.training import backbone as teachers_module
 from xbt.training.loop import TrainingLoop
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")

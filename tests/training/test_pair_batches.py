@@ -7,7 +7,7 @@ from xbt.batches import Draw
 from xbt.data import make_scenes
 from xbt.encoders import load_encoder
 from xbt.store import EmbeddingStore
-from xbt.training import pair_batches
+from xbt.training import batches
 from xbt.training.batches import PairBatches
 
 pytestmark = pytest.mark.filterwarnings("ignore::xbt.errors.TruncationWarning")
@@ -46,7 +46,7 @@ def test_pixels_are_preprocessed_once_where_they_fit(encoder, monkeypatch, cache
     pairs, count = make_scenes(10), []
     original = encoder.preprocess
     expected = torch.stack([original(pairs.image(row)) for row in range(10)])
-    monkeypatch.setattr(pair_batches, "CACHE_BYTES", cache_rows * expected[0].nbytes)
+    monkeypatch.setattr(batches, "CACHE_BYTES", cache_rows * expected[0].nbytes)
     monkeypatch.setattr(encoder, "preprocess", lambda image: count.append(1) or original(image))
     dataset = PairBatches(pairs, encoder, seed=0)
     for step in range(2):
@@ -59,7 +59,7 @@ def test_captions_beyond_the_cache_are_tokenised_as_they_come(encoder, monkeypat
     pairs = make_scenes(10)
     expected = encoder.tokenize(pairs.texts)
     recwarn.clear()
-    monkeypatch.setattr(pair_batches, "TOKEN_CACHE_BYTES", cache_rows * encoder.context_length * 4)
+    monkeypatch.setattr(batches, "TOKEN_CACHE_BYTES", cache_rows * encoder.context_length * 4)
     dataset = PairBatches(pairs, encoder, seed=0, per_text={"row": torch.arange(len(pairs.texts))})
     assert len(dataset._tokens) == min(max(cache_rows, 1), len(pairs.texts))
     assert dataset._tokens.dtype == torch.int32
