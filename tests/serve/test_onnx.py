@@ -57,7 +57,7 @@ PROJECTIONS = {
     "bt2": lambda: head("bt2", BT2),
     "bt2, whole": lambda: head("bt2", BT2, "full", 24),
     "oca": lambda: head("oca", {"old_dim": 16, "extra_dims": 4}),
-    "forward": lambda: ForwardMap.starting_at(torch.randn(16, 24), 0, 12, 0).eval(),
+    "forward": lambda: ForwardMap.from_linear(torch.randn(16, 24), 0, 12, 0).eval(),
     "bct": lambda: head("bct", {"new_dim": 20, "old_dim": 16}),
 }
 COMBINATIONS = [
