@@ -28,7 +28,7 @@ from xbt.projections import (
 from xbt.projections.combinations import _MODES, Adaptive, Linear, Nlerp, Slerp
 from xbt.projections.forward import ForwardMap
 from xbt.serve import export_onnx
-from xbt.serve import onnx as onnx_export
+from xbt.serve import onnx as onnx_job
 from xbt.serve.onnx import CONTRACT
 from xbt.space import EmbeddingSpace
 
@@ -208,14 +208,14 @@ def test_nothing_is_warned_of_and_nothing_printed(tmp_path, capfd):
 
 def test_a_model_that_differs_is_not_written(tmp_path, monkeypatch):
     projection = linear()
-    traced = onnx_export._traced
+    traced = onnx_job._traced
 
     def wrong(graph, *rest):
         program = traced(graph, *rest)
         graph.map.bias = torch.nn.Parameter(graph.map.bias + 1)  # what torch gives is another now
         return program
 
-    monkeypatch.setattr(onnx_export, "_traced", wrong)
+    monkeypatch.setattr(onnx_job, "_traced", wrong)
     with pytest.raises(
         XbtError, match=r"the ONNX model of a linear projection differs from torch by .* rows"
     ):

@@ -105,7 +105,7 @@ def test_a_finished_store_is_found_finished(tmp_path, space, other_space, unit_r
         (
             builder_at(tmp_path, space, dtype="float32"),
             StoreError,
-            r"dtype 'float16', but 'float32' is to be",
+            r"dtype 'float16', but the new vectors are 'float32'",
         ),
     ):
         with pytest.raises(error, match=words):
