@@ -135,7 +135,7 @@ def _read_yaml(file: str, config_class: type[Any]) -> str:
         plain = _plain({} if parsed is None else parsed, config_class, "", file)
         if not isinstance(plain, dict):
             raise ConfigError(f"--config {file} holds no settings; write key: value on each line")
-        return yaml.dump(plain, Dumper=_QuotingDumper, width=sys.maxsize)
+        return yaml.dump(plain, Dumper=_QuotingDumper, width=sys.maxsize, sort_keys=False)
     except XbtError:
         raise
     except RecursionError as error:

@@ -299,11 +299,14 @@ def _probe(data: Mapping[str, Any], dim: int) -> Tensor | None:
     if encoded is None or data.get("probe_version") != PROBE_VERSION:
         return None
     try:
-        values = np.frombuffer(base64.b64decode(encoded), dtype="<f2").astype(np.float32).reshape(-1, dim)
+        decoded = base64.b64decode(encoded, validate=True)
+        values = np.frombuffer(decoded, dtype="<f2").astype(np.float32).reshape(-1, dim)
     except (TypeError, ValueError) as error:  # not text, not base64, not fp16, or not rows of dim
         raise DataError(f"the probe of a space is damaged ({error}); save the space again") from error
-    if not np.isfinite(values).all():
-        raise DataError("the probe of a space holds NaN or infinite values; save the space again")
+    if not len(values) or not np.isfinite(values).all():
+        raise DataError(
+            "the probe of a space is empty or not finite; save the space again"
+        )
     return torch.from_numpy(values)
 
 

@@ -1,4 +1,4 @@
-"""Writers that end at one chosen step: killed, refused, or out of room on the disk."""
+"""Writers that end at one chosen step: killed, refused, or out of disk space."""
 
 from __future__ import annotations
 

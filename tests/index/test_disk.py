@@ -38,7 +38,7 @@ def test_what_was_added_is_found_by_whoever_opens_it(gallery):
         np.testing.assert_array_equal(each.vectors(["image-0009", "image-0002"]), unit(50, 16)[[9, 2]])
 
 
-def test_half_precision_is_searched_as_it_stands_on_disk(tmp_path):
+def test_half_precision_is_searched_as_it_is_on_disk(tmp_path):
     gallery = Gallery.create(tmp_path / "g", space=make_space())
     gallery.add(unit(50, 16), names(50))
     stored = unit(50, 16).half().float()

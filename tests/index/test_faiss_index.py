@@ -90,7 +90,7 @@ def test_removed_items_are_never_found_and_later_ones_are(tmp_path, index):
         exact = brute_force(np.stack(list(items.values())), list(items), unit(20, DIM, seed=1), 10)[0]
         assert not set(near) & {name for row in found.ids for name in row}
         assert recall(found.ids, exact) == 1 if index.startswith("IVF") else recall(found.ids, exact) > 0.97
-    # Most of it is removed: the index is made anew.
+    # Most rows are removed: the index is made again.
     gallery.remove(list(items)[: len(items) - 1000])
     items = dict(list(items.items())[-1000:])
     assert_finds(gallery, items, unit(5, DIM, seed=2), 10)
@@ -182,7 +182,7 @@ def test_an_index_is_kept_on_disk(tmp_path, trained):
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_a_damaged_or_missing_index_is_made_anew(tmp_path, trained, mmap):
+def test_a_damaged_or_missing_index_is_made_again(tmp_path, trained, mmap):
     gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
     items = as_items(unit(N, DIM), names(N))
     gallery.prepare()

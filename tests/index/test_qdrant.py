@@ -440,7 +440,7 @@ def test_a_server_that_is_not_there_and_a_folder_in_use(tmp_path, old_space):
         len(made)
 
 
-def test_without_the_client_one_is_told_how_to_get_it(monkeypatch, old_space):
+def test_a_missing_client_is_refused_with_a_hint(monkeypatch, old_space):
     monkeypatch.setitem(sys.modules, "qdrant_client", None)
     with pytest.raises(ConfigError, match=r"qdrant_client is not installed, .* pip install 'xbt\[serve\]'"):
         QdrantIndex.create(":memory:", "photos", space=old_space)

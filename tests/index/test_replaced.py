@@ -42,7 +42,7 @@ def rebuild(path, how="move"):
 
 @pytest.mark.parametrize("how", ["move", "copy"])
 @pytest.mark.parametrize("warm", [True, False])
-def test_a_reader_of_a_gallery_that_was_replaced_begins_anew(gallery, how, warm):
+def test_a_reader_of_a_gallery_that_was_replaced_begins_again(gallery, how, warm):
     reader = Gallery.open(gallery.path, read_only=True)
     if warm:
         reader.prepare()
@@ -203,7 +203,7 @@ def make_store(path, rows, ids=None):
 ANOTHER = r"the store at .*s is not the one that the gallery at .*g was made of: its first 4 rows are others"
 
 
-def test_a_store_that_was_written_anew_is_refused(tmp_path):
+def test_a_store_that_was_written_again_is_refused(tmp_path):
     make_store(tmp_path / "s", [0, 1, 2, 3])
     gallery = Gallery.create(tmp_path / "g", store=tmp_path / "s")
     gallery.remove(["image-0001"])
@@ -241,7 +241,7 @@ def test_a_store_that_grows_while_the_gallery_is_open_stays_readable(tmp_path):
 
 
 @pytest.mark.parametrize("with_ids", [True, False])
-def test_a_clip_retrieval_folder_that_was_written_anew_is_refused(tmp_path, with_ids):
+def test_a_clip_retrieval_folder_that_was_written_again_is_refused(tmp_path, with_ids):
     import pandas as pd
 
     def write(rows, number=0):

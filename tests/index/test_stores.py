@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from galleries import as_items, assert_finds, make_space, names, unit
 
-from xbt.errors import DataError, SpaceMismatchError, StoreError
+from xbt.errors import SpaceMismatchError, StoreError
 from xbt.index import Gallery
 from xbt.store import EmbeddingStore
 
@@ -60,7 +60,7 @@ def test_a_clip_retrieval_folder_is_searched_where_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "what"), [(np.nan, "NaN"), (np.inf, "NaN"), (3.0, "length 3"), (0.0, "length 0")]
+    ("value", "what"), [(np.nan, "NaN"), (np.inf, "NaN"), (3.0, "not of length 1"), (0.0, "not of length 1")]
 )
 def test_rows_that_cannot_be_searched_rightly_are_refused_by_file_and_row(tmp_path, value, what):
     (tmp_path / "cr" / "img_emb").mkdir(parents=True)
@@ -69,7 +69,7 @@ def test_rows_that_cannot_be_searched_rightly_are_refused_by_file_and_row(tmp_pa
     rows[17, 0] = value
     for number in range(2):
         np.save(tmp_path / "cr" / "img_emb" / f"img_emb_{number}.npy", rows[10 * number : 10 * number + 10])
-    with pytest.raises(DataError, match=rf"img_emb_1\.npy has .*{what}.* in row 7"):
+    with pytest.raises(StoreError, match=rf"img_emb_1\.npy .*{what}.* row 7"):
         Gallery.create(tmp_path / "g", store=tmp_path / "cr", space=make_space())
     assert not (tmp_path / "g").exists()
 

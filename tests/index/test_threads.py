@@ -13,7 +13,7 @@ from xbt.index import Gallery, faiss_index
 
 @pytest.fixture(params=["Flat", "IVF2,Flat"])
 def gallery(tmp_path, request, monkeypatch):
-    """An exact one, and one with an index that is made anew all the time, and finds everything."""
+    """An exact gallery, and one whose index is made again all the time and finds everything."""
     monkeypatch.setattr(faiss_index, "ROWS_PER_CENTROID", 10)
     monkeypatch.setattr(faiss_index, "LEAST_TAIL", 5)
     tuning = "" if request.param == "Flat" else "nprobe=2"

@@ -94,7 +94,7 @@ def test_finds_that_one_side_is_useless():
 def test_adaptive_sees_which_query_is_sure():
     """Half of the queries are good under the old model alone, half under the new one alone.
 
-    Images come in subjects, so that a good query stands out without its own image, too.
+    Images come in subjects, so that a good query is visible without its own image, too.
     """
     torch.manual_seed(1)
     pairs, _ = world(300, 2, 0.6, 0.6, dims=(24, 24))
@@ -112,23 +112,23 @@ def test_adaptive_sees_which_query_is_sure():
     assert fit.ensemble.tensors("T2I")["reference"].shape == (300, 24), "the whole gallery is deployed"
 
 
-def test_confidence_is_told_without_the_answers():
+def test_confidence_leaves_the_answers_out():
     """As in use: with its answer among the reference, a query that finds it would look sure of itself."""
     pairs, projection = world(60, 3)
     fold_of = np.arange(60) % 4
     for direction in pairs.directions:
         new = unit(projected_queries(projection, pairs, direction))
-        told = confidence_by_folds(pairs, direction, new, fold_of)
+        confidences = confidence_by_folds(pairs, direction, new, fold_of)
         some = torch.arange(len(new)) % 3 == 0
         part = confidence_by_folds(pairs, direction, new, fold_of, rows=some)
-        assert torch.equal(part, torch.where(some[:, None], told, 0.0))
+        assert torch.equal(part, torch.where(some[:, None], confidences, 0.0))
         for query in range(0, len(new), 7):
             answers = pairs.positives(direction)[query]
             image = answers[0] if direction == "T2I" else query
             of_item = torch.arange(60) if direction == "T2I" else pairs.image_of_text
             others = pairs.gallery(direction)[torch.from_numpy(fold_of)[of_item] != fold_of[image]]
-            torch.testing.assert_close(told[[query]], confidence(new[[query]], others))
-    # What the deployed ensemble would do to the pairs' own gallery is not what the candidates are told.
+            torch.testing.assert_close(confidences[[query]], confidence(new[[query]], others))
+    # What the deployed ensemble would do to the pairs' own gallery is not what the candidates see.
     only = [Adaptive(0, 0, 1.0)]
     honest = fit_ensemble(pairs, projection, candidates=only).best("T2I").score
     own = {direction: pairs.gallery(direction) for direction in pairs.directions}

@@ -243,7 +243,7 @@ def test_other_wrong_input(tmp_path, upgraded, monkeypatch):
         export_onnx(upgraded, tmp_path / "query.onnx", ensemble=QueryEnsemble.midpoint(16))
     with pytest.raises(ConfigError, match="give a Projection or a CompatibleEncoder to export, not a str"):
         export_onnx("projection", tmp_path / "query.onnx")
-    with pytest.raises(ConfigError, match="takes 3-d side information beside the vectors"):
+    with pytest.raises(ConfigError, match="the map needs 3-d side information"):
         export_onnx(ForwardMap(24, 16, side_dim=3), tmp_path / "query.onnx")
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot be written"):

@@ -300,7 +300,7 @@ def test_models_and_data_that_do_not_fit(world, tmp_path):
     with pytest.raises(SavedPartError, match="nowhere"):
         train_compatible_backbone(settings(world, "run", "oca", out=tmp_path, old=str(tmp_path / "nowhere")))
     with pytest.raises(
-        DataError, match=r"--independent .*old/model has 3 classes, but --data has 6; they must"
+        DataError, match=r"--independent .*old/model has 3 classes, but --data has 6; give both the same"
     ):
         train_compatible_backbone(
             settings(world, "run", "bt2", out=tmp_path, independent=str(world / "old/model"))

@@ -103,7 +103,7 @@ def _needs_it(part: Part) -> bool:
 
 
 def _is_written_again(part: Part, segment: Segment, again: bool) -> bool:
-    """Whether a segment goes, since its rows that are searched are in new ones, or there are none."""
+    """Check that a segment can go: its live rows are rewritten elsewhere, or it has none."""
     return (segment.own and again) or (not segment.own and not len(_live_rows(part, segment)))
 
 

@@ -332,7 +332,7 @@ class StoreSegment:
 
 
 def _begins_with(shards: Iterable[ShardRecord], known: Iterable[ShardRecord]) -> bool:
-    """Whether a store has the shards that were known, and perhaps more after them."""
+    """Check that a store still begins with the known shards; more may follow."""
     before = [_files_of(shard) for shard in known]
     return [_files_of(shard) for shard in islice(shards, len(before))] == before
 

@@ -8,8 +8,8 @@ With u the unit old query, v the unit projected new one and a the projected new 
     linear    q ∝ (1−β) u + β v + A u + B v
 
 The first three are from "SLERP for backward-compatible multimodal retrieval" (arXiv 2609.39836), where
-c = 0; the confidence term and the linear rule are ours. ``conf`` is how far the best score of a query against
-a sample of the gallery stands out, (highest − mean) / standard deviation.
+c = 0; the confidence term and the linear rule are ours. ``conf`` measures the lead of a query's best
+score against a sample of the gallery: (highest − mean) / standard deviation.
 
 The paper's text normalises v before its slerp. Its released code pads the gallery with zeros to the new
 dimension and rotates with a square matrix, so that a, shorter than one, is what the old space sees of a unit

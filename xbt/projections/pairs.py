@@ -24,9 +24,9 @@ class Searched(NamedTuple):
     """What the queries of a direction are searched in, prepared for ranking.
 
     Attributes:
-        rows: (u, old_dim) the different rows of the gallery.
+        rows: (u, old_dim) the distinct rows of the gallery.
         row_of_item: (m,) int64, the row of every gallery item.
-        copies: (u,) int64, how many items each row has.
+        copies: (u,) int64, number of items of each row.
         answers: (n_queries, most answers) int64 gallery items, filled up with -1.
     """
 
