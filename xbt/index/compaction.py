@@ -114,7 +114,7 @@ def _live_rows(part: Part, segment: Segment) -> NDArray[np.int64]:
 
 
 def _changes(part: Part, segment: Segment) -> list[Change]:
-    """The masked rows of a segment that stays."""
+    """List the masked rows of a segment that is kept."""
     rows = part.numbers_of(segment)
     removed = part.removed[rows]
     kinds = (removed, False), (part.masked[rows] & ~removed, True)

@@ -1,15 +1,15 @@
-"""Approximate indexes of FAISS: which one, how it is made, kept on disk and kept up to date.
+"""Approximate FAISS indexes: kinds, training, files and updates.
 
-FAISS is imported when the first index is made and not before: torch and faiss-cpu in one process abort on
-macOS when both load OpenMP at import.
+FAISS is imported only when the first index is made: torch and faiss-cpu in one process abort on macOS when
+both load OpenMP at import.
 
-The files of an index are a cache beside the vectors, from which it can be made again at any time:
+The files of an index are a cache. They can be rebuilt from the vectors at any time:
 
-    index/<part>.json            what was indexed, and which files hold it; written last
-    index/<part>-<token>.faiss   FAISS's own file
+    index/<part>.json            indexed segments and file names; written last
+    index/<part>-<token>.faiss   file of FAISS
     index/<part>-<token>.rows    row numbers of its entries, int64
 
-Files are never changed: a new index has new ones, and a process that has mapped the old ones keeps them.
+Files never change: a new index gets new files, and a process that has mapped the old files keeps them.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ from xbt.index.exact_search import BLOCK_NUMBERS, MISSING, ExactRows, Gather
 from xbt.store.layout import read_record
 
 EXACT = "Flat"
-"""The index that is none: every row is compared."""
+"""Exact search without an approximate index: every row is compared."""
 FOLDER = "index"
 ROWS_PER_CENTROID = 39
-"""Below this many rows per centroid FAISS warns that k-means has too few; then rows are searched exactly."""
+"""Minimum rows per centroid. FAISS warns below it that k-means has too few, so search stays exact."""
 OPQ_CENTROIDS = 256
-"""Centroids of the quantiser with which FAISS learns OPQ's rotation, whatever the codes are."""
+"""Centroids of the quantiser that FAISS uses to learn the OPQ rotation, for any kind of code."""
 COARSE_PROPOSALS = 4
-"""Rows that an index of compressed vectors proposes for each one wanted."""
+"""Proposals per requested row for an index of compressed vectors."""
 TRAINING_ROWS_PER_CENTROID = 256
-"""FAISS's k-means takes no more than this many rows per centroid."""
+"""Maximum rows per centroid that FAISS uses in k-means."""
 TRAINING_ROWS = 65_536
-"""Rows that are used at most to train anything else, such as a scalar quantiser."""
+"""Maximum rows to train anything else, such as a scalar quantiser."""
 ROWS_AT_ONCE = 65_536
-"""Rows that are read and added at once."""
+"""Rows read and added at once."""
 MOST_PROPOSED = 16_384
-"""Rows that an index is asked for at most, to find enough that are not masked."""
+"""Maximum rows to request from an index in order to find enough unmasked ones."""
 LEAST_TAIL = 10_000
-"""Rows that may have come since an approximate index was made, and are searched exactly beside it."""
+"""Tail of newer rows, searched exactly, up to which an approximate index is never rebuilt."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """Kind of index that a gallery has.
+    """Kind of index of a gallery.
 
     Attributes:
-        factory: A string of FAISS's ``index_factory``, such as ``"Flat"``, ``"IVF1024,Flat"``,
-            ``"HNSW32"`` or ``"IVF4096,PQ64"``.
-        tuning: Search parameters as FAISS's ``ParameterSpace`` reads them, such as ``"nprobe=64"`` or
-            ``"efSearch=128"``. Empty, an inverted file looks into √n of its n lists, and everything else is
-            left as FAISS has it.
+        factory: A FAISS ``index_factory`` string such as ``"Flat"``, ``"IVF1024,Flat"``, ``"HNSW32"`` or
+            ``"IVF4096,PQ64"``.
+        tuning: Search parameters for the FAISS ``ParameterSpace``, such as ``"nprobe=64"`` or
+            ``"efSearch=128"``. If empty, an inverted file probes √n of its n lists, and all other parameters
+            keep the defaults of FAISS.
     """
 
     factory: str = EXACT
@@ -75,19 +75,19 @@ class IndexPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether every row is compared."""
+        """``True`` if every row is compared."""
         return self.factory == EXACT
 
     @property
     def proposals(self) -> int:
-        """Rows that are proposed for each one wanted: more where codes are coarse and proposals uncertain."""
+        """Proposals per requested row: more for coarse codes, whose proposals are uncertain."""
         return COARSE_PROPOSALS if re.search("PQ|SQ|LSH|RQ|PCA", self.factory) else 1
 
     def check(self, dim: int) -> None:
-        """Refuse an index that FAISS does not know; for ``"Flat"`` FAISS is not even imported.
+        """Refuse an index that FAISS does not know. ``"Flat"`` does not import FAISS.
 
         Raises:
-            ConfigError: If the string or the tuning cannot be used; the message quotes FAISS.
+            ConfigError: If the string or the tuning is invalid. The message quotes FAISS.
         """
         if not self.exact:
             self.make(dim)
@@ -106,7 +106,7 @@ class IndexPlan:
         """Refuse an index that cannot be mapped from disk.
 
         Raises:
-            ConfigError: If it is no inverted file.
+            ConfigError: If it is not an inverted file.
         """
         import faiss
 
@@ -120,7 +120,7 @@ class IndexPlan:
         """Make an empty index.
 
         Raises:
-            ConfigError: If the string or the tuning cannot be used.
+            ConfigError: If the string or the tuning is invalid.
         """
         import faiss
 
@@ -138,7 +138,7 @@ class IndexPlan:
         """Set the search parameters of an index.
 
         Raises:
-            ConfigError: If FAISS does not know one of them for this index.
+            ConfigError: If FAISS rejects a parameter for this index.
         """
         import faiss
 
@@ -156,14 +156,14 @@ class IndexPlan:
                 ) from error
 
     def fewest_rows(self, dim: int) -> int:
-        """Rows from which on the index is worth making, and can be trained; fewer are searched exactly."""
+        """Compute the minimum number of rows to train the index. Fewer rows are searched exactly."""
         index = self.make(dim)
         centroids = max(_largest_codebook(index), OPQ_CENTROIDS if "OPQ" in self.factory else 1)
         return 1 if index.is_trained else max(dim, ROWS_PER_CENTROID * centroids)
 
 
 def _largest_codebook(index: Any) -> int:
-    """Centroids of the largest codebook that an index learns by k-means; 1 if it learns none."""
+    """Count the centroids of the largest codebook learned by k-means; 1 if there is none."""
     import faiss
 
     ivf = faiss.try_extract_index_ivf(index)
@@ -176,19 +176,19 @@ def _largest_codebook(index: Any) -> int:
 
 
 def _said(error: RuntimeError) -> str:
-    """The end of FAISS's message, without the place in its source."""
+    """Strip the source location from a FAISS message."""
     return str(error).rstrip().rsplit(": ", maxsplit=1)[-1]
 
 
 @dataclass(frozen=True)
 class ApproximateIndex:
-    """An index over some of a part's rows; immutable, so that many threads may search it.
+    """Index of some rows of a part. It is immutable, so many threads may search it.
 
     Attributes:
-        index: FAISS's.
+        index: FAISS index.
         rows: (n,) int64 row numbers of its entries, ascending.
-        upto: The row before which the rows end that it was made from; later ones are not in it.
-        proposals: Rows to ask for, for each one wanted.
+        upto: Number of rows of the part when the index was made. Later rows are not in it.
+        proposals: Proposals per requested row.
     """
 
     index: Any
@@ -199,16 +199,16 @@ class ApproximateIndex:
     def propose(
         self, queries: NDArray[np.float32], wanted: int, masked: NDArray[np.bool_]
     ) -> NDArray[np.int64]:
-        """Rows that are likely to be the best.
+        """Propose the rows that are likely to score best.
 
         Args:
             queries: (n, dim).
-            wanted: Rows a query.
-            masked: (m,) bool by row number: rows that are not to be found.
+            wanted: Rows per query.
+            masked: (m,) bool by row number: rows to exclude.
 
         Returns:
-            (n, wanted) row numbers, none twice, in the index's order;
-            :data:`~xbt.index.exact_search.MISSING` where it has found fewer.
+            (n, wanted) unique row numbers in the order of the index, padded with
+            :data:`~xbt.index.exact_search.MISSING` if it finds fewer.
         """
         fetched = min(wanted, len(self.rows))
         while True:
@@ -217,7 +217,7 @@ class ApproximateIndex:
             rows = np.where(known, self.rows[np.where(known, places, 0)], MISSING)
             rows[(rows >= 0) & masked[rows]] = MISSING
             enough = (rows >= 0).sum(axis=1) >= wanted
-            # An inverted file that gives less than it is asked for has no more in the lists it looks into.
+            # An inverted file that returns fewer rows than requested has no more in the lists it probes.
             if fetched >= min(len(self.rows), MOST_PROPOSED) or (enough | (places[:, -1] < 0)).all():
                 break
             fetched = min(4 * fetched, len(self.rows), MOST_PROPOSED)
@@ -227,20 +227,17 @@ class ApproximateIndex:
 
 
 def train(plan: IndexPlan, dim: int, rows: NDArray[np.int64], upto: int, gather: Gather) -> ApproximateIndex:
-    """Make an index of rows, trained on an even sample of them.
+    """Make an index of rows, trained on an evenly spaced sample.
 
     Args:
         plan: Kind of index.
         dim: Dimension of the vectors.
         rows: (n,) row numbers, ascending; at least :meth:`IndexPlan.fewest_rows`.
         upto: See :class:`ApproximateIndex`.
-        gather: Gives rows' vectors.
-
-    Returns:
-        The index.
+        gather: Function that reads vectors by row number.
 
     Raises:
-        StoreError: If rows cannot be read, or FAISS cannot make the index of them.
+        StoreError: If rows cannot be read, or FAISS cannot make the index.
     """
     index = plan.make(dim)
     try:
@@ -259,15 +256,15 @@ def train(plan: IndexPlan, dim: int, rows: NDArray[np.int64], upto: int, gather:
 
 @dataclass(frozen=True)
 class IndexCache:
-    """Files of one part's index.
+    """Files of the index of one part.
 
     Attributes:
-        folder: The gallery's folder ``index/``.
-        part: The part's name, which is part of file names.
+        folder: Folder ``index/`` of the gallery.
+        part: Name of the part, used in file names.
         plan: Kind of index.
-        segments_now: Gives the names of the part's segments as they are on disk at the moment.
-        mmap: Whether the index is mapped rather than read; inverted files only.
-        read_only: Whether nothing may be written.
+        segments_now: Function that reads the current segment names of the part from disk.
+        mmap: Whether to map the index instead of reading it; inverted files only.
+        read_only: Whether to refuse every write.
     """
 
     folder: Path
@@ -278,7 +275,7 @@ class IndexCache:
     read_only: bool = False
 
     def load(self, segments: list[str], count: int, dim: int) -> ApproximateIndex | None:
-        """Read the index, if there is one of these rows.
+        """Read the index if it matches these rows.
 
         Args:
             segments: Names of the part's segments.
@@ -286,8 +283,8 @@ class IndexCache:
             dim: Dimension of their vectors.
 
         Returns:
-            The index; ``None`` if there is none, it is of other rows or another kind, or it is damaged: it
-            can be made again.
+            The index; ``None`` if it is missing, damaged, of another kind or of other rows. It can be made
+            again.
         """
         record = self._record()
         if record is None:
@@ -298,24 +295,23 @@ class IndexCache:
             if faults := self.faults():
                 raise StoreError(faults[0])
             return self._read(record, dim)
-        # A file that was altered can make FAISS raise almost anything; it is a cache, and is made again.
+        # An altered file can make FAISS raise almost anything. The index is only a cache: make it again.
         except (XbtError, LookupError, TypeError, AttributeError, OSError, ValueError, ArithmeticError,
                 RuntimeError, MemoryError) as error:  # fmt: skip
             _log.warning("the index in %s is made again: %s", self.folder, error)
             return None
 
     def save(self, made: ApproximateIndex, segments: list[str]) -> bool:
-        """Write an index, and remove the files of the one before.
+        """Write an index, and remove the files of the previous one.
 
-        A search makes an index that is missing, without the right to write to the gallery. So an index is not
-        kept if another process writes one at the same moment, if its rows are no longer the gallery's, or if
-        a newer one is there.
+        A search makes a missing index without holding the write lock of the gallery. The index is therefore
+        discarded if another process is writing one, if its rows are outdated, or if a newer index exists.
 
         Returns:
             Whether it was written.
 
         Raises:
-            StoreError: If the disk is full or may not be written to.
+            StoreError: If the disk is full or not writable.
         """
         if self.folder.is_symlink():
             raise StoreError(f"{self.folder} is a link, which is not followed; put a directory in its place")
@@ -328,13 +324,13 @@ class IndexCache:
         return True
 
     def remove(self) -> None:
-        """Remove the files of a part that is gone; failures are left to the next time."""
+        """Remove the files of a deleted part."""
         for path in () if self.folder.is_symlink() else self.folder.glob("*"):
             if re.fullmatch(rf"{self.part}(\.json|-[0-9a-f]{{8}}\.(faiss|rows))", path.name):
                 path.unlink(missing_ok=True)
 
     def faults(self) -> list[str]:
-        """List damage to the files, a sentence each."""
+        """List damage to the files, one sentence per fault."""
         try:
             record = self._record()
             files = {} if record is None else {name: record["files"][name] for name in self._names(record)}
@@ -363,13 +359,13 @@ class IndexCache:
                     failures.append(error)
                     raise
 
-            library: Any = faiss  # FAISS buffers nothing itself, and calls back with what it has
+            library: Any = faiss  # FAISS does not buffer, and passes its data to the callback
             try:
                 library.write_index(made.index, library.PyCallbackIOWriter(write))
             except RuntimeError as error:
                 raise (failures[0] if failures else OSError(errno.EIO, _said(error))) from error
 
-        needed = 4 * made.index.d * len(made.rows)  # about; codes take less, and graphs more
+        needed = 4 * made.index.d * len(made.rows)  # an estimate: codes take less, and graphs more
         files = {
             names["faiss"]: write_whole(self.folder / names["faiss"], needed, write_index),
             names["rows"]: write_bytes(self.folder / names["rows"], made.rows.astype("<i8").tobytes()),
@@ -383,7 +379,7 @@ class IndexCache:
                     path.unlink(missing_ok=True)
 
     def _is_of(self, record: dict[str, Any], segments: list[str]) -> bool:
-        """Whether a record is of this kind of index, and of rows that these segments begin with."""
+        """Check that a record has this kind of index and a prefix of these segments."""
         known: list[str] = record["segments"]
         return bool(record["index"] == self.plan.factory and known == segments[: len(known)])
 
@@ -407,7 +403,7 @@ class IndexCache:
             return None
 
     def _names(self, record: dict[str, Any]) -> tuple[str, str]:
-        """Names of both files; a stranger's record cannot name others."""
+        """Read the names of both files, and refuse any other name in an untrusted record."""
         names = record["faiss"], record["rows"]
         for name, ending in zip(names, ("faiss", "rows"), strict=True):
             if not re.fullmatch(rf"{self.part}-[0-9a-f]{{8}}\.{ending}", name):
@@ -430,7 +426,7 @@ class IndexCache:
 
 
 def _ascend(rows: NDArray[np.int64], upto: int) -> bool:
-    """Whether these are row numbers below a limit, in the order that an index has them."""
+    """Check that row numbers ascend and are below a limit, as in a valid index."""
     return len(rows) == 0 or bool(rows[0] >= 0 and rows[-1] < upto and (np.diff(rows) > 0).all())
 
 
@@ -438,14 +434,14 @@ if os.name == "nt":  # pragma: no cover
 
     @contextmanager
     def _alone(folder: Path) -> Iterator[bool]:
-        yield True  # a directory cannot be locked there
+        yield True  # Windows cannot lock a directory
 
 else:
     import fcntl
 
     @contextmanager
     def _alone(folder: Path) -> Iterator[bool]:
-        """Whether no other process or thread writes an index meanwhile."""
+        """Yield ``True`` if no other process or thread is writing an index."""
         with writing_to(folder, 0):
             handle = os.open(folder, os.O_RDONLY)
         try:
@@ -457,19 +453,19 @@ else:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            return error.errno not in (errno.EAGAIN, errno.EACCES)  # there are file systems without locks
+            return error.errno not in (errno.EAGAIN, errno.EACCES)  # some file systems have no locks
         return True
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Structures with which a part's rows are searched.
+    """Search structures of a part.
 
     Attributes:
-        exact: Rows that are compared one by one; ``None`` if all are to be read from disk, since there are
-            rows enough for an index and none has been made yet.
-        index: The index of all others, if there is one.
-        due: Whether an index is to be made.
+        exact: Rows to compare exactly; ``None`` to read all rows from disk, if there are enough rows for an
+            index and none has been made yet.
+        index: Index of all other rows, if there is one.
+        due: Whether an index needs to be made.
     """
 
     exact: ExactRows | None
@@ -478,16 +474,17 @@ class Kept:
 
 
 class IndexManager:
-    """The rows that are compared one by one, and the index of all others, if there is one.
+    """Exactly compared rows, and the index of all other rows if there is one.
 
-    Without an index all rows are compared. An index is made once there are rows enough to train it, and made
-    again when a quarter of its rows have come since, or half of them are masked. That takes long, so that it
-    is apart: :meth:`made` may run while others search with the structures that :meth:`refreshed` gives.
+    Without an index all rows are compared. An index is made once there are enough rows to train it. It is
+    made again when the newer rows exceed both :data:`LEAST_TAIL` and a quarter of the indexed rows, or when
+    half of the indexed rows are masked. That takes long, so :meth:`made` may run while other threads search
+    with the structures from :meth:`refreshed`.
 
     Args:
         dim: Dimension of the vectors.
         plan: Kind of index.
-        cache: Its files, if it is kept on disk.
+        cache: Files of the index, if it is kept on disk.
     """
 
     def __init__(self, dim: int, plan: IndexPlan, cache: IndexCache | None) -> None:
@@ -496,12 +493,12 @@ class IndexManager:
         self._index: ApproximateIndex | None = None
 
     def refreshed(self, gather: Gather, masked: NDArray[np.bool_], segments: list[str]) -> Kept:
-        """Bring the structures up to date; an index is read from the cache, but never made.
+        """Bring the structures up to date. An index is read from the cache, but never made.
 
         Args:
-            gather: Gives rows' vectors.
-            masked: (n,) bool, of all rows.
-            segments: Names of the segments they are in.
+            gather: Function that reads vectors by row number.
+            masked: (n,) bool mask of all rows.
+            segments: Names of their segments.
 
         Raises:
             StoreError: If rows cannot be read.
@@ -516,7 +513,7 @@ class IndexManager:
         if outdated and self._index is None:
             self._exact, self._loaded = ExactRows(self._dim), 0
             return Kept(None, None, due)
-        # A block at a time, which then is not copied.
+        # Adding whole blocks avoids copies.
         step = max(1, BLOCK_NUMBERS // self._dim)
         rows = np.arange(self._loaded, len(masked))
         rows = rows[~masked[rows]]
@@ -528,9 +525,9 @@ class IndexManager:
         return Kept(self._exact, self._index, due)
 
     def made(self, gather: Gather, masked: NDArray[np.bool_], segments: list[str]) -> ApproximateIndex:
-        """Make an index of rows as they were at some moment, kept on disk if that is wanted.
+        """Make an index of a snapshot of the rows, and save it if there is a writable cache.
 
-        Nothing here is changed by it; :meth:`adopt` does that. The arguments are those of :meth:`refreshed`.
+        This changes no state; call :meth:`adopt` to use the index. Arguments as in :meth:`refreshed`.
 
         Raises:
             StoreError: If rows cannot be read.
@@ -547,13 +544,13 @@ class IndexManager:
         return mapped or made
 
     def adopt(self, index: ApproximateIndex | None) -> None:
-        """Search with an index from now on; rows that have come since it was made are compared as well."""
+        """Use an index in searches from now on. Rows newer than the index are compared exactly."""
         if index is not None:
             self._index = index
             self._exact, self._loaded = ExactRows(self._dim), index.upto
 
     def _is_worth_one(self, masked: NDArray[np.bool_]) -> bool:
-        """Whether there are rows enough to train an index; a part that is backfilled has ever fewer."""
+        """Check for enough rows to train an index. The old part shrinks during a backfill."""
         return int((~masked).sum()) >= self._plan.fewest_rows(self._dim)
 
     def _is_outdated(self, masked: NDArray[np.bool_]) -> bool:

@@ -1,4 +1,4 @@
-"""A gallery: vectors with string ids that is searched, grown and backfilled while it serves."""
+"""Gallery of vectors with string ids, searched and backfilled while it serves."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from xbt.vectors import Vectors
 
 
 class Gallery:
-    """Vectors with ids and their search, in memory (:meth:`build`) or on disk (:meth:`create`, :meth:`open`).
+    """Searchable vectors with ids, in memory (:meth:`build`) or on disk (:meth:`create`, :meth:`open`).
 
-    **On disk** one process writes at a time, and any number of them search meanwhile; :meth:`reload` shows a
-    reader what has been written since. A write that has returned is never lost, and one that has not is there
-    wholly or not at all, however the process ends. **In one process** any number of threads may search while
-    one writes; a search sees the gallery as it was at one moment. A gallery on disk can be pickled: it is
-    opened again where it is unpickled.
+    **Processes.** One process at a time writes to a gallery on disk, while any number of processes search it.
+    A reader calls :meth:`reload` to see later writes. Writes are atomic, and durable when they return, however
+    the process ends. Unpickling a gallery on disk opens it again.
 
-    **A backfill**: :meth:`begin_part` opens a second part for vectors of the new space, :meth:`backfill`
-    moves items there, and :meth:`search_mixed` searches both. An item in the new part is masked in
-    the old one. Seen as a :class:`~xbt.index.VectorIndex`, a part is a named vector.
+    **Threads.** Any number of threads may search while one writes. Every search sees a consistent snapshot.
 
-    **The index** ``"Flat"`` compares every row: scores and order are exact, equal scores are in the gallery's
-    order, and the vectors are held in memory as float32. Any other string of FAISS's ``index_factory``
-    proposes candidates, whose scores are computed from the stored vectors; rows that are newer than the index
-    are compared as well, and so is a part too small to train one.
+    **Backfills.** :meth:`begin_part` adds a second part for vectors of the new space, :meth:`backfill` moves
+    items there, and :meth:`search_mixed` searches both parts. An item in the new part is masked in the old
+    one. In the protocol :class:`~xbt.index.VectorIndex`, each part is a named vector.
+
+    **Indexes.** ``"Flat"`` compares every row: scores and order are exact, equal scores keep the order of the
+    gallery, and the vectors are held in memory as float32. Any other FAISS ``index_factory`` string makes an
+    index that proposes candidates, whose scores are then computed from the stored vectors. Rows newer than
+    the index, and parts too small to train one, are compared exactly.
 
     Example:
         >>> gallery = Gallery.create("gallery", space=old.space)
@@ -60,8 +60,8 @@ class Gallery:
         >>> gallery.backfill(new.encode_images(images[:100]), names[:100])
     """
 
-    # `_writer` is held for as long as a write takes, `_state` only while the parts change. A search takes
-    # views, which never change, and holds neither.
+    # A write holds `_writer` throughout, and `_state` only while the parts change. A search takes immutable
+    # views and holds neither.
 
     def __init__(self, plan: IndexPlan, storage: Storage | None = None) -> None:
         self._storage = storage
@@ -85,15 +85,15 @@ class Gallery:
         """Make a gallery in memory.
 
         Args:
-            vectors: (n, dim) torch tensor or numpy array of any float dtype, kept as float32 as they are:
-                nothing is normalised.
+            vectors: (n, dim) torch tensor or numpy array of any float dtype, stored as float32 without
+                normalisation.
             ids: n unique strings.
-            space: The space the vectors live in, usually ``encoder.space``.
+            space: Space of the vectors, usually ``encoder.space``.
             index: As in :meth:`create`.
             tuning: As in :meth:`create`.
 
         Raises:
-            DataError: If there are no vectors, a value is NaN, or ids are missing, repeated or no strings.
+            DataError: If there are no vectors, a value is NaN, or ids are missing, repeated or not strings.
             SpaceMismatchError: If the vectors do not have the dimension of ``space``.
             ConfigError: If FAISS does not know the index.
         """
@@ -117,18 +117,18 @@ class Gallery:
         tuning: str = "",
         dtype: str = "float16",
     ) -> Self:
-        """Make a gallery on disk: an empty one, or one of a store that is there.
+        """Make a gallery on disk, empty or from an existing store.
 
         Args:
-            path: Its directory, which must be empty or not exist.
-            space: The space of the vectors; needed unless ``store`` says it.
-            store: A store, or a folder that clip-retrieval wrote, whose rows become the gallery's first ones.
-                It is read where it is, and never written to; rows that it gets later on are not seen.
-            modality: ``"image"`` (the default) or ``"text"``; that of ``store``, if there is one.
-            index: A string of FAISS's ``index_factory``, such as ``"Flat"`` (exact), ``"IVF1024,Flat"``,
-                ``"HNSW32"`` or ``"IVF4096,PQ64"``. An index that has to be trained is trained on the vectors.
-            tuning: Search parameters such as ``"nprobe=64"`` or ``"efSearch=128"``. Without it an inverted
-                file looks into √n of its n lists.
+            path: Directory of the gallery, which must be empty or not exist.
+            space: Space of the vectors; required unless ``store`` declares it.
+            store: A store or a clip-retrieval folder, whose rows become the first rows of the gallery. It is
+                read in place and never written to. Rows added to it later are ignored.
+            modality: ``"image"`` (the default) or ``"text"``; with a store, that of the store.
+            index: FAISS ``index_factory`` string such as ``"Flat"`` (exact), ``"IVF1024,Flat"``,
+                ``"HNSW32"`` or ``"IVF4096,PQ64"``. Indexes that need training are trained on the vectors.
+            tuning: Search parameters such as ``"nprobe=64"`` or ``"efSearch=128"``. By default an inverted
+                file probes √n of its n lists.
             dtype: ``"float16"`` or ``"float32"``, on disk.
 
         Returns:
@@ -136,10 +136,10 @@ class Gallery:
 
         Raises:
             ConfigError: If FAISS does not know the index.
-            DataError: If no space is known, or the store has a row with NaN or infinity, or one that is not
-                of length 1 although its space says so.
-            StoreError: If the directory holds anything or cannot be written, or the store cannot be opened.
-            SpaceMismatchError: If the store is of another space.
+            DataError: If no space is known, or a row of the store has NaN or infinity, or has not length 1
+                although its space is normalised.
+            StoreError: If the directory is not empty or not writable, or the store cannot be opened.
+            SpaceMismatchError: If the store has another space.
         """
         if store is not None:
             if not isinstance(store, EmbeddingStore):
@@ -163,7 +163,7 @@ class Gallery:
 
     @staticmethod
     def exists(path: str | Path) -> bool:
-        """Whether a directory has a gallery, damaged or not."""
+        """Check for a gallery in a directory, intact or damaged."""
         return (Path(path).expanduser() / DATABASE).is_file()
 
     @classmethod
@@ -177,16 +177,16 @@ class Gallery:
         """Open a gallery on disk.
 
         Args:
-            path: Its directory.
+            path: Directory of the gallery.
             read_only: Whether to refuse every write through this object.
-            mmap: Whether an inverted file (``"IVF…"``) is mapped from disk instead of read into memory.
-            stores: Where stores are now that the gallery was made of and that have been moved, by the paths
-                they had. Not needed for a store that lies beside the gallery and is moved together with it.
+            mmap: Whether to map an inverted file (``"IVF…"``) from disk instead of reading it into memory.
+            stores: New paths of moved stores that the gallery was made of, by their old paths. Not needed for
+                a store beside the gallery that was moved together with it.
 
         Raises:
-            StoreError: If there is no gallery, it is damaged, or a store that it was made of is gone or has
-                other rows.
-            ConfigError: If ``mmap`` is asked for and the index is no inverted file.
+            StoreError: If there is no gallery, it is damaged, or a store it was made of is gone or has other
+                rows.
+            ConfigError: If ``mmap`` is set and the index is not an inverted file.
         """
         gallery = cls(IndexPlan(), Storage(Path(path).expanduser(), read_only, mmap, stores))
         gallery.reload()
@@ -195,10 +195,10 @@ class Gallery:
         return gallery
 
     def save(self, path: str | Path, dtype: str = "float32", modality: str = "image") -> Self:
-        """Write the items of a gallery of one part into a new gallery on disk; this one stays as it is.
+        """Copy a gallery of one part to a new gallery on disk.
 
         Args:
-            path: Its directory, which must be empty or not exist.
+            path: Directory of the new gallery, which must be empty or not exist.
             dtype: ``"float16"`` or ``"float32"``, on disk.
             modality: ``"image"`` or ``"text"``.
 
@@ -223,7 +223,7 @@ class Gallery:
 
     @property
     def path(self) -> Path | None:
-        """The directory; ``None`` in memory."""
+        """Directory of the gallery; ``None`` in memory."""
         return None if self._storage is None else self._storage.path
 
     @property
@@ -233,25 +233,25 @@ class Gallery:
 
     @property
     def parts(self) -> tuple[PartSummary, ...]:
-        """One part, or two while the gallery is backfilled: the old one first."""
+        """Summaries of the parts, oldest first: one, or two during a backfill."""
         with self._state:
             return tuple(part.summary() for part in self._known)
 
     @property
     def space(self) -> EmbeddingSpace | None:
-        """The space of the part that can be searched alone: the old one's until all is backfilled."""
+        """Space of the part that can be searched alone: the old one until every item is backfilled."""
         with self._state:
             return self._known.alone.space
 
     @property
     def dim(self) -> int:
-        """Dimension of that part's vectors."""
+        """Dimension of the vectors of that part."""
         with self._state:
             return self._known.alone.dim
 
     @property
     def ids(self) -> list[str]:
-        """Every item once: those that are searched in the old part, then those of the new part."""
+        """Every item once: those searched in the old part, then those in the new part."""
         with self._state:
             known = self._known
             if self._ids is None:
@@ -259,7 +259,7 @@ class Gallery:
             return self._ids
 
     def ids_of(self, part: str) -> list[str]:
-        """The items that are searched in one part, in its order: of ``"old"``, those yet to be backfilled.
+        """List the items searched in one part, in order. For ``"old"``, these are still to be backfilled.
 
         Raises:
             DataError: If there is no such part.
@@ -269,7 +269,7 @@ class Gallery:
 
     @property
     def fraction_backfilled(self) -> float:
-        """Share of the items that are in the new part: 0 until it is begun, 1 once it is left alone."""
+        """Fraction of the items in the new part: 0 before it is added, 1 once the old part is dropped."""
         with self._state:
             return self._known.fraction_backfilled
 
@@ -297,35 +297,35 @@ class Gallery:
         """Read stored vectors of items.
 
         Args:
-            ids: Of items of the gallery.
-            part: Take them from this part. The old part has the old vectors of backfilled items, too, until
-                :meth:`compact`. Left out, all the items must be searched in the same part.
+            ids: Ids of items of the gallery.
+            part: Name of the part to read. The old part keeps the old vectors of backfilled items until
+                :meth:`compact`. By default all items must be searched in the same part.
 
         Returns:
-            (n, dim) float32, in the order asked for.
+            (n, dim) float32, in the requested order.
 
         Raises:
-            DataError: If an item is not there, or items of two parts are asked for at once.
+            DataError: If an item is unknown, or no part is given and the items are in two parts.
             StoreError: If a file is damaged or gone.
         """
         with self._state:
             owner, rows = self._known.rows(as_ids(ids, "ids"), part)
             vectors = owner.rows.gather(rows)
-            return vectors.copy() if self._storage is None else vectors  # in memory it may be a view
+            return vectors.copy() if self._storage is None else vectors  # it may be a view in memory
 
     def fetch(self, ids: Sequence[str], name: str) -> NDArray[np.float32]:
         """See :meth:`VectorIndex.fetch <xbt.index.VectorIndex.fetch>`."""
         return self.vectors(ids, name)
 
     def metadata(self, ids: Sequence[str], part: str | None = None) -> pa.Table | None:
-        """Read the columns that were added beside items; ``None`` if there are none.
+        """Read the metadata columns of items; ``None`` if there are none.
 
         Args:
             ids: As in :meth:`vectors`.
             part: As in :meth:`vectors`.
 
         Returns:
-            A table with one row an item, in the order asked for.
+            A table with one row per item, in the requested order.
 
         Raises:
             DataError: As :meth:`vectors`.
@@ -344,7 +344,7 @@ class Gallery:
     def scan(
         self, *, missing: str | None = None, vectors: str | None = None, batch_size: int = 1024
     ) -> Iterator[Batch]:
-        """See :meth:`VectorIndex.scan <xbt.index.VectorIndex.scan>`; the rows of one moment."""
+        """See :meth:`VectorIndex.scan <xbt.index.VectorIndex.scan>`; scans a snapshot of the rows."""
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}, but must be at least 1")
         with self._state:
@@ -371,16 +371,15 @@ class Gallery:
 
         Args:
             queries: (n_queries, dim) query vectors, or one of shape (dim,).
-            k: Items per query, from 1 to the size of the gallery: there are always k results, unless
+            k: Items per query, from 1 to the size of the gallery. There are always k results, unless
                 ``using`` is given.
-            space: The space the queries live in. Pass it: queries of another model give scores that mean
-                nothing.
-            part: Search the items of this part only. Needed while items are in two parts; to search both, see
-                :meth:`search_mixed`.
-            using: Search all vectors of this part, also those of items that are backfilled; see
+            space: Space of the queries. Pass it, since queries of another model give meaningless scores.
+            part: Search only the items of this part. Required while items are in two parts; see
+                :meth:`search_mixed` to search both.
+            using: Search all vectors of this part, including the old vectors of backfilled items; see
                 :meth:`VectorIndex.search <xbt.index.VectorIndex.search>`.
-            without: With ``using``: items with a vector in this part are left out.
-            filter: Refused; a gallery has none.
+            without: With ``using``: exclude items with a vector in this part.
+            filter: Must be ``None``, since a gallery does not support filters.
 
         Raises:
             DataError: If k is out of range, there are no queries, a value is NaN, or items are in two parts.
@@ -413,23 +412,22 @@ class Gallery:
         """Search both parts, each with queries of its own space, and merge the results.
 
         Args:
-            old_queries: (n, old_dim) queries in the old part's space.
-            new_queries: (n, new_dim) the same queries in the new part's.
+            old_queries: (n, old_dim) queries in the space of the old part.
+            new_queries: (n, new_dim) the same queries in the space of the new part.
             k: Items per query, from 1 to the size of the gallery.
-            merge: Puts both parts' scores on one scale, or interleaves the parts by rank.
-            old_space: The space of the old queries.
-            new_space: The space of the new queries.
+            merge: Merge rule, which puts the scores of both parts on one scale, or interleaves them by rank.
+            old_space: Space of the old queries.
+            new_space: Space of the new queries.
 
         Returns:
-            The result, with the merge's scores. As long as one part is empty, it is exactly the result of the
-            other one alone. Of a gallery of one part, that is the result of the old queries, unless the part
-            was begun by :meth:`begin_part`: once :meth:`compact` has dropped the old one, the new queries
-            count.
+            Merged hits with the scores of the merge. If one part is empty, exactly the hits of the other one.
+            A gallery of one part uses the old queries, or the new ones if the part was added by
+            :meth:`begin_part` and :meth:`compact` has dropped the old one.
 
         Raises:
-            DataError: If k is out of range, a value is NaN, or there are not as many old queries as new ones.
-            SpaceMismatchError: If the space or dimension of queries is not their part's.
-            StoreError: If a file that has to be read is damaged or gone.
+            DataError: If k is out of range, a value is NaN, or the numbers of old and new queries differ.
+            SpaceMismatchError: If the queries of a part have another space or dimension.
+            StoreError: If a required file is damaged or gone.
         """
         views = self._views.all()
         require_same_count(old_queries, new_queries)
@@ -448,27 +446,27 @@ class Gallery:
         return merge_hits(merge, found[0], found[1], k, (sizes[0], sizes[1]))
 
     def prepare(self) -> None:
-        """Do now what the first search would do: read what it needs, and make or update an index.
+        """Prepare the first search: read the rows, and make or update the index.
 
         Raises:
-            StoreError: If a file that has to be read is damaged or gone.
+            StoreError: If a required file is damaged or gone.
         """
         self._views.all(wait=True)
 
     def prepare_index(self) -> None:
-        """Make or update the index, if the gallery has one; of the index ``"Flat"`` nothing is read.
+        """Make or update an approximate index; do nothing for ``"Flat"``.
 
-        A writer calls this now and then for the sake of readers that map the index: until there is one, they
-        read all rows for every search.
+        A writer calls this from time to time for readers that map the index. Without an index, they read all
+        rows for every search.
 
         Raises:
-            StoreError: If a file that has to be read is damaged or gone.
+            StoreError: If a required file is damaged or gone.
         """
         if not self.plan.exact:
             self.prepare()
 
     def reload(self) -> None:
-        """See what has been written elsewhere since the gallery was opened; in memory there is nothing.
+        """Load the writes of other processes; do nothing in memory.
 
         Raises:
             StoreError: If the gallery is gone or damaged.
@@ -477,20 +475,20 @@ class Gallery:
             return
         with self._state:
             self._closed = False
-            mark, self._mark = self._mark, None  # parts that are half up to date are not to be used
+            mark, self._mark = self._mark, None  # never use partly updated parts
             self._take(self._storage.read(mark))
 
     def verify(self) -> list[str]:
-        """Read every byte and compare it with what was written.
+        """Read every byte and compare it with the recorded checksums.
 
         Returns:
-            A sentence for each fault, which names the file and says what to do; empty if all is well.
+            One sentence per fault, with the file and a fix; empty if the gallery is intact.
         """
         with self._state:
             return faults_of(self._storage, self._known)
 
     def close(self) -> None:
-        """Let go of the vectors in memory and of the mapped files."""
+        """Release the vectors in memory and the mapped files."""
         with self._state:
             self._parts, self._mark = Parts(self.plan, self.path), None
             self._views.made, self._ids, self._closed = None, None, True
@@ -500,19 +498,19 @@ class Gallery:
     def add(
         self, vectors: Vectors, ids: Sequence[str], space: EmbeddingSpace | None = None, metadata: Any = None
     ) -> None:
-        """Add items; on an error the gallery is left as it was. Add many at a time.
+        """Add items. On an error the gallery is unchanged. Large batches are faster.
 
         Args:
-            vectors: (n, dim) vectors, stored as they are: nothing is normalised.
-            ids: n strings, unique and not in the gallery. To replace an item, remove it first.
-            space: The space the vectors live in, which says which part they go to; needed if there are two.
-            metadata: Columns of n values each beside the ids; a mapping or a ``pyarrow.Table``.
+            vectors: (n, dim) vectors, stored without normalisation.
+            ids: n unique strings that are not in the gallery. To replace an item, remove it first.
+            space: Space of the vectors, which selects the part; required if there are two.
+            metadata: Mapping or ``pyarrow.Table`` of columns with n values each.
 
         Raises:
             DataError: If there are no vectors, a value is NaN, a vector is too short for float16, or ids are
-                repeated or there already.
-            SpaceMismatchError: If the space or the dimension is not the gallery's.
-            StoreError: If another process is writing, the disk is full, or metadata cannot be stored.
+                repeated or already in the gallery.
+            SpaceMismatchError: If the space or dimension differs from that of the gallery.
+            StoreError: If another process is writing, the disk is full, or the metadata cannot be stored.
         """
         with self.writing():
             known = self._known
@@ -525,10 +523,10 @@ class Gallery:
         """Remove items from every part; :meth:`compact` frees their space.
 
         Args:
-            ids: Of items of the gallery; either all are removed or none.
+            ids: Ids of items of the gallery. Either all are removed or none.
 
         Raises:
-            DataError: If one is not in the gallery, or is given twice.
+            DataError: If an id is not in the gallery, or is repeated.
             StoreError: If another process is writing, or the disk is full.
         """
         names = as_ids(ids, "ids")
@@ -547,17 +545,17 @@ class Gallery:
         dtype: str | None = None,
         modality: str | None = None,
     ) -> None:
-        """Open a second part, for the vectors of the new model: the backfill may begin.
+        """Add a second part for the vectors of the new model, to start a backfill.
 
         Args:
             space: The new space.
-            name: Name of the part; left out, ``"new"``, and after that ``"new2"``, ``"new3"`` …
-            dtype: ``"float16"`` or ``"float32"``, on disk; that of the old part unless given.
-            modality: ``"image"`` or ``"text"``; that of the old part unless given.
+            name: Name of the part; by default ``"new"``, in later backfills ``"new2"``, ``"new3"`` …
+            dtype: ``"float16"`` or ``"float32"``, on disk; by default that of the old part.
+            modality: ``"image"`` or ``"text"``; by default that of the old part.
 
         Raises:
-            DataError: If there are two parts already, or one of that name, or the space is the old one.
-            ConfigError: If the gallery's index cannot be made for the new dimension.
+            DataError: If there are two parts already, the name is taken, or the space is the old one.
+            ConfigError: If the index of the gallery cannot be made for the new dimension.
             StoreError: If another process is writing, or the disk is full.
         """
         if name is not None:
@@ -572,7 +570,7 @@ class Gallery:
             self._parts.newest.trust(space)
 
     def add_vector(self, name: str, space: EmbeddingSpace) -> None:
-        """See :meth:`VectorIndex.add_vector <xbt.index.VectorIndex.add_vector>`; begins a part."""
+        """See :meth:`VectorIndex.add_vector <xbt.index.VectorIndex.add_vector>`; adds a part."""
         with self.writing():
             if name in [part.name for part in self._known]:
                 self._known.part(name).require_space(space, f"the vector {name!r} to add")
@@ -582,17 +580,17 @@ class Gallery:
     def backfill(
         self, vectors: Vectors, ids: Sequence[str], space: EmbeddingSpace | None = None, metadata: Any = None
     ) -> None:
-        """Give items of the old part vectors of the new space; from now on they are searched there.
+        """Move items of the old part to the new part, with vectors of the new model.
 
         Args:
             vectors: (n, new_dim) vectors of the new model.
-            ids: n items that are searched in the old part.
-            space: The space of the vectors, to be checked.
-            metadata: Columns beside the ids; left out, the columns of the items stay with them.
+            ids: Ids of n items searched in the old part.
+            space: Space of the vectors, for a check.
+            metadata: Metadata columns; by default the items keep theirs.
 
         Raises:
             DataError: If there is no second part, or an item is not in the old part.
-            SpaceMismatchError: If the space or the dimension is not the new part's.
+            SpaceMismatchError: If the space or dimension differs from that of the new part.
             StoreError: If another process is writing, or the disk is full.
         """
         with self.writing():
@@ -614,39 +612,39 @@ class Gallery:
             self._append(part, rows, names, columns, changes)
 
     def drop_vector(self, name: str) -> None:
-        """Drop a part: roll a backfill back, or let go of an old part that is wholly backfilled.
+        """Drop a part: roll a backfill back, or delete a completely backfilled old part.
 
         Args:
             name: Name of the part.
 
         Raises:
-            DataError: If there is no such part, it is the only one, or items have no vector in the other one.
+            DataError: If there is no such part, it is the only one, or some items have no other vector.
             StoreError: If another process is writing, or the disk is full.
         """
         with self.writing(), self._views.indexing:
             self._go_on_with(drop_part(self._known, name, self._storage))
 
     def compact(self) -> None:
-        """Write the gallery again without removed and moved rows, in few large files.
+        """Rewrite the gallery in few large files without removed and moved rows.
 
-        An old part of which every item is backfilled is dropped; :meth:`search_mixed` asks the new queries
-        alone from then on, and another part may begin. Readers that are open keep the rows they have until
-        they call :meth:`reload`. A kill leaves the gallery as it was, or compacted.
+        This drops an old part whose items are all backfilled. :meth:`search_mixed` then uses only the new
+        queries, and another part can be added. Open readers keep their rows until they call :meth:`reload`.
+        If the process is killed, the gallery is either unchanged or compacted.
 
         Raises:
-            StoreError: If another process is writing, or the disk is full; the gallery is as it was then.
+            StoreError: If another process is writing, or the disk is full. The gallery is then unchanged.
         """
-        # An index that another thread writes at the moment is not to be swept away half written.
+        # The lock of the indexes keeps the sweep from deleting a half-written index of another thread.
         with self.writing(), self._views.indexing:
             self._go_on_with(compact(self._known, self._storage))
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Keep the right to write over many writes; every write takes it by itself otherwise.
+        """Hold the write lock over many writes. Without this, every write takes the lock itself.
 
         Raises:
-            StoreError: If another process is writing (the message names it), or the gallery was opened to be
-                read only.
+            StoreError: If another process is writing (the message names it), or the gallery was opened
+                read-only.
 
         Example:
             >>> with gallery.writing():
@@ -660,7 +658,7 @@ class Gallery:
                 return
             storage.begin_writing()
             try:
-                self.reload()  # another writer may have been here since
+                self.reload()  # another process may have written since
                 yield
             finally:
                 storage.end_writing()
@@ -684,7 +682,7 @@ class Gallery:
         metadata: Any,
         changes: Sequence[Change] = (),
     ) -> None:
-        """Commit rows as a new segment of a part, and changes of others."""
+        """Commit rows as a new segment of a part, with changes of other segments."""
         columns = None if metadata is None else part.checked_columns(ids, metadata)
         if self._storage is not None:
             require_storable(rows, ids, part.record.dtype)
@@ -703,7 +701,7 @@ class Gallery:
             self._mask([replace(each, segment=number) if each.segment == NEXT else each for each in changes])
 
     def _go_on_with(self, parts: Parts | None) -> None:
-        """Take other parts in place of the present ones, unless there was nothing to do."""
+        """Replace the parts, unless there was nothing to do."""
         if self._storage is not None:
             if parts is not None:
                 self.reload()
@@ -720,16 +718,16 @@ class Gallery:
             return self._mark
 
     def _take_own(self, news: News, known: Mark) -> None:
-        """Bring the parts up to date after a write that was based on a mark."""
+        """Apply the updates of an own write that was based on a mark."""
         with self._state:
-            if self._mark is not known:  # another thread has read the news already
+            if self._mark is not known:  # another thread has read the updates already
                 self.reload()
             else:
                 self._mark = None
                 self._take(news)
 
     def _take(self, news: News) -> None:
-        """Bring the parts up to date; called with the lock."""
+        """Apply updates to the parts. The caller holds the lock."""
         if news.plan is not None and news.whole:
             self._parts = Parts(news.plan, self.path)
         for record in news.parts[len(self._parts) :] if news.parts else ():
@@ -770,13 +768,13 @@ class Gallery:
         self._writer, self._state = threading.RLock(), threading.RLock()
 
     def _new_views(self) -> Views:
-        owner = weakref.proxy(self)  # so that a gallery that is let go frees its vectors at once
+        owner = weakref.proxy(self)  # an unreferenced gallery then frees its vectors at once
         return Views(self._state, lambda: owner._known)
 
     def _after_fork(self) -> None:
-        """Take new locks in a forked child; another thread of the parent may have held the old ones."""
+        """Replace the locks in a forked child, since other threads of the parent may have held them."""
         if self._storage is not None and not self._state.acquire(blocking=False):
-            self._mark = None  # that thread was changing the parts: they are read again
+            self._mark = None  # that thread was changing the parts, so read them again
         self._new_locks()
         self._views = self._new_views()
 

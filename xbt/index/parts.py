@@ -1,7 +1,7 @@
-"""Parts of a gallery: their rows, which of these count, and the items that are in several of them.
+"""Parts of a gallery: rows, masks, and the lookup of items across parts.
 
-A *part* holds the items of one space. Its rows are those of its *segments*, one after the other. A row can be
-*removed*, or *moved*: its item is searched in the new part.
+A *part* holds the items of one space. Its rows are the rows of its *segments*, in order. A masked row is
+either *removed* or *moved*; the item of a moved row is searched in the new part.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from xbt.space import EmbeddingSpace
 from xbt.store.shards import as_table
 
 OLD = "old"
-"""Name of the first part; a later one has it never."""
+"""Name of the first part. A later part never gets this name."""
 NEXT = 0
-"""Number that stands for the segment which is about to be written."""
+"""Placeholder for the number of the segment about to be written."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class PartSummary:
 
     Attributes:
         name: ``"old"``, ``"new"``, or the name that the user gave.
-        space: The space of its vectors; ``None`` where nobody has declared it.
-        dim: Their dimension.
-        count: Items that are searched in this part.
+        space: Space of the vectors; ``None`` if undeclared.
+        dim: Dimension of the vectors.
+        count: Number of items searched in this part.
         modality: ``"image"`` or ``"text"``.
         dtype: ``"float16"`` or ``"float32"``, on disk.
     """
@@ -53,20 +53,20 @@ class PartSummary:
 
 
 class Part:
-    """The rows of one part, of which some are masked: removed, or moved to the new part.
+    """Rows of one part. Some are masked: removed, or moved to the new part.
 
-    Rows are numbered over all segments and keep their numbers; a masked row stays masked. No method takes a
-    lock: the gallery lets one thread at a time in. A view is immutable.
+    Rows are numbered over all segments and keep their numbers. A masked row stays masked. Methods take no
+    locks, so the gallery admits one thread at a time. Views are immutable.
 
     Args:
-        record: Description.
-        make_manager: Makes what keeps the structures that are searched.
+        record: Description of the part.
+        make_manager: Factory of the manager of the search structures.
 
     Attributes:
-        rows: Reads vectors.
-        ids: The ids of all rows, those of masked ones too; the list only grows.
-        removed: (n,) bool, never changed in place.
-        masked: (n,) bool, never changed in place: rows that are removed or moved.
+        rows: Reader of the vectors.
+        ids: Ids of all rows, including masked ones. The list only grows.
+        removed: (n,) bool mask of removed rows, never changed in place.
+        masked: (n,) bool mask of removed or moved rows, never changed in place.
     """
 
     def __init__(self, record: PartRecord, make_manager: Callable[[], IndexManager]) -> None:
@@ -86,41 +86,41 @@ class Part:
 
     @property
     def count(self) -> int:
-        """Items that are searched here."""
+        """Number of items searched in this part."""
         return len(self.ids) - int(np.count_nonzero(self.masked))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """In order."""
+        """Segments in order."""
         return self.rows.segments
 
     def summary(self) -> PartSummary:
-        """Describe the part as it is now."""
+        """Describe the current state of the part."""
         about = self.record
         return PartSummary(self.name, self.space, self.dim, self.count, about.modality, about.dtype)
 
     def with_vector(self) -> list[str]:
-        """The items that have a vector here, moved ones too, in order."""
+        """List the items with a vector in this part, including moved ones, in order."""
         return [self.ids[row] for row in np.flatnonzero(~self.removed)]
 
     def trusts(self, space: EmbeddingSpace) -> bool:
-        """Whether a space is known to be the part's own."""
+        """Check for a space already known to be the space of this part."""
         return space in self._trusted
 
     def trust(self, space: EmbeddingSpace | None) -> None:
-        """Take a space for the part's own from now on, without comparing the two again."""
+        """Accept a space from now on without comparing it again."""
         if space is not None:
             self._trusted.add(space)
 
     def require_space(self, space: EmbeddingSpace | None, what: str) -> None:
-        """Refuse vectors of another space than the part's.
+        """Refuse vectors of another space.
 
         Args:
-            space: The space of the vectors; ``None`` is not checked.
-            what: What they are, for the message.
+            space: Space of the vectors; ``None`` is not checked.
+            what: Name of the vectors in the message.
 
         Raises:
-            SpaceMismatchError: If the spaces differ, or where the part's is not known, their dimensions.
+            SpaceMismatchError: If the spaces differ. If the part has no declared space, if the dimensions do.
         """
         if space is None or space in self._trusted:
             return
@@ -129,11 +129,11 @@ class Part:
             self.trust(space)
 
     def live_ids(self) -> list[str]:
-        """The items that are searched here, in order."""
+        """List the items searched in this part, in order."""
         return [self.ids[row] for row in np.flatnonzero(~self.masked)]
 
     def grow(self, segments: Sequence[Segment], ids: Iterable[str]) -> None:
-        """Take in segments and the ids of their rows."""
+        """Append segments and the ids of their rows."""
         first = len(self.segments)
         self._place_of.update((each.number, first + place) for place, each in enumerate(segments))
         self.rows = Rows((*self.segments, *segments), self.dim)
@@ -143,33 +143,33 @@ class Part:
         self._view = self._moved = None
 
     def row(self, item: str) -> int | None:
-        """The row of an item that has not been removed, moved or not."""
+        """Find the row of an item, moved or not; ``None`` if there is none or it is removed."""
         row = self._rows_by_id().get(item)
         return None if row is None or self.removed[row] else row
 
     def has_any(self, ids: Sequence[str]) -> bool:
-        """Whether one of these items has a row that has not been removed; quick where none has."""
+        """Check for any item with a row that is not removed; fast if there is none."""
         rows = [row for row in map(self._rows_by_id().get, ids) if row is not None]
         return bool(rows) and not bool(self.removed[rows].all())
 
     def _rows_by_id(self) -> dict[str, int]:
         known = self._looked_up
-        if known < len(self.ids):  # a process that only searches never gets here
+        if known < len(self.ids):  # a process that only searches never runs this
             self._row_of.update(zip(self.ids[known:], range(known, len(self.ids)), strict=True))
             self._looked_up = len(self.ids)
         return self._row_of
 
     def numbers_of(self, segment: Segment) -> NDArray[np.int64]:
-        """The rows of a segment."""
+        """List the row numbers of a segment."""
         first = int(self.rows.starts[self._place_of[segment.number]])
         return np.arange(first, first + segment.count)
 
     def emptied(self) -> Part:
-        """A part of the same description without rows."""
+        """Make an empty part with the same description."""
         return Part(self.record, self._make_manager)
 
     def unmask_moved(self) -> None:
-        """Search the moved rows here again; called for a part that goes on alone."""
+        """Make moved rows searchable again, for a part that becomes the only one."""
         self.masked, self._view, self._moved = self.removed, None, None
         self._manager_made = None
 
@@ -180,15 +180,15 @@ class Part:
         return self._manager_made
 
     def has_segment(self, number: int) -> bool:
-        """Whether a segment is this part's."""
+        """Check for a segment of this part."""
         return number in self._place_of
 
     def numbered(self, change: Change, path: Path | None) -> NDArray[np.int64]:
-        """Row numbers of a change over all segments.
+        """Convert the rows of a change to row numbers over all segments.
 
         Args:
-            change: Of a segment of this part.
-            path: The gallery's directory, for the message.
+            change: Change of a segment of this part.
+            path: Directory of the gallery, for the message.
 
         Raises:
             StoreError: If the segment has no such rows.
@@ -200,12 +200,12 @@ class Part:
         return rows
 
     def as_changes(self, rows: Sequence[int], moved: bool) -> list[Change]:
-        """Changes that mask rows, a segment each."""
+        """Build the changes that mask rows, one per segment."""
         groups = self.rows.by_segment(np.array(sorted(rows), np.int64))
         return [Change(self.segments[place].number, numbers, moved) for place, _, numbers in groups]
 
     def mask(self, rows: NDArray[np.int64], moved: bool) -> None:
-        """Leave rows out of every search from now on; ``moved`` ones can still be read."""
+        """Exclude rows from every search from now on. Moved rows can still be read."""
         self.masked = self.masked.copy()
         self.masked[rows] = True
         if not moved:
@@ -214,10 +214,10 @@ class Part:
         self._view = self._moved = None
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
-        """Read columns by row number, in the order asked for; ``None`` if no row has any.
+        """Read columns by row number, in the requested order; ``None`` if no row has columns.
 
         Raises:
-            StoreError: If the rows are of segments whose columns do not go together.
+            StoreError: If the segments of the rows have incompatible columns.
         """
         found = [
             (self.segments[number].metadata(numbers), places)
@@ -226,10 +226,10 @@ class Part:
         return _stacked(found, f"the part {self.name!r}")
 
     def checked_columns(self, ids: Sequence[str], metadata: Any) -> pa.Table | None:
-        """Columns for items to be added, as a table.
+        """Convert the columns of new items to a table.
 
         Raises:
-            StoreError: If they do not fit the items, or one does not go together with a column of the part.
+            StoreError: If they do not fit the items, or a type is incompatible with a column of the part.
         """
         where = f"the part {self.name!r}"
         table = as_table(ids, metadata, len(ids), where).drop_columns(["id"])
@@ -254,13 +254,13 @@ class Part:
                 ) from error
 
     def view(self) -> PartView:
-        """The part as it is now, ready to be searched; rows are read if need be, but no index is made.
+        """Build a searchable view of the current part. May read rows, but makes no index.
 
         Raises:
             StoreError: If a segment cannot be read.
         """
         known = self._view
-        # An index that was missing may be there by now, although no row has changed.
+        # A missing index may exist by now although no row has changed.
         if known is None or known.due or known.exact is None:
             names = [each.name for each in self.segments]
             kept = self._manager.refreshed(self.rows.gather, self.masked, names)
@@ -271,11 +271,7 @@ class Part:
         return known
 
     def moved_view(self) -> PartView:
-        """The rows that are moved to the new part, ready to be searched.
-
-        Raises:
-            StoreError: If a segment cannot be read.
-        """
+        """Build a searchable view of the rows moved to the new part; raises as :meth:`view`."""
         if self._moved is None:
             hidden = self.removed | ~self.masked
             rows = np.flatnonzero(~hidden)
@@ -286,25 +282,24 @@ class Part:
         return self._moved
 
     def made_index(self, view: PartView) -> ApproximateIndex:
-        """Make an index of the part as it was; takes long, and may run while others search and write.
+        """Make an index of the rows of a view; raises as :meth:`view`.
 
-        Raises:
-            StoreError: If a segment cannot be read.
+        This takes long. Other threads may search and write meanwhile.
         """
         return self._manager.made(view.gather, view.masked, list(view.segments))
 
     def adopt(self, index: ApproximateIndex) -> None:
-        """Search with an index that was made of this part."""
+        """Use an index made from this part in searches."""
         self._manager.adopt(index)
         self._view = None
 
 
 class Parts:
-    """The parts of a gallery together: one, or two while it is backfilled, the old one first.
+    """All parts of a gallery, oldest first: one, or two during a backfill.
 
     Args:
         plan: Kind of index.
-        path: The gallery's directory, for messages; ``None`` in memory.
+        path: Directory of the gallery, for messages; ``None`` in memory.
     """
 
     def __init__(self, plan: IndexPlan, path: Path | None = None) -> None:
@@ -319,32 +314,32 @@ class Parts:
 
     @property
     def old(self) -> Part:
-        """The first part."""
+        """First part."""
         return self._all[0]
 
     @property
     def newest(self) -> Part:
-        """The second part, or the only one."""
+        """Second part, or the only one."""
         return self._all[-1]
 
     @property
     def alone(self) -> Part:
-        """The part that can be searched alone: the old one until all is backfilled."""
+        """Part that can be searched alone: the old one until every item is backfilled."""
         return self.newest if self.newest.count and not self.old.count else self.old
 
     @property
     def count(self) -> int:
-        """Items that are searched."""
+        """Number of items searched in all parts."""
         return sum(part.count for part in self)
 
     @property
     def fraction_backfilled(self) -> float:
-        """Share of the items that are in a part which was begun beside another one."""
-        begun = self.newest  # once the old part is dropped, the new one is alone
+        """Fraction of the items that are in a part added by a backfill."""
+        begun = self.newest  # the only part once the old one is dropped
         return begun.count / self.count if begun.name != OLD and begun.count else 0.0
 
     def info(self) -> IndexInfo:
-        """Describe the gallery as an index with a vector for each part."""
+        """Describe the gallery as an index with one named vector per part."""
         vectors = {
             each.name: VectorInfo(each.dim, each.space, len(each.ids) - int(np.count_nonzero(each.removed)))
             for each in self
@@ -352,10 +347,10 @@ class Parts:
         return IndexInfo(self.old.dim, "dot", self.count, vectors, frozenset({EXACT_SCORES, METADATA}))
 
     def part(self, name: str) -> Part:
-        """A part by name.
+        """Look up a part by name.
 
         Raises:
-            DataError: If there is none of that name.
+            DataError: If there is no such part.
         """
         for part in self:
             if part.name == name:
@@ -364,11 +359,11 @@ class Parts:
         raise DataError(f"the gallery has no part {name!r}; it has {names}")
 
     def of_space(self, space: EmbeddingSpace | None, what: str) -> Part:
-        """The part of a space, to which vectors are to be added.
+        """Find the part that vectors of a space belong to.
 
         Raises:
             DataError: If there are two parts and no space is given.
-            SpaceMismatchError: If it is the space of no part, or could be that of either.
+            SpaceMismatchError: If no part has this space, or either part could have it.
         """
         if len(self._all) == 1:
             self._all[0].require_space(space, what)
@@ -385,7 +380,7 @@ class Parts:
         if same:
             same[0].require_space(space, what)  # warns where the space is not verified
             return same[0]
-        # A space that nobody knows may be this one, unless it is not sure that it is not another part's.
+        # The undeclared space may be this one, unless this one could also be the space of another part.
         unknown = next((part for part in self if part.space is None and part.dim == space.dim), None)
         unsure = [p for p in self if p.space is not None and not p.space.compare(space).verified]
         if unknown is not None and not unsure:
@@ -402,11 +397,11 @@ class Parts:
         )
 
     def add(self, part: Part) -> None:
-        """Take in a part."""
+        """Append a part."""
         self._all.append(part)
 
     def grow(self, segments: Sequence[tuple[int, Segment, list[str]]]) -> None:
-        """Take in segments, each with the number of its part and the ids of its rows."""
+        """Append segments, each with the number of its part and the ids of its rows."""
         for part in self._all:
             grown: list[Segment] = []
             names: list[str] = []
@@ -418,10 +413,10 @@ class Parts:
                 part.grow(grown, names)
 
     def mask(self, changes: Sequence[Change]) -> None:
-        """Leave rows out of every search from now on.
+        """Exclude rows from every search from now on.
 
         Raises:
-            StoreError: If there are no such rows, as in a database that was altered.
+            StoreError: If a row does not exist, for example because the database was altered.
         """
         for part in self:
             for moved in (False, True):
@@ -431,7 +426,7 @@ class Parts:
                     part.mask(np.concatenate(rows), moved)
 
     def find(self, item: str) -> tuple[Part, int] | None:
-        """Where an item is searched; ``None`` if the gallery does not have it."""
+        """Find the part and row in which an item is searched; ``None`` if it is unknown."""
         for part in reversed(self._all):
             row = part.row(item)
             if row is not None:
@@ -439,10 +434,10 @@ class Parts:
         return None
 
     def rows(self, ids: Sequence[str], name: str | None) -> tuple[Part, NDArray[np.int64]]:
-        """The part that items are searched in, or the one that is named, and their rows.
+        """Find the rows of items in the named part, or in the part where they are searched.
 
         Raises:
-            DataError: If an item is not there, or items are searched in two parts.
+            DataError: If an item is unknown, or the items are searched in two parts.
         """
         chosen = None if name is None else self.part(name)
         places: list[tuple[Part, int]] = []
@@ -463,10 +458,10 @@ class Parts:
         return owner, np.array([row for _, row in places], np.int64)
 
     def refuse_known(self, ids: Sequence[str]) -> None:
-        """Refuse ids that are in the gallery already.
+        """Refuse ids that are already in the gallery.
 
         Raises:
-            DataError: If there is one; the message names it and its part.
+            DataError: If an id is known. The message names it and its part.
         """
         for part in reversed(self._all):
             if part.has_any(ids):
@@ -477,7 +472,7 @@ class Parts:
                 )
 
     def removal(self, ids: Sequence[str]) -> list[Change]:
-        """Changes by which items go from every part.
+        """Build the changes that remove items from every part.
 
         Raises:
             DataError: If an item is not in the gallery.
@@ -492,10 +487,10 @@ class Parts:
         return changes
 
     def backfilling(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Old rows of items that are to be backfilled, all of which are searched in the old part so far.
+        """Find the old rows of items to backfill.
 
         Raises:
-            DataError: If one is not in the gallery, or is in the new part already.
+            DataError: If an item is unknown, or is already in the new part.
         """
         rows = []
         for item in ids:
@@ -513,11 +508,11 @@ class Parts:
         return np.array(rows, np.int64)
 
     def upserting(self, ids: Sequence[str], part: Part) -> tuple[pa.Table | None, list[Change]]:
-        """Columns and changes that go with vectors of a part for items of the gallery.
+        """Collect the columns and changes of an upsert of known items into a part.
 
         Args:
-            ids: Of the items.
-            part: The part that gets the vectors, as its next segment.
+            ids: Ids of the items.
+            part: Part that gets the vectors as its next segment.
 
         Raises:
             DataError: If an item is not in the gallery.
@@ -528,7 +523,7 @@ class Parts:
             if place is None:
                 raise _not_there(item, "gallery")
             if part is self.old and place[0] is not part:
-                hidden.append(number)  # the new vector counts; the old one can be read and searched
+                hidden.append(number)  # mixed search uses the new vector; the old one stays readable
         for owner in self:
             own = np.array([n for n, place in enumerate(places) if place is not None and place[0] is owner])
             if len(own):
@@ -544,11 +539,11 @@ class Parts:
         return _stacked(columns, f"the part {part.name!r}"), changes
 
     def check_next(self, space: EmbeddingSpace, name: str) -> None:
-        """Refuse a part that cannot be begun.
+        """Check that a new part can be added.
 
         Raises:
-            DataError: If there are two parts already, or one of that name, or the space is the old one.
-            ConfigError: If the gallery's index cannot be made for the new dimension.
+            DataError: If there are two parts already, the name is taken, or the space is the old one.
+            ConfigError: If the index of the gallery cannot be made for the new dimension.
         """
         old = self.old
         if len(self) > 1:
@@ -558,7 +553,7 @@ class Parts:
             )
         if name == old.name:
             raise DataError(f"the gallery has a part {name!r} already; give another name=")
-        if name == OLD:  # by which a reader recognises a part that was never backfilled
+        if name == OLD:  # readers recognise a gallery without a backfill by this name
             raise DataError(
                 f"{OLD!r} is what a gallery's first part is called; give another name= for a later one"
             )
@@ -583,11 +578,7 @@ def _not_there(item: str, where: str) -> DataError:
 
 
 def _stacked(found: Sequence[tuple[pa.Table | None, NDArray[np.int64]]], where: str) -> pa.Table | None:
-    """Put columns of rows into the order of their places; ``None`` if no row has any.
-
-    Raises:
-        StoreError: If a column has types that do not go together.
-    """
+    """Concatenate columns in the order of their positions; ``None`` if no row has any."""
     if all(table is None for table, _ in found):
         return None
     tables = [

@@ -1,8 +1,8 @@
-"""The protocol that every index speaks, so that search and backfill are written once.
+"""Protocol of all indexes, shared by search and backfill.
 
-A row of an index has a string id and one vector or more, each under a name and in a space of its own: at
-first only the old model's vector, later the new model's besides. :class:`~xbt.index.Gallery` implements the
-protocol on the local disk; an adapter implements it on a database.
+A row of an index has a string id and one or more named vectors, each in its own space: first only the vector
+of the old model, later also the vector of the new model. :class:`~xbt.index.Gallery` implements the protocol
+on the local disk. Adapters implement it for databases.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors
 
 FILTER = "filter"
-"""Capability: ``search`` takes a filter in the index's own language."""
+"""Capability: ``search`` accepts a filter in the query language of the index."""
 EXACT_SCORES = "exact scores"
-"""Capability: scores are inner products of the stored vectors, not estimates of them."""
+"""Capability: scores are exact inner products of the stored vectors, not estimates."""
 METADATA = "metadata"
 """Capability: rows carry columns beside their vectors."""
 
@@ -31,8 +31,8 @@ class VectorInfo:
 
     Attributes:
         dim: Dimension.
-        space: The space that it lives in; ``None`` where nobody has declared it.
-        count: Rows that have it.
+        space: Space of the vector; ``None`` if undeclared.
+        count: Number of rows with this vector.
     """
 
     dim: int
@@ -45,11 +45,11 @@ class IndexInfo:
     """Description of an index at one moment.
 
     Attributes:
-        dim: Dimension of the first vector, with which the index was filled.
-        metric: ``"dot"``, or ``"cosine"`` where the index normalises vectors itself.
-        count: Rows, whichever vectors they have.
-        vectors: The named vectors, the oldest first.
-        capabilities: Names of optional abilities, such as :data:`FILTER`.
+        dim: Dimension of the first vector of the index.
+        metric: ``"dot"``, or ``"cosine"`` if the index normalises vectors itself.
+        count: Number of rows, with any of the vectors.
+        vectors: Named vectors, oldest first.
+        capabilities: Names of optional features, such as :data:`FILTER`.
     """
 
     dim: int
@@ -61,11 +61,11 @@ class IndexInfo:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows of a scan.
+    """Batch of rows from a scan.
 
     Attributes:
         ids: Ids of n rows.
-        vectors: (n, dim) float32 vectors of the name that was asked for; ``None`` if none was.
+        vectors: (n, dim) float32 vectors of the requested name; ``None`` if none was requested.
     """
 
     ids: list[str]
@@ -74,13 +74,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Hits:
-    """The best rows of every query, best first.
+    """Best rows of every query, best first.
 
     Attributes:
-        ids: For every query the ids of at most k rows, none of them twice.
-        scores: (n_queries, k) float32, descending: inner products, or the scores of a merge. Where an index
-            found fewer rows for a query than for others, the rest of its line is ``-inf``. A gallery returns
-            equal scores in its own order.
+        ids: Unique ids of at most k rows for each query.
+        scores: (n_queries, k) float32, descending: inner products, or the scores of a merge. Queries with
+            fewer results than others are padded with ``-inf``. A gallery returns equal scores in its own
+            order.
     """
 
     ids: list[list[str]]
@@ -89,34 +89,34 @@ class Hits:
 
 @runtime_checkable
 class VectorIndex(Protocol):
-    """An index of vectors that can be read, searched and backfilled while it serves.
+    """Vector index that supports reads, searches and backfills while it serves.
 
-    Every method raises an :class:`~xbt.errors.XbtError` for bad input, and for an index out of reach.
+    Every method raises an :class:`~xbt.errors.XbtError` for invalid input or an unreachable index.
     """
 
     def info(self) -> IndexInfo:
-        """Describe the index as it is now."""
+        """Describe the current state of the index."""
         ...
 
     def scan(
         self, *, missing: str | None = None, vectors: str | None = None, batch_size: int = 1024
     ) -> Iterator[Batch]:
-        """Iterate over the rows, each once, in the order of the index.
+        """Iterate once over the rows in the order of the index.
 
-        Rows that are written while the scan runs may be included or not.
+        Rows written during the scan may or may not be included.
 
         Args:
-            missing: Only rows without the vector of this name.
-            vectors: Also read the vectors of this name; rows without it are left out.
-            batch_size: Rows a batch, at most.
+            missing: Include only rows without the vector of this name.
+            vectors: Also read the vectors of this name, and skip rows without it.
+            batch_size: Maximum rows per batch.
 
         Raises:
-            DataError: If there is no vector of such a name.
+            DataError: If there is no vector of this name.
         """
         ...
 
     def add_vector(self, name: str, space: EmbeddingSpace) -> None:
-        """Declare a further vector, which no row has yet; does nothing if it is there in the same space.
+        """Declare a new named vector. Do nothing if it already exists in the same space.
 
         Raises:
             SpaceMismatchError: If the index has a vector of this name in another space.
@@ -124,16 +124,16 @@ class VectorIndex(Protocol):
         ...
 
     def upsert(self, ids: Sequence[str], vectors: Vectors, name: str) -> None:
-        """Write the vectors of a name for rows of the index; idempotent, and durable when it returns.
+        """Write vectors of one name for existing rows. The write is idempotent, and durable on return.
 
         Args:
-            ids: Of n rows that are in the index. A row that has such a vector gets the one given.
+            ids: Ids of n rows of the index. An existing vector of this name is replaced.
             vectors: (n, dim) array or tensor of any float dtype.
             name: One of the names in :attr:`IndexInfo.vectors`.
 
         Raises:
-            DataError: If an id or the name is unknown, or a value is NaN; nothing is written then.
-            SpaceMismatchError: If the dimension is another.
+            DataError: If an id or the name is unknown, or a value is NaN. Nothing is written then.
+            SpaceMismatchError: If the dimension is wrong.
         """
         ...
 
@@ -149,38 +149,38 @@ class VectorIndex(Protocol):
         """Find the k rows with the largest scores for every query.
 
         Args:
-            queries: (n_queries, dim) queries in the space of the vector searched.
-            k: Rows a query; fewer are returned where fewer rows qualify.
-            using: The vector searched; rows without it do not qualify.
+            queries: (n_queries, dim) queries in the space of the searched vector.
+            k: Rows per query. Fewer are returned if fewer rows qualify.
+            using: Name of the searched vector. Rows without it do not qualify.
             without: Rows with a vector of this name do not qualify.
-            filter: Condition in the language of the index, if it has the capability :data:`FILTER`.
+            filter: Condition in the query language of the index, if it has the capability :data:`FILTER`.
 
         Raises:
             DataError: If a name is unknown, k is below 1, or a value is NaN.
-            SpaceMismatchError: If the dimension is another.
-            ConfigError: If the index takes no filter.
+            SpaceMismatchError: If the dimension is wrong.
+            ConfigError: If the index does not support filters.
         """
         ...
 
     def fetch(self, ids: Sequence[str], name: str) -> NDArray[np.float32]:
-        """Read the vectors of a name, for example to rescore candidates.
+        """Read vectors of one name, for example to rescore candidates.
 
         Args:
-            ids: Of n rows.
+            ids: Ids of n rows.
             name: Name of the vector.
 
         Returns:
-            (n, dim) float32, in the order asked for.
+            (n, dim) float32, in the requested order.
 
         Raises:
-            DataError: If a row is not there or has no such vector.
+            DataError: If a row does not exist or has no such vector.
         """
         ...
 
     def drop_vector(self, name: str) -> None:
-        """Delete the vectors of a name from all rows: roll a backfill back.
+        """Delete the vectors of one name from all rows, to roll a backfill back.
 
         Raises:
-            DataError: If there is no such name, or it is the only one.
+            DataError: If the name is unknown, or is the only one.
         """
         ...

@@ -1,6 +1,6 @@
-"""Segments, of which a gallery's parts consist, and the records of parts and changes.
+"""Segments of gallery parts, and database records of parts and changes.
 
-A segment never changes. Values that are read from the database may be a stranger's, and are checked here.
+A segment never changes. Values from the database are untrusted and are checked here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from xbt.space import EmbeddingSpace
 from xbt.store.layout import Header
 
 _MAPPED_BYTES = 65_536
-"""Files from this size on are mapped; smaller ones are read, since a process can map only so many."""
+"""Minimum size of mapped files. Smaller files are read, since the number of maps per process is limited."""
 
 
 DAMAGED = "copy the gallery again, or build it again from its vectors"
@@ -52,12 +52,12 @@ class PartRecord:
     """Description of a part.
 
     Attributes:
-        name: Such as ``"old"`` or ``"new"``.
-        space: Space of the vectors; ``None`` where nobody knows it.
+        name: Name such as ``"old"`` or ``"new"``.
+        space: Space of the vectors; ``None`` if undeclared.
         dim: Dimension of the vectors.
         modality: ``"image"`` or ``"text"``.
         dtype: ``"float16"`` or ``"float32"``, on disk.
-        number: Its number in the database.
+        number: Number of the part in the database.
     """
 
     name: str
@@ -69,14 +69,14 @@ class PartRecord:
 
     @classmethod
     def from_row(cls, row: Sequence[Any], path: Path) -> Self:
-        """Read a row of the database, which may be a stranger's.
+        """Parse an untrusted row of the table ``part``.
 
         Args:
-            row: Values of the table ``part``.
-            path: The database, for the message.
+            row: Values of the row.
+            path: Database file, for the message.
 
         Raises:
-            StoreError: If a value cannot be used.
+            StoreError: If a value is invalid.
         """
         number, name, space, dim, modality, dtype = row
         try:
@@ -97,7 +97,7 @@ class Change:
     Attributes:
         segment: Number of the segment.
         rows: (n,) row numbers within it.
-        moved: Whether their items are searched in the new part; otherwise they are removed.
+        moved: Whether the items are now searched in the new part; otherwise they are removed.
     """
 
     segment: int
@@ -106,7 +106,7 @@ class Change:
 
     @classmethod
     def from_row(cls, row: Sequence[Any], path: Path) -> Self:
-        """Read a row of the table ``change``; as :meth:`PartRecord.from_row`."""
+        """Parse an untrusted row of the table ``change``; raises as :meth:`PartRecord.from_row`."""
         version, segment, moved, data = row
         if moved not in (0, 1) or not isinstance(data, bytes) or not data or len(data) % 8:
             raise damaged(path, f"its change {version} cannot be read")
@@ -114,10 +114,10 @@ class Change:
 
 
 def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
-    """Read the ids of a segment, which may be a stranger's.
+    """Parse the untrusted ids of a segment.
 
     Raises:
-        StoreError: If they are no list with one string a row.
+        StoreError: If they are not a list with one string per row.
     """
     try:
         names = json.loads(data.decode("utf-8"))
@@ -131,15 +131,15 @@ def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
 
 
 def is_count(value: Any, least: int) -> bool:
-    """Whether a value of the database is an integer from ``least`` on."""
+    """Check that a database value is an integer of at least ``least``."""
     return type(value) is int and least <= value < _LARGEST
 
 
 def part_name(name: str) -> str:
-    """Check a part's name, which becomes part of file names.
+    """Validate the name of a part, which is used in file names.
 
     Raises:
-        StoreError: If it is not made of letters, digits and underscores.
+        StoreError: If it has characters other than letters, digits and underscores.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,100}", name):
         raise StoreError(
@@ -149,7 +149,7 @@ def part_name(name: str) -> str:
 
 
 def damaged(path: Path, reason: str) -> StoreError:
-    """Error for a database that holds other things than a gallery writes."""
+    """Build the error for a database with contents that no gallery writes."""
     return StoreError(f"{path} is damaged or no gallery's ({reason}); {DAMAGED}")
 
 
@@ -158,44 +158,44 @@ class Segment(Protocol):
 
     @property
     def number(self) -> int:
-        """Its number within the gallery; later segments have higher ones."""
+        """Number within the gallery. Later segments have higher numbers."""
         ...
 
     @property
     def name(self) -> str:
-        """Identifies its rows; a segment of another gallery has another name."""
+        """Unique name of the contents, distinct from segments of other galleries."""
         ...
 
     @property
     def count(self) -> int:
-        """Rows."""
+        """Number of rows."""
         ...
 
     @property
     def own(self) -> bool:
-        """Whether the rows are the gallery's, and not those of a store that is only read."""
+        """``True`` for rows of the gallery itself, ``False`` for rows of a read-only store."""
         ...
 
     def slice(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Rows ``start`` … ``stop − 1``, which must not be written to."""
+        """Read rows ``start`` … ``stop − 1``. The caller must not modify them."""
         ...
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows by number, in the order asked for."""
+        """Read rows by number, in the requested order."""
         ...
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
-        """Columns of rows in the order asked for; ``None`` if there are no columns."""
+        """Read columns of rows in the requested order; ``None`` if there are no columns."""
         ...
 
     def column_types(self) -> dict[str, pa.DataType]:
-        """Types of the columns."""
+        """Return the types of the columns."""
         ...
 
 
 @dataclass(frozen=True)
 class MemorySegment:
-    """Rows of a gallery in memory."""
+    """Segment of a gallery in memory."""
 
     number: int
     rows: NDArray[np.float32]
@@ -231,30 +231,30 @@ class MemorySegment:
 
 
 def segment_name(number: int, digest: str) -> str:
-    """Name of a segment in the record of an index."""
+    """Build the name of a segment for the record of an index."""
     return f"{number}-{digest[:32]}"
 
 
 def npy_header(dtype: str, count: int, dim: int) -> bytes:
-    """The header of a segment's file: that of a ``.npy`` file of version 1.0, in 128 bytes."""
+    """Build the 128-byte header of a segment file, in ``.npy`` format version 1.0."""
     code = {"float16": "<f2", "float32": "<f4"}[dtype]
     text = f"{{'descr': '{code}', 'fortran_order': False, 'shape': ({count}, {dim}), }}"
     return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode("ascii") + b"\n"
 
 
 class FileSegment:
-    """Rows of a ``.npy`` file of the gallery, mapped; the file may be removed meanwhile.
+    """Segment in a mapped ``.npy`` file of the gallery. The file may be removed meanwhile.
 
     Args:
         number: See :class:`Segment`.
         path: The file.
         dtype: ``"float16"`` or ``"float32"``.
-        shape: Rows and dimension, as the gallery knows them.
-        sha256: Checksum with which the file was written; not compared here.
-        read_metadata: Reads the Parquet bytes of the columns; ``None`` if there are none.
+        shape: Number of rows and dimension, as recorded by the gallery.
+        sha256: Recorded checksum of the file, not verified here.
+        read_metadata: Function that reads the Parquet bytes of the columns; ``None`` if there are none.
 
     Raises:
-        StoreError: If the file is missing, or has another size or header than it was written with.
+        StoreError: If the file is missing, or its size or header is wrong.
     """
 
     own = True
@@ -281,7 +281,7 @@ class FileSegment:
                 found = os.fstat(file.fileno()).st_size
                 if found != size:
                     raise StoreError(f"{path} has {found} bytes instead of {size}; {DAMAGED}")
-                # A private map can be handed to torch, which warns of memory that cannot be written to.
+                # A private map avoids the warning of torch about read-only memory.
                 mapped = size >= _MAPPED_BYTES
                 data: Any = (
                     mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else bytearray(file.read())
@@ -302,7 +302,7 @@ class FileSegment:
         """See :class:`Segment`."""
         rows = self._checked(self._rows[start:stop], start)
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)  # pages that were read count as the process's memory
+            self._map.madvise(mmap.MADV_DONTNEED)  # pages read so far count as memory of the process
         return rows
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -351,7 +351,7 @@ class FileSegment:
 
 
 def widened(rows: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Copy rows as float32; torch widens float16 several times as fast as numpy."""
+    """Copy rows as float32. Torch converts float16 several times as fast as numpy."""
     if rows.dtype == np.float16 and rows.dtype.isnative:
         result: NDArray[np.float32] = torch.from_numpy(rows).float().numpy()
         return result
@@ -359,15 +359,15 @@ def widened(rows: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def require_finite(rows: NDArray[np.float32], path: Path, numbers: int | NDArray[np.int64]) -> None:
-    """Refuse rows with NaN or infinity, which no search orders; quick where there are none.
+    """Refuse rows with NaN or infinity, which cannot be ranked. Fast if there are none.
 
     Args:
         rows: (n, dim).
-        path: File or directory that they are from, for the message.
-        numbers: Their numbers there, or the first of them.
+        path: File or directory of the rows, for the message.
+        numbers: Row numbers in it, or the first one of consecutive rows.
 
     Raises:
-        StoreError: If there is one; the message names the file and the row.
+        StoreError: If a row has NaN or infinity. The message names the file and the row.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         if np.isfinite(rows.sum(dtype=np.float32)):
@@ -381,7 +381,7 @@ def require_finite(rows: NDArray[np.float32], path: Path, numbers: int | NDArray
 
 
 def prepare_database(db: sqlite3.Connection, mode: str) -> None:
-    """Make a new database that of a gallery, with empty tables."""
+    """Initialise a new database with the empty tables of a gallery."""
     db.execute(f"PRAGMA application_id={APPLICATION_ID}")
     db.execute(f"PRAGMA user_version={VERSION}")
     db.execute(f"PRAGMA journal_mode={mode}")
@@ -390,10 +390,10 @@ def prepare_database(db: sqlite3.Connection, mode: str) -> None:
 
 
 def check_schema(db: sqlite3.Connection, path: Path) -> None:
-    """Refuse a database that is no gallery, of another version, or with anything beside a gallery's tables.
+    """Check the format version and the exact tables of a gallery database.
 
     Raises:
-        StoreError: If it is one.
+        StoreError: If the database is not a gallery, has another version, or has other tables.
     """
     application = db.execute("PRAGMA application_id").fetchone()[0]
     version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -423,7 +423,7 @@ def read_settings(db: sqlite3.Connection, path: Path) -> dict[str, str]:
 
 
 def ascending(rows: Iterable[Any], last: int, path: Path) -> Iterator[Any]:
-    """Rows whose numbers rise; a damaged tree could otherwise be read for ever."""
+    """Yield rows, and check that their numbers ascend. A damaged B-tree could otherwise loop for ever."""
     for row in rows:
         if not is_count(row[0], last + 1):
             raise damaged(path, f"number {row[0]!r} follows {last}")
@@ -432,17 +432,17 @@ def ascending(rows: Iterable[Any], last: int, path: Path) -> Iterator[Any]:
 
 
 def check_parts(parts: Sequence[PartRecord], path: Path) -> None:
-    """Refuse parts that no gallery has together; raises as :func:`check_schema`."""
+    """Refuse an impossible combination of parts; raises as :func:`check_schema`."""
     names = [part.name for part in parts]
     if not 1 <= len(parts) <= 2 or len(set(names)) < len(names):
         raise damaged(path, f"its parts are {names}")
 
 
 class Rows:
-    """Numbered rows over several segments; immutable.
+    """Immutable sequence of rows, numbered over several segments.
 
     Args:
-        segments: In order.
+        segments: Segments in order.
         dim: Dimension of the vectors.
     """
 
@@ -460,7 +460,7 @@ class Rows:
             rows: (n,) row numbers.
 
         Returns:
-            (n, dim) float32, in the order asked for; it must not be written to.
+            (n, dim) float32, in the requested order. The caller must not modify it.
         """
         if not len(rows):
             return np.zeros((0, self.dim), np.float32)
@@ -474,7 +474,7 @@ class Rows:
     def by_segment(
         self, rows: NDArray[np.int64]
     ) -> Iterable[tuple[int, NDArray[np.int64], NDArray[np.int64]]]:
-        """Group rows: position of the segment, places in ``rows``, and row numbers within the segment."""
+        """Group rows as segment position, positions in ``rows``, and row numbers within the segment."""
         order = np.argsort(rows, kind="stable")
         owners = np.searchsorted(self.starts, rows[order], side="right") - 1
         borders = np.flatnonzero(np.diff(owners, prepend=-1, append=-1))
@@ -508,14 +508,14 @@ _CODES = {
 
 @contextmanager
 def translated(path: Path) -> Iterator[None]:
-    """Turn errors of SQLite and of the operating system into one sentence."""
+    """Translate errors of SQLite and of the operating system to :class:`StoreError`."""
     try:
         yield
     except sqlite3.Error as error:
         code = str(getattr(error, "sqlite_errorname", "")).removeprefix("SQLITE_").split("_")[0]
         sentence = _CODES.get(code, f"is damaged ({{}}); {DAMAGED}")
         raise StoreError(f"{path} {sentence.format(error)}") from error
-    except (UnicodeDecodeError, MemoryError) as error:  # of a message or size that is damaged itself
+    except (UnicodeDecodeError, MemoryError) as error:  # from a damaged message or size
         raise damaged(path, str(error) or "a value is larger than the memory") from error
     except OSError as error:
         raise StoreError(
@@ -528,7 +528,7 @@ _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "gluste
 
 
 def journal_mode(path: Path, warn: bool = False) -> str:
-    """``WAL``, for which processes share memory, or ``DELETE`` on a network disk."""
+    """Choose ``WAL``, or ``DELETE`` on a network disk, since ``WAL`` needs shared memory."""
     kind = _file_system(path)
     if kind not in _NETWORK:
         return "WAL"
@@ -542,7 +542,7 @@ def journal_mode(path: Path, warn: bool = False) -> str:
 
 
 def _file_system(path: Path) -> str:
-    """Kind of file system that a directory is on; empty where the system does not tell."""
+    """Look up the file system type of a directory; empty if unknown."""
     try:
         mounts = Path("/proc/self/mounts").read_text("utf-8", "replace").splitlines()
     except OSError:

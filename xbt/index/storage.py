@@ -1,12 +1,12 @@
-"""Files of a gallery: one SQLite database, and a file of vectors for each segment.
+"""Files of a gallery on disk: one SQLite database, and one file of vectors per segment.
 
     gallery.sqlite         settings, parts, segments with their ids and metadata, and the log of changes
-    segments/<number>.npy  the rows of a segment, float16 or float32, written once
-    index/                 approximate indexes, a cache; see xbt.index.faiss_index
-    .lock                  held by the process that writes
+    segments/<number>.npy  rows of a segment, float16 or float32, written once
+    index/                 cache of approximate indexes; see xbt.index.faiss_index
+    .lock                  lock of the writing process
 
-A segment's file is written and synced before the transaction that names it is committed; a file that no
-transaction names does not exist. Names of files follow from numbers, and are never read from the database.
+The file of a segment is written and synced before the transaction that names it is committed. Files that no
+transaction names are ignored. File names are derived from numbers and never read from the database.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ from xbt.store.lock import WriterLock
 
 DATABASE, SEGMENTS = "gallery.sqlite", "segments"
 BUSY_SECONDS = 30.0
-"""A reader or writer waits this long for a lock of the database; xbt itself holds one for milliseconds."""
+"""Longest wait for a database lock, in seconds. xbt itself holds a lock for milliseconds."""
 _LAST = (
     "SELECT (SELECT MAX(number) FROM segment), (SELECT MAX(version) FROM change), "
     "(SELECT seq FROM sqlite_sequence WHERE name = 'segment')"
 )
 FILE_ROWS = 1 << 20
-"""Rows of the largest files that compaction writes; the ids of a file are one value of the database."""
+"""Maximum rows per file written by compaction. The ids of a file are one value of the database."""
 
 
 @dataclass(frozen=True)
 class NewSegment:
-    """Rows that are to be written as one segment.
+    """Rows to write as one segment.
 
     Attributes:
-        part: Number of their part.
-        ids: Their ids.
-        blocks: The vectors, (m, dim) float32 at a time.
-        table: Columns beside the ids.
+        part: Record of the part.
+        ids: Ids of the rows.
+        blocks: Vectors in blocks of (m, dim) float32.
+        table: Metadata columns; ``None`` if there are none.
     """
 
     part: PartRecord
@@ -81,7 +81,7 @@ class NewSegment:
 
 @dataclass(frozen=True)
 class Mark:
-    """How far a process has read a gallery: everything before it is known."""
+    """Position up to which a process has read a gallery."""
 
     stamp: tuple[int, int]
     identity: str
@@ -92,14 +92,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class News:
-    """What a read has found that is not known yet.
+    """Updates found by a read.
 
     Attributes:
-        mark: How far the gallery is read now.
-        whole: Whether this is everything; whatever was known before is void.
-        plan: Kind of index, where this is everything.
-        parts: All parts, or none if none is new.
-        segments: New segments with the part's number, and the ids of their rows.
+        mark: Position of the gallery after the read.
+        whole: Whether this is the complete state, which replaces everything known before.
+        plan: Kind of index, if this is the complete state.
+        parts: All parts; empty if there is no new part.
+        segments: Part number, segment and row ids of each new segment.
         changes: New changes.
     """
 
@@ -112,22 +112,22 @@ class News:
 
 
 class Storage:
-    """The directory of a gallery.
+    """Directory of a gallery.
 
-    A connection to the database is open only while it is used, or for as long as :meth:`begin_writing` holds
-    the right to write. It is never taken over by a forked process.
+    A database connection is open only while it is in use, or while this process holds the write lock (see
+    :meth:`begin_writing`). A forked process never reuses it.
 
     Args:
         path: The directory.
         read_only: Whether to refuse every write.
-        mmap: Whether indexes are mapped.
-        stores: Where stores elsewhere are now, by the paths that are on record.
+        mmap: Whether to map indexes from disk.
+        stores: New paths of moved stores, by the recorded paths.
 
     Attributes:
-        refused: Whether another gallery was found in the place of this one when it was to be written.
+        refused: Whether a write has found another gallery at this path.
 
     Raises:
-        StoreError: If there is no gallery, it is damaged, or ``stores`` names one that it was not made of.
+        StoreError: If there is no gallery, it is damaged, or ``stores`` names a store it was not made of.
     """
 
     def __init__(
@@ -155,16 +155,15 @@ class Storage:
     # -- reading ---------------------------------------------------------------------------------------
 
     def read(self, known: Mark | None) -> News:
-        """Read what has been written since a mark.
+        """Read everything written since a mark.
+
+        The read starts again if a compaction removes a segment file meanwhile.
 
         Args:
             known: The mark; ``None`` reads everything.
 
-        Returns:
-            The news. A segment's file that a compaction removes meanwhile makes the read start again.
-
         Raises:
-            StoreError: If the gallery is gone or damaged, or another one while this one is being written.
+            StoreError: If the gallery is gone, damaged, or was replaced by another one during a write.
         """
         for last in (False, False, True):
             try:
@@ -197,11 +196,11 @@ class Storage:
         """Check the database itself.
 
         Returns:
-            The faults that SQLite finds, and for each segment the checksum of its file, that of its ids and
-            columns, and these.
+            Faults that SQLite reports, and by segment number: checksum of the file, checksum of the ids and
+            columns, ids, and columns.
 
         Raises:
-            StoreError: If it cannot be read, or is another gallery's.
+            StoreError: If the database cannot be read, or belongs to another gallery.
         """
         with self._session() as db:
             if self.identity not in ("", read_settings(db, self.path / DATABASE)["identity"]):
@@ -212,7 +211,7 @@ class Storage:
         return [text for text in said if text != "ok"], described
 
     def segment_names(self, part: str) -> list[str]:
-        """Names of the segments that a part has at the moment, as an index's record has them."""
+        """Read the current segment names of a part, as used in the record of an index."""
         path, columns = self.path / DATABASE, "segment.number, sha256, store"
         query = f"SELECT {columns} FROM segment JOIN part ON part.number = segment.part WHERE name = ?"
         with self._session() as db:
@@ -223,7 +222,7 @@ class Storage:
         ]
 
     def cache(self, part: PartRecord, plan: IndexPlan) -> IndexCache:
-        """Files of a part's index."""
+        """Open the index cache of a part."""
         folder, name = self.path / FOLDER, part.name
         return IndexCache(folder, name, plan, lambda: self.segment_names(name), self.mmap, self.read_only)
 
@@ -231,14 +230,14 @@ class Storage:
 
     @property
     def writing(self) -> bool:
-        """Whether this process holds the right to write through this object."""
+        """``True`` while this object holds the write lock."""
         return self._held is not None
 
     def begin_writing(self) -> None:
-        """Take the right to write.
+        """Take the write lock.
 
         Raises:
-            StoreError: If another process holds it (the message names it), or the gallery is read only.
+            StoreError: If another process holds it (the message names it), or the gallery is read-only.
         """
         if self.read_only:
             raise StoreError(f"{self.path} was opened to be read only; open it without read_only to write")
@@ -252,30 +251,30 @@ class Storage:
                 raise
 
     def end_writing(self) -> None:
-        """Give the right to write back."""
+        """Release the write lock."""
         with self._lock:
             held, self._held = self._held, None
             try:
                 if held is not None:
-                    with suppress(sqlite3.Error):  # the log that is left is taken in at the next opening
+                    with suppress(sqlite3.Error):  # the next opening replays the remaining log
                         held.close()
             finally:
                 self._writer.release()
 
     def append(self, known: Mark, new: NewSegment, changes: Sequence[Change] = ()) -> News:
-        """Write a segment and make it the gallery's, together with changes.
+        """Write a segment and commit it together with changes.
 
         Args:
-            known: How far the gallery was read when the right to write was taken, or written since.
-            new: The segment's rows.
-            changes: Of other segments, or with the number 0 of this one.
+            known: Mark of the latest state that this writer has read or written.
+            new: Rows of the segment.
+            changes: Changes of other segments, or of this one under the number 0.
 
         Returns:
-            What is new since ``known``.
+            Updates since ``known``.
 
         Raises:
-            DataError: If a value is too large for the part's dtype.
-            StoreError: If the disk is full or may not be written to; the gallery is as it was then.
+            DataError: If a value is too large for the dtype of the part.
+            StoreError: If the disk is full or not writable. The gallery is then unchanged.
         """
         self._require_same()
         number = self._next_number
@@ -292,13 +291,13 @@ class Storage:
         return News(mark, False, None, [], [(new.part.number, segment, list(new.ids))], own)
 
     def log(self, known: Mark, changes: Sequence[Change]) -> News:
-        """Commit changes; as :meth:`append`."""
+        """Commit changes; returns and raises as :meth:`append`."""
         with self._transaction() as db:
             last = _insert_changes(db, changes, known.change)
         return News(replace(known, change=last), False, None, [], [], list(changes))
 
     def add_part(self, part: PartRecord) -> None:
-        """Begin a part; raises as :meth:`append`."""
+        """Add a part; raises as :meth:`append`."""
         with self._transaction() as db:
             insert_part(db, part)
 
@@ -309,13 +308,13 @@ class Storage:
         new: Sequence[NewSegment],
         changes: Sequence[Change],
     ) -> None:
-        """Begin the next generation: some parts and segments are replaced, and the log is written again.
+        """Start the next generation: replace parts and segments, and rewrite the log of changes.
 
         Args:
-            parts: Numbers of the parts that go.
-            segments: Numbers of the segments that go.
-            new: Segments that come.
-            changes: All changes from now on; their segments stay.
+            parts: Numbers of the parts to delete.
+            segments: Numbers of the segments to delete.
+            new: Segments to add.
+            changes: The complete new log. Its segments are not deleted.
 
         Raises:
             StoreError: As :meth:`append`.
@@ -333,19 +332,18 @@ class Storage:
             db.execute("UPDATE setting SET value = ? WHERE key = 'generation'", (str(generation),))
 
     def sweep(self) -> None:
-        """Remove files that no transaction names, and give free space of the database back.
+        """Remove files that no transaction names, and release free space of the database.
 
-        An open reader keeps the files that it has mapped. A file that cannot be removed is left to the next
-        time.
+        An open reader keeps the files it has mapped. A file that cannot be removed is left for the next call.
 
         Raises:
-            StoreError: If another gallery is in the place of this one, or the database is damaged.
+            StoreError: If another gallery is now at this path, or the database is damaged.
         """
         self._require_same()
         folder = self.path / SEGMENTS
         with self._session() as db:
             ours = {_file_name(number) for (number,) in db.execute("SELECT number FROM segment")}
-            with suppress(sqlite3.Error):  # as on a disk that is full: it is free space, no more
+            with suppress(sqlite3.Error):  # for example on a full disk; failing to shrink does no harm
                 (free,), (pages,) = (db.execute(f"PRAGMA {what}").fetchone()
                                      for what in ("freelist_count", "page_count"))  # fmt: skip
                 if free > 16 and 2 * free > pages:
@@ -358,7 +356,7 @@ class Storage:
                     path.unlink(missing_ok=True)
 
     def _write_segment(self, number: int, new: NewSegment) -> tuple[Any, ...]:
-        """Write a segment's file; returns its row of the database."""
+        """Write the file of a segment and return its database row."""
         path, part, count = self.path / SEGMENTS / _file_name(number), new.part, len(new.ids)
         if path.parent.is_symlink():
             raise StoreError(
@@ -396,12 +394,12 @@ class Storage:
                 raise
 
     def _require_same(self) -> None:
-        """Refuse to write if another gallery is in the place of this one."""
+        """Refuse to write if another gallery is now at this path."""
         if self.refused or self._stamp() != self._held_stamp:
             raise self._replaced()
 
     def _replaced(self, refuse: bool = True) -> StoreError:
-        # Until it is opened again: the user knows the other gallery's items.
+        # Refuse until it is opened again: the user has seen the items of the other gallery.
         self.refused = self.refused or refuse
         return StoreError(
             f"the gallery at {self.path} was replaced by another while it was open; open it again"
@@ -410,7 +408,7 @@ class Storage:
     # -- connections -----------------------------------------------------------------------------------
 
     def _stamp(self) -> tuple[int, int]:
-        """Identify the database's file; another one in its place has another stamp."""
+        """Identify the database file; a replacement has another stamp."""
         try:
             about = (self.path / DATABASE).stat()
         except OSError:
@@ -419,7 +417,7 @@ class Storage:
 
     @contextmanager
     def _session(self) -> Iterator[sqlite3.Connection]:
-        """A connection, for one thread at a time; errors of SQLite become one sentence."""
+        """Open a connection for one thread at a time, and translate SQLite errors."""
         with self._lock, translated(self.path / DATABASE):
             if self._held is not None:
                 yield self._held
@@ -437,7 +435,7 @@ class Storage:
         mode = "mode=rw"
         if not write and not os.access(self.path, os.W_OK):
             wal = path.with_name(f"{DATABASE}-wal")
-            # Without the right to make files beside it, a database is read as one that does not change.
+            # In a directory without write permission, SQLite can only read an immutable database.
             mode = "mode=ro" if wal.exists() and wal.stat().st_size else "mode=ro&immutable=1"
         db = sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", BUSY_SECONDS, 0, None, False, uri=True)
         try:
@@ -447,7 +445,7 @@ class Storage:
             if write:
                 self._journal = mode = self._journal or journal_mode(self.path)
                 db.execute(f"PRAGMA journal_mode={mode}")
-                # Beyond FULL, EXTRA syncs the directory after the journal of a commit is deleted.
+                # EXTRA also syncs the directory after deleting the journal of a commit.
                 db.execute(f"PRAGMA synchronous={'FULL' if mode == 'WAL' else 'EXTRA'}")
         except BaseException:
             db.close()
@@ -455,7 +453,7 @@ class Storage:
         return db
 
     def _after_fork(self) -> None:
-        """Leave the connection to the parent: a child that closed it could end the parent's locks."""
+        """Leave the connection to the parent. Closing it in the child could release the parent's locks."""
         if self._held is not None:
             _LEFT_TO_PARENT.append(self._held)
         self._held, self._lock = None, threading.RLock()
@@ -497,7 +495,7 @@ class Storage:
         return News(mark, known is None, plan, parts, segments, changes)
 
     def _part_record(self, row: tuple[Any, ...]) -> PartRecord:
-        """A part's record; its space, which has a probe, is read once."""
+        """Parse the record of a part once, since its space includes a probe."""
         if row not in self._part_records:
             self._part_records[row] = PartRecord.from_row(row, self.path / DATABASE)
         return self._part_records[row]
@@ -529,11 +527,11 @@ class Storage:
 
 
 class StaleError(StoreError):
-    """The files of an older generation are gone; reading the gallery again helps."""
+    """Files of an older generation are gone. Reload the gallery."""
 
 
 class _Vanished(Exception):
-    """A segment was removed while it was read."""
+    """A compaction removed a segment during a read."""
 
 
 _OPEN: weakref.WeakSet[Storage] = weakref.WeakSet()
@@ -550,7 +548,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _still_known(known: Mark | None, settings: Mapping[str, str], last: Sequence[int | None]) -> Mark | None:
-    """The mark, unless it is of another gallery or generation, or of a later state than this one."""
+    """Drop a mark of another gallery, another generation or a later state."""
     if known is None:
         return None
     same = (known.identity, str(known.generation)) == (settings["identity"], settings["generation"])
@@ -558,7 +556,7 @@ def _still_known(known: Mark | None, settings: Mapping[str, str], last: Sequence
 
 
 def insert_part(db: sqlite3.Connection, part: PartRecord) -> int:
-    """Add a part within a transaction; returns its number."""
+    """Insert a part within a transaction and return its number."""
     space = None if part.space is None else json.dumps(part.space.to_dict())
     row = (part.name, space, part.dim, part.modality, part.dtype)
     made = db.execute("INSERT INTO part (name, space, dim, modality, dtype) VALUES (?, ?, ?, ?, ?)", row)
@@ -567,7 +565,7 @@ def insert_part(db: sqlite3.Connection, part: PartRecord) -> int:
 
 
 def _insert_changes(db: sqlite3.Connection, changes: Sequence[Change], last: int) -> int:
-    """Write changes within a transaction; returns the version of the last one."""
+    """Insert changes within a transaction and return the version of the last one."""
     for each in changes:
         row = (each.segment, int(each.moved), each.rows.astype("<i8").tobytes())
         made = db.execute("INSERT INTO change (segment, moved, rows) VALUES (?, ?, ?)", row)
@@ -576,7 +574,7 @@ def _insert_changes(db: sqlite3.Connection, changes: Sequence[Change], last: int
 
 
 def describe_digest(ids: Any, metadata: Any) -> str:
-    """SHA-256 of the ids and columns of a segment; of any other value than bytes, of its text."""
+    """Compute SHA-256 of the ids and columns of a segment. Values other than bytes count as text."""
     found = hashlib.sha256()
     for value in (ids, metadata):
         data = b"" if value is None else value
@@ -608,7 +606,7 @@ def _parquet(table: pa.Table, part: str) -> bytes:
     return data
 
 
-# -- errors --------------------------------------------------------------------------------------------
+# -- names and errors ----------------------------------------------------------------------------------
 
 
 def _file_name(number: int) -> str:

@@ -85,18 +85,18 @@ class StoreRecord:
         return self
 
     def to_json(self) -> str:
-        """A text for the database."""
+        """Serialise the record for the database."""
         return json.dumps(vars(self))
 
     def find(self, gallery: Path, moved: Mapping[str, Path]) -> Path:
-        """Where the store is now: where the user says, beside the gallery, or where it was.
+        """Locate the store: at the path the user gives, beside the gallery, or at its old path.
 
         Args:
-            gallery: The gallery's directory.
-            moved: New paths by those that are on record.
+            gallery: Directory of the gallery.
+            moved: New paths of moved stores, by the recorded paths.
 
         Raises:
-            StoreError: If it is in none of these places.
+            StoreError: If the store is in none of these places.
         """
         if self.path in moved:
             return moved[self.path]
@@ -111,15 +111,15 @@ class StoreRecord:
 
 
 def require_known(moved: Mapping[str, Path], db: sqlite3.Connection, path: Path) -> None:
-    """Refuse new places of stores that the gallery was not made of.
+    """Refuse new paths of stores that the gallery was not made of.
 
     Args:
-        moved: New places by the paths on record.
-        db: The gallery's database.
-        path: Its file, for the message.
+        moved: New paths by the recorded paths.
+        db: Database of the gallery.
+        path: Database file, for the message.
 
     Raises:
-        StoreError: If there is one.
+        StoreError: If a recorded path is unknown.
     """
     texts = db.execute("SELECT store FROM segment WHERE store IS NOT NULL").fetchall()
     known = [StoreRecord.from_json(text, path).path for (text,) in texts]

@@ -21,7 +21,7 @@ _ROUNDING = 1e-6
 
 
 class Searched(NamedTuple):
-    """What the queries of a direction are searched in, prepared for ranking.
+    """Gallery rows and answers of one direction, prepared for ranking.
 
     Attributes:
         rows: (u, old_dim) the distinct rows of the gallery.
