@@ -41,31 +41,31 @@ def file_of(path):
     ("damage", "message"),
     [
         (lambda g: (g / DATABASE).unlink(), r"holds no gallery: there is no gallery\.sqlite; check the path"),
-        (lambda g: (g / DATABASE).write_bytes(b""), r"gallery\.sqlite is damaged or no gallery's"),
+        (lambda g: (g / DATABASE).write_bytes(b""), r"gallery\.sqlite is damaged or not a gallery"),
         (lambda g: (g / DATABASE).write_bytes(b"x" * 5000), r"gallery\.sqlite is damaged .*not a database"),
         (lambda g: (g / DATABASE).write_bytes((g / DATABASE).read_bytes()[:9000]), "is damaged"),
-        (lambda g: sql(g, "PRAGMA user_version=99"), "of format version 99, and this xbt reads version 4"),
-        (lambda g: sql(g, "PRAGMA application_id=1"), "it is no database of a gallery"),
-        (lambda g: sql(g, "CREATE TABLE more (x)"), "it has or lacks 'more'"),
-        (lambda g: sql(g, "CREATE VIEW v AS SELECT 1"), "it has or lacks 'v'"),
+        (lambda g: sql(g, "PRAGMA user_version=99"), "has format version 99, but this xbt reads version 4"),
+        (lambda g: sql(g, "PRAGMA application_id=1"), "it is not the database of a gallery"),
+        (lambda g: sql(g, "CREATE TABLE more (x)"), "its schema differs in 'more'"),
+        (lambda g: sql(g, "CREATE VIEW v AS SELECT 1"), "its schema differs in 'v'"),
         (
             lambda g: sql(g, "CREATE TRIGGER t AFTER INSERT ON segment BEGIN DELETE FROM part; END"),
-            "it has or lacks 't'",
+            "its schema differs in 't'",
         ),
-        (lambda g: sql(g, "DROP TABLE change"), "it has or lacks 'change'"),
+        (lambda g: sql(g, "DROP TABLE change"), "its schema differs in 'change'"),
         (lambda g: sql(g, "DELETE FROM setting WHERE key = 'identity'"), "its settings are"),
         (lambda g: sql(g, "UPDATE setting SET value = '../x' WHERE key = 'generation'"), "its settings are"),
-        (lambda g: sql(g, "DELETE FROM part"), r"segment 1 is of part 1|its parts are \[\]"),
+        (lambda g: sql(g, "DELETE FROM part"), r"segment 1 has the part 1|its parts are \[\]"),
         (lambda g: sql(g, "UPDATE part SET name = '../../victim/photos'"), "victim/photos' cannot"),
         (lambda g: sql(g, "UPDATE part SET dim = 'x'"), "its part 'old' cannot be read"),
         (lambda g: sql(g, "UPDATE part SET space = '{}'"), "its part 'old' cannot be read"),
         (lambda g: sql(g, "UPDATE part SET space = NULL, dim = 8"), "has 3328 bytes instead of"),
         (lambda g: sql(g, "UPDATE segment SET count = 1 << 61"), r"has 3328 bytes instead of"),
         (lambda g: sql(g, "UPDATE segment SET count = -1"), "has -1 rows"),
-        (lambda g: sql(g, "UPDATE segment SET part = 7"), "is of part 7"),
+        (lambda g: sql(g, "UPDATE segment SET part = 7"), "has the part 7"),
         (lambda g: sql(g, "UPDATE segment SET ids = '[1]'"), "the ids of a segment cannot be read"),
         (lambda g: sql(g, ("UPDATE segment SET ids = ?", (b"[" * 100_000,))), "the ids of a segment cannot"),
-        (lambda g: sql(g, ("UPDATE segment SET ids = ?", (b"[1]",))), "other ids than one string a row"),
+        (lambda g: sql(g, ("UPDATE segment SET ids = ?", (b"[1]",))), "does not have one string id per row"),
         (lambda g: sql(g, "UPDATE segment SET store = '{}'"), "the store of a segment cannot be read"),
         (
             lambda g: sql(g, ("UPDATE segment SET store = ?", (
@@ -75,13 +75,13 @@ def file_of(path):
         (lambda g: sql(g, ("UPDATE change SET rows = ?", (b"1234567",))), "its change 1 cannot be read"),
         (
             lambda g: sql(g, ("UPDATE change SET rows = ?", (b"\xff" * 8,))),
-            "a change is of rows that segment 1 does not have",
+            "a change names rows that segment 1 does not have",
         ),
-        (lambda g: shutil.rmtree(g / "segments"), r"00000001\.npy is missing, which holds 50 rows"),
+        (lambda g: shutil.rmtree(g / "segments"), r"00000001\.npy with 50 rows of the gallery is missing"),
         (lambda g: file_of(g).write_bytes(b"x"), r"00000001\.npy has 1 bytes instead of"),
         (
             lambda g: file_of(g).write_bytes(b"y" + file_of(g).read_bytes()[1:]),
-            r"00000001\.npy has another header than was written",
+            r"00000001\.npy has a wrong header",
         ),
     ],
 )  # fmt: skip
@@ -119,9 +119,9 @@ def test_a_folder_that_is_a_link_is_not_written_through(gallery, tmp_path):
     (gallery.path / "segments").symlink_to(tmp_path / "outside")
     before = sorted(path.name for path in (tmp_path / "outside").iterdir())
     opened = Gallery.open(gallery.path)
-    with pytest.raises(StoreError, match="is a link, which is not followed"):
+    with pytest.raises(StoreError, match="is a link, and links are not followed"):
         opened.add(unit(1, 16), ["x"])
-    with pytest.raises(StoreError, match="is a link, which is not followed"):
+    with pytest.raises(StoreError, match="is a link, and links are not followed"):
         opened.compact()
     assert sorted(path.name for path in (tmp_path / "outside").iterdir()) == before
 
@@ -205,9 +205,7 @@ def test_a_reader_refuses_to_write(gallery):
         reader.compact,
     ]
     for write in writes:
-        with pytest.raises(
-            StoreError, match="was opened to be read only; open it without read_only to write"
-        ):
+        with pytest.raises(StoreError, match="was opened read-only; open it without read_only to write"):
             write()
 
 

@@ -350,7 +350,7 @@ def test_the_rows_of_an_index_must_be_its_own(tmp_path, trained):
 def test_an_index_that_cannot_be_kept_is_used_all_the_same(tmp_path, monkeypatch):
     gallery = make(tmp_path, "IVF16,Flat", "nprobe=16")
     (gallery.path / "index").write_text("in the way")
-    with pytest.warns(UserWarning, match="the index is not kept on disk"):
+    with pytest.warns(UserWarning, match="the index cannot be saved"):
         assert_finds(gallery, as_items(unit(N, DIM), names(N)), unit(3, DIM, seed=1), 5)
 
 

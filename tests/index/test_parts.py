@@ -173,7 +173,9 @@ def test_a_part_gets_a_name_that_is_free(gallery):
         assert [part.name for part in gallery.parts] == [expected]
     with pytest.raises(DataError, match="a part 'new3' already; give another name="):
         gallery.begin_part(OLD, "new3")
-    with pytest.raises(DataError, match="'old' is what a gallery's first part is called; give another name="):
+    with pytest.raises(
+        DataError, match="the name 'old' is reserved for the first part of a gallery; give another name="
+    ):
         gallery.begin_part(OLD, "old")
 
 
@@ -401,7 +403,7 @@ def test_a_second_part_that_is_none_is_refused(tmp_path):
     gallery = Gallery.create(tmp_path / "g", space=OLD, index="PQ8x4")
     with pytest.raises(DataError, match="no new part to backfill; call begin_part"):
         gallery.backfill(unit(1, 24), ["a"])
-    with pytest.raises(DataError, match=r"is of the space 'old' \(16-d\) already"):
+    with pytest.raises(DataError, match=r"already has the space 'old' \(16-d\)"):
         gallery.begin_part(OLD)
     with pytest.raises(DataError, match="has a part 'old' already"):
         gallery.begin_part(NEW, "old")

@@ -273,8 +273,8 @@ def test_a_gallery_and_its_store_are_moved(tmp_path):
     (tmp_path / "b" / "g").rename(tmp_path / "away" / "g")
     was, now = str((tmp_path / "a" / "s").resolve()), str(tmp_path / "b" / "s")
     words = (
-        rf"there is no store at {was}, of which the gallery at .*away/g was made; put it back, or say where "
-        rf"it is now: Gallery\.open\(path, stores=\{{'{was}': 'its new path'\}}\)"
+        rf"there is no store at {was}, but the gallery at .*away/g was made of it; put it back, or give "
+        rf"its new path: Gallery\.open\(path, stores=\{{'{was}': 'its new path'\}}\)"
     )
     with pytest.raises(StoreError, match=words):
         Gallery.open(tmp_path / "away" / "g")

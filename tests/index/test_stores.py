@@ -55,7 +55,7 @@ def test_a_clip_retrieval_folder_is_searched_where_it_is(tmp_path):
     assert Gallery.open(tmp_path / "g").ids[-1] == "x"
     unknown = Gallery.create(tmp_path / "h", store=tmp_path / "cr")
     assert unknown.search(unit(1, 16), k=1).ids
-    with pytest.raises(StoreError, match="can only be read: nobody has said of which space"):
+    with pytest.raises(StoreError, match="is read-only, since the space of its vectors is unknown"):
         unknown.add(unit(1, 16), ["x"])
 
 

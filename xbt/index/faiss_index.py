@@ -93,8 +93,8 @@ class IndexPlan:
             self.make(dim)
             if re.search(r"\bIDMap2?\b", self.factory):
                 raise ConfigError(
-                    f"the index {self.factory!r} numbers its rows itself, but that is what the gallery does; "
-                    "leave IDMap out"
+                    f"the index {self.factory!r} has its own row numbers, but a gallery numbers the rows "
+                    "itself; leave IDMap out"
                 )
         elif self.tuning:
             raise ConfigError(
@@ -112,8 +112,8 @@ class IndexPlan:
 
         if self.exact or faiss.try_extract_index_ivf(self.make(dim)) is None:
             raise ConfigError(
-                f"the index {self.factory!r} cannot be mapped, only inverted files can; leave mmap out, or "
-                "make the gallery with an index such as 'IVF1024,Flat'"
+                f"the index {self.factory!r} cannot be mapped, since it is not an inverted file; leave mmap "
+                "out, or make the gallery with an index such as 'IVF1024,Flat'"
             )
 
     def make(self, dim: int) -> Any:
@@ -314,7 +314,9 @@ class IndexCache:
             StoreError: If the disk is full or not writable.
         """
         if self.folder.is_symlink():
-            raise StoreError(f"{self.folder} is a link, which is not followed; put a directory in its place")
+            raise StoreError(
+                f"{self.folder} is a link, and links are not followed; replace it with a directory"
+            )
         with writing_to(self.folder, 0):
             self.folder.mkdir(parents=True, exist_ok=True)
         with _alone(self.folder) as alone:
@@ -407,9 +409,7 @@ class IndexCache:
         names = record["faiss"], record["rows"]
         for name, ending in zip(names, ("faiss", "rows"), strict=True):
             if not re.fullmatch(rf"{self.part}-[0-9a-f]{{8}}\.{ending}", name):
-                raise StoreError(
-                    f"{self.folder / self.part}.json names {name!r}, which is no file of an index"
-                )
+                raise StoreError(f"{self.folder / self.part}.json names {name!r}, which is not an index file")
         return names
 
     def _read(self, record: dict[str, Any], dim: int) -> ApproximateIndex:
@@ -420,7 +420,7 @@ class IndexCache:
         rows = np.frombuffer((self.folder / rows_name).read_bytes(), "<i8").astype(np.int64)
         index = faiss.read_index(str(self.folder / faiss_name), flags)
         if len(rows) != index.ntotal or index.d != dim or not _ascend(rows, record["upto"]):
-            raise StoreError(f"{self.folder / faiss_name} holds other rows than it should")
+            raise StoreError(f"{self.folder / faiss_name} does not hold the rows on record")
         self.plan.tune(index)
         return ApproximateIndex(index, rows, int(record["upto"]), self.plan.proposals)
 
@@ -538,7 +538,7 @@ class IndexManager:
         try:
             saved = self._cache.save(made, segments)
         except StoreError as error:
-            warnings.warn(f"the index is not kept on disk: {error}", stacklevel=2)
+            warnings.warn(f"the index cannot be saved: {error}", stacklevel=2)
             return made
         mapped = self._cache.load(segments, len(masked), self._dim) if saved and self._cache.mmap else None
         return mapped or made

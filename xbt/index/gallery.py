@@ -38,7 +38,7 @@ class Gallery:
     """Searchable vectors with ids, in memory (:meth:`build`) or on disk (:meth:`create`, :meth:`open`).
 
     **Processes.** One process at a time writes to a gallery on disk, while any number of processes search it.
-    A reader calls :meth:`reload` to see later writes. Writes are atomic, and durable when they return, however
+    A reader calls :meth:`reload` to see later writes. Writes are atomic, and durable on return, however
     the process ends. Unpickling a gallery on disk opens it again.
 
     **Threads.** Any number of threads may search while one writes. Every search sees a consistent snapshot.
@@ -389,7 +389,7 @@ class Gallery:
         """
         if filter is not None:
             raise ConfigError(
-                "a gallery takes no filter; leave it out, and choose among the results yourself"
+                "a gallery does not support filters; leave filter out, and filter the results yourself"
             )
         if using is not None:
             views = self._views.of_vectors(using, without)
@@ -688,8 +688,8 @@ class Gallery:
             require_storable(rows, ids, part.record.dtype)
             if part.space is None:
                 raise StoreError(
-                    f"the part {part.name!r} of {self.path} can only be read: nobody has said of which space "
-                    "its vectors are; make the gallery with space="
+                    f"the part {part.name!r} of {self.path} is read-only, since the space of its vectors is "
+                    "unknown; make the gallery with space="
                 )
             known = self._known_mark()
             new = NewSegment(part.record, ids, (rows,), columns)

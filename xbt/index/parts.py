@@ -195,7 +195,7 @@ class Part:
         """
         place = self._place_of[change.segment]
         if change.rows.min() < 0 or change.rows.max() >= self.segments[place].count:
-            raise damaged(path or Path(), f"a change is of rows that segment {change.segment} does not have")
+            raise damaged(path or Path(), f"a change names rows that segment {change.segment} does not have")
         rows: NDArray[np.int64] = change.rows + self.rows.starts[place]
         return rows
 
@@ -370,8 +370,8 @@ class Parts:
             return self._all[0]
         if space is None:
             raise DataError(
-                f"the gallery has two parts, {self.old.name!r} and {self.newest.name!r}; say with space= "
-                f"which space {what} are of"
+                f"the gallery has two parts, {self.old.name!r} and {self.newest.name!r}; give space= to "
+                f"choose the part of {what}"
             )
         for part in self._all:
             if part.trusts(space):
@@ -555,10 +555,10 @@ class Parts:
             raise DataError(f"the gallery has a part {name!r} already; give another name=")
         if name == OLD:  # readers recognise a gallery without a backfill by this name
             raise DataError(
-                f"{OLD!r} is what a gallery's first part is called; give another name= for a later one"
+                f"the name {OLD!r} is reserved for the first part of a gallery; give another name="
             )
         if old.space is not None and old.dim == space.dim and old.space.same_as(space):
-            raise DataError(f"the gallery is of the space {space} already; add the vectors with add()")
+            raise DataError(f"the gallery already has the space {space}; add the vectors with add()")
         self.plan.check(space.dim)
 
 

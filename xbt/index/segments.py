@@ -125,7 +125,7 @@ def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
     except (ValueError, AttributeError, RecursionError) as error:
         raise damaged(path, f"the ids of a segment cannot be read: {error}") from error
     if not whole:
-        raise damaged(path, f"a segment of {count} rows has other ids than one string a row")
+        raise damaged(path, f"a segment with {count} rows does not have one string id per row")
     found: list[str] = names
     return found
 
@@ -150,7 +150,7 @@ def part_name(name: str) -> str:
 
 def damaged(path: Path, reason: str) -> StoreError:
     """Build the error for a database with contents that no gallery writes."""
-    return StoreError(f"{path} is damaged or no gallery's ({reason}); {DAMAGED}")
+    return StoreError(f"{path} is damaged or not a gallery ({reason}); {DAMAGED}")
 
 
 class Segment(Protocol):
@@ -275,7 +275,7 @@ class FileSegment:
         header, width = npy_header(dtype, *shape), np.dtype(dtype).itemsize
         size = len(header) + shape[0] * shape[1] * width
         if not path.is_file():
-            raise StoreError(f"{path} is missing, which holds {self.count} rows of the gallery; {DAMAGED}")
+            raise StoreError(f"{path} with {self.count} rows of the gallery is missing; {DAMAGED}")
         try:
             with path.open("rb") as file:
                 found = os.fstat(file.fileno()).st_size
@@ -292,7 +292,7 @@ class FileSegment:
             reason = getattr(error, "strerror", None) or error
             raise StoreError(f"{path} cannot be read ({reason}); {DAMAGED}") from error
         if bytes(data[: len(header)]) != header:
-            raise StoreError(f"{path} has another header than was written; {DAMAGED}")
+            raise StoreError(f"{path} has a wrong header; {DAMAGED}")
         self._map = data if mapped else None
         self._rows: NDArray[np.floating] = np.frombuffer(
             data, np.dtype(dtype).newbyteorder("<"), -1, len(header)
@@ -398,10 +398,10 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
     application = db.execute("PRAGMA application_id").fetchone()[0]
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
-        raise damaged(path, "it is no database of a gallery")
+        raise damaged(path, "it is not the database of a gallery")
     if version != VERSION:
         raise StoreError(
-            f"{path} is of format version {version}, and this xbt reads version {VERSION}; build the gallery "
+            f"{path} has format version {version}, but this xbt reads version {VERSION}; build the gallery "
             "again from its vectors"
         )
     found = {}
@@ -409,8 +409,8 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
         if not str(name).startswith("sqlite_") or kind not in ("table", "index"):
             found[name] = statement if kind == "table" else kind
     if found != _SCHEMA:
-        odd = sorted(str(name) for name in found.keys() ^ _SCHEMA.keys()) or ["another schema"]
-        raise damaged(path, f"it has or lacks {odd[0]!r}")
+        odd = sorted(str(name) for name in found.keys() ^ _SCHEMA.keys()) or ["a table definition"]
+        raise damaged(path, f"its schema differs in {odd[0]!r}")
 
 
 def read_settings(db: sqlite3.Connection, path: Path) -> dict[str, str]:

@@ -240,7 +240,7 @@ class Storage:
             StoreError: If another process holds it (the message names it), or the gallery is read-only.
         """
         if self.read_only:
-            raise StoreError(f"{self.path} was opened to be read only; open it without read_only to write")
+            raise StoreError(f"{self.path} was opened read-only; open it without read_only to write")
         with self._lock, translated(self.path / DATABASE):
             stamp = self._stamp()
             self._writer.acquire()
@@ -360,7 +360,7 @@ class Storage:
         path, part, count = self.path / SEGMENTS / _file_name(number), new.part, len(new.ids)
         if path.parent.is_symlink():
             raise StoreError(
-                f"{path.parent} is a link, which is not followed; put the directory in its place"
+                f"{path.parent} is a link, and links are not followed; replace it with the directory"
             )
         header = npy_header(part.dtype, count, part.dim)
 
@@ -483,7 +483,7 @@ class Storage:
                     db.execute("ROLLBACK")
         check_parts(parts, path)
         if not is_count(last[2] or 0, 0):
-            raise damaged(path, f"it has made {last[2]!r} segments")
+            raise damaged(path, f"its counter of segments is {last[2]!r}")
         self._next_number = 1 + (last[2] or 0)
         plan = IndexPlan(settings["index"], settings["tuning"])
         mark = Mark(
@@ -506,7 +506,7 @@ class Storage:
         number, part, count, sha256, ids, store, has_metadata = row
         path = self.path / DATABASE
         if part not in parts or not is_count(count, 1 if store is None else 0) or not isinstance(sha256, str):
-            raise damaged(path, f"its segment {number} is of part {part!r} and has {count!r} rows")
+            raise damaged(path, f"its segment {number} has the part {part!r} and {count!r} rows")
         about = parts[part]
         if store is not None:
             self._has_stores = True

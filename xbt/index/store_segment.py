@@ -105,8 +105,8 @@ class StoreRecord:
             if path.is_dir():
                 return path
         raise StoreError(
-            f"there is no store at {self.path}, of which the gallery at {gallery} was made; put it back, "
-            f"or say where it is now: Gallery.open(path, stores={{{self.path!r}: 'its new path'}})"
+            f"there is no store at {self.path}, but the gallery at {gallery} was made of it; put it back, "
+            f"or give its new path: Gallery.open(path, stores={{{self.path!r}: 'its new path'}})"
         )
 
 
