@@ -1,4 +1,4 @@
-"""Checks of vectors, ids and k that are given to an index."""
+"""Checks of the vectors, ids and k passed to an index."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST = 1e15
 
 
 MOST_ROUNDED = 0.01
-"""Share of its length by which rounding may change a vector; for unit rows it is below a thousandth."""
+"""Maximum relative rounding error of a vector; that of unit rows is below 0.001."""
 
 
 def as_rows(vectors: Vectors, name: str, dim: int | None = None) -> NDArray[np.float32]:
@@ -42,7 +42,7 @@ def as_rows(vectors: Vectors, name: str, dim: int | None = None) -> NDArray[np.f
 
 
 def require_storable(rows: NDArray[np.float32], ids: Sequence[str], dtype: str) -> None:
-    """Refuse vectors so short that rounding to float16 would change them, or leave nothing of them.
+    """Refuse vectors so short that rounding to float16 would change or erase them.
 
     Args:
         rows: (n, dim).
@@ -66,7 +66,7 @@ def require_storable(rows: NDArray[np.float32], ids: Sequence[str], dtype: str) 
 
 
 def as_queries(vectors: Vectors, name: str, dim: int) -> NDArray[np.float32]:
-    """Query vectors as rows; a single one may have the shape (dim,)."""
+    """Convert query vectors to rows. A single one may have the shape (dim,)."""
     rows = as_floating(vectors, name)
     return as_rows(rows[None] if rows.ndim == 1 else rows, name, dim)
 
@@ -102,7 +102,7 @@ def as_ids(ids: Sequence[str], name: str, count: int | None = None) -> list[str]
 
 
 def as_k(k: object, count: int | None = None) -> int:
-    """Return the number of items a query wants, from 1 to the number there are.
+    """Validate the number of requested items, from 1 to the number available.
 
     Raises:
         DataError: If it is no such integer. Fewer results than asked for are never returned.
@@ -117,7 +117,7 @@ def as_k(k: object, count: int | None = None) -> int:
 
 
 def _not_text(names: list[str], name: str) -> DataError:
-    """Error for ids with half a surrogate pair, which no file can hold."""
+    """Build the error for ids with half a surrogate pair, which no file can store."""
     position = next(place for place, item in enumerate(names) if not _is_text(item))
     return DataError(
         f"{name}[{position}] is {names[position]!r}, which is not valid Unicode text; decode the bytes it "

@@ -1,4 +1,4 @@
-"""Writing a gallery again without the rows that are no longer searched, and dropping a part."""
+"""Compaction of a gallery without its masked rows, and removal of a part."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from xbt.index.segments import Change, MemorySegment, Segment
 from xbt.index.storage import FILE_ROWS, NewSegment, Storage
 
 MANY_FILES = 16
-"""Files from which on a part is written again even where none of its rows is masked."""
+"""Number of files from which a part is rewritten even if no row is masked."""
 _ROWS_AT_ONCE = 65_536
 
 
 def compact(parts: Parts, storage: Storage | None) -> Parts | None:
-    """Write the rows that are searched into new segments, and make them the gallery's.
+    """Rewrite the searched rows of a gallery as new segments.
 
     A store elsewhere is not written again: it stays a segment as long as one of its rows is searched, and the
     log keeps its masked rows. An old part that is wholly backfilled is dropped. A kill leaves the gallery as
@@ -58,7 +58,7 @@ def compact(parts: Parts, storage: Storage | None) -> Parts | None:
 
 
 def drop_part(parts: Parts, name: str, storage: Storage | None) -> Parts:
-    """Remove a part; items that were moved to it are searched in the other one again.
+    """Remove a part. Items moved to it are searched in the other part again.
 
     Args:
         parts: The gallery's parts, up to date.

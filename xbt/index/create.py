@@ -1,4 +1,4 @@
-"""Making the directory of a gallery: whole or not at all, and durable with its name."""
+"""Atomic and durable creation of the directory of a gallery."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def create_gallery(
 
 
 def _refuse_files(directory: Path) -> None:
-    """Refuse a directory that holds anything but the traces of an attempt that was killed."""
+    """Refuse a directory with anything but leftovers of a killed attempt."""
     try:
         there = [path.name for path in directory.glob("[!.]*")] if directory.exists() else []
         found = [name for name in sorted(there) if name != SEGMENTS or any((directory / name).iterdir())]
@@ -83,7 +83,7 @@ def _refuse_files(directory: Path) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    """Make a directory and those above it, and make their names durable."""
+    """Make a directory and its parents, and make their names durable."""
     with writing_to(path, 0):
         missing = [each for each in (path, *path.parents) if not each.exists()]
         path.mkdir(parents=True, exist_ok=True)

@@ -17,9 +17,9 @@ Gather = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Row numbers → (n, dim) float32 vectors."""
 
 BLOCK_NUMBERS = 2**27
-"""Numbers in a block (512 MiB): few enough blocks to cost nothing, small enough to be copied."""
+"""Numbers per block (512 MiB): large enough for few blocks, small enough to copy."""
 HOLES = 64
-"""Masked rows that a block may have; with more of them it is copied without them."""
+"""Maximum masked rows per block. A block with more is copied without them."""
 MOST_FETCHED = 4096
 """Candidates fetched from FAISS to order near-ties, before all scores of a query are computed."""
 OVERFETCH = 8
@@ -27,7 +27,7 @@ OVERFETCH = 8
 SCRATCH_BYTES = 2**20
 """Bound on the products held while candidates are rescored; they stay within a core's cache."""
 MISSING = -1
-"""Row number where an index found fewer candidates than it was asked for; FAISS's own padding."""
+"""Padding of row numbers if an index finds too few candidates, as in FAISS."""
 
 
 def rescore(
@@ -80,7 +80,7 @@ def rounding(queries: NDArray[np.float32], longest: float) -> NDArray[np.float32
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that are searched with one call.
+    """Rows searched with one call.
 
     Attributes:
         vectors: (n, dim) float32.
@@ -102,7 +102,7 @@ class Block:
 
 
 class ExactRows:
-    """An immutable set of numbered rows, some of which may be masked.
+    """Immutable set of numbered rows, some of which may be masked.
 
     Args:
         dim: Dimension of the vectors.
@@ -122,7 +122,7 @@ class ExactRows:
         self.count = sum(len(block.rows) - block.holes for block in blocks)
 
     def grown(self, vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> ExactRows:
-        """The same rows and some more.
+        """Build the set with additional rows.
 
         Small blocks are joined such that each is more than twice as large as the next: that copies a row a
         logarithmic number of times.
@@ -141,7 +141,7 @@ class ExactRows:
         return ExactRows(self.dim, tuple(blocks), self._masked)
 
     def masked_by(self, masked: NDArray[np.bool_]) -> ExactRows:
-        """The same rows under another mask, which masks at least what the present one does.
+        """Apply a new mask that includes the current one.
 
         Args:
             masked: (m,) bool by row number; m is beyond every row.
@@ -158,7 +158,7 @@ class ExactRows:
         return ExactRows(self.dim, tuple(blocks), masked)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The k rows with the largest inner product: exact scores and order, equal scores by row number.
+        """Find the k rows with the largest inner product, exactly. Equal scores are ordered by row number.
 
         Args:
             queries: (n, dim).
@@ -188,7 +188,7 @@ class ExactRows:
     def candidates(
         self, queries: NDArray[np.float32], wanted: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The best rows by FAISS's own scores.
+        """Find the best rows by the scores of FAISS.
 
         Args:
             queries: (n, dim).
@@ -207,7 +207,7 @@ class ExactRows:
         return np.take_along_axis(rough, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Vectors by row number, in the order asked for."""
+        """Read vectors by row number, in the requested order."""
         if len(self._blocks) == 1:
             return _take(self._blocks[0], rows)
         vectors = np.empty((len(rows), self.dim), np.float32)
@@ -234,7 +234,7 @@ class ExactRows:
         return rough, rows
 
     def _near(self, query: NDArray[np.float32], k: int, margin: float) -> NDArray[np.int64]:
-        """(1, c) every row that could belong to a query's first k."""
+        """Find all (1, c) rows that could be among the best k of a query."""
         own = np.concatenate([block.vectors @ query for block in self._blocks])
         rows = np.concatenate([block.rows for block in self._blocks])
         if any(block.holes for block in self._blocks):

@@ -1,4 +1,4 @@
-"""The items of a store or a gallery, read a few thousand at a time."""
+"""Items of a store or a gallery, read in batches of a few thousand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AT_ONCE = 4096
 
 
 class Items(NamedTuple):
-    """Some items in order.
+    """Batch of items in order.
 
     Attributes:
         ids: n strings.
@@ -37,7 +37,7 @@ class Items(NamedTuple):
 
 @dataclass(frozen=True)
 class Portion:
-    """The items of a source that are in one space: all of a store, or one part of a gallery.
+    """Items of a source in one space: all of a store, or one part of a gallery.
 
     Attributes:
         source: The store or gallery.
@@ -67,7 +67,7 @@ class Portion:
             yield Items(ids, vectors, self._metadata(start, ids))
 
     def columns(self) -> list[Any]:
-        """The fields of the metadata, with types that hold for all batches."""
+        """Fields of the metadata, with types that fit all batches."""
         tables = [self._metadata(start, ids) for start, ids in self._ids(AT_ONCE)]
         schemas = [table.schema.remove_metadata() for table in tables if table is not None]
         return list(pa.unify_schemas(schemas, promote_options="permissive")) if schemas else []
@@ -105,7 +105,7 @@ def portions(source: Source) -> tuple[Portion, ...]:
 
 
 def portion(source: Source, part: str | None = None) -> Portion:
-    """Find the part of a source that is named, or the only one that has items.
+    """Find the named part of a source, or the only one with items.
 
     Raises:
         ConfigError, StoreError: As :func:`portions`.

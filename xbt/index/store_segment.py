@@ -1,4 +1,4 @@
-"""Stores that a gallery reads where they are: their rows, their identity, and their place."""
+"""Stores that a gallery reads in place: rows, identity and path."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class StoreRecord:
 
     @staticmethod
     def nearby_path(path: Path, gallery: Path) -> str | None:
-        """A store's path from the gallery's directory, if it lies beside the gallery."""
+        """Compute the relative path of a store that lies beside the gallery."""
         directory = gallery.resolve()
         if not path.is_relative_to(directory.parent):
             return None
@@ -132,7 +132,7 @@ def require_known(moved: Mapping[str, Path], db: sqlite3.Connection, path: Path)
 
 
 def note_places(db: sqlite3.Connection, gallery: Path, moved: dict[str, Path]) -> None:
-    """Write down where stores are now, so that a user need not say it again.
+    """Record the new paths of moved stores, so that a user gives them only once.
 
     Args:
         db: The gallery's database, in a transaction.
@@ -152,7 +152,7 @@ def note_places(db: sqlite3.Connection, gallery: Path, moved: dict[str, Path]) -
 
 
 def digest(store: EmbeddingStore, rows: int) -> str:
-    """Identify the first rows of a store; appending to it changes nothing.
+    """Compute the digest of the first rows of a store. Appended rows do not change it.
 
     A store of ours knows the checksums of its files. Of a folder that clip-retrieval wrote, the files' sizes
     and the ids are taken: vectors that are replaced by as many others under the same ids are not noticed.
@@ -177,7 +177,7 @@ def digest(store: EmbeddingStore, rows: int) -> str:
 
 
 def require_usable(store: EmbeddingStore) -> None:
-    """Refuse a store with rows that could not be searched rightly; every row is read.
+    """Read every row of a store and refuse rows that cannot be searched correctly.
 
     Args:
         store: The store.
@@ -208,7 +208,7 @@ def require_usable(store: EmbeddingStore) -> None:
 
 
 class StoreSegment:
-    """The first rows of a store, which is only read; rows that it gets later on are not seen."""
+    """Segment of the first rows of a read-only store. Rows added later are ignored."""
 
     own = False
 
@@ -218,7 +218,7 @@ class StoreSegment:
         """Open the store.
 
         Args:
-            number: See :class:`~xbt.index.parts.Segment`.
+            number: See :class:`~xbt.index.segments.Segment`.
             path: The store.
             part: The part that it belongs to.
             count: Rows that are the gallery's.
@@ -243,26 +243,26 @@ class StoreSegment:
             )
 
     def slice(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`~xbt.index.parts.Segment`."""
+        """See :class:`~xbt.index.segments.Segment`."""
         with self._same_store():
             rows = self.store.read(start, stop)
         require_finite(rows, self.store.path, start)
         return rows
 
     def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`~xbt.index.parts.Segment`."""
+        """See :class:`~xbt.index.segments.Segment`."""
         with self._same_store():
             found = self.store.rows(rows)
         require_finite(found, self.store.path, rows)
         return found
 
     def read_ids(self) -> list[str]:
-        """The ids of all rows."""
+        """Read the ids of all rows."""
         with self._same_store():
             return self.store.read_ids(0, self.count)
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
-        """See :class:`~xbt.index.parts.Segment`; every shard that has one of the rows is read."""
+        """See :class:`~xbt.index.segments.Segment`; reads every shard with one of the rows."""
         if not self.store.columns:
             return None
         tables, placed, first = [], [np.zeros(0, np.int64)], 0
@@ -280,7 +280,7 @@ class StoreSegment:
         return table.select(columns) if columns else None
 
     def column_types(self) -> dict[str, pa.DataType]:
-        """See :class:`~xbt.index.parts.Segment`; of each column the type in the first shard that has it."""
+        """See :class:`~xbt.index.segments.Segment`; takes each type from the first shard with the column."""
         types: dict[str, pa.DataType] = {}
         for shard in self.store.shards if self.store.columns else ():
             types = {**read_types(self.store.path / metadata_file(shard.name)), **types}
@@ -288,7 +288,7 @@ class StoreSegment:
         return types
 
     def faults(self) -> list[str]:
-        """List damage, a sentence each; every byte is read."""
+        """Read every byte and list damage, one sentence per fault."""
         try:
             self._compared = ()
             self._require_same()
@@ -297,7 +297,7 @@ class StoreSegment:
         return find_faults(self.store.path, self.store.modality)
 
     def require_there(self) -> None:
-        """Refuse to go on with a store that has lost its manifest.
+        """Refuse a store that has lost its manifest.
 
         Raises:
             StoreError: If it has, or another store is in its place.
@@ -306,14 +306,14 @@ class StoreSegment:
 
     @contextmanager
     def _same_store(self) -> Iterator[None]:
-        """Around reading: files are opened when they are needed, and may be another store's by then."""
+        """Guard a read: files are opened on demand, and may belong to another store by then."""
         try:
             yield
         finally:
             self._require_same()
 
     def _require_same(self) -> None:
-        """Refuse another store that was put in the place of the one that was opened."""
+        """Refuse a store that has replaced the opened one."""
         now = _stamp(self.store.path)
         if now == self._compared or not self._seen:  # a folder that clip-retrieval wrote has no manifest
             return
@@ -342,7 +342,7 @@ def _files_of(shard: ShardRecord) -> tuple[str, int, dict[str, FileRecord]]:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """Changes whenever a manifest does, since it is replaced as a whole."""
+    """Identify a version of the manifest, which is always replaced as a whole."""
     try:
         about = (path / MANIFEST).stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""Looking for damage in everything that a gallery consists of."""
+"""Integrity check of all files of a gallery."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xbt.index.store_segment import StoreSegment
 
 
 def faults_of(storage: Storage | None, parts: Parts) -> list[str]:
-    """List every fault of a gallery, a sentence each; every byte is read.
+    """Read every byte of a gallery and list its faults, one sentence each.
 
     Args:
         storage: Its files; in memory there are none, and only ids can be wrong.

@@ -1,4 +1,4 @@
-"""Parts of a gallery as they were at one moment, ready to be searched by any number of threads."""
+"""Immutable snapshots of gallery parts, searched by any number of threads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from xbt.index.parts import Parts
 
 ROWS_AT_ONCE = 65_536
-"""Rows that are read at once where all are read from disk."""
+"""Rows read at once when all rows are read from disk."""
 
 
 @dataclass(frozen=True)
 class PartView:
-    """A part as it was at one moment; immutable, so that any number of threads may search it.
+    """Snapshot of a part. It is immutable, so any number of threads may search it.
 
     Attributes:
         name: Name of the part.
@@ -71,14 +71,14 @@ class PartView:
         return Hits([[names[row] for row in found] for found in rows.tolist()], scores)
 
     def without(self, ids: Set[str]) -> PartView:
-        """The view without some items; it is searched row by row, read from disk."""
+        """Exclude some items. The resulting view compares all rows, read from disk."""
         hidden = np.array([item in ids for item in self.ids[: len(self.masked)]], np.bool_)
         masked = self.masked | hidden
         count = len(masked) - int(np.count_nonzero(masked))
         return replace(self, masked=masked, count=count, exact=None, index=None, due=False)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The k best rows of every query.
+        """Find the k best rows of every query.
 
         Without an index, scores and order are exact. An index proposes k and a few candidates, whose scores
         are then computed from the stored vectors, so that scores are always true inner products; a query for
@@ -113,7 +113,7 @@ class PartView:
         return scores, rows
 
     def scan(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Search exactly over the stored rows, block by block; it takes the memory of one of them."""
+        """Search the stored rows exactly, block by block, with the memory of one block."""
         best_scores, best = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         rows = np.flatnonzero(~self.masked)
         for start in range(0, len(rows), ROWS_AT_ONCE):
@@ -128,7 +128,7 @@ class PartView:
 
 
 class Views:
-    """Views of all parts of a gallery, made when they are asked for and kept until something changes.
+    """Views of all parts of a gallery, made on demand and cached until something changes.
 
     An index is made by the thread that finds that one is due; others search without it meanwhile.
 
@@ -147,7 +147,7 @@ class Views:
         self.indexing = threading.Lock()
 
     def all(self, wait: bool = False) -> tuple[PartView, ...]:
-        """Views of all parts, with an index where one is due, unless another thread is making it."""
+        """Build views of all parts, and any due index unless another thread is making it."""
         views = self._current()
         if any(view.due for view in views) and self.indexing.acquire(blocking=wait):
             try:
@@ -158,7 +158,7 @@ class Views:
         return views
 
     def alone(self, part: str | None) -> PartView:
-        """The part to be searched alone: the one that is named, or the one that all items are in.
+        """Build a view of the named part, or of the only part with items.
 
         Raises:
             DataError: If there is no such part, or items are in two parts.
@@ -176,7 +176,7 @@ class Views:
         return there[0]
 
     def of_vectors(self, using: str, without: str | None) -> list[PartView]:
-        """All vectors of a part, moved ones too, unless their items have a vector in another part.
+        """Build views of all vectors of a part, except items with a vector in ``without``.
 
         Raises:
             DataError: If there is no such part.
@@ -212,7 +212,7 @@ class Views:
 
 
 def search_views(views: Sequence[PartView], queries: NDArray[np.float32], k: int) -> Hits:
-    """Search disjoint sets of a part's rows as one.
+    """Search disjoint sets of rows of one part together.
 
     Args:
         views: Of one part.
