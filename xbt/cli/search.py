@@ -181,16 +181,16 @@ def read_queries(queries: Queries) -> Queries:
             raise DataError(f"query {number} is blank; write what to search for")
         if not is_unicode(text):
             raise DataError(f"query {number}, {text!r}, is not valid Unicode; write it in UTF-8")
-    files = []
+    paths: list[str] = []
     for image in images:
         path = Path(image).expanduser()
-        files += [str(path / name) for name in list_images(path)] if path.is_dir() else [str(path)]
-    if not texts and not files:
+        paths += [str(path / name) for name in list_images(path)] if path.is_dir() else [str(path)]
+    if not texts and not paths:
         raise ConfigError(
             'there is nothing to search for; give a text ("a dog on a beach"), --queries.file, '
             "--queries.images, or - to read texts from standard input"
         )
-    return replace(queries, texts=texts, file=None, images=files)
+    return replace(queries, texts=texts, file=None, images=paths)
 
 
 def _open(path: str) -> Gallery:
