@@ -92,7 +92,8 @@ def _full_flag(flag: str, value: str, groups: dict[str, type[Any]]) -> str:
 
 
 def _has_source(config_class: type[Any]) -> bool:
-    return any(field.name == "source" for field in fields(config_class))
+    """Check for a class of sources: ``source`` is its first field, and need not be named."""
+    return fields(config_class)[0].name == "source"
 
 
 def _refuse_code(key: str, where: str) -> None:

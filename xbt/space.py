@@ -304,9 +304,7 @@ def _probe(data: Mapping[str, Any], dim: int) -> Tensor | None:
     except (TypeError, ValueError) as error:  # not text, not base64, not fp16, or not rows of dim
         raise DataError(f"the probe of a space is damaged ({error}); save the space again") from error
     if not len(values) or not np.isfinite(values).all():
-        raise DataError(
-            "the probe of a space is empty or not finite; save the space again"
-        )
+        raise DataError("the probe of a space is empty or not finite; save the space again")
     return torch.from_numpy(values)
 
 

@@ -116,12 +116,21 @@ def as_floating(vectors: Vectors, name: str) -> Tensor:
         raise DataError(
             f"{name} must be a torch tensor or a numpy array, got a {type(vectors).__name__}"
         ) from error
-    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
-        layout = "meta" if tensor.is_meta else "nested" if tensor.is_nested else "sparse"
-        raise DataError(f"{name} is a {layout} tensor; give a dense tensor with values")
+    require_dense(tensor, name)
     if not tensor.is_floating_point():
         raise DataError(f"{name} must be floating point, got {tensor.dtype}; embed the data first")
     return tensor
+
+
+def require_dense(tensor: Tensor, name: str) -> None:
+    """Refuse tensors that have no values (meta), are nested, or are sparse.
+
+    Raises:
+        DataError: If the tensor is one of these.
+    """
+    if tensor.is_meta or tensor.is_nested or tensor.layout != torch.strided:
+        layout = "meta" if tensor.is_meta else "nested" if tensor.is_nested else "sparse"
+        raise DataError(f"{name} is a {layout} tensor; give a dense tensor with values")
 
 
 def require_finite(

@@ -116,14 +116,14 @@ def test_stores_join_by_a_column_and_leave_out_what_is_not_for_them(stores, run)
         shutil.rmtree(stores / f"{model}_corpus")
     assert read_stores(str(stores))[1] is None
     EmbeddingStore.open(stores / "old_texts").append(
-        np.ones((1, texts["old"].dim)), ["more"], {"image_id": ["photos/1.jpg"], "caption": ["a"]}
+        np.eye(1, texts["old"].dim), ["more"], {"image_id": ["photos/1.jpg"], "caption": ["a"]}
     )
     with pytest.raises(
         DataError, match=r"new_texts and .*old_texts are not of the same items: 'more' is in one"
     ):
         read_stores(str(stores))
     EmbeddingStore.open(stores / "old_texts").append(
-        np.ones((1, texts["old"].dim)), ["x"], {"image_id": ["gone.jpg"], "caption": ["a"]}
+        np.eye(1, texts["old"].dim), ["x"], {"image_id": ["gone.jpg"], "caption": ["a"]}
     )
     with pytest.raises(
         DataError, match=r"the text 'x' of .*old_texts is of the image 'gone.jpg', which is not among"

@@ -135,11 +135,12 @@ def test_repeated_captions_count_once(tmp_path):
 
 def test_texts_that_do_not_pair_are_named(tmp_path):
     n = 9_000  # more than are compared at a time
-    rows, ids = unit_rows(n, 24, 0), [f"text {row}" for row in range(n)]
-    write_store(tmp_path / "new", NEW, rows, ids, ids, sizes=(8_500,))
-    write_store(tmp_path / "id", OLD, rows[:, :16], [*ids[:8_777], "other", *ids[8_778:]])
-    write_store(tmp_path / "short", OLD, rows[:-1, :16], ids[:-1])
-    write_store(tmp_path / "caption", OLD, rows[:, :16], ids, [*ids[:8_999], "a dog"])
+    ids = [f"text {row}" for row in range(n)]
+    rows = unit_rows(n, 16, 0)
+    write_store(tmp_path / "new", NEW, unit_rows(n, 24, 0), ids, ids, sizes=(8_500,))
+    write_store(tmp_path / "id", OLD, rows, [*ids[:8_777], "other", *ids[8_778:]])
+    write_store(tmp_path / "short", OLD, rows[:-1], ids[:-1])
+    write_store(tmp_path / "caption", OLD, rows, ids, [*ids[:8_999], "a dog"])
     for name, words in (
         (
             "id",
@@ -180,7 +181,7 @@ def test_nan_in_a_store_is_named(tmp_path):
     np.save(path, rows)
     training = TrainArgs(steps=1, batch_size=8)
     with pytest.raises(
-        DataError, match=r"new has NaN or infinite values in row 17; check it with its verify"
+        StoreError, match=r"text_emb_000000\.npy of shard '000000' has NaN or infinity, first in its row 17"
     ):
         pretrain_text_projection(settings(tmp_path, training=training))
 

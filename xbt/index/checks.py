@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +71,7 @@ def as_queries(vectors: Vectors, name: str, dim: int) -> NDArray[np.float32]:
     return as_rows(rows[None] if rows.ndim == 1 else rows, name, dim)
 
 
-def as_ids(ids: Sequence[str], name: str, count: int | None = None) -> list[str]:
+def as_ids(ids: Iterable[str], name: str, count: int | None = None) -> list[str]:
     """Return ids as a list after checking that they are unique strings.
 
     Args:
@@ -84,6 +84,10 @@ def as_ids(ids: Sequence[str], name: str, count: int | None = None) -> list[str]
     """
     if isinstance(ids, str):
         raise DataError(f"{name} is the string {ids!r}; give a list with one string per item")
+    try:
+        ids = list(ids)
+    except TypeError as error:
+        raise DataError(f"{name} is {ids!r:.40}; give a list with one string per item") from error
     if count is not None and len(ids) != count:
         raise DataError(f"{name} has {len(ids)} entries for {count} vectors; give one each")
     seen: set[str] = set()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.store import EmbeddingStore
-from xbt.vectors import Vectors, as_floating, require_finite
+from xbt.vectors import Vectors, as_floating, require_dense, require_finite
 
 Source = Tensor | NDArray[np.floating] | EmbeddingStore | Iterable[Vectors]
 """Vectors of one model: (n, dim) rows, a store, or an iterable of (k, dim) chunks of any sizes."""
@@ -165,6 +165,8 @@ def _blocks(source: Source, name: str, rows: int) -> Iterator[Tensor]:
     if isinstance(source, EmbeddingStore):
         read = (torch.from_numpy(block) for block in source.batches(rows))
     elif isinstance(source, Tensor | np.ndarray):
+        if isinstance(source, Tensor):
+            require_dense(source, name)
         if source.ndim != 2:
             raise DataError(f"{name} must have the shape (n, dim), got {tuple(source.shape)}")
         read = (_rows(source[start : start + rows], name) for start in range(0, len(source), rows))
