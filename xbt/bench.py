@@ -121,6 +121,11 @@ def machine_rates(device: torch.device, precision: str) -> dict[str, float]:
     """Measure the machine: TFLOP/s of a large matrix product, GB/s of a copy in memory."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     n = 8192 if device.type == "cuda" else 2048
+    # Some CPUs multiply bf16 a thousand times slower than fp32: there, smaller matrices tell as much.
+    small = torch.randn(256, 256, device=device, dtype=dtype)
+    seconds = side_by_side({"matmul": lambda: small @ small}, rounds=1)["matmul"].median
+    while n > 256 and seconds * (n / 256) ** 3 > 0.25:
+        n //= 2
     a = torch.randn(n, n, device=device, dtype=dtype)
     source = torch.zeros(2**28 if device.type == "cuda" else 2**24, device=device)
     target = torch.empty_like(source)
