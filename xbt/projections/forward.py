@@ -73,15 +73,7 @@ def fit_forward(
         raise ConfigError("the method 'procrustes' cannot use side information; use 'ridge' or 'fct'")
     if method == "fct" and hidden_dim < 1:
         raise ConfigError(f"hidden_dim is {hidden_dim}, but the mixer of 'fct' needs a width of at least 1")
-    incoming, target = as_vectors(old, "old vectors").float(), as_vectors(new, "new vectors").float()
-    extra = None if side is None else as_vectors(side, "side information").float()
-    for name, rows in (("new vectors", target), ("side information", extra)):
-        if rows is not None and len(rows) != len(incoming):
-            raise DataError(
-                f"there are {len(rows)} rows of {name} for {len(incoming)} old vectors; "
-                "give both of the same items"
-            )
-    joined = incoming if extra is None else torch.cat([incoming, extra], dim=1)
+    joined, target, side_dim = _joined(old, new, side)
     if method == "procrustes":
         return fit_procrustes(joined, target)
 
@@ -89,9 +81,8 @@ def fit_forward(
         chosen = slice(None) if positions is None else positions
         return fit_ridge(joined[chosen], target[chosen], regularisation=regularisation)
 
-    if method == "ridge" and extra is None:
+    if method == "ridge" and not side_dim:
         return ridge(None)
-    side_dim = 0 if extra is None else extra.shape[1]
 
     def start(positions: Positions | None, pairs: PairVectors | None) -> ForwardMap:
         # The closed form of all items is left without the mixer, which would add nothing.
@@ -103,6 +94,19 @@ def fit_forward(
     return fit_trained(
         random_access(joined, target), start, lambda made, _: _Objective(made), schedule, score=_closeness
     )
+
+
+def _joined(old: Vectors, new: Vectors, side: Vectors | None) -> tuple[Tensor, Tensor, int]:
+    """Old vectors beside their side information, new vectors, and the dimension of the side information."""
+    incoming, target = as_vectors(old, "old vectors").float(), as_vectors(new, "new vectors").float()
+    extra = incoming[:, :0] if side is None else as_vectors(side, "side information").float()
+    for name, rows in (("new vectors", target), ("side information", extra)):
+        if len(rows) != len(incoming):
+            raise DataError(
+                f"there are {len(rows)} rows of {name} for {len(incoming)} old vectors; "
+                "give both of the same items"
+            )
+    return torch.cat([incoming, extra], dim=1), target, extra.shape[1]
 
 
 class _Objective(nn.Module):
