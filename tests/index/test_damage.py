@@ -61,7 +61,7 @@ def file_of(path):
         (lambda g: sql(g, "UPDATE part SET space = '{}'"), "its part 'old' cannot be read"),
         (lambda g: sql(g, "UPDATE part SET space = NULL, dim = 8"), "has 3328 bytes instead of"),
         (lambda g: sql(g, "UPDATE segment SET count = 1 << 61"), r"has 3328 bytes instead of"),
-        (lambda g: sql(g, "UPDATE segment SET count = -1"), "has -1 rows"),
+        (lambda g: sql(g, "UPDATE segment SET count = -1"), "-1 rows"),
         (lambda g: sql(g, "UPDATE segment SET part = 7"), "has the part 7"),
         (lambda g: sql(g, "UPDATE segment SET ids = '[1]'"), "the ids of a segment cannot be read"),
         (lambda g: sql(g, ("UPDATE segment SET ids = ?", (b"[" * 100_000,))), "the ids of a segment cannot"),

@@ -207,7 +207,7 @@ def test_a_gallery_is_pickled_as_its_path_or_with_its_rows(tmp_path):
     assert again.ids == gallery.ids
     again.add(unit(1, 8, seed=6), ["x"], OLD)
     reader = pickle.loads(pickle.dumps(Gallery.open(tmp_path / "g", read_only=True)))
-    with pytest.raises(StoreError, match="read only"):
+    with pytest.raises(StoreError, match="read-only"):
         reader.remove(["x"])
     memory = Gallery.build(unit(9, 8), names(9), OLD, index="HNSW4")
     memory.remove(["image-0002"])
