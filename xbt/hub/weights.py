@@ -197,8 +197,12 @@ def check_fit(path: Path, header: Mapping[str, Stored], expected: Mapping[str, S
             )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, *, unused: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file and check that all values are finite.
+
+    Args:
+        path: The file.
+        unused: Prefixes of the names of tensors whose values do not matter, which are not checked.
 
     Raises:
         SavedPartError: If the file is missing, damaged, or holds NaN or infinite values.
@@ -208,7 +212,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise SavedPartError(f"{path} is damaged ({error}); save or download it again") from error
-    _require_finite(tensors, str(path))
+    used = {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}
+    _require_finite(used, str(path))
     return tensors
 
 
