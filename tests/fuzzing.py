@@ -5,10 +5,12 @@ The suite tries a few dozen inputs a loader, always the same ones; ``make test-f
 
 from __future__ import annotations
 
+import copy as copy_of
 import json
 import os
 import resource
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -117,12 +119,12 @@ def _edited(data: bytes, edits: list[tuple[str, float, int, int]]) -> bytes:
 def _edited_json(value: Any, edits: list[tuple[int, str, Any]]) -> Any:
     value = json.loads(json.dumps(value))
     for number, kind, other in edits:
-        places = list(_places(value))
+        places = _places(value)
         if not places:
-            return other
+            return _copied(other)
         holder, key = places[number % len(places)]
         if kind == "replace":
-            holder[key] = other
+            holder[key] = _copied(other)  # a value that came in twice would hold itself
         elif isinstance(holder, dict) and kind == "rename":
             holder[f"{key}_"] = holder.pop(key)
         else:
@@ -130,12 +132,23 @@ def _edited_json(value: Any, edits: list[tuple[int, str, Any]]) -> Any:
     return value
 
 
+def _copied(value: Any) -> Any:
+    """A copy without recursion, which deep nesting would exceed."""
+    depth = 0
+    while isinstance(value, list) and len(value) == 1:
+        value, depth = value[0], depth + 1
+    copy = copy_of.deepcopy(value)
+    for _ in range(depth):
+        copy = [copy]
+    return copy
+
+
 def _places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) of a document, outermost first."""
     found: list[tuple[Any, Any]] = []
-    queue = [value]
+    queue = deque([value])
     while queue:
-        node = queue.pop(0)
+        node = queue.popleft()
         if isinstance(node, dict):
             keys: list[Any] = list(node)
         elif isinstance(node, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import tarfile
+import time
 
 import pytest
 from fuzzing import damaged, fuzzed, loads_or_refuses
@@ -107,6 +108,20 @@ def tars(draw):
         )
         pieces.insert(draw(st.integers(0, len(pieces))), bytes(header) + body + bytes(-len(body) % 512))
     return b"".join(pieces) + END
+
+
+def test_a_header_that_claims_more_bytes_than_any_file_has(tmp_path):
+    header = bytearray(member("b.jpg", size=9)[:512])
+    header[124:136] = b"\x80" + b"\xff" * 11
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "0.tar"
+    for data in (WHOLE + bytes(header), gzip.compress(WHOLE + bytes(header))):
+        path.write_bytes(data)
+        start = time.process_time()
+        items = read_all(open_images(ImageCollection(str(path))))
+        assert time.process_time() - start < 10
+        assert len(items) > 1
 
 
 @fuzzed

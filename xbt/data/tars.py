@@ -53,6 +53,7 @@ _MAX_HEADER_BYTES = 1 << 20
 _MAX_NAME_LENGTH = 4096
 _MAX_GLOBAL_HEADERS = 1_000
 _MAX_CONSECUTIVE_HEADERS = 8
+_MAX_EMPTY_READS = 8
 _KEY = re.compile(r"((?:.*/)?[^/.][^/.]*)\.([^/]+)", re.DOTALL)
 # tarfile also passes on errors from parsing a damaged header; gzip and bz2 report damage as OSError. Errors
 # in fetching the tar are DataErrors and must be caught first.
@@ -256,8 +257,11 @@ def open_tar(url: str) -> Iterator[TarStream]:
         raw = io.BufferedReader(_Fetched(file, url), _BLOCK)
         unpack = _UNPACK.get(raw.peek(2)[:2])
         plain: Any = raw if unpack is None else _Eager(stack.enter_context(unpack(raw)))
+        ending: Any = _Ending(plain)
         yield TarStream(
-            stack.enter_context(tarfile.open(fileobj=plain, mode="r|", bufsize=_BLOCK, tarinfo=_StrictHeader))
+            stack.enter_context(
+                tarfile.open(fileobj=ending, mode="r|", bufsize=_BLOCK, tarinfo=_StrictHeader)
+            )
         )
 
 
@@ -331,6 +335,23 @@ class _Fetched(io.RawIOBase):
             ) from error
         buffer[: len(data)] = data
         return len(data)
+
+
+class _Ending:
+    """A file that raises an error when reading goes on beyond its end.
+
+    tarfile skips a member by reads alone, also where a damaged header claims 2^88 bytes and the file has ended.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._empty_reads = file, 0
+
+    def read(self, size: int) -> bytes:
+        data: bytes = self._file.read(size)
+        self._empty_reads += not data
+        if self._empty_reads > _MAX_EMPTY_READS:
+            raise tarfile.ReadError("unexpected end of data")
+        return data
 
 
 class _Eager:
