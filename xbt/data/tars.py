@@ -340,7 +340,7 @@ class _Fetched(io.RawIOBase):
 class _Ending:
     """A file that raises an error when reading goes on beyond its end.
 
-    tarfile skips a member by reads alone, also where a damaged header claims 2^88 bytes and the file has ended.
+    tarfile skips by reading, even when a damaged header claims 2^88 bytes and the file is over.
     """
 
     def __init__(self, file: Any) -> None:
