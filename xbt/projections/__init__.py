@@ -20,6 +20,7 @@ from xbt.projections.pairs import PairVectors
 from xbt.projections.procrustes import fit_procrustes, procrustes_rotation, procrustes_rotation_of_chunks
 from xbt.projections.residual import ResidualProjection, fit_mlp, fit_xbt
 from xbt.projections.ridge import fit_low_rank, fit_ridge
+from xbt.projections.score_scale import ScoreScale, fit_score_scale
 from xbt.projections.statistics import PairStatistics
 from xbt.projections.trainer import FitSchedule
 from xbt.projections.whitened import fit_whitened_procrustes
@@ -36,6 +37,7 @@ __all__ = [
     "Projection",
     "QueryEnsemble",
     "ResidualProjection",
+    "ScoreScale",
     "SelectionOptions",
     "Stage1Options",
     "TextLoss",
@@ -51,6 +53,7 @@ __all__ = [
     "fit_procrustes",
     "fit_projection",
     "fit_ridge",
+    "fit_score_scale",
     "fit_whitened_procrustes",
     "fit_xbt",
     "procrustes_rotation",
