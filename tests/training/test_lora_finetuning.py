@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import xbt.training.lora_finetuning as stage2
 from xbt.compatible import CompatibleEncoder
 from xbt.data import PairSource, load_pairs, make_scenes, read_captions
-from xbt.encoders import LoraSettings, load_encoder
+from xbt.encoders import LoraSettings, add_lora, load_encoder
 from xbt.errors import ConfigError, DataError, EncoderError, SpaceMismatchError, TruncationWarning
 from xbt.hub import SavedPartError
 from xbt.projections import Projection, fit_projection
@@ -214,6 +214,26 @@ def test_real_jpegs_need_no_special_treatment(models, tmp_path, karpathy):
         # transformers 5.4 reads a tokenizer's files in a way that tokenizers deprecates.
         warnings.filterwarnings("ignore", message="Deprecated in 0.9.0: BPE", category=DeprecationWarning)
         finetune_lora(settings(models, tmp_path, pairs=pairs, steps=2))
+
+
+def test_targets_are_checked_before_anything_is_embedded(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage2, "embed_texts_once", lambda *_: pytest.fail("embedded first"))
+    with pytest.raises(EncoderError, match="matches no module"):
+        finetune_lora(settings(models, tmp_path, lora=LoraSettings(target_modules="nothing.*")))
+
+
+def test_only_the_dropout_of_lora_is_on(tmp_path):
+    encoder = load_encoder(tiny.tiny_transformers_clip(tmp_path / "new", seed=1))
+    encoder.module.visual_dropout = torch.nn.Dropout(0.5)
+    encoder.module.visual_norm = torch.nn.BatchNorm1d(2)
+    add_lora(encoder, LoraSettings(dropout=0.1))
+    projection = fit_projection(torch.eye(encoder.dim), torch.eye(encoder.dim), "identity")
+    objective = stage2.CompatibleObjective(encoder, projection, settings((0, 0, 0), tmp_path))
+    for mode in (True, False, True):
+        objective.train(mode)
+        modes = {"lora_dropout" in name: module.training for name, module in objective.towers.named_modules()}
+        assert modes == {False: False, True: mode}
+        assert projection.training == mode
 
 
 def test_refusals(models, tmp_path, karpathy):

@@ -76,13 +76,7 @@ def add_lora(encoder: DualEncoder, settings: LoraSettings) -> None:
     """
     from peft import LoraConfig
 
-    _require_bare(encoder)
-    pattern = _pattern(encoder, settings.target_modules)
-    if settings.dropout and any(isinstance(m, nn.MultiheadAttention) for m in _matches(encoder, pattern)):
-        raise ConfigError(
-            f"lora.dropout is {settings.dropout}, but {encoder.name} has nn.MultiheadAttention layers, where "
-            "there is nothing to drop; set it to 0"
-        )
+    pattern = check_lora(encoder, settings)
     _attach(
         encoder,
         LoraConfig(
@@ -92,6 +86,45 @@ def add_lora(encoder: DualEncoder, settings: LoraSettings) -> None:
             target_modules=pattern,
         ),
     )
+
+
+def check_lora(encoder: DualEncoder, settings: LoraSettings) -> str:
+    """Check that :func:`add_lora` will accept the settings, before anything slow is done with the encoder.
+
+    Args:
+        encoder: Not changed.
+        settings: Rank, scale and target modules.
+
+    Returns:
+        The target modules as one regular expression for full names.
+
+    Raises:
+        EncoderError, ConfigError: As :func:`add_lora`.
+    """
+    _require_bare(encoder)
+    pattern = _pattern(encoder, settings.target_modules)
+    if settings.dropout and any(isinstance(m, nn.MultiheadAttention) for m in _matches(encoder, pattern)):
+        raise ConfigError(
+            f"lora.dropout is {settings.dropout}, but {encoder.name} has nn.MultiheadAttention layers, where "
+            "there is nothing to drop; set it to 0"
+        )
+    return pattern
+
+
+def set_lora_mode(towers: nn.Module, training: bool) -> None:
+    """Set the mode of a frozen model that LoRA trains.
+
+    The frozen layers stay in evaluation mode: their batch statistics do not change, and their own dropout,
+    which many text towers have, stays off. Only the LoRA's dropout follows.
+
+    Args:
+        towers: A model with LoRA, changed in place.
+        training: Whether LoRA's dropout is on.
+    """
+    towers.eval()
+    for name, module in towers.named_modules():
+        if ".lora_dropout" in name:
+            module.train(training)
 
 
 def save_lora(encoder: DualEncoder, directory: str | Path) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 
 from xbt.compatible import CompatibleEncoder
 from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
-from xbt.encoders import DualEncoder, LoraSettings, add_lora, load_encoder
+from xbt.encoders import DualEncoder, LoraSettings, add_lora, check_lora, load_encoder, set_lora_mode
 from xbt.errors import ConfigError, TruncationWarning
 from xbt.heads import BT2Head, HeadOutput, make_head
 from xbt.losses import Temperature, contrastive_loss, cosine_loss
@@ -97,11 +97,9 @@ class CrossModalObjective(nn.Module):
         self.weights = weights
 
     def train(self, mode: bool = True) -> CrossModalObjective:
-        """Training mode, except for batch norm: its running statistics belong to the frozen base."""
+        """Set training mode, except for the frozen layers of the towers."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        set_lora_mode(self.towers, mode)
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -265,9 +263,10 @@ def train_compatible_clip(config: CompatibleClipConfig) -> CompatibleEncoder:
     pairs, _ = load_readable_pairs(config.pairs, progress=accelerator.is_main_process)
     train, held_out = pairs.split(config.held_out, config.training.seed)
     require_enough(train, config.training.batch_size)
+    new = load_encoder(config.new, accelerator.device)
+    check_lora(new, config.lora)
     old = load_encoder(config.old, accelerator.device)
     targets, gallery = (embed_pairs(accelerator, old, part) for part in (train, held_out))
-    new = load_encoder(config.new, accelerator.device)
     compatible = _start(accelerator, config, new, old.space, train, targets)
     del old
     _train(accelerator, run, config, compatible, train, targets, held_out, gallery)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xbt.compatible import CompatibleEncoder
 from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
-from xbt.encoders import DualEncoder, LoraSettings, add_lora, load_encoder
+from xbt.encoders import DualEncoder, LoraSettings, add_lora, check_lora, load_encoder, set_lora_mode
 from xbt.errors import ConfigError
 from xbt.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.projections import Projection
@@ -86,11 +86,9 @@ class CompatibleObjective(nn.Module):
         self.anchor_weight = config.anchor_weight
 
     def train(self, mode: bool = True) -> CompatibleObjective:
-        """Training mode, except for batch norm: its running statistics belong to the frozen base."""
+        """Set training mode, except for the frozen layers of the towers."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        set_lora_mode(self.towers, mode)
         return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -138,6 +136,7 @@ def _train(
     train: ImageTextPairs,
     held_out: ImageTextPairs,
 ) -> None:
+    check_lora(compatible.new, config.lora)
     # Embed before LoRA is added: the vectors of stage 1 replace those of the old model.
     anchors = embed_texts_once(accelerator, compatible, train.texts, run.path / "anchors")
     stage1 = embed_pairs(accelerator, compatible, held_out)
