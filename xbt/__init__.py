@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from xbt.compatible import CompatibleEncoder as CompatibleEncoder
     from xbt.encoders import DualEncoder as DualEncoder
     from xbt.encoders import load_encoder as load_encoder
+    from xbt.encoders import wrap_encoder as wrap_encoder
     from xbt.errors import SpaceMismatchError as SpaceMismatchError
     from xbt.errors import XbtError as XbtError
     from xbt.evaluation import evaluate_retrieval as evaluate_retrieval
@@ -43,6 +44,7 @@ _MODULES = {
     "fit_projection": "xbt.projections",
     "load_encoder": "xbt.encoders",
     "recall_at_k": "xbt.evaluation",
+    "wrap_encoder": "xbt.encoders",
 }
 
 __all__ = ["__version__", *sorted(_MODULES)]

@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from xbt.compatible import saving
 from xbt.encoders import DualEncoder, EncodedImages, has_lora, load_lora
@@ -98,6 +99,11 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         """The old space, which this encoder's vectors belong to."""
         assert self.projection.old_space is not None
         return self.projection.old_space
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the new encoder."""
+        return self.new.device
 
     def to(self, device: str | torch.device) -> Self:
         """Move encoders and projection, and return the compatible encoder itself."""
@@ -223,11 +229,28 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
             new = sides.new.encode_images(items, batch_size, progress, num_workers)
         return self._query(sides.given, new, "image")
 
+    def _encode_texts(
+        self,
+        texts: list[str],
+        batch_size: int,
+        progress: bool = False,
+        num_workers: int = 0,
+        precision: Precision = "fp32",
+    ) -> tuple[Tensor, int]:
+        if self.new.has_towers:
+            return super()._encode_texts(texts, batch_size, progress, num_workers, precision)
+        vectors, cut = self.new._encode_texts(texts, batch_size, progress, num_workers, precision)
+        return self._mapped(vectors, "text"), cut
+
     def _encode_batches(
         self, batches: Iterable[Sequence[NamedImage]], num_workers: int, precision: Precision
     ) -> Iterator[EncodedImages]:
-        if self.ensemble is None:
+        if self.ensemble is None and self.new.has_towers:
             yield from super()._encode_batches(batches, num_workers, precision)
+            return
+        if self.ensemble is None:
+            for encoded in self.new._encode_batches(batches, num_workers, precision):
+                yield encoded._replace(vectors=self._mapped(encoded.vectors, "image"))
             return
         sides = self._sides("image")
         streams = [
@@ -261,6 +284,11 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
                 f"{self.space} also runs on every query, or its vectors as old_vectors="
             )
         return _Sides(new, self.old, None)
+
+    def _mapped(self, vectors: Tensor, modality: Modality) -> Tensor:
+        """Project vectors of an encoder without towers, as unit rows on the CPU."""
+        with torch.no_grad():
+            return normalize(self._projected(vectors.to(self.device), modality).float(), dim=-1).cpu()
 
     def _query(self, old: Tensor | None, new: Tensor | None, modality: Modality) -> Tensor:
         """Combine vectors of both encoders, a few thousand at a time; on the CPU and without a graph."""

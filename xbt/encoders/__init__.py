@@ -13,6 +13,7 @@ from xbt.encoders.lora import (
     save_lora,
     set_lora_mode,
 )
+from xbt.encoders.wrapped import wrap_encoder
 
 __all__ = [
     "ClipBenchmarkModel",
@@ -28,4 +29,5 @@ __all__ = [
     "register_clip_benchmark",
     "save_lora",
     "set_lora_mode",
+    "wrap_encoder",
 ]

@@ -73,10 +73,12 @@ class DualEncoder(ABC):
         precision: Precision of ``encode_*``: ``"fp32"``, or ``"bf16"`` for autocast. The vectors are float32
             in both cases. ``embed_*`` leave precision to the training loop.
         lora_targets: Tower → regular expression for the modules that LoRA adapts by default.
+        has_towers: False if the encoder gives vectors only, without access to tokens, pixels and weights.
         revision: The commit of the model's Hub repository, if known.
     """
 
     lora_targets: ClassVar[dict[str, str]]
+    has_towers: ClassVar[bool] = True
     revision: str | None = None
     precision: Precision = "fp32"
 
