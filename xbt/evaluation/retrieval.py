@@ -105,8 +105,8 @@ def best_positive_ranks(
         stop = min(start + chunk_size, len(left))
         scores = np.matmul(left[start:stop], columns.T, out=block[: stop - start])
         bounds = answers.starts[start : stop + 1]
-        right = Positives(bounds - bounds[0], column_of_row[answers.rows[bounds[0] : bounds[-1]]])
-        ranks[start:stop] = count_before_best(scores, right, copies=copies)
+        block_positives = Positives(bounds - bounds[0], column_of_row[answers.rows[bounds[0] : bounds[-1]]])
+        ranks[start:stop] = count_before_best(scores, block_positives, copies=copies)
     return torch.from_numpy(ranks)
 
 

@@ -139,9 +139,7 @@ class QdrantIndex:
     @property
     def fraction_backfilled(self) -> float:
         """Share of the items that have the second vector; 0 for an empty collection."""
-        names = [*self._spaces][1:]
-        backfilled = qdrant_client.count(self.client, self.collection, names[0]) if names else 0
-        return backfilled / max(len(self), 1)
+        return self.info().fraction_backfilled
 
     def __len__(self) -> int:
         return qdrant_client.count(self.client, self.collection)
