@@ -90,7 +90,7 @@ class BackfillResult:
     def __str__(self) -> str:
         lines = [
             f"backfilled {self.items} items; {self.position} of the order's {self.total} are taken up and "
-            f"{self.rejected} rejected; {100 * self.fraction:.1f} % of the index is in the new space",
+            f"{self.rejected} rejected; {100 * self.fraction:.1f} % of the gallery is in the new space",
             f"ended because {self.why}",
         ]
         if self.curve:

@@ -1,4 +1,4 @@
-"""The plan of a backfill: models, pairs to learn from, the order of the items, and what is left, in chunks."""
+"""The plan of a backfill: models, pairs to learn from, the order of the items, and its rest in chunks."""
 
 from __future__ import annotations
 
