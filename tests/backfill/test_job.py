@@ -87,7 +87,7 @@ def test_who_maps_the_index_finds_one(config, gallery, old, old_vectors, monkeyp
 
     def looking(*arguments):
         reader = Gallery.open(tmp_path / "mapped", read_only=True, mmap=True)
-        indexed.append([view.index is not None for view in reader._views.all()])
+        indexed.append([view.index is not None for view in reader._state.views()])
         return real(*arguments)
 
     monkeypatch.setattr(job, "backfill_present", looking)

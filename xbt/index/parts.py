@@ -21,7 +21,7 @@ from xbt.index.exact_search import ExactRows
 from xbt.index.faiss_index import ApproximateIndex, IndexManager, IndexPlan
 from xbt.index.protocol import EXACT_SCORES, METADATA, IndexInfo, VectorInfo
 from xbt.index.segments import Change, PartRecord, Rows, Segment, damaged
-from xbt.index.views import PartView
+from xbt.index.views import PartView, require_space
 from xbt.space import EmbeddingSpace
 from xbt.store.shards import as_table
 
@@ -113,20 +113,9 @@ class Part:
             self._trusted.add(space)
 
     def require_space(self, space: EmbeddingSpace | None, what: str) -> None:
-        """Refuse vectors of another space.
-
-        Args:
-            space: Space of the vectors; ``None`` is not checked.
-            what: Name of the vectors in the message.
-
-        Raises:
-            SpaceMismatchError: If the spaces differ. If the part has no declared space, if the dimensions do.
-        """
-        if space is None or space in self._trusted:
-            return
-        require_space(self, space, what)
-        if self.space is not None and self.space.compare(space).verified:
-            self.trust(space)
+        """Refuse vectors of another space; see :func:`~xbt.index.views.require_space`."""
+        if space is not None and space not in self._trusted:
+            require_space(space, self.space, self.dim, self._trusted, what)
 
     def live_ids(self) -> list[str]:
         """List the items searched in this part, in order."""
@@ -560,17 +549,6 @@ class Parts:
         if old.space is not None and old.dim == space.dim and old.space.same_as(space):
             raise DataError(f"the gallery already has the space {space}; add the vectors with add()")
         self.plan.check(space.dim)
-
-
-def require_space(part: Part | PartView, space: EmbeddingSpace | None, what: str) -> None:
-    """See :meth:`Part.require_space`."""
-    if space is not None and part.space is not None:
-        part.space.require(space, what)
-    elif space is not None and space.dim != part.dim:
-        raise SpaceMismatchError(
-            f"{what} belongs to the space of {space}, but the gallery has dimension {part.dim}; "
-            "use the model that made the gallery or project into its space"
-        )
 
 
 def _not_there(item: str, where: str) -> DataError:

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
 from xbt.index import qdrant_client
-from xbt.index.checks import as_ids, as_k, as_queries, as_rows
 from xbt.index.items import Items, Source, portions
 from xbt.index.mixed import Merge, next_vector_name, search_mixed
 from xbt.index.protocol import EXACT_SCORES, FILTER, METADATA, Batch, Hits, IndexInfo, VectorInfo
 from xbt.index.segments import part_name
 from xbt.space import EmbeddingSpace
 from xbt.store.shards import Metadata, as_table
-from xbt.vectors import Vectors
+from xbt.vectors import Vectors, as_ids, as_k, as_queries, as_rows
 
 if TYPE_CHECKING:  # searching with vectors needs no models
     from xbt.encoders import DualEncoder
