@@ -33,10 +33,6 @@ class ItemsById:
 
         Args:
             source: The images.
-
-        Raises:
-            ConfigError: If it can only be read in its own order.
-            DataError: If a tar cannot be read.
         """
         self.name = source.name
         self._readers: dict[str, tuple[Callable[[int], ImageSource], int]] = {}
@@ -58,11 +54,7 @@ class ItemsById:
         return len(self._readers)
 
     def __getitem__(self, item: str) -> ImageSource:
-        """The undecoded image of an item.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """The undecoded image of an item."""
         read, place = self._readers[item]
         return read(place)
 
@@ -188,9 +180,6 @@ def embed_chunks(
 
     Yields:
         One result per chunk.
-
-    Raises:
-        DataError: If the encoder gives NaN, or the system rather than an image is at fault.
     """
     rank, count = share
 

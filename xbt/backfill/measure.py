@@ -122,9 +122,6 @@ def measure(
         merge: How both sides are merged.
         position: See :class:`CurvePoint`.
         seconds: Likewise.
-
-    Raises:
-        DataError, SpaceMismatchError, StoreError: As :func:`~xbt.index.mixed.search_mixed`.
     """
     ranks: list[int] = []
     for start in range(0, len(questions.answers), QUERIES_AT_ONCE):
@@ -209,10 +206,6 @@ class JsonLines:
 
     Attributes:
         entries: The objects.
-
-    Raises:
-        DataError: If a whole line is no such JSON object.
-        StoreError: If the file cannot be read.
     """
 
     def __init__(self, path: Path, keys: Mapping[str, type] | None = None) -> None:
@@ -238,11 +231,7 @@ class JsonLines:
             self.entries.append(entry)
 
     def append(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Add lines, all of which are on disk when it returns.
-
-        Raises:
-            StoreError: If the disk is full or must not be written to.
-        """
+        """Add lines, all of which are on disk when it returns."""
         if not entries:
             return
         content = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode("utf-8")
@@ -276,9 +265,6 @@ class CurveLog:
     Attributes:
         points: The curve, of all runs.
         questions: Queries to measure with; ``None`` measures nothing.
-
-    Raises:
-        DataError: If the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:

@@ -60,11 +60,7 @@ class Models:
 
 
 def load_models(config: BackfillConfig, new: DualEncoder) -> Models:
-    """Load the models that a config names beside the new encoder.
-
-    Raises:
-        XbtError: If a model cannot be loaded.
-    """
+    """Load the models that a config names beside the new encoder."""
     old = None if config.old is None else load_encoder(config.old, new.device)
     if config.compatible is None:
         return Models(new, old, old)
@@ -111,9 +107,6 @@ def embed_support(
         index: The index.
         old: Name of its old vector.
         ids: All ids of the index.
-
-    Raises:
-        DataError: If the pairs cannot be used, or there is no old model and an image is not in the index.
     """
     assert config.support is not None
     pairs, _ = load_readable_pairs(config.support)
@@ -138,9 +131,6 @@ def load_questions(config: BackfillConfig, ids: Collection[str]) -> ImageTextPai
     Args:
         config: With the pairs.
         ids: All ids of the index.
-
-    Raises:
-        DataError: If the pairs cannot be used, none is in the index, or one is in the support as well.
     """
     if config.evaluation is None:
         return None
@@ -202,9 +192,6 @@ def kept_plan(path: Path, pending: Sequence[str]) -> list[str] | None:
 
     Returns:
         Ids, most urgent first; ``None`` if no order has been drawn yet.
-
-    Raises:
-        StoreError: If the file is damaged, or cannot be written.
     """
     kept = read_order(path)
     if kept is None:
@@ -237,9 +224,6 @@ def draw_plan(
         models: Encoders of queries, for a query log.
         support: Pairs to learn from.
         merge: How both sides are merged.
-
-    Raises:
-        XbtError: If there is too little to learn from, or the file cannot be written.
     """
     log = None if config.query_log is None else models.queries(read_captions(config.query_log))
     ids = list(pending)
@@ -333,11 +317,7 @@ def _rehearsed(
 
 
 def read_order(path: Path) -> tuple[list[str], dict[str, Any]] | None:
-    """Read the order of an earlier run, and how it was made; ``None`` if there is none.
-
-    Raises:
-        StoreError: If it is damaged.
-    """
+    """Read the order of an earlier run, and how it was made; ``None`` if there is none."""
     if not path.is_file():
         return None
     record = read_record(path)
@@ -348,9 +328,5 @@ def read_order(path: Path) -> tuple[list[str], dict[str, Any]] | None:
 
 
 def write_order(path: Path, ids: Sequence[str], about: dict[str, Any]) -> None:
-    """Write an order whole: its ids, most urgent first, and how it was made.
-
-    Raises:
-        StoreError: If the disk is full or must not be written to.
-    """
+    """Write an order whole: its ids, most urgent first, and how it was made."""
     write_record(path, {**about, "ids": list(ids)})

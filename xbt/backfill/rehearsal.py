@@ -321,9 +321,6 @@ def moving_gains(
     A state backfills a random subset whose share is drawn uniformly. An item counts both as the answer to its
     own queries and as a wrong answer to all others. Every pair of a query and one of its positives counts as
     a query with one answer. This is the Banzhaf value of the items, by sampling.
-
-    Raises:
-        ConfigError: If the merge compares no scores.
     """
     if merge.by_rank:
         raise ConfigError(

@@ -41,10 +41,6 @@ def open_target(location: str, store: str | None = None) -> VectorIndex:
     Args:
         location: The directory of a gallery, or ``qdrant://HOST:PORT/COLLECTION``.
         store: A store to make the gallery from if there is none; it is not changed.
-
-    Raises:
-        ConfigError: If it is the address of another database, or a store is given beside a database.
-        StoreError: If there is no such index, or it is damaged.
     """
     scheme, has_scheme, rest = location.partition("://")
     if has_scheme:
@@ -94,11 +90,7 @@ def vector_names(index: VectorIndex) -> tuple[str, str]:
 
 
 def is_complete(index: VectorIndex, space: EmbeddingSpace) -> bool:
-    """Check if an index has vectors of the new space alone: it was backfilled and compacted.
-
-    Raises:
-        SpaceMismatchError: If it has a second vector, of another space.
-    """
+    """Check if an index has vectors of the new space alone: it was backfilled and compacted."""
     (_, old), *rest = index.info().vectors.items()
     if rest:
         name, new = rest[0]
@@ -157,9 +149,6 @@ def backfill_present(
 
     Returns:
         Number of rows that were backfilled.
-
-    Raises:
-        StoreError: If another process has been writing for long, or the index cannot be written.
     """
     if not len(ids):
         return 0

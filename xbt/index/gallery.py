@@ -35,6 +35,9 @@ class Gallery:
     A reader calls :meth:`reload` to see later writes. Writes are atomic, and durable on return, however
     the process ends. Unpickling a gallery on disk opens it again.
 
+    **Errors.** A read raises :class:`~xbt.errors.StoreError` if a file is damaged or gone. A write does so too
+    if another process is writing, the gallery is read-only, or the disk is full. An error changes nothing.
+
     **Threads.** Any number of threads may search while one writes. Every search sees a consistent snapshot.
 
     **Backfills.** :meth:`begin_part` adds a second part for vectors of the new space, :meth:`backfill` moves
@@ -125,23 +128,8 @@ class Gallery:
             StoreError: If the directory is not empty or not writable, or the store cannot be opened.
             SpaceMismatchError: If the store has another space.
         """
-        if store is not None:
-            if not isinstance(store, EmbeddingStore):
-                store = EmbeddingStore.open(store, modality, space)
-            elif space is not None and store.space is not None:
-                space.require(store.space, f"the vectors of {store.path}")
-            space, modality, dim = store.space, store.modality, store.dim
-        elif space is None:
-            raise DataError(
-                f"the gallery {path} needs a space; give space=encoder.space, or a store that has one"
-            )
-        else:
-            dim = space.dim
-        plan = IndexPlan(index, tuning)
-        plan.check(dim)
-        Header(modality or "image", space, dtype, dim)  # refuses other modalities and dtypes
-        part = PartRecord(OLD, space, dim, modality or "image", dtype)
-        gallery = cls.open(create_gallery(path, plan, part, store))
+        directory, space = create_gallery(path, space, store, modality, IndexPlan(index, tuning), dtype)
+        gallery = cls.open(directory)
         with gallery._state.reading() as parts:
             parts.old.trust(space)
         return gallery
@@ -287,7 +275,6 @@ class Gallery:
 
         Raises:
             DataError: If an item is unknown, or no part is given and the items are in two parts.
-            StoreError: If a file is damaged or gone.
         """
         with self._state.reading() as parts:
             owner, rows = parts.rows(as_ids(ids, "ids"), part)
@@ -299,23 +286,14 @@ class Gallery:
         return self.vectors(ids, name)
 
     def metadata(self, ids: Sequence[str], part: str | None = None) -> pa.Table | None:
-        """Read the metadata columns of items; ``None`` if there are none.
+        """Read the metadata columns of items in the requested order; ``None`` if there are none.
 
-        Args:
-            ids: As in :meth:`vectors`.
-            part: As in :meth:`vectors`.
-
-        Returns:
-            A table with one row per item, in the requested order.
-
-        Raises:
-            DataError: As :meth:`vectors`.
-            StoreError: As :meth:`vectors`.
+        Arguments and errors are those of :meth:`vectors`.
         """
         names = as_ids(ids, "ids")
         with self._state.lock:
+            owner, rows = self._state.parts.rows(names, part)
             try:
-                owner, rows = self._state.parts.rows(names, part)
                 return owner.metadata(rows)
             except StaleError:  # another process has compacted the gallery
                 self.reload()
@@ -364,7 +342,6 @@ class Gallery:
         Raises:
             DataError: If k is out of range, there are no queries, a value is NaN, or items are in two parts.
             SpaceMismatchError: If the space or the dimension is not the gallery's.
-            StoreError: If a file that has to be read is damaged or gone.
             ConfigError: If a filter is given.
         """
         if filter is not None:
@@ -407,7 +384,6 @@ class Gallery:
         Raises:
             DataError: If k is out of range, a value is NaN, or the numbers of old and new queries differ.
             SpaceMismatchError: If the queries of a part have another space or dimension.
-            StoreError: If a required file is damaged or gone.
         """
         views = self._state.views()
         require_same_count(old_queries, new_queries)
@@ -426,11 +402,7 @@ class Gallery:
         return merge_hits(merge, found[0], found[1], k, (sizes[0], sizes[1]))
 
     def prepare(self) -> None:
-        """Prepare the first search: read the rows, and make or update the index.
-
-        Raises:
-            StoreError: If a required file is damaged or gone.
-        """
+        """Prepare the first search: read the rows, and make or update the index."""
         self._state.views(wait=True)
 
     def prepare_index(self) -> None:
@@ -438,19 +410,12 @@ class Gallery:
 
         A writer calls this from time to time for readers that map the index. Without an index, they read all
         rows for every search.
-
-        Raises:
-            StoreError: If a required file is damaged or gone.
         """
         if not self.plan.exact:
             self.prepare()
 
     def reload(self) -> None:
-        """Load the writes of other processes; do nothing in memory.
-
-        Raises:
-            StoreError: If the gallery is gone or damaged.
-        """
+        """Load the writes of other processes; do nothing in memory."""
         self._state.reload()
 
     def verify(self) -> list[str]:
@@ -471,7 +436,7 @@ class Gallery:
     def add(
         self, vectors: Vectors, ids: Sequence[str], space: EmbeddingSpace | None = None, metadata: Any = None
     ) -> None:
-        """Add items. On an error the gallery is unchanged. Large batches are faster.
+        """Add items. Large batches are faster.
 
         Args:
             vectors: (n, dim) vectors, stored without normalisation.
@@ -483,7 +448,6 @@ class Gallery:
             DataError: If there are no vectors, a value is NaN, a vector is too short for float16, or ids are
                 repeated or already in the gallery.
             SpaceMismatchError: If the space or dimension differs from that of the gallery.
-            StoreError: If another process is writing, the disk is full, or the metadata cannot be stored.
         """
         with self._state.writing() as parts:
             part = parts.of_space(space, "the vectors to add")
@@ -499,7 +463,6 @@ class Gallery:
 
         Raises:
             DataError: If an id is not in the gallery, or is repeated.
-            StoreError: If another process is writing, or the disk is full.
         """
         names = as_ids(ids, "ids")
         with self._state.writing() as parts:
@@ -523,7 +486,6 @@ class Gallery:
         Raises:
             DataError: If there are two parts already, the name is taken, or the space is the old one.
             ConfigError: If the index of the gallery cannot be made for the new dimension.
-            StoreError: If another process is writing, or the disk is full.
         """
         if name is not None:
             part_name(name)
@@ -557,7 +519,6 @@ class Gallery:
         Raises:
             DataError: If there is no second part, or an item is not in the old part.
             SpaceMismatchError: If the space or dimension differs from that of the new part.
-            StoreError: If another process is writing, or the disk is full.
         """
         with self._state.writing() as parts:
             old, new = parts.old, parts.newest
@@ -585,7 +546,6 @@ class Gallery:
 
         Raises:
             DataError: If there is no such part, it is the only one, or some items have no other vector.
-            StoreError: If another process is writing, or the disk is full.
         """
         with self._state.writing() as parts, self._state.indexing:
             self._state.swap(drop_part(parts, name, self._state.storage))
@@ -595,10 +555,6 @@ class Gallery:
 
         This drops an old part whose items are all backfilled. :meth:`search_mixed` then uses only the new
         queries, and another part can be added. Open readers keep their rows until they call :meth:`reload`.
-        If the process is killed, the gallery is either unchanged or compacted.
-
-        Raises:
-            StoreError: If another process is writing, or the disk is full. The gallery is then unchanged.
         """
         # The lock of the indexes keeps the sweep from deleting a half-written index of another thread.
         with self._state.writing() as parts, self._state.indexing:
@@ -608,10 +564,6 @@ class Gallery:
     def writing(self) -> Iterator[None]:
         """Hold the write lock over many writes. Without this, every write takes the lock itself.
 
-        Raises:
-            StoreError: If another process is writing (the message names it), or the gallery was opened
-                read-only.
-
         Example:
             >>> with gallery.writing():
             ...     for vectors, ids in batches:
@@ -620,18 +572,6 @@ class Gallery:
         with self._state.writing():
             yield
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        storage = self._state.storage
-        if storage is not None:
-            return _reopened, (type(self), storage.path, *storage.options)
-        with self._state.reading() as parts:
-            live = [(part, np.flatnonzero(~part.masked)) for part in parts]
-            rows = [
-                (part.record, [part.ids[row] for row in rows], part.rows.gather(rows), part.metadata(rows))
-                for part, rows in live
-            ]
-            return _rebuilt, (type(self), self.plan, rows)
-
     def __enter__(self) -> Self:
         return self
 
@@ -639,16 +579,3 @@ class Gallery:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _reopened(cls: type[Gallery], *options: Any) -> Gallery:
-    return cls.open(*options)
-
-
-def _rebuilt(cls: type[Gallery], plan: IndexPlan, parts: Sequence[tuple[Any, ...]]) -> Gallery:
-    gallery = cls(plan)
-    for record, ids, rows, columns in parts:
-        part = gallery._state.add_part(record)
-        if ids:
-            gallery._state.append(part, rows, ids, columns)
-    return gallery

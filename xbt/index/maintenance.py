@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from xbt.errors import DataError, StoreError
 from xbt.files import checksum, make_directory, sync_directory
 from xbt.index.faiss_index import IndexPlan
-from xbt.index.parts import Part, Parts
+from xbt.index.parts import OLD, Part, Parts
 from xbt.index.segments import (
     DAMAGED,
     Change,
@@ -27,8 +27,9 @@ from xbt.index.segments import (
 )
 from xbt.index.storage import DATABASE, FILE_ROWS, SEGMENTS, NewSegment, Storage, describe_digest, insert_part
 from xbt.index.store_segment import StoreRecord, StoreSegment, require_usable
+from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
-from xbt.store.layout import store_path
+from xbt.store.layout import Header, store_path
 from xbt.store.lock import WriterLock
 
 MANY_FILES = 16
@@ -37,23 +38,34 @@ _ROWS_AT_ONCE = 65_536
 
 
 def create_gallery(
-    path: str | Path, plan: IndexPlan, part: PartRecord, store: EmbeddingStore | None = None
-) -> Path:
-    """Make a gallery of one part, empty or with the rows of a store.
+    path: str | Path,
+    space: EmbeddingSpace | None,
+    store: EmbeddingStore | str | Path | None,
+    modality: str | None,
+    plan: IndexPlan,
+    dtype: str,
+) -> tuple[Path, EmbeddingSpace | None]:
+    """Make the files of a gallery of one part, empty or with the rows of a store.
 
-    Args:
-        path: The directory, which must be empty or not exist.
-        plan: Kind of index.
-        part: Description of the part.
-        store: A store that is read where it is.
+    Arguments and errors are those of :meth:`Gallery.create <xbt.index.Gallery.create>`. A kill leaves the
+    whole gallery or none.
 
     Returns:
-        The directory.
-
-    Raises:
-        DataError: If the store has rows that could not be searched rightly.
-        StoreError: If the directory holds anything, or cannot be written.
+        The directory, and the space of the part.
     """
+    if store is None and space is None:
+        raise DataError(
+            f"the gallery {path} needs a space; give space=encoder.space, or a store that has one"
+        )
+    if isinstance(store, EmbeddingStore) and space is not None and store.space is not None:
+        space.require(store.space, f"the vectors of {store.path}")
+    if store is not None:
+        store = store if isinstance(store, EmbeddingStore) else EmbeddingStore.open(store, modality, space)
+        space, modality = store.space, store.modality
+    dim = store.dim if store is not None else space.dim if space is not None else 0
+    plan.check(dim)
+    Header(modality or "image", space, dtype, dim)  # refuses other modalities and dtypes
+    part = PartRecord(OLD, space, dim, modality or "image", dtype)
     directory = store_path(path)
     _refuse_files(directory)
     if store is not None:
@@ -83,7 +95,7 @@ def create_gallery(
             db.close()
         partial.replace(directory / DATABASE)
         sync_directory(directory)
-    return directory
+    return directory, space
 
 
 def _refuse_files(directory: Path) -> None:
@@ -115,9 +127,6 @@ def compact(parts: Parts, storage: Storage | None) -> Parts | None:
     Returns:
         In memory the new parts; on disk the parts as they were, to be read again. ``None`` if there was
         nothing to do.
-
-    Raises:
-        StoreError: If the disk is full; the gallery is as it was then.
     """
     spent = len(parts) > 1 and parts.newest.count > 0 and parts.old.count == 0
     if not (spent or any(_needs_it(part) for part in parts)):
@@ -151,10 +160,6 @@ def drop_part(parts: Parts, name: str, storage: Storage | None) -> Parts:
 
     Returns:
         As :func:`compact`.
-
-    Raises:
-        DataError: If there is no such part, it is the only one, or items have no vector in the other one.
-        StoreError: If the disk is full; the gallery is as it was then.
     """
     part = parts.part(name)
     others = [each for each in parts if each is not part]

@@ -178,9 +178,6 @@ class Part:
         Args:
             change: Change of a segment of this part.
             path: Directory of the gallery, for the message.
-
-        Raises:
-            StoreError: If the segment has no such rows.
         """
         place = self._place_of[change.segment]
         if change.rows.min() < 0 or change.rows.max() >= self.segments[place].count:
@@ -203,11 +200,7 @@ class Part:
         self._view = self._moved = None
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
-        """Read columns by row number, in the requested order; ``None`` if no row has columns.
-
-        Raises:
-            StoreError: If the segments of the rows have incompatible columns.
-        """
+        """Read columns by row number, in the requested order; ``None`` if no row has columns."""
         found = [
             (self.segments[number].metadata(numbers), places)
             for number, places, numbers in self.rows.by_segment(rows)
@@ -215,11 +208,7 @@ class Part:
         return _stacked(found, f"the part {self.name!r}")
 
     def checked_columns(self, ids: Sequence[str], metadata: Any) -> pa.Table | None:
-        """Convert the columns of new items to a table.
-
-        Raises:
-            StoreError: If they do not fit the items, or a type is incompatible with a column of the part.
-        """
+        """Convert the columns of new items to a table."""
         where = f"the part {self.name!r}"
         table = as_table(ids, metadata, len(ids), where).drop_columns(["id"])
         for name in table.column_names:
@@ -243,11 +232,7 @@ class Part:
                 ) from error
 
     def view(self) -> PartView:
-        """Build a searchable view of the current part. May read rows, but makes no index.
-
-        Raises:
-            StoreError: If a segment cannot be read.
-        """
+        """Build a searchable view of the current part. May read rows, but makes no index."""
         known = self._view
         # A missing index may exist by now although no row has changed.
         if known is None or known.due or known.exact is None:
@@ -260,7 +245,7 @@ class Part:
         return known
 
     def moved_view(self) -> PartView:
-        """Build a searchable view of the rows moved to the new part; raises as :meth:`view`."""
+        """Build a searchable view of the rows moved to the new part."""
         if self._moved is None:
             hidden = self.removed | ~self.masked
             rows = np.flatnonzero(~hidden)
@@ -271,7 +256,7 @@ class Part:
         return self._moved
 
     def made_index(self, view: PartView) -> ApproximateIndex:
-        """Make an index of the rows of a view; raises as :meth:`view`.
+        """Make an index of the rows of a view.
 
         This takes long. Other threads may search and write meanwhile.
         """
@@ -336,11 +321,7 @@ class Parts:
         return IndexInfo(self.old.dim, "dot", self.count, vectors, frozenset({EXACT_SCORES, METADATA}))
 
     def part(self, name: str) -> Part:
-        """Look up a part by name.
-
-        Raises:
-            DataError: If there is no such part.
-        """
+        """Look up a part by name."""
         for part in self:
             if part.name == name:
                 return part
@@ -348,12 +329,7 @@ class Parts:
         raise DataError(f"the gallery has no part {name!r}; it has {names}")
 
     def of_space(self, space: EmbeddingSpace | None, what: str) -> Part:
-        """Find the part that vectors of a space belong to.
-
-        Raises:
-            DataError: If there are two parts and no space is given.
-            SpaceMismatchError: If no part has this space, or either part could have it.
-        """
+        """Find the part that vectors of a space belong to."""
         if len(self._all) == 1:
             self._all[0].require_space(space, what)
             return self._all[0]
@@ -402,11 +378,7 @@ class Parts:
                 part.grow(grown, names)
 
     def mask(self, changes: Sequence[Change]) -> None:
-        """Exclude rows from every search from now on.
-
-        Raises:
-            StoreError: If a row does not exist, for example because the database was altered.
-        """
+        """Exclude rows from every search from now on."""
         for part in self:
             for moved in (False, True):
                 rows = [part.numbered(each, self._path) for each in changes
@@ -423,11 +395,7 @@ class Parts:
         return None
 
     def rows(self, ids: Sequence[str], name: str | None) -> tuple[Part, NDArray[np.int64]]:
-        """Find the rows of items in the named part, or in the part where they are searched.
-
-        Raises:
-            DataError: If an item is unknown, or the items are searched in two parts.
-        """
+        """Find the rows of items in the named part, or in the part where they are searched."""
         chosen = None if name is None else self.part(name)
         places: list[tuple[Part, int]] = []
         for item in ids:
@@ -447,11 +415,7 @@ class Parts:
         return owner, np.array([row for _, row in places], np.int64)
 
     def refuse_known(self, ids: Sequence[str]) -> None:
-        """Refuse ids that are already in the gallery.
-
-        Raises:
-            DataError: If an id is known. The message names it and its part.
-        """
+        """Refuse ids that are already in the gallery."""
         for part in reversed(self._all):
             if part.has_any(ids):
                 known = next(item for item in ids if part.row(item) is not None)
@@ -461,11 +425,7 @@ class Parts:
                 )
 
     def removal(self, ids: Sequence[str]) -> list[Change]:
-        """Build the changes that remove items from every part.
-
-        Raises:
-            DataError: If an item is not in the gallery.
-        """
+        """Build the changes that remove items from every part."""
         changes = []
         for part in self:
             rows = [row for item in ids if (row := part.row(item)) is not None]
@@ -476,11 +436,7 @@ class Parts:
         return changes
 
     def backfilling(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Find the old rows of items to backfill.
-
-        Raises:
-            DataError: If an item is unknown, or is already in the new part.
-        """
+        """Find the old rows of items to backfill."""
         rows = []
         for item in ids:
             place = self.find(item)
@@ -502,9 +458,6 @@ class Parts:
         Args:
             ids: Ids of the items.
             part: Part that gets the vectors as its next segment.
-
-        Raises:
-            DataError: If an item is not in the gallery.
         """
         places = [self.find(item) for item in ids]
         columns, hidden = [], []
@@ -528,12 +481,7 @@ class Parts:
         return _stacked(columns, f"the part {part.name!r}"), changes
 
     def check_next(self, space: EmbeddingSpace, name: str) -> None:
-        """Check that a new part can be added.
-
-        Raises:
-            DataError: If there are two parts already, the name is taken, or the space is the old one.
-            ConfigError: If the index of the gallery cannot be made for the new dimension.
-        """
+        """Check that a new part can be added."""
         old = self.old
         if len(self) > 1:
             raise DataError(

@@ -51,10 +51,6 @@ def connect(location: Any, options: dict[str, Any]) -> Any:
 
     Returns:
         The ``QdrantClient``.
-
-    Raises:
-        ConfigError: If qdrant-client is not installed.
-        StoreError: If the folder is in use or cannot be opened, or the options do not fit.
     """
     qdrant = optional("qdrant_client", "serve")
     if isinstance(location, qdrant.QdrantClient):
@@ -85,9 +81,6 @@ def asking(what: str, fix: str = "check the name, and that Qdrant is there") -> 
     Args:
         what: The request, such as ``"create the collection 'photos'"``.
         fix: Advice for the user.
-
-    Raises:
-        StoreError: In place of the client's own errors.
     """
     http = optional("qdrant_client.http.exceptions", "serve").ApiException
     other = optional("qdrant_client.common.client_exceptions", "serve").QdrantException
@@ -120,10 +113,6 @@ def make_collection(
         spaces: The spaces of its named vectors, the oldest first.
         distance: ``"dot"`` or ``"cosine"``.
         vector_options: Further arguments of Qdrant's ``VectorParams``, such as ``on_disk``.
-
-    Raises:
-        ConfigError: If the distance is unknown.
-        StoreError: If the collection exists, or Qdrant refuses.
     """
     models = optional("qdrant_client.models", "serve")
     if distance not in DISTANCES:
@@ -151,11 +140,7 @@ def make_collection(
 
 
 def read_collection(client: Any, name: str) -> tuple[dict[str, EmbeddingSpace], str]:
-    """Read the spaces of a collection's named vectors, the oldest first, and its distance.
-
-    Raises:
-        StoreError: If there is no such collection, or it does not name its spaces.
-    """
+    """Read the spaces of a collection's named vectors, the oldest first, and its distance."""
     with asking(f"open the collection {name!r}"):
         if not client.collection_exists(name):
             there = ", ".join(repr(each.name) for each in client.get_collections().collections)
@@ -190,9 +175,6 @@ def add_vector(client: Any, name: str, vector: str, spaces: Mapping[str, Embeddi
         name: The collection.
         vector: The new name.
         spaces: All spaces, that of the new vector last.
-
-    Raises:
-        StoreError: If Qdrant refuses: only servers from version 1.18 on can add a vector to a collection.
     """
     models = optional("qdrant_client.models", "serve")
     with asking(f"add the vector {vector!r} to the collection {name!r}"):
@@ -212,9 +194,6 @@ def drop_vector(client: Any, name: str, vector: str, spaces: Mapping[str, Embedd
         name: The collection.
         vector: The name.
         spaces: The spaces of the other vectors.
-
-    Raises:
-        StoreError: If Qdrant refuses: only servers from version 1.18 on can drop a vector of a collection.
     """
     with asking(f"drop the vector {vector!r} of the collection {name!r}"):
         client.update_collection(name, metadata=_metadata(spaces))
@@ -238,9 +217,6 @@ def point_alias(client: Any, alias: str, collection: str) -> str | None:
 
     Returns:
         The collection that it named before, or ``None``.
-
-    Raises:
-        StoreError: If Qdrant refuses, for example where a collection itself has that name.
     """
     models = optional("qdrant_client.models", "serve")
     before = resolve(client, alias)
@@ -367,11 +343,7 @@ def scroll(
 
 
 def fetch(client: Any, collection: str, ids: Sequence[str], name: str, dim: int) -> NDArray[np.float32]:
-    """Read a named vector of items, in the order asked for: (n, dim) float32.
-
-    Raises:
-        DataError: If an item is not there or has no such vector.
-    """
+    """Read a named vector of items, in the order asked for: (n, dim) float32."""
     rows = np.empty((len(ids), dim), np.float32)
     for part in slices(len(ids), BATCH):
         with asking(f"read vectors {name!r} of {collection!r}"):

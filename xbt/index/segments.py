@@ -74,9 +74,6 @@ class PartRecord:
         Args:
             row: Values of the row.
             path: Database file, for the message.
-
-        Raises:
-            StoreError: If a value is invalid.
         """
         number, name, space, dim, modality, dtype = row
         try:
@@ -106,7 +103,7 @@ class Change:
 
     @classmethod
     def from_row(cls, row: Sequence[Any], path: Path) -> Self:
-        """Parse an untrusted row of the table ``change``; raises as :meth:`PartRecord.from_row`."""
+        """Parse an untrusted row of the table ``change``."""
         version, segment, moved, data = row
         if moved not in (0, 1) or not isinstance(data, bytes) or not data or len(data) % 8:
             raise damaged(path, f"its change {version} cannot be read")
@@ -114,11 +111,7 @@ class Change:
 
 
 def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
-    """Parse the untrusted ids of a segment.
-
-    Raises:
-        StoreError: If they are not a list with one string per row.
-    """
+    """Parse the untrusted ids of a segment."""
     try:
         names = json.loads(data.decode("utf-8"))
         whole = isinstance(names, list) and len(names) == count and set(map(type, names)) <= {str}
@@ -136,11 +129,7 @@ def is_count(value: Any, least: int) -> bool:
 
 
 def part_name(name: str) -> str:
-    """Validate the name of a part, which is used in file names.
-
-    Raises:
-        StoreError: If it has characters other than letters, digits and underscores.
-    """
+    """Validate the name of a part, which is used in file names."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,100}", name):
         raise StoreError(
             f"a part's name is made of letters, digits and underscores, such as 'new', got {name!r}"
@@ -252,9 +241,6 @@ class FileSegment:
         shape: Number of rows and dimension, as recorded by the gallery.
         sha256: Recorded checksum of the file, not verified here.
         read_metadata: Function that reads the Parquet bytes of the columns; ``None`` if there are none.
-
-    Raises:
-        StoreError: If the file is missing, or its size or header is wrong.
     """
 
     own = True
@@ -365,9 +351,6 @@ def require_finite(rows: NDArray[np.float32], path: Path, numbers: int | NDArray
         rows: (n, dim).
         path: File or directory of the rows, for the message.
         numbers: Row numbers in it, or the first one of consecutive rows.
-
-    Raises:
-        StoreError: If a row has NaN or infinity. The message names the file and the row.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         if np.isfinite(rows.sum(dtype=np.float32)):
@@ -390,11 +373,7 @@ def prepare_database(db: sqlite3.Connection, mode: str) -> None:
 
 
 def check_schema(db: sqlite3.Connection, path: Path) -> None:
-    """Check the format version and the exact tables of a gallery database.
-
-    Raises:
-        StoreError: If the database is not a gallery, has another version, or has other tables.
-    """
+    """Check the format version and the exact tables of a gallery database."""
     application = db.execute("PRAGMA application_id").fetchone()[0]
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
@@ -414,7 +393,7 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
 
 
 def read_settings(db: sqlite3.Connection, path: Path) -> dict[str, str]:
-    """Read the settings of a gallery; raises as :func:`check_schema`."""
+    """Read the settings of a gallery."""
     settings = dict(db.execute("SELECT key, value FROM setting LIMIT 50").fetchall())
     whole = settings.keys() == _SETTINGS and set(map(type, settings.values())) == {str}
     if not whole or not re.fullmatch(r"[0-9]{1,18}", settings["generation"]):
@@ -432,7 +411,7 @@ def ascending(rows: Iterable[Any], last: int, path: Path) -> Iterator[Any]:
 
 
 def check_parts(parts: Sequence[PartRecord], path: Path) -> None:
-    """Refuse an impossible combination of parts; raises as :func:`check_schema`."""
+    """Refuse an impossible combination of parts."""
     names = [part.name for part in parts]
     if not 1 <= len(parts) <= 2 or len(set(names)) < len(names):
         raise damaged(path, f"its parts are {names}")

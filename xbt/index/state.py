@@ -62,11 +62,7 @@ class State:
 
     @property
     def parts(self) -> Parts:
-        """Parts as this process knows them. The caller holds one of the locks.
-
-        Raises:
-            DataError: If the gallery is closed.
-        """
+        """Parts as this process knows them. The caller holds one of the locks."""
         if self._closed:
             raise DataError(f"the gallery {self.path or 'in memory'} is closed; open it again")
         if self.storage is not None and self._mark is None:
@@ -88,11 +84,7 @@ class State:
 
     @contextmanager
     def writing(self) -> Iterator[Parts]:
-        """Hold the lock of the writer and yield the latest parts.
-
-        Raises:
-            StoreError: If another process is writing, or the gallery was opened read-only.
-        """
+        """Hold the lock of the writer and yield the latest parts."""
         with self._writer:
             storage = self.storage
             if storage is None or storage.writing:
@@ -228,11 +220,7 @@ class State:
         return views
 
     def view(self, part: str | None) -> PartView:
-        """Build a view of the named part, or of the only part with items.
-
-        Raises:
-            DataError: If there is no such part, or items are in two parts.
-        """
+        """Build a view of the named part, or of the only part with items."""
         views = self.views()
         if part is not None:
             name = self.parts.part(part).name
@@ -277,6 +265,17 @@ class State:
 
     # -- processes -------------------------------------------------------------------------------------
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.storage is not None:
+            return _reopened, (self.storage.path, *self.storage.options)
+        with self.reading() as parts:
+            live = [(part, np.flatnonzero(~part.masked)) for part in parts]
+            contents = [
+                (part.record, [part.ids[row] for row in rows], part.rows.gather(rows), part.metadata(rows))
+                for part, rows in live
+            ]
+            return _rebuilt, (self.plan, contents)
+
     def _new_locks(self) -> None:
         self._writer, self.lock, self.indexing = threading.RLock(), threading.RLock(), threading.Lock()
 
@@ -286,6 +285,21 @@ class State:
             self._mark = None  # that thread was changing the parts, so read them again
         self._new_locks()
         self._views = None
+
+
+def _reopened(*options: Any) -> State:
+    state = State(IndexPlan(), Storage(*options))
+    state.reload()
+    return state
+
+
+def _rebuilt(plan: IndexPlan, contents: Sequence[tuple[Any, ...]]) -> State:
+    state = State(plan, None)
+    for record, ids, rows, columns in contents:
+        part = state.add_part(record)
+        if ids:
+            state.append(part, rows, ids, columns)
+    return state
 
 
 _OPEN: weakref.WeakSet[State] = weakref.WeakSet()

@@ -125,9 +125,6 @@ class Storage:
 
     Attributes:
         refused: Whether a write has found another gallery at this path.
-
-    Raises:
-        StoreError: If there is no gallery, it is damaged, or ``stores`` names a store it was not made of.
     """
 
     def __init__(
@@ -161,9 +158,6 @@ class Storage:
 
         Args:
             known: The mark; ``None`` reads everything.
-
-        Raises:
-            StoreError: If the gallery is gone, damaged, or was replaced by another one during a write.
         """
         for last in (False, False, True):
             try:
@@ -180,12 +174,7 @@ class Storage:
         raise AssertionError
 
     def metadata(self, segment: int) -> bytes:
-        """Read the Parquet bytes of a segment's columns.
-
-        Raises:
-            StaleError: If a compaction has removed the segment.
-            StoreError: If the database cannot be read.
-        """
+        """Read the Parquet bytes of a segment's columns."""
         with self._session() as db:
             found = db.execute("SELECT metadata FROM segment WHERE number = ?", (segment,)).fetchone()
         if found is None or not isinstance(found[0], bytes):
@@ -198,9 +187,6 @@ class Storage:
         Returns:
             Faults that SQLite reports, and by segment number: checksum of the file, checksum of the ids and
             columns, ids, and columns.
-
-        Raises:
-            StoreError: If the database cannot be read, or belongs to another gallery.
         """
         with self._session() as db:
             if self.identity not in ("", read_settings(db, self.path / DATABASE)["identity"]):
@@ -210,21 +196,20 @@ class Storage:
             described = {number: tuple(row) for number, *row in rows}
         return [text for text in said if text != "ok"], described
 
-    def segment_names(self, part: str) -> list[str]:
-        """Read the current segment names of a part, as used in the record of an index."""
-        path, columns = self.path / DATABASE, "segment.number, sha256, store"
-        query = f"SELECT {columns} FROM segment JOIN part ON part.number = segment.part WHERE name = ?"
-        with self._session() as db:
-            rows = db.execute(f"{query} ORDER BY 1", (part,)).fetchall()
-        return [
-            segment_name(number, sha256 if store is None else StoreRecord.from_json(store, path).digest)
-            for number, sha256, store in rows
-        ]
-
     def cache(self, part: PartRecord, plan: IndexPlan) -> IndexCache:
         """Open the index cache of a part."""
-        folder, name = self.path / FOLDER, part.name
-        return IndexCache(folder, name, plan, lambda: self.segment_names(name), self.mmap, self.read_only)
+
+        def segments_now() -> list[str]:
+            path, columns = self.path / DATABASE, "segment.number, sha256, store"
+            query = f"SELECT {columns} FROM segment JOIN part ON part.number = segment.part WHERE name = ?"
+            with self._session() as db:
+                rows = db.execute(f"{query} ORDER BY 1", (part.name,)).fetchall()
+            return [
+                segment_name(number, sha256 if store is None else StoreRecord.from_json(store, path).digest)
+                for number, sha256, store in rows
+            ]
+
+        return IndexCache(self.path / FOLDER, part.name, plan, segments_now, self.mmap, self.read_only)
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -234,11 +219,7 @@ class Storage:
         return self._held is not None
 
     def begin_writing(self) -> None:
-        """Take the write lock.
-
-        Raises:
-            StoreError: If another process holds it (the message names it), or the gallery is read-only.
-        """
+        """Take the write lock."""
         if self.read_only:
             raise StoreError(f"{self.path} was opened read-only; open it without read_only to write")
         with self._lock, translated(self.path / DATABASE):
@@ -271,10 +252,6 @@ class Storage:
 
         Returns:
             Updates since ``known``.
-
-        Raises:
-            DataError: If a value does not fit the dtype of the part.
-            StoreError: If the disk is full or not writable. The gallery is then unchanged.
         """
         self._require_same()
         number, row = self._next_number, None
@@ -296,7 +273,7 @@ class Storage:
         return News(replace(known, segment=number, change=last), None, [], segments, numbered)
 
     def add_part(self, part: PartRecord) -> None:
-        """Add a part; raises as :meth:`append`."""
+        """Add a part."""
         with self._transaction() as db:
             insert_part(db, part)
 
@@ -307,17 +284,7 @@ class Storage:
         new: Sequence[NewSegment],
         changes: Sequence[Change],
     ) -> None:
-        """Start the next generation: replace parts and segments, and rewrite the log of changes.
-
-        Args:
-            parts: Numbers of the parts to delete.
-            segments: Numbers of the segments to delete.
-            new: Segments to add.
-            changes: The complete new log. Its segments are not deleted.
-
-        Raises:
-            StoreError: As :meth:`append`.
-        """
+        """Start the next generation: delete parts and segments, add segments, and replace the log."""
         self._require_same()
         first = self._next_number
         rows = [self._write_segment(first + place, each) for place, each in enumerate(new)]
@@ -334,9 +301,6 @@ class Storage:
         """Remove files that no transaction names, and release free space of the database.
 
         An open reader keeps the files it has mapped. A file that cannot be removed is left for the next call.
-
-        Raises:
-            StoreError: If another gallery is now at this path, or the database is damaged.
         """
         self._require_same()
         folder = self.path / SEGMENTS

@@ -65,9 +65,6 @@ class StoreRecord:
         Args:
             text: A value of the database.
             path: The database, for the message.
-
-        Raises:
-            StoreError: If it is another text, or a path in it has places that no gallery writes.
         """
         try:
             return cls(**json.loads(text))._checked()
@@ -94,9 +91,6 @@ class StoreRecord:
         Args:
             gallery: Directory of the gallery.
             moved: New paths of moved stores, by the recorded paths.
-
-        Raises:
-            StoreError: If the store is in none of these places.
         """
         if self.path in moved:
             return moved[self.path]
@@ -117,9 +111,6 @@ def require_known(moved: Mapping[str, Path], db: sqlite3.Connection, path: Path)
         moved: New paths by the recorded paths.
         db: Database of the gallery.
         path: Database file, for the message.
-
-    Raises:
-        StoreError: If a recorded path is unknown.
     """
     texts = db.execute("SELECT store FROM segment WHERE store IS NOT NULL").fetchall()
     known = [StoreRecord.from_json(text, path).path for (text,) in texts]
@@ -181,10 +172,6 @@ def require_usable(store: EmbeddingStore) -> None:
 
     Args:
         store: The store.
-
-    Raises:
-        DataError: If a row has NaN or infinity, or another length than 1 although the space has unit rows.
-            The message names the file and the row.
     """
     unit = store.space is not None and store.space.normalisation == "unit"
     start = 0
@@ -224,10 +211,6 @@ class StoreSegment:
             count: Rows that are the gallery's.
             record: Identifies the rows.
             gallery: The gallery's directory.
-
-        Raises:
-            StoreError: If it is missing, damaged, or another one than it was.
-            SpaceMismatchError: If it holds vectors of another space than the part.
         """
         self._seen = self._compared = _stamp(path)  # before it is read: a later change is read again
         self.store = EmbeddingStore.open(path, part.modality, part.space)
@@ -297,11 +280,7 @@ class StoreSegment:
         return find_faults(self.store.path, self.store.modality)
 
     def require_there(self) -> None:
-        """Refuse a store that has lost its manifest.
-
-        Raises:
-            StoreError: If it has, or another store is in its place.
-        """
+        """Refuse a store that has lost its manifest."""
         self._require_same()
 
     @contextmanager

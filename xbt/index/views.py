@@ -58,11 +58,7 @@ class PartView:
             require_space(space, self.space, self.dim, self.trusted, what)
 
     def hits(self, queries: NDArray[np.float32], k: int) -> Hits:
-        """As :meth:`search`, with ids.
-
-        Raises:
-            StoreError: Also if fewer than k rows are found, as where a file was altered.
-        """
+        """As :meth:`search`, with ids."""
         scores, rows = self.search(queries, k)
         if rows.size and rows.min() < 0:
             raise StoreError(
@@ -91,9 +87,6 @@ class PartView:
 
         Returns:
             (n, k) scores, descending, and row numbers.
-
-        Raises:
-            StoreError: If a segment that has to be read is damaged or gone.
         """
         if k == 0:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
@@ -143,9 +136,6 @@ def require_space(
         dim: Dimension of the part.
         trusted: Gets ``space`` once it is verified, so that it need not be compared again.
         what: Name of the vectors in the message.
-
-    Raises:
-        SpaceMismatchError: If the spaces, or the dimensions, differ.
     """
     if own is not None:
         own.require(space, what)
