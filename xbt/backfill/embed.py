@@ -29,11 +29,7 @@ class ItemsById:
     """
 
     def __init__(self, source: ItemSource) -> None:
-        """List the images of a source.
-
-        Args:
-            source: The images.
-        """
+        """List the images of a source, which can be read in any order."""
         self.name = source.name
         self._readers: dict[str, tuple[Callable[[int], ImageSource], int]] = {}
         for part in source.parts:

@@ -114,14 +114,8 @@ def measure(
     """Measure recall as users of an index get it: both sides are searched and merged.
 
     It is exact where the index searches exactly. What an approximate index does not find counts as not found.
-    Ties count against us as far as the first 11 items show them.
-
-    Args:
-        index: The index, as it is now.
-        questions: The queries.
-        merge: How both sides are merged.
-        position: See :class:`CurvePoint`.
-        seconds: Likewise.
+    Ties count against us as far as the first 11 items show them. ``position`` and ``seconds`` are those of
+    :class:`CurvePoint`.
     """
     ranks: list[int] = []
     for start in range(0, len(questions.answers), QUERIES_AT_ONCE):
@@ -152,15 +146,9 @@ def ranks_in(hits: Hits, answers: Sequence[str]) -> list[int]:
 
 
 def gain_at(points: Sequence[CurvePoint], number: int, groups: Tensor) -> Gain | None:
-    """Compute the gain of the items before a point of the curve, at least :data:`NEXT` of them.
+    """Compute the gain of the items since the latest point that is :data:`NEXT` items back, or more.
 
-    Args:
-        points: The curve.
-        number: Number of the point.
-        groups: (n,) int64 groups of the queries.
-
-    Returns:
-        The gain since the latest point that is far enough back; ``None`` if there is none.
+    ``groups`` are those of the queries. ``None`` if there is no such point.
     """
     here = points[number]
     before = [point for point in points[:number] if here.position - point.position >= NEXT]

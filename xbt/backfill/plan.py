@@ -101,12 +101,7 @@ def embed_support(
 ) -> Support:
     """Embed pairs with both models; without the old one, their old vectors are read from the index.
 
-    Args:
-        config: With the pairs.
-        models: The models.
-        index: The index.
-        old: Name of its old vector.
-        ids: All ids of the index.
+    ``old`` names the old vector of the index, and ``ids`` are all of its ids.
     """
     assert config.support is not None
     pairs, _ = load_readable_pairs(config.support)
@@ -126,11 +121,10 @@ def embed_support(
 
 
 def load_questions(config: BackfillConfig, ids: Collection[str]) -> ImageTextPairs | None:
-    """Load the pairs that measure recall: those whose images are in the index; ``None`` if none are wanted.
+    """Load the pairs that measure recall: those whose images are among the ids of the index.
 
-    Args:
-        config: With the pairs.
-        ids: All ids of the index.
+    Returns:
+        The pairs; ``None`` if none are wanted.
     """
     if config.evaluation is None:
         return None
@@ -186,10 +180,6 @@ class Chunk:
 def kept_plan(path: Path, pending: Sequence[str]) -> list[str] | None:
     """Read an earlier run's order, and append the items that were added to the index since.
 
-    Args:
-        path: File of the order.
-        pending: Items that are in the old space.
-
     Returns:
         Ids, most urgent first; ``None`` if no order has been drawn yet.
     """
@@ -213,11 +203,11 @@ def draw_plan(
     support: Support | None,
     merge: Merge,
 ) -> list[str]:
-    """Order the items of an index, and write the order to disk.
+    """Order the pending items of an index by the rule of the config, and write the order to disk.
 
     Args:
         path: File of the order.
-        config: The rule, and its settings.
+        config: The rule and its settings; it has checked that everything the rule needs is there.
         index: The index.
         old: Name of its old vector.
         pending: Items to order.
@@ -247,13 +237,8 @@ def draw_plan(
 def cut(order: Sequence[str], pending: Collection[str], config: BackfillConfig) -> tuple[int, list[Chunk]]:
     """Cut the rest of an order into chunks, whose ends do not depend on where an earlier run stopped.
 
-    Args:
-        order: Ids, most urgent first.
-        pending: Those that are still to be done.
-        config: Size of the chunks, and number of items wanted in all.
-
     Returns:
-        The position before which everything is done, and the chunks after it.
+        The position before which nothing is pending, and the chunks after it.
     """
     done = next((place for place, name in enumerate(order) if name in pending), len(order))
     position, limit = done, min(len(order), config.max_items or len(order))

@@ -84,13 +84,9 @@ class Search(NamedTuple):
 def search_statistics(
     queries: Tensor, items: Tensor, slope: float, shares: tuple[float, ...] = SHARES
 ) -> Search:
-    """Compare queries with all items, some queries at a time.
+    """Compare (n, dim) queries with all (m, dim) items, some queries at a time.
 
-    Args:
-        queries: (n, dim).
-        items: (m, dim).
-        slope: Slope of the log-odds of relevance.
-        shares: Shares of the items that count as found; at least the first item always does.
+    ``slope`` is that of the log-odds of relevance. Of each share of the items at least the first is found.
     """
     count = len(items)
     cuts = [max(1, round(share * count)) for share in shares]

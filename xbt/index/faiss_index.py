@@ -183,12 +183,7 @@ class ApproximateIndex:
     def propose(
         self, queries: NDArray[np.float32], wanted: int, masked: NDArray[np.bool_]
     ) -> NDArray[np.int64]:
-        """Propose the rows that are likely to score best.
-
-        Args:
-            queries: (n, dim).
-            wanted: Rows per query.
-            masked: (m,) bool by row number: rows to exclude.
+        """Propose the unmasked rows that are likely to score best.
 
         Returns:
             (n, wanted) unique row numbers in the order of the index, padded with
@@ -211,14 +206,9 @@ class ApproximateIndex:
 
 
 def train(plan: IndexPlan, dim: int, rows: NDArray[np.int64], upto: int, gather: Gather) -> ApproximateIndex:
-    """Make an index of rows, trained on an evenly spaced sample.
+    """Make an index of ascending row numbers, trained on an evenly spaced sample.
 
-    Args:
-        plan: Kind of index.
-        dim: Dimension of the vectors.
-        rows: (n,) row numbers, ascending; at least :meth:`IndexPlan.fewest_rows`.
-        upto: See :class:`ApproximateIndex`.
-        gather: Function that reads vectors by row number.
+    ``upto`` is that of :class:`ApproximateIndex`. There must be :meth:`IndexPlan.fewest_rows`.
     """
     index = plan.make(dim)
     try:
@@ -256,12 +246,7 @@ class IndexCache:
     read_only: bool = False
 
     def load(self, segments: list[str], count: int, dim: int) -> ApproximateIndex | None:
-        """Read the index if it matches these rows.
-
-        Args:
-            segments: Names of the part's segments.
-            count: Rows of the part.
-            dim: Dimension of their vectors.
+        """Read the index of ``count`` rows of these segments.
 
         Returns:
             The index; ``None`` if it is missing, damaged, of another kind or of other rows. It can be made

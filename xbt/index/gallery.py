@@ -35,7 +35,7 @@ class Gallery:
     A reader calls :meth:`reload` to see later writes. Writes are atomic, and durable on return, however
     the process ends. Unpickling a gallery on disk opens it again.
 
-    **Errors.** A read raises :class:`~xbt.errors.StoreError` if a file is damaged or gone. A write does so too
+    **Errors.** A read raises :class:`~xbt.errors.StoreError` if a file is damaged or gone. A write also does
     if another process is writing, the gallery is read-only, or the disk is full. An error changes nothing.
 
     **Threads.** Any number of threads may search while one writes. Every search sees a consistent snapshot.

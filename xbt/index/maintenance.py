@@ -151,16 +151,7 @@ def compact(parts: Parts, storage: Storage | None) -> Parts | None:
 
 
 def drop_part(parts: Parts, name: str, storage: Storage | None) -> Parts:
-    """Remove a part. Items moved to it are searched in the other part again.
-
-    Args:
-        parts: The gallery's parts, up to date.
-        name: Name of the part.
-        storage: As in :func:`compact`.
-
-    Returns:
-        As :func:`compact`.
-    """
+    """Remove a part. Items moved to it are searched in the other part again. See :func:`compact`."""
     part = parts.part(name)
     others = [each for each in parts if each is not part]
     if not others:
@@ -233,12 +224,7 @@ def _in_memory(parts: Parts, left: list[Part]) -> Parts:
 
 
 def faults_of(storage: Storage | None, parts: Parts) -> list[str]:
-    """Read every byte of a gallery and list its faults, one sentence each.
-
-    Args:
-        storage: Its files; in memory there are none, and only ids can be wrong.
-        parts: Its parts.
-    """
+    """Read every byte of a gallery and list its faults, one sentence each."""
     faults = _items_searched_twice(parts)
     if storage is None:
         return faults
@@ -271,7 +257,7 @@ def _file_faults(segment: FileSegment, sha256: str) -> list[str]:
             return [f"{path} has other bytes than were written; {DAMAGED}"]
         fresh = FileSegment(segment.number, path, *segment.shape)
         for start in range(0, fresh.count, 65_536):
-            fresh.slice(start, min(start + 65_536, fresh.count))  # refuses NaN
+            fresh.read(slice(start, min(start + 65_536, fresh.count)))  # refuses NaN
     except OSError as error:
         return [f"{path} cannot be read ({error.strerror}); {DAMAGED}"]
     except StoreError as error:

@@ -173,12 +173,7 @@ class Part:
         return number in self._place_of
 
     def numbered(self, change: Change, path: Path | None) -> NDArray[np.int64]:
-        """Convert the rows of a change to row numbers over all segments.
-
-        Args:
-            change: Change of a segment of this part.
-            path: Directory of the gallery, for the message.
-        """
+        """Convert the rows of a change of one segment to row numbers over all segments."""
         place = self._place_of[change.segment]
         if change.rows.min() < 0 or change.rows.max() >= self.segments[place].count:
             raise damaged(path or Path(), f"a change names rows that segment {change.segment} does not have")
@@ -256,10 +251,7 @@ class Part:
         return self._moved
 
     def made_index(self, view: PartView) -> ApproximateIndex:
-        """Make an index of the rows of a view.
-
-        This takes long. Other threads may search and write meanwhile.
-        """
+        """Make an index of the rows of a view. This takes long; other threads may write meanwhile."""
         return self._manager.made(view.gather, view.masked, list(view.segments))
 
     def adopt(self, index: ApproximateIndex) -> None:
@@ -453,12 +445,7 @@ class Parts:
         return np.array(rows, np.int64)
 
     def upserting(self, ids: Sequence[str], part: Part) -> tuple[pa.Table | None, list[Change]]:
-        """Collect the columns and changes of an upsert of known items into a part.
-
-        Args:
-            ids: Ids of the items.
-            part: Part that gets the vectors as its next segment.
-        """
+        """Collect the columns and changes of an upsert of known items into the next segment of a part."""
         places = [self.find(item) for item in ids]
         columns, hidden = [], []
         for number, (item, place) in enumerate(zip(ids, places, strict=True)):

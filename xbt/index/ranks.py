@@ -161,20 +161,10 @@ class MixedScores:
 
 def _ranks_within(scores: NDArray[np.float32], first: bool) -> NDArray[np.int64]:
     """(n, m) rank of every item for its query, ties all at the first or all at the last of their places."""
-    order = np.argsort(-scores, axis=1, kind="stable")
-    falling = np.take_along_axis(scores, order, axis=1)
-    places = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-    if scores.shape[1]:
-        edge = np.ones(scores.shape, dtype=bool)
-        if first:
-            edge[:, 1:] = falling[:, 1:] != falling[:, :-1]
-            places = np.maximum.accumulate(np.where(edge, places, 0), axis=1)
-        else:
-            edge[:, :-1] = falling[:, 1:] != falling[:, :-1]
-            last = np.where(edge, places, scores.shape[1])[:, ::-1]
-            places = np.minimum.accumulate(last, axis=1)[:, ::-1]
     ranks = np.empty(scores.shape, dtype=np.int64)
-    np.put_along_axis(ranks, order, places, axis=1)
+    for line, place in zip(scores, ranks, strict=True):
+        below = np.searchsorted(np.sort(line), line, "right" if first else "left")
+        place[:] = len(line) - below - (0 if first else 1)
     return ranks
 
 

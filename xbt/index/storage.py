@@ -152,12 +152,9 @@ class Storage:
     # -- reading ---------------------------------------------------------------------------------------
 
     def read(self, known: Mark | None) -> News:
-        """Read everything written since a mark.
+        """Read everything written since a mark; ``None`` reads everything.
 
         The read starts again if a compaction removes a segment file meanwhile.
-
-        Args:
-            known: The mark; ``None`` reads everything.
         """
         for last in (False, False, True):
             try:
@@ -245,10 +242,12 @@ class Storage:
     def append(self, known: Mark, new: NewSegment | None, changes: Sequence[Change] = ()) -> News:
         """Write a segment, if there is one, and commit it together with changes.
 
+        Changes with the segment number 0 are of the new segment. On an error the gallery is unchanged.
+
         Args:
             known: Mark of the latest state that this writer has read or written.
             new: Rows of the segment; ``None`` commits changes alone.
-            changes: Changes of other segments, or of this one under the number 0.
+            changes: Changes of segments.
 
         Returns:
             Updates since ``known``.

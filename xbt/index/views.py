@@ -75,18 +75,11 @@ class PartView:
         return replace(self, masked=masked, count=count, exact=None, index=None, due=False)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Find the k best rows of every query.
+        """Find the k best rows of every query: (n, k) scores, descending, and row numbers.
 
         Without an index, scores and order are exact. An index proposes k and a few candidates, whose scores
         are then computed from the stored vectors, so that scores are always true inner products; a query for
         which it finds fewer than k is searched exactly.
-
-        Args:
-            queries: (n, dim), checked.
-            k: From 0 to :attr:`count`.
-
-        Returns:
-            (n, k) scores, descending, and row numbers.
         """
         if k == 0:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
@@ -128,14 +121,9 @@ def require_space(
     trusted: WeakSet[EmbeddingSpace],
     what: str,
 ) -> None:
-    """Refuse vectors of another space than a part has.
+    """Refuse vectors of another space than a part has, or of another dimension if it declares none.
 
-    Args:
-        space: Space of the vectors.
-        own: Space of the part; ``None`` if undeclared, which leaves the dimension to compare.
-        dim: Dimension of the part.
-        trusted: Gets ``space`` once it is verified, so that it need not be compared again.
-        what: Name of the vectors in the message.
+    A space that is verified is added to ``trusted``, so that it need not be compared again.
     """
     if own is not None:
         own.require(space, what)
@@ -149,15 +137,9 @@ def require_space(
 
 
 def search_views(views: Sequence[PartView], queries: NDArray[np.float32], k: int) -> Hits:
-    """Search disjoint sets of rows of one part together.
+    """Search disjoint sets of rows of one part together; equal scores are in the order of the part.
 
-    Args:
-        views: Of one part.
-        queries: (n, dim), checked.
-        k: Rows a query; fewer are returned where there are fewer.
-
-    Returns:
-        The best rows, equal scores in the order of the part.
+    Fewer than k rows a query are returned where there are fewer.
     """
     found = [view.search(queries, min(k, view.count)) for view in views]
     scores, rows = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
