@@ -51,7 +51,7 @@ class RestServer:
             (f"PATCH {name}", lambda c, b: local.update_collection(c, metadata=b["metadata"])),
             (f"PUT {name}/vectors/([^/]+)", self._add_vector),
             ("POST /collections/aliases", self._aliases),
-            (f"POST {name}/points", lambda c, b: local.retrieve(c, b["ids"], b["with_payload"])),
+            (f"POST {name}/points", self._retrieve),
             (f"PUT {name}/points", lambda c, b: local.upsert(c, list_of(models.PointStruct, b)) and done),
             (f"PUT {name}/points/vectors", self._vectors),
             (f"POST {name}/points/count", lambda c, b: local.count(c, filter_of(b))),
@@ -82,8 +82,14 @@ class RestServer:
         return {"operation_id": 0, "status": "completed"}
 
     def _scroll(self, name, body):
-        points, following = self.local.scroll(name, filter_of(body), body["limit"], with_payload=False)
+        points, following = self.local.scroll(
+            name, filter_of(body), body["limit"], offset=body.get("offset"),
+            with_payload=body["with_payload"], with_vectors=body["with_vector"],
+        )  # fmt: skip
         return {"points": plain(points), "next_page_offset": following}
+
+    def _retrieve(self, name, body):
+        return self.local.retrieve(name, body["ids"], body["with_payload"], body["with_vector"])
 
     def _query(self, name, body):
         searches = [models.QueryRequest(**each) for each in body["searches"]]

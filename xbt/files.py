@@ -100,7 +100,8 @@ def write_whole(path: Path, needed: int | None, produce: Callable[[Sink], object
     partial = path.with_name(
         f".{path.name}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
     )
-    make_directory(path.parent)
+    if not path.parent.is_dir():
+        make_directory(path.parent)
     with writing_to(path, needed):
         try:
             with partial.open("xb") as file:

@@ -10,10 +10,14 @@ import pytest
 from backfills import SCENES
 from entries import picture, samples, write_tar
 
-from xbt.backfill.items import open_items
+from xbt.backfill.embed import ItemsById
 from xbt.data.image_collection import ImageCollection, open_images
 from xbt.data.items import Item
 from xbt.errors import ConfigError, DataError
+
+
+def open_items(collection):
+    return ItemsById(open_images(collection))
 
 
 def test_a_folder(tmp_path):

@@ -81,16 +81,16 @@ def test_orders(config, gallery, old, old_vectors, tmp_path, order):
 
 def test_who_maps_the_index_finds_one(config, gallery, old, old_vectors, monkeypatch, tmp_path):
     """On the way and in the end, also of a job that measures nothing and so searches nothing."""
-    from xbt.backfill import coordinator
+    from xbt.backfill import job
 
-    real, indexed = coordinator.backfill_present, []
+    real, indexed = job.backfill_present, []
 
     def looking(*arguments):
         reader = Gallery.open(tmp_path / "mapped", read_only=True, mmap=True)
-        indexed.append([view.index is not None for view in reader._views.all()])
+        indexed.append([view.index is not None for view in reader._state.views()])
         return real(*arguments)
 
-    monkeypatch.setattr(coordinator, "backfill_present", looking)
+    monkeypatch.setattr(job, "backfill_present", looking)
     made = Gallery.create(tmp_path / "mapped", space=old.space, index="IVF1,Flat")
     made.add(old_vectors, SCENES.ids)
     run_backfill(config(gallery=str(made.path)))
@@ -113,7 +113,7 @@ def test_a_budget_of_items_and_then_more(config, gallery, tmp_path):
 
 def test_a_budget_of_time(config, gallery, monkeypatch):
     clock = iter(range(0, 10**6, 900))  # a quarter of an hour between any two looks
-    monkeypatch.setattr("xbt.backfill.coordinator.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("xbt.backfill.job.time.monotonic", lambda: next(clock))
     result = run_backfill(config(max_hours=1.0))
     assert 0 < result.items < COUNT
     assert result.items % 10 == 0

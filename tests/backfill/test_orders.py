@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 
 from xbt.backfill.curve import backfill_curve
 from xbt.backfill.fastfill import fastfill_order
-from xbt.backfill.item_features import FEATURES, Slopes, item_features, search_statistics
 from xbt.backfill.orders import (
     distance_to_mean_order,
     oldest_first,
@@ -18,7 +17,14 @@ from xbt.backfill.orders import (
     random_order,
     spread_out,
 )
-from xbt.backfill.rehearsal import fit_rehearsed_order, moving_gains
+from xbt.backfill.rehearsal import (
+    FEATURES,
+    Slopes,
+    fit_rehearsed_order,
+    item_features,
+    moving_gains,
+    search_statistics,
+)
 from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.index.calibration import fit_kind
@@ -145,7 +151,7 @@ def test_search_statistics_by_brute_force(monkeypatch):
     queries, items = rows(50, 6, 1), rows(20, 6, 2)
     scores = (queries @ items.T).numpy().astype(np.float64)
     chances = np.exp(4 * scores) / np.exp(4 * scores).sum(axis=1, keepdims=True)
-    monkeypatch.setattr("xbt.backfill.item_features.SCORES_AT_ONCE", 20 * 7)
+    monkeypatch.setattr("xbt.backfill.rehearsal.SCORES_AT_ONCE", 20 * 7)
     found = search_statistics(queries, items, 4.0, (0.001, 0.25))
     for counts, cut in zip(found.found, (1, 5), strict=True):
         expected = np.bincount(np.argsort(-scores, axis=1)[:, :cut].ravel(), minlength=20)

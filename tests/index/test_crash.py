@@ -169,7 +169,9 @@ def kill_and_check(tmp_path, kills):
     gallery.remove(["last"])  # so that there is something to be compacted
     gallery.compact()
     ledger.check(gallery)
-    assert len(list((path / "segments").iterdir())) == sum(len(part.segments) for part in gallery._parts)
+    assert len(list((path / "segments").iterdir())) == sum(
+        len(part.segments) for part in gallery._state.parts
+    )
     assert not list(path.rglob("*.partial"))
     return searches
 

@@ -243,11 +243,11 @@ def test_a_reader_that_maps_searches_exactly_until_there_is_an_index(tmp_path, m
         reader.reload()
         assert_finds(reader, olds, unit(9, DIM, seed=1), 10, part="old", space=old)
         assert_finds(reader, news, unit(9, DIM, seed=1), 10, part="new", space=new)
-    seen = reader._views.all()
+    seen = reader._state.views()
     assert [view.exact for view in seen] == [None, None]
     gallery.prepare_index()
     reader.reload()  # no row has come, but the index has
-    assert [len(view.index.rows) for view in reader._views.all()] == [1000, 2000]
+    assert [len(view.index.rows) for view in reader._state.views()] == [1000, 2000]
     gallery.remove([next(iter(news))])  # otherwise the new part, and with it the index, stays as it is
     del news[next(iter(news))]
     gallery.compact()
@@ -260,7 +260,7 @@ def test_a_reader_that_maps_searches_exactly_until_there_is_an_index(tmp_path, m
 def test_there_is_no_index_of_a_gallery_that_compares_every_row(tmp_path):
     gallery = make(tmp_path, "Flat", n=30)
     gallery.prepare_index()
-    assert gallery._views.made is None  # nothing was read
+    assert gallery._state._views is None  # nothing was read
 
 
 def test_nobody_waits_while_an_index_is_made(tmp_path, monkeypatch):
@@ -286,7 +286,7 @@ def test_nobody_waits_while_an_index_is_made(tmp_path, monkeypatch):
     gallery.add(unit(1200, DIM, seed=3), names(1200, start=N))
     gallery.prepare()
     assert seen == [N, N + 1200]
-    assert len(gallery._views.all()[0].index.rows) == N + 1200
+    assert len(gallery._state.views()[0].index.rows) == N + 1200
     assert_finds(gallery, items, unit(3, DIM, seed=1), 10)
 
 
@@ -309,7 +309,7 @@ def test_an_index_that_was_made_while_the_gallery_was_compacted_is_dropped(tmp_p
     monkeypatch.delattr(faiss_index, "train")  # the writer's is read, and has not been replaced
     for each in (gallery, Gallery.open(gallery.path, read_only=True, mmap=True)):
         assert_finds(each, items, unit(5, DIM, seed=1), 10)
-        assert len(each._views.all()[0].index.rows) == 2000
+        assert len(each._state.views()[0].index.rows) == 2000
     assert gallery.verify() == []
 
 
@@ -324,7 +324,7 @@ def test_two_that_make_an_index_at_once_do_not_mix_their_files(tmp_path, monkeyp
 
     monkeypatch.setattr(faiss_index, "write_record", interrupted)
     gallery.prepare()
-    assert len(other._views.all()[0].index.rows) == N
+    assert len(other._state.views()[0].index.rows) == N
     assert len(list((gallery.path / "index").iterdir())) == 3
     assert gallery.verify() == []
 

@@ -140,7 +140,7 @@ def test_what_is_acknowledged_was_synced_in_this_order(tmp_path, monkeypatch):
     assert log[-2] == "segments"
     assert log[-3].startswith(".00000001.npy")
     with gallery.writing():
-        (synchronous,) = gallery._storage._held.execute("PRAGMA synchronous").fetchone()
+        (synchronous,) = gallery._state.storage._held.execute("PRAGMA synchronous").fetchone()
         assert synchronous in (2, 3)
 
 
@@ -150,7 +150,7 @@ def test_on_a_network_disk_there_is_no_shared_memory(tmp_path, monkeypatch):
         gallery = Gallery.create(tmp_path / "g", space=OLD)
     gallery.add(unit(5, 8), names(5))
     with gallery.writing():
-        assert gallery._storage._held.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert gallery._state.storage._held.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     assert Gallery.open(tmp_path / "g").ids == names(5)
 
 

@@ -12,7 +12,6 @@ from xbt.backfill.target import (
     backfill_present,
     begin,
     fingerprints,
-    fraction_backfilled,
     is_complete,
     pending,
     read_vectors,
@@ -169,9 +168,9 @@ def test_a_backfill_on_any_index(index, old_space, new_space, other_space):
     assert names == ("old", "new")
     assert not is_complete(index, new_space)
     assert is_complete(index, old_space)
-    before = fingerprints(index, pending(index, "new"), "old")
     begin(index, "new", new_space)
     begin(index, "new", new_space)
+    before = fingerprints(index, "old", "new")
     with pytest.raises(SpaceMismatchError, match="that the part 'new' is to be filled with"):
         is_complete(index, other_space)
     assert sorted(pending(index, "new")) == IDS
@@ -179,7 +178,7 @@ def test_a_backfill_on_any_index(index, old_space, new_space, other_space):
     index.add(unit_rows(1, seed=8), [IDS[2]], old_space)  # replaced since
     assert backfill_present(index, NEW[:4], IDS[:4], names, before) == 2
     assert sorted(pending(index, "new")) == sorted({*IDS} - {IDS[0], IDS[1], IDS[3]})
-    assert fraction_backfilled(index) == pytest.approx(2 / 89)
+    assert index.info().fraction_backfilled == index.fraction_backfilled == pytest.approx(2 / 89)
     assert np.abs(read_vectors(index, [IDS[3], IDS[0]], "new") - NEW[[3, 0]]).max() <= 1e-6
     assert backfill_present(index, NEW[:0], [], names, before) == 0
 

@@ -10,7 +10,7 @@ from galleries import as_items, assert_finds, make_space, names, unit
 
 from xbt.errors import StoreError
 from xbt.index import Gallery
-from xbt.index import create as create_module
+from xbt.index import maintenance
 from xbt.index.storage import Storage
 from xbt.store import EmbeddingStore
 
@@ -177,15 +177,15 @@ def test_a_reload_into_which_a_compaction_or_a_replacement_falls(gallery, monkey
 
 def test_two_galleries_made_in_one_place_at_the_same_time(tmp_path, monkeypatch):
     """Another process makes a gallery and adds to it after this one has seen that the place is empty."""
-    make = create_module._make_directory
+    make = maintenance.make_directory
 
     def late(path):
-        monkeypatch.setattr(create_module, "_make_directory", make)
+        monkeypatch.setattr(maintenance, "make_directory", make)
         with Gallery.create(tmp_path / "g", space=make_space()) as other:
             other.add(unit(10, 16), names(10))
         return make(path)
 
-    monkeypatch.setattr(create_module, "_make_directory", late)
+    monkeypatch.setattr(maintenance, "make_directory", late)
     with pytest.raises(StoreError, match=r"g already holds gallery\.sqlite; open that gallery, or choose"):
         Gallery.create(tmp_path / "g", space=make_space())
     assert Gallery.open(tmp_path / "g").ids == names(10)

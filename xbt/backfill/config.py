@@ -18,15 +18,16 @@ MAY_CHANGE = (
 
 @dataclass
 class BackfillConfig:
-    """Backfill a gallery with a new encoder: the most urgent items first, until it is done or pays no more.
+    """Backfill an index with a new encoder: the most urgent items first, until it is done or pays no more.
 
-    The gallery serves meanwhile. The output directory gets the order (``order.json``), recall over the
+    The index serves meanwhile. The output directory gets the order (``order.json``), recall over the
     fraction backfilled (``curve.jsonl``), the items that could not be embedded (``rejected.jsonl``) and
-    ``result.json``. The merge of both sides is written to ``merge.json`` in the gallery.
+    ``result.json``. The merge of both sides is written to ``merge.json``: in the gallery, or for a database
+    in the output directory.
     """
 
     gallery: str
-    """The gallery's directory."""
+    """The gallery's directory, or qdrant://HOST:PORT/COLLECTION."""
     encoder: str
     """The new encoder, such as transformers:openai/clip-vit-large-patch14."""
     images: ImageCollection

@@ -143,11 +143,7 @@ def hits_after(scores: MixedScores, order: Tensor, done: int, merge: Merge, ks: 
 
 
 def check_order(order: Tensor, count: int) -> Tensor:
-    """Return an order after checking that it names every item once.
-
-    Raises:
-        DataError: If it does not.
-    """
+    """Return an order after checking that it names every item once."""
     integral = not order.is_floating_point() and order.ndim == 1 and len(order) == count
     if not integral or not torch.equal(order.sort().values.long(), torch.arange(count)):
         raise DataError(

@@ -1,20 +1,105 @@
-"""One process's share of a backfill: ids in, vectors out, a chunk at a time."""
+"""One process's share of a backfill: images by id in, vectors out, a chunk at a time."""
 
 from __future__ import annotations
 
+import tarfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
-from xbt.backfill.items import ItemsById
-from xbt.backfill.plan import Chunk
+from xbt.data.files import IMAGE_SUFFIXES
+from xbt.data.items import Item, ItemSource, ListedImages, readable
+from xbt.data.tars import TarImages
 from xbt.encoders import DualEncoder
+from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 from xbt.processes import Team
+
+
+class ItemsById:
+    """Images that are looked up one by one; nothing is decoded, and files are opened on demand.
+
+    Attributes:
+        name: Name of the source, for messages.
+    """
+
+    def __init__(self, source: ItemSource) -> None:
+        """List the images of a source, which can be read in any order."""
+        self.name = source.name
+        self._readers: dict[str, tuple[Callable[[int], ImageSource], int]] = {}
+        for part in source.parts:
+            if isinstance(part, ListedImages):
+                self._enter(part.ids, _from_list(part), range(len(part.ids)))
+            elif isinstance(part, TarImages):
+                names, places = _tar_members(part)
+                self._enter(names, _from_tar(part.url, places), range(len(names)))
+            else:
+                raise ConfigError(
+                    f"{source.name} is a stream, which can only be read in its own order; leave out streaming"
+                )
+
+    def __contains__(self, item: str) -> bool:
+        return item in self._readers
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+    def __getitem__(self, item: str) -> ImageSource:
+        """The undecoded image of an item."""
+        read, place = self._readers[item]
+        return read(place)
+
+    def _enter(self, names: Iterable[str], read: Callable[[int], ImageSource], places: Iterable[int]) -> None:
+        for name, place in zip(names, places, strict=True):
+            self._readers[name] = (read, place)
+
+
+def _from_list(part: ListedImages) -> Callable[[int], ImageSource]:
+    def read(row: int) -> ImageSource:
+        entry = next(part.read(row, row + 1))
+        assert isinstance(entry, Item)
+        return entry.value
+
+    return read
+
+
+def _from_tar(url: str, places: list[tuple[int, int]]) -> Callable[[int], ImageSource]:
+    def read(row: int) -> ImageSource:
+        start, size = places[row]
+        try:
+            with Path(url).open("rb") as file:
+                file.seek(start)
+                return file.read(size)
+        except FileNotFoundError as error:
+            raise DataError(f"{url} is gone since the job began; put it back and run again") from error
+
+    return read
+
+
+def _tar_members(part: TarImages) -> tuple[list[str], list[tuple[int, int]]]:
+    """Ids of a tar's images, as the embedding job names them, with offset and size of their bytes."""
+    path = Path(part.url)
+    if path.suffix.lower() != ".tar" or "://" in part.url:
+        raise ConfigError(f"{part.url} cannot be read in any order; give uncompressed tars on this machine")
+    places: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                folder, _, base = member.name.removeprefix("./").rpartition("/")
+                key, _, kind = base.partition(".")
+                if not member.isfile() or not key or f".{kind.lower()}" not in IMAGE_SUFFIXES:
+                    continue
+                whole = f"{folder}/{key}" if folder else key
+                # Of two images of one sample the first counts, as in the embedding job.
+                places.setdefault(readable(f"{part.name}/{whole}"), (member.offset_data, member.size))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{part.url} cannot be read ({error}); fix it, or leave it out") from error
+    return list(places), list(places.values())
 
 
 @dataclass
@@ -72,7 +157,7 @@ class RateLimiter:
 def embed_chunks(
     encoder: DualEncoder,
     items: ItemsById,
-    chunks: Sequence[Chunk],
+    chunks: Sequence[Sequence[str]],
     share: tuple[int, int],
     batch_size: int,
     workers: int,
@@ -83,7 +168,7 @@ def embed_chunks(
     Args:
         encoder: The new encoder.
         items: The images.
-        chunks: Items to embed.
+        chunks: Ids of the items of each chunk.
         share: Number of this process, and number of processes.
         batch_size: Images per forward pass.
         workers: Processes that decode.
@@ -91,20 +176,17 @@ def embed_chunks(
 
     Yields:
         One result per chunk.
-
-    Raises:
-        DataError: If the encoder gives NaN, or the system rather than an image is at fault.
     """
     rank, count = share
 
     def batches() -> Iterator[list[ImageSource]]:
         for chunk in chunks:
             for places in _batches(chunk, items, rank, count, batch_size):
-                yield [items[chunk.ids[place]] for place in places]
+                yield [items[chunk[place]] for place in places]
 
     results = encoder.encode_image_batches(batches(), workers)
     for chunk in chunks:
-        missing = [place for place in range(rank, len(chunk.ids), count) if chunk.ids[place] not in items]
+        missing = [place for place in range(rank, len(chunk), count) if chunk[place] not in items]
         done = Embedded([], np.zeros((0, encoder.dim), dtype=np.float32))
         done.rejected = dict.fromkeys(missing, f"there is no such image in {items.name}")
         vectors = [done.vectors]
@@ -118,9 +200,9 @@ def embed_chunks(
         yield done
 
 
-def _batches(chunk: Chunk, items: ItemsById, rank: int, count: int, size: int) -> Iterator[list[int]]:
+def _batches(chunk: Sequence[str], items: ItemsById, rank: int, count: int, size: int) -> Iterator[list[int]]:
     """A process's places in a chunk, batch by batch."""
-    mine = [place for place in range(rank, len(chunk.ids), count) if chunk.ids[place] in items]
+    mine = [place for place in range(rank, len(chunk), count) if chunk[place] in items]
     return (mine[start : start + size] for start in range(0, len(mine), size))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -11,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xbt.backfill.records import JsonLines
-from xbt.backfill.target import fraction_backfilled
-from xbt.errors import DataError
+from xbt.errors import DataError, StoreError
 from xbt.evaluation import bootstrap_interval, bootstrap_means
+from xbt.files import writing_to
 from xbt.index.mixed import Merge, search_mixed
 from xbt.index.protocol import Hits, VectorIndex
 from xbt.space import EmbeddingSpace
@@ -113,17 +114,8 @@ def measure(
     """Measure recall as users of an index get it: both sides are searched and merged.
 
     It is exact where the index searches exactly. What an approximate index does not find counts as not found.
-    Ties count against us as far as the first 11 items show them.
-
-    Args:
-        index: The index, as it is now.
-        questions: The queries.
-        merge: How both sides are merged.
-        position: See :class:`CurvePoint`.
-        seconds: Likewise.
-
-    Raises:
-        DataError, SpaceMismatchError, StoreError: As :func:`~xbt.index.mixed.search_mixed`.
+    Ties count against us as far as the first 11 items show them. ``position`` and ``seconds`` are those of
+    :class:`CurvePoint`.
     """
     ranks: list[int] = []
     for start in range(0, len(questions.answers), QUERIES_AT_ONCE):
@@ -138,7 +130,7 @@ def measure(
             questions.new_space,
         )
         ranks += ranks_in(hits, questions.answers[asked])
-    return _point(torch.tensor(ranks), questions, fraction_backfilled(index), position, seconds)
+    return _point(torch.tensor(ranks), questions, index.info().fraction_backfilled, position, seconds)
 
 
 def ranks_in(hits: Hits, answers: Sequence[str]) -> list[int]:
@@ -154,15 +146,9 @@ def ranks_in(hits: Hits, answers: Sequence[str]) -> list[int]:
 
 
 def gain_at(points: Sequence[CurvePoint], number: int, groups: Tensor) -> Gain | None:
-    """Compute the gain of the items before a point of the curve, at least :data:`NEXT` of them.
+    """Compute the gain of the items since the latest point that is :data:`NEXT` items back, or more.
 
-    Args:
-        points: The curve.
-        number: Number of the point.
-        groups: (n,) int64 groups of the queries.
-
-    Returns:
-        The gain since the latest point that is far enough back; ``None`` if there is none.
+    ``groups`` are those of the queries. ``None`` if there is no such point.
     """
     here = points[number]
     before = [point for point in points[:number] if here.position - point.position >= NEXT]
@@ -199,6 +185,65 @@ def _point(ranks: Tensor, questions: Questions, fraction: float, position: int, 
     return CurvePoint(position, fraction, recall, interval.estimate, ends, seconds, tuple(hits.tolist()))
 
 
+class JsonLines:
+    """A file of JSON objects, one a line; appended lines are on disk, a line that a kill cut off is dropped.
+
+    Args:
+        path: The file, which need not exist.
+        keys: Keys that every object must have, and the types of their values.
+
+    Attributes:
+        entries: The objects.
+    """
+
+    def __init__(self, path: Path, keys: Mapping[str, type] | None = None) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        content = _read(path)
+        self._end = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[: self._end].split(b"\n")[:-1], start=1):
+            try:
+                entry = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"{path}, line {number}, is no JSON; restore the file, or pass --overwrite true"
+                ) from error
+            if not isinstance(entry, dict) or not all(
+                isinstance(entry.get(key), kind) for key, kind in (keys or {}).items()
+            ):
+                needed = f" with the keys {', '.join(keys)}" if keys else ""
+                raise DataError(
+                    f"{path}, line {number}, is no JSON object{needed}; restore the file, or pass "
+                    "--overwrite true"
+                )
+            self.entries.append(entry)
+
+    def append(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Add lines, all of which are on disk when it returns."""
+        if not entries:
+            return
+        content = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries).encode("utf-8")
+        with writing_to(self.path, len(content)):
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            with os.fdopen(handle, "r+b") as file:
+                file.truncate(self._end)  # what a killed or failed append left
+                file.seek(self._end)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        self._end += len(content)
+        self.entries += entries
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+
+
 class CurveLog:
     """The curve of a backfill in a file; without questions nothing is measured.
 
@@ -208,9 +253,6 @@ class CurveLog:
     Attributes:
         points: The curve, of all runs.
         questions: Queries to measure with; ``None`` measures nothing.
-
-    Raises:
-        DataError: If the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:

@@ -149,11 +149,7 @@ def _k_means(items: Tensor, clusters: int, seed: int, rounds: int = 25) -> Tenso
 
 
 def require_same_dim(queries: Tensor, gallery: Tensor) -> None:
-    """Refuse queries whose dimension is not that of the items.
-
-    Raises:
-        SpaceMismatchError: If the dimensions differ.
-    """
+    """Refuse queries whose dimension is not that of the items."""
     if queries.shape[1] != gallery.shape[1]:
         raise SpaceMismatchError(
             f"queries have dimension {queries.shape[1]} but the items have {gallery.shape[1]}; "

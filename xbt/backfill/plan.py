@@ -1,11 +1,11 @@
-"""The plan of a backfill: the order of its items, kept on disk, and the rest of it in chunks."""
+"""The plan of a backfill: models, pairs to learn from, the order of the items, and its rest in chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,15 +14,21 @@ from torch import Tensor
 
 from xbt.backfill.config import BackfillConfig
 from xbt.backfill.fastfill import fastfill_order
+from xbt.backfill.measure import Questions
 from xbt.backfill.orders import distance_to_mean_order, oldest_first, query_log_order, random_order
-from xbt.backfill.queries import Models, Support
-from xbt.backfill.records import read_order, write_order
 from xbt.backfill.rehearsal import fit_rehearsed_order
 from xbt.backfill.target import read_vectors
-from xbt.data import read_captions
+from xbt.compatible import CompatibleEncoder
+from xbt.compatible.saving import ENSEMBLE_DIR
+from xbt.data import ImageTextPairs, PairSource, load_pairs, load_readable_pairs, read_captions
+from xbt.encoders import DualEncoder, load_encoder
+from xbt.errors import DataError, StoreError
+from xbt.files import write_record
+from xbt.hub import fetch
 from xbt.index.calibration import fit_merge
 from xbt.index.mixed import Merge
 from xbt.index.protocol import VectorIndex
+from xbt.store.layout import read_record
 
 KINDS = ("affine", "isotonic", "rank", "raw")
 """Kinds of merge; of equally good ones the first is taken."""
@@ -30,6 +36,132 @@ KINDS = ("affine", "isotonic", "rank", "raw")
 T = TypeVar("T")
 Queries = tuple[Tensor, Tensor]
 """The same queries in the old space and in the new one."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a backfill.
+
+    Attributes:
+        new: The new encoder.
+        old: The old encoder, if it was given.
+        query_encoder: Makes queries in the old space; ``None`` if nothing was given for that.
+    """
+
+    new: DualEncoder
+    old: DualEncoder | None
+    query_encoder: DualEncoder | None
+
+    def queries(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Encode texts as (n, old_dim) and (n, new_dim) queries."""
+        assert self.query_encoder is not None  # the config has checked it
+        listed = list(texts)
+        return self.query_encoder.encode_texts(listed), self.new.encode_texts(listed)
+
+
+def load_models(config: BackfillConfig, new: DualEncoder) -> Models:
+    """Load the models that a config names beside the new encoder."""
+    old = None if config.old is None else load_encoder(config.old, new.device)
+    if config.compatible is None:
+        return Models(new, old, old)
+    directory = fetch(config.compatible)
+    given = old if (directory / ENSEMBLE_DIR).is_dir() else None
+    compatible = CompatibleEncoder.from_pretrained(
+        directory, base=config.encoder, old=given, device=new.device
+    )
+    return Models(new, old, compatible)
+
+
+@dataclass(frozen=True)
+class Support:
+    """Pairs under both models, to learn from.
+
+    Attributes:
+        old_items: (n, old_dim) images under the old model.
+        new_items: (n, new_dim) the same under the new model.
+        old_queries: (q, old_dim) their captions as queries in the old space.
+        new_queries: (q, new_dim) the same under the new model.
+        item_of_query: (q,) int64 the image of each caption.
+    """
+
+    old_items: Tensor
+    new_items: Tensor
+    old_queries: Tensor
+    new_queries: Tensor
+    item_of_query: Tensor
+
+    @property
+    def positives(self) -> list[list[int]]:
+        """Items that answer each query."""
+        return [[item] for item in self.item_of_query.tolist()]
+
+
+def embed_support(
+    config: BackfillConfig, models: Models, index: VectorIndex, old: str, ids: Collection[str]
+) -> Support:
+    """Embed pairs with both models; without the old one, their old vectors are read from the index.
+
+    ``old`` names the old vector of the index, and ``ids`` are all of its ids.
+    """
+    assert config.support is not None
+    pairs, _ = load_readable_pairs(config.support)
+    images = [pairs.image(row) for row in range(len(pairs))]
+    if models.old is not None:
+        old_items = models.old.encode_images(images, config.batch_size)
+    else:
+        unknown = next((name for name in pairs.ids if name not in ids), None)
+        if unknown is not None:
+            raise DataError(
+                f"the image {unknown!r} of --support is not in the gallery, so its old vector is not known; "
+                "give --old, or pairs of the gallery"
+            )
+        old_items = torch.from_numpy(read_vectors(index, pairs.ids, old))
+    new_items = models.new.encode_images(images, config.batch_size)
+    return Support(old_items, new_items, *models.queries(pairs.texts), torch.tensor(pairs.text_image))
+
+
+def load_questions(config: BackfillConfig, ids: Collection[str]) -> ImageTextPairs | None:
+    """Load the pairs that measure recall: those whose images are among the ids of the index.
+
+    Returns:
+        The pairs; ``None`` if none are wanted.
+    """
+    if config.evaluation is None:
+        return None
+    pairs = load_pairs(config.evaluation)
+    there = [row for row, name in enumerate(pairs.ids) if name in ids]
+    if not there:
+        raise DataError(
+            f"none of the {len(pairs)} images of --evaluation, first {pairs.ids[0]!r}, is in the gallery "
+            f"{config.gallery}; give pairs of the gallery's images, under the gallery's ids"
+        )
+    if config.support is not None and _collection(config.support) == _collection(config.evaluation):
+        shared = set(load_pairs(config.support).ids) & {pairs.ids[row] for row in there}
+        if shared:
+            raise DataError(
+                f"{len(shared)} images are both in --support and in --evaluation, first {min(shared)!r}; "
+                "measure on pairs that nothing is learned from"
+            )
+    if len(there) < len(pairs):
+        print(
+            f"recall is measured with the captions of {len(there)} of {len(pairs)} images: the others are "
+            "not in the gallery"
+        )
+    return pairs.select(there)
+
+
+def as_questions(pairs: ImageTextPairs, models: Models) -> Questions:
+    """Embed the captions of pairs with both models."""
+    assert models.query_encoder is not None
+    answers = [pairs.ids[row] for row in pairs.text_image]
+    groups = torch.tensor(pairs.text_image)
+    queries = models.queries(pairs.texts)
+    return Questions(*queries, answers, groups, models.query_encoder.space, models.new.space)
+
+
+def _collection(source: PairSource) -> tuple[str, str | None, str | None]:
+    """Within one collection an id names one image; in another collection it may name another image."""
+    return source.source, source.split, source.subset
 
 
 @dataclass(frozen=True)
@@ -48,15 +180,8 @@ class Chunk:
 def kept_plan(path: Path, pending: Sequence[str]) -> list[str] | None:
     """Read an earlier run's order, and append the items that were added to the index since.
 
-    Args:
-        path: File of the order.
-        pending: Items that are in the old space.
-
     Returns:
         Ids, most urgent first; ``None`` if no order has been drawn yet.
-
-    Raises:
-        StoreError: If the file is damaged, or cannot be written.
     """
     kept = read_order(path)
     if kept is None:
@@ -78,26 +203,33 @@ def draw_plan(
     support: Support | None,
     merge: Merge,
 ) -> list[str]:
-    """Order the items of an index, and write the order to disk.
+    """Order the pending items of an index by the rule of the config, and write the order to disk.
 
     Args:
         path: File of the order.
-        config: The rule, and its settings.
+        config: The rule and its settings; it has checked that everything the rule needs is there.
         index: The index.
         old: Name of its old vector.
         pending: Items to order.
         models: Encoders of queries, for a query log.
         support: Pairs to learn from.
         merge: How both sides are merged.
-
-    Raises:
-        XbtError: If there is too little to learn from, or the file cannot be written.
     """
     log = None if config.query_log is None else models.queries(read_captions(config.query_log))
-    rows: list[int] = []
-    if pending:
-        rows = draw_order(config, read_vectors(index, pending, old), support, log, merge).tolist()
-    ids = [pending[row] for row in rows]
+    ids = list(pending)
+    if len(ids) > 1:
+        items = read_vectors(index, ids, old)
+        rules: dict[str, Callable[[], Tensor]] = {
+            "random": lambda: random_order(len(items), config.seed),
+            "oldest": lambda: oldest_first(np.arange(len(items), dtype=np.float64)),
+            "query_log": lambda: query_log_order(_given(log)[0], items),
+            "distance_to_mean": lambda: distance_to_mean_order(
+                items, clusters=config.clusters, seed=config.seed
+            ),
+            "fastfill": lambda: _fastfill(items, _given(support), config.seed),
+            "rehearsed": lambda: _rehearsed(items, _given(support), log, merge, config.seed),
+        }
+        ids = [ids[row] for row in rules[config.order]().tolist()]
     write_order(path, ids, {"order": config.order, "seed": config.seed})
     return ids
 
@@ -105,13 +237,8 @@ def draw_plan(
 def cut(order: Sequence[str], pending: Collection[str], config: BackfillConfig) -> tuple[int, list[Chunk]]:
     """Cut the rest of an order into chunks, whose ends do not depend on where an earlier run stopped.
 
-    Args:
-        order: Ids, most urgent first.
-        pending: Those that are still to be done.
-        config: Size of the chunks, and number of items wanted in all.
-
     Returns:
-        The position before which everything is done, and the chunks after it.
+        The position before which nothing is pending, and the chunks after it.
     """
     done = next((place for place, name in enumerate(order) if name in pending), len(order))
     position, limit = done, min(len(order), config.max_items or len(order))
@@ -122,41 +249,6 @@ def cut(order: Sequence[str], pending: Collection[str], config: BackfillConfig) 
         chunks.append(Chunk([name for name in order[done:end] if name in pending], end))
         done = end
     return position, chunks
-
-
-def draw_order(
-    config: BackfillConfig,
-    items: NDArray[np.float32],
-    support: Support | None,
-    log: Queries | None,
-    merge: Merge,
-) -> Tensor:
-    """Order items by the config's rule.
-
-    Args:
-        config: The rule, and its settings; it has checked that everything the rule needs is there.
-        items: (m, old_dim) the items' old vectors, in the order in which they were added.
-        support: Pairs to learn from.
-        log: Queries as users ask them.
-        merge: How both sides are merged.
-
-    Returns:
-        (m,) int64 permutation, most urgent first.
-
-    Raises:
-        XbtError: If there are too few pairs to learn from.
-    """
-    if len(items) < 2:
-        return torch.arange(len(items))
-    rules: dict[str, Callable[[], Tensor]] = {
-        "random": lambda: random_order(len(items), config.seed),
-        "oldest": lambda: oldest_first(np.arange(len(items), dtype=np.float64)),
-        "query_log": lambda: query_log_order(_given(log)[0], items),
-        "distance_to_mean": lambda: distance_to_mean_order(items, clusters=config.clusters, seed=config.seed),
-        "fastfill": lambda: _fastfill(items, _given(support), config.seed),
-        "rehearsed": lambda: _rehearsed(items, _given(support), log, merge, config.seed),
-    }
-    return rules[config.order]()
 
 
 def fit_support_merge(support: Support, seed: int, kinds: Sequence[str] = KINDS) -> Merge:
@@ -207,3 +299,19 @@ def _rehearsed(
         seed=seed,
     )
     return learned.order(items)
+
+
+def read_order(path: Path) -> tuple[list[str], dict[str, Any]] | None:
+    """Read the order of an earlier run, and how it was made; ``None`` if there is none."""
+    if not path.is_file():
+        return None
+    record = read_record(path)
+    ids = record.pop("ids", None)
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        raise StoreError(f"{path} holds no order; restore the file, or pass --overwrite true")
+    return ids, record
+
+
+def write_order(path: Path, ids: Sequence[str], about: dict[str, Any]) -> None:
+    """Write an order whole: its ids, most urgent first, and how it was made."""
+    write_record(path, {**about, "ids": list(ids)})

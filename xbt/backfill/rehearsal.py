@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from xbt.backfill.curve import backfill_curve
 from xbt.backfill.fastfill import out_of_fold
-from xbt.backfill.item_features import FEATURES, FOUND, Slopes, item_features
-from xbt.backfill.orders import require_same_dim, spread_out
+from xbt.backfill.orders import SCORES_AT_ONCE, require_same_dim, spread_out
 from xbt.errors import ConfigError, DataError
 from xbt.index.calibration import logistic_fit
 from xbt.index.mixed import Merge
@@ -22,6 +22,31 @@ from xbt.index.neighbours import nearest_items
 from xbt.index.ranks import MixedScores
 from xbt.projections import Projection, fit_ridge
 from xbt.vectors import Vectors, as_vectors
+
+SHARES = (0.002, 0.02, 0.1)
+"""Shares of the gallery that count as found."""
+MAPPED_SHARE = 0.02
+NEAREST = 10
+
+FOUND = (
+    "found among the first 0.2 %",
+    "found among the first 2 %",
+    "found among the first 10 %",
+    "chance to be meant, summed",
+    "greatest chance to be meant",
+    "chance to be meant when mapped, summed",
+    "found among the first 2 % when mapped",
+)
+"""Seven measures of how often an item is found; the old model is weak where an item is found rarely."""
+
+FEATURES = (
+    *FOUND,
+    "mean score",
+    "greatest score",
+    "similarity of the nearest items",
+    "distance to the mean",
+    "length when mapped",
+)
 
 SPREADS = (0.0, 2.0)
 """Weights of the neighbours' share that are tried on the sample."""
@@ -31,12 +56,112 @@ PRIOR = {"mean score": -1.0, "distance to the mean": 1.0}
 _SHRINKAGE = 10.0
 
 
+class Slopes(NamedTuple):
+    """Slopes of the log-odds of relevance over the scores: with them a softmax gives probabilities."""
+
+    old: float
+    new: float
+
+
+class Search(NamedTuple):
+    """Statistics of each of m items over some queries, all (m,).
+
+    Attributes:
+        found: For every share, how often the item is among that share of the results.
+        summed: Sum over the queries of the item's share in softmax(slope · scores).
+        greatest: The greatest of these.
+        mean: Mean score.
+        highest: Greatest score.
+    """
+
+    found: list[Tensor]
+    summed: Tensor
+    greatest: Tensor
+    mean: Tensor
+    highest: Tensor
+
+
+def search_statistics(
+    queries: Tensor, items: Tensor, slope: float, shares: tuple[float, ...] = SHARES
+) -> Search:
+    """Compare (n, dim) queries with all (m, dim) items, some queries at a time.
+
+    ``slope`` is that of the log-odds of relevance. Of each share of the items at least the first is found.
+    """
+    count = len(items)
+    cuts = [max(1, round(share * count)) for share in shares]
+    found = [torch.zeros(count) for _ in cuts]
+    summed, greatest, total = torch.zeros(count), torch.zeros(count), torch.zeros(count)
+    highest = torch.full((count,), -torch.inf)
+    step = max(1, SCORES_AT_ONCE // count)
+    for start in range(0, len(queries), step):
+        scores = queries[start : start + step] @ items.T
+        first = scores.topk(max(cuts), dim=1).indices
+        for counts, cut in zip(found, cuts, strict=True):
+            counts += torch.bincount(first[:, :cut].flatten(), minlength=count)
+        chances = torch.softmax(slope * scores, dim=1)
+        summed += chances.sum(dim=0)
+        greatest = torch.maximum(greatest, chances.amax(dim=0))
+        total += scores.sum(dim=0)
+        highest = torch.maximum(highest, scores.amax(dim=0))
+    return Search(found, summed, greatest, total / len(queries), highest)
+
+
+def item_features(
+    items: Tensor,
+    mapped: Tensor,
+    old_queries: Tensor,
+    new_queries: Tensor,
+    slopes: Slopes,
+    neighbour_cosines: Tensor,
+) -> Tensor:
+    """Compute features of every item, each as its percentile, so that indexes of any size compare.
+
+    Args:
+        items: (m, old_dim) old vectors.
+        mapped: (m, new_dim) old vectors under a forward map, not normalised: shorter where less certain.
+        old_queries: (n, old_dim) sample queries in the old space.
+        new_queries: (n, new_dim) the same in the new space.
+        slopes: Slopes of both sides' log-odds.
+        neighbour_cosines: (m, k) of :func:`~xbt.index.neighbours.nearest_items`.
+
+    Returns:
+        (m, len(FEATURES)) float32, each column of mean 0 and variance 1.
+    """
+    old = search_statistics(old_queries, items, slopes.old)
+    new = search_statistics(new_queries, normalize(mapped, dim=1), slopes.new, (MAPPED_SHARE,))
+    columns = (
+        *old.found,
+        old.summed,
+        old.greatest,
+        new.summed,
+        new.found[0],
+        old.mean,
+        old.highest,
+        neighbour_cosines[:, :NEAREST].mean(dim=1),
+        (items - items.mean(dim=0)).norm(dim=1),
+        mapped.norm(dim=1),
+    )
+    return torch.stack([_percentiles(column) for column in columns], dim=1)
+
+
+def _percentiles(values: Tensor) -> Tensor:
+    """Ranks with mean ranks for ties, scaled to mean 0 and variance 1."""
+    _, place, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    if len(counts) == 1:
+        return torch.zeros(len(values))
+    middle = counts.cumsum(0).double() - (counts.double() + 1) / 2
+    ranks = middle[place] / (len(values) - 1) - 0.5
+    scaled: Tensor = (ranks * 12**0.5).float()
+    return scaled
+
+
 @dataclass(frozen=True)
 class RehearsedOrder:
     """Urgency of items, learned on a sample by :func:`fit_rehearsed_order`.
 
     Attributes:
-        weights: One per feature of :data:`~xbt.backfill.item_features.FEATURES`.
+        weights: One per feature of :data:`FEATURES`.
         spread: Urgency that an item loses when all of its neighbours are backfilled.
         slopes: Slopes of both sides' log-odds of relevance.
         forward: Ridge map from old to new vectors.
@@ -98,7 +223,7 @@ def fit_rehearsed_order(
 
     For every item of the sample the *gain* is measured: the change of the hits when this item is backfilled,
     with random states of the other items (:func:`moving_gains`). The gain is then predicted from features
-    that are known before an item is backfilled (:mod:`~xbt.backfill.item_features`). The prediction starts
+    that are known before an item is backfilled (:func:`item_features`). The prediction starts
     from a prior: items that few queries find and that lie far from the others come first. A ridge regression
     of the residual corrects the prior as far as the sample supports it.
 
@@ -192,9 +317,6 @@ def moving_gains(
     A state backfills a random subset whose share is drawn uniformly. An item counts both as the answer to its
     own queries and as a wrong answer to all others. Every pair of a query and one of its positives counts as
     a query with one answer. This is the Banzhaf value of the items, by sampling.
-
-    Raises:
-        ConfigError: If the merge compares no scores.
     """
     if merge.by_rank:
         raise ConfigError(

@@ -1,36 +1,86 @@
-"""The index that is backfilled: opened, given its new vector, and written to beside other writers."""
+"""The index that a backfill fills: opened, given its new vector and its merge, and written to.
+
+Everything here works on any :class:`~xbt.index.VectorIndex`. A gallery on disk also has a lock, which its
+writers share, an approximate index to bring up to date, and a directory that keeps the merge.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xbt.errors import DataError, StoreError
-from xbt.index import Gallery
-from xbt.index.mixed import next_vector_name
+from xbt.embedding.checks import require_free_space
+from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
+from xbt.files import write_record
+from xbt.index import Gallery, QdrantIndex
+from xbt.index.mixed import Merge, merge_from_dict, next_vector_name
 from xbt.index.protocol import VectorIndex
 from xbt.space import EmbeddingSpace
+from xbt.store.layout import read_record
 
 LOCK_TIMEOUT = 60.0
-"""Seconds to wait for another writer."""
+"""Seconds to wait for another writer of a gallery."""
 ROWS_AT_ONCE = 65_536
 """Rows that are read at once."""
+MERGE = "merge.json"
+SPACES = ("old_space", "new_space")
+
+Spaces = tuple[EmbeddingSpace | None, EmbeddingSpace | None]
+"""The old space and the new one; ``None`` where it is not known."""
 
 
-def open_gallery(path: str | Path, store: str | None) -> Gallery:
-    """Open a gallery for writing; if there is none, make one from a store, which is not changed.
+def open_target(location: str, store: str | None = None) -> VectorIndex:
+    """Open the index that a config names.
 
-    Raises:
-        StoreError: If there is no gallery and no store is given, or either is damaged.
+    Args:
+        location: The directory of a gallery, or ``qdrant://HOST:PORT/COLLECTION``.
+        store: A store to make the gallery from if there is none; it is not changed.
     """
-    if store is not None and not Gallery.exists(path):
-        return Gallery.create(path, store=store)
-    return Gallery.open(path)
+    scheme, has_scheme, rest = location.partition("://")
+    if has_scheme:
+        address, _, collection = rest.rpartition("/")
+        if scheme != "qdrant" or not address or not collection:
+            raise ConfigError(
+                f"{location!r} names no index; give the directory of a gallery, or "
+                "qdrant://HOST:PORT/COLLECTION"
+            )
+        if store is not None:
+            raise ConfigError(f"--store makes a gallery, but {location} is a database; leave it out")
+        return QdrantIndex.open(f"http://{address}", collection)
+    if store is not None and not Gallery.exists(location):
+        return Gallery.create(location, store=store)
+    return Gallery.open(location)
+
+
+def close_target(index: VectorIndex) -> None:
+    """Close an index, if its kind can be closed."""
+    close = getattr(index, "close", None)
+    if close is not None:
+        close()
+
+
+def refresh(index: VectorIndex) -> None:
+    """Make or update the approximate index of a gallery. A database does so itself."""
+    if isinstance(index, Gallery):
+        index.prepare_index()
+
+
+def directory_of(index: VectorIndex) -> Path | None:
+    """Directory of a gallery on disk; ``None`` of any other index."""
+    return index.path if isinstance(index, Gallery) else None
+
+
+def require_capacity(index: VectorIndex, count: int, dim: int) -> None:
+    """Refuse a gallery on a disk without space for ``count`` float16 vectors of ``dim`` numbers."""
+    directory = directory_of(index)
+    if directory is not None:
+        require_free_space(directory, count, dim, "float16")
 
 
 def vector_names(index: VectorIndex) -> tuple[str, str]:
@@ -40,11 +90,7 @@ def vector_names(index: VectorIndex) -> tuple[str, str]:
 
 
 def is_complete(index: VectorIndex, space: EmbeddingSpace) -> bool:
-    """Check if an index has vectors of the new space alone: it was backfilled and compacted.
-
-    Raises:
-        SpaceMismatchError: If it has a second vector, of another space.
-    """
+    """Check if an index has vectors of the new space alone: it was backfilled and compacted."""
     (_, old), *rest = index.info().vectors.items()
     if rest:
         name, new = rest[0]
@@ -55,28 +101,13 @@ def is_complete(index: VectorIndex, space: EmbeddingSpace) -> bool:
 
 
 def begin(index: VectorIndex, name: str, space: EmbeddingSpace) -> None:
-    """Declare the new vector, unless it is there.
-
-    Raises:
-        StoreError: If another process has been writing for long, or the disk is full.
-    """
+    """Declare the new vector, unless it is there."""
     with _exclusive(index):
         index.add_vector(name, space)
 
 
-def fraction_backfilled(index: VectorIndex) -> float:
-    """Share of the rows that have the second vector; 1 where the first one was dropped already."""
-    info = index.info()
-    names = list(info.vectors)
-    return 1.0 if len(names) == 1 else info.vectors[names[1]].count / max(info.count, 1)
-
-
 def read_vectors(index: VectorIndex, ids: Sequence[str], name: str) -> NDArray[np.float32]:
-    """Read the vectors of many rows, some at a time: (n, dim) float32.
-
-    Raises:
-        DataError: If a row is not there or has no such vector.
-    """
+    """Read the vectors of many rows, some at a time: (n, dim) float32."""
     starts = range(0, max(len(ids), 1), ROWS_AT_ONCE)
     return np.concatenate([index.fetch(ids[start : start + ROWS_AT_ONCE], name) for start in starts])
 
@@ -84,26 +115,19 @@ def read_vectors(index: VectorIndex, ids: Sequence[str], name: str) -> NDArray[n
 def pending(index: VectorIndex, new: str) -> list[str]:
     """Ids of the rows without the new vector, in the order of the index."""
     missing = new if new in index.info().vectors else None
-    return [name for batch in index.scan(missing=missing, batch_size=ROWS_AT_ONCE) for name in batch.ids]
+    return [name for batch in index.scan(missing=missing) for name in batch.ids]
 
 
-def fingerprints(index: VectorIndex, ids: Sequence[str], old: str) -> dict[str, int]:
-    """Compute a number for each row that changes when its old vector does, as when the row is replaced.
+def fingerprints(index: VectorIndex, old: str, new: str) -> dict[str, int]:
+    """Compute a number for each row without the new vector, in the order of the index.
 
-    Args:
-        index: The index.
-        ids: Rows of the index.
-        old: Name of the old vector.
-
-    Raises:
-        DataError: If a row is not there.
-        StoreError: If vectors cannot be read.
+    The number changes when the old vector does, as when the row is replaced.
     """
-    hashes: dict[str, int] = {}
-    for start in range(0, len(ids), ROWS_AT_ONCE):
-        some = ids[start : start + ROWS_AT_ONCE]
-        hashes.update(zip(some, (hash(row.tobytes()) for row in index.fetch(some, old)), strict=True))
-    return hashes
+    return {
+        name: hash(row.tobytes())
+        for batch in index.scan(missing=new, vectors=old)
+        for name, row in zip(batch.ids, batch.vectors if batch.vectors is not None else (), strict=True)
+    }
 
 
 def backfill_present(
@@ -125,32 +149,28 @@ def backfill_present(
 
     Returns:
         Number of rows that were backfilled.
-
-    Raises:
-        StoreError: If another process has been writing for long, or the disk is full.
     """
     if not len(ids):
         return 0
     old, new = names
     with _exclusive(index):
-        now = _fingerprints_of_pending(index, ids, old, new)
-        rows = [row for row, name in enumerate(ids) if name in now and now[name] == before.get(name)]
+        try:
+            now = [hash(row.tobytes()) for row in index.fetch(ids, old)]
+            rows = [row for row, name in enumerate(ids) if now[row] == before.get(name)]
+        except DataError:  # some are gone, or were added with a new vector alone
+            there = fingerprints(index, old, new)
+            rows = [row for row, name in enumerate(ids) if name in there and there[name] == before.get(name)]
         if rows:
             index.upsert([ids[row] for row in rows], vectors[rows], new)
         return len(rows)
 
 
-def _fingerprints_of_pending(index: VectorIndex, ids: Sequence[str], old: str, new: str) -> Mapping[str, int]:
-    try:
-        return fingerprints(index, ids, old)
-    except DataError:  # some are gone, or were added with a new vector alone
-        there: Collection[str] = set(pending(index, new))
-        return fingerprints(index, [name for name in ids if name in there], old)
-
-
 @contextmanager
 def _exclusive(index: VectorIndex) -> Iterator[None]:
-    """Hold the writer lock of a gallery, waiting for other writers: they hold it for moments only."""
+    """Hold the writer lock of a gallery, waiting for other writers: they hold it for moments only.
+
+    A database orders its own writes.
+    """
     deadline, pause = time.monotonic() + LOCK_TIMEOUT, 0.05
     with ExitStack() as stack:
         while isinstance(index, Gallery):
@@ -163,3 +183,110 @@ def _exclusive(index: VectorIndex) -> Iterator[None]:
                 time.sleep(pause)
                 pause = min(2 * pause, 2.0)
         yield
+
+
+# -- the merge -----------------------------------------------------------------------------------------
+
+
+def save_merge(
+    gallery: str | Path,
+    merge: Merge,
+    old_space: EmbeddingSpace | None = None,
+    new_space: EmbeddingSpace | None = None,
+) -> Path:
+    """Write a merge into a gallery's directory, in place of the one that is there.
+
+    Args:
+        gallery: The directory of a gallery, or of the job that backfills a database.
+        merge: The merge, such as the result of :func:`~xbt.index.fit_merge`.
+        old_space: Space of the old scores that it takes; by default that of the gallery.
+        new_space: Space of the new scores; likewise.
+
+    Returns:
+        The file.
+
+    Raises:
+        StoreError: If it cannot be written.
+    """
+    path, own = Path(gallery) / MERGE, _spaces_of(Path(gallery))
+    spaces = (old_space or own[0], new_space or own[1])
+    plain = {
+        name: None if space is None else space.to_dict() for name, space in zip(SPACES, spaces, strict=True)
+    }
+    write_record(path, {**merge.to_dict(), **plain})
+    return path
+
+
+def load_merge(
+    gallery: str | Path,
+    old_space: EmbeddingSpace | None = None,
+    new_space: EmbeddingSpace | None = None,
+) -> Merge:
+    """Read the merge that was fitted to a gallery's two models.
+
+    Args:
+        gallery: The directory.
+        old_space: Space that the gallery comes from; by default that of its first vectors.
+        new_space: Space that it goes to; likewise.
+
+    Raises:
+        DataError: If there is no merge.
+        SpaceMismatchError: If it was fitted to other models, such as those of an earlier upgrade.
+        ConfigError: If its kind is unknown.
+        StoreError: If it is damaged.
+
+    Example:
+        >>> gallery, merge = Gallery.open("gallery"), load_merge("gallery")
+        >>> gallery.search_mixed(old_queries, new_queries, 10, merge)
+    """
+    path = Path(gallery) / MERGE
+    if not path.is_file():
+        raise DataError(
+            f"{gallery} has no {MERGE}; run the backfill with --support, or save one with save_merge()"
+        )
+    merge, fitted = _read(path)
+    own = _spaces_of(Path(gallery))
+    needed = (old_space or own[0], new_space or own[1])
+    for mine, its, way in zip(fitted, needed, ("from", "to"), strict=True):
+        if mine is not None and its is not None and not mine.same_as(its):
+            raise SpaceMismatchError(
+                f"{path} was fitted to the space {mine}, but the gallery goes {way} {its}; run "
+                "the backfill with --support, or save one with save_merge()"
+            )
+    return merge
+
+
+def is_merge_of(directory: Path, old_space: EmbeddingSpace | None, new_space: EmbeddingSpace) -> bool:
+    """Check if a directory has a merge of these spaces."""
+    try:
+        load_merge(directory, old_space, new_space)
+    except (DataError, SpaceMismatchError):
+        return False
+    return True
+
+
+def _read(path: Path) -> tuple[Merge, Spaces]:
+    plain = read_record(path)
+    spaces = [plain.pop(name, None) for name in SPACES]  # Merge.to_dict() alone names none
+    return merge_from_dict(plain), (_space(path, spaces[0]), _space(path, spaces[1]))
+
+
+def _space(path: Path, data: Any) -> EmbeddingSpace | None:
+    try:
+        return None if data is None else EmbeddingSpace.from_dict(data)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise StoreError(f"{path} is damaged ({error!r}); save the merge again with save_merge()") from error
+
+
+def _spaces_of(path: Path) -> Spaces:
+    """The spaces that a gallery comes from and goes to, as far as it shows them."""
+    if not Gallery.exists(path):
+        return None, None
+    gallery = Gallery.open(path, read_only=True)
+    vectors = gallery.info().vectors
+    gallery.close()
+    (name, first), *rest = vectors.items()
+    if rest:
+        return first.space, rest[0][1].space
+    # Where one vector is left, the merge may be of the last upgrade or of the next one.
+    return (first.space, None) if name == "old" else (None, None)

@@ -90,8 +90,7 @@ def best_positive_ranks(
     left, right = _as_pair(queries, gallery)
     answers = check_positives(positives, len(left), len(right))
     columns, column_of_row = distinct_rows(right)
-    copies = np.bincount(column_of_row) - 1  # further gallery rows with the vector of each column
-    repeated = np.flatnonzero(copies)
+    copies = np.bincount(column_of_row)
     if chunk_size is None:
         chunk_size = max(1, SCORE_BYTES // (right.itemsize * len(right)))
     elif not _is_count(chunk_size):
@@ -106,15 +105,39 @@ def best_positive_ranks(
         stop = min(start + chunk_size, len(left))
         scores = np.matmul(left[start:stop], columns.T, out=block[: stop - start])
         bounds = answers.starts[start : stop + 1]
-        owners = np.repeat(np.arange(stop - start), np.diff(bounds))
-        positive_scores = scores[owners, column_of_row[answers.rows[bounds[0] : bounds[-1]]]]
-        segments = bounds[:-1] - bounds[0]
-        best = np.maximum.reduceat(positive_scores, segments)
-        as_high = scores >= best[:, None]
-        best_positives = np.add.reduceat((positive_scores == best[owners]).astype(np.int64), segments)
-        further = as_high[:, repeated] @ copies[repeated]
-        ranks[start:stop] = np.count_nonzero(as_high, axis=1) + further - best_positives
+        block_positives = Positives(bounds - bounds[0], column_of_row[answers.rows[bounds[0] : bounds[-1]]])
+        ranks[start:stop] = count_before_best(scores, block_positives, copies=copies)
     return torch.from_numpy(ranks)
+
+
+def count_before_best(
+    scores: NDArray[Any],
+    positives: Positives,
+    positive_scores: NDArray[Any] | None = None,
+    copies: NDArray[np.int64] | None = None,
+) -> NDArray[np.int64]:
+    """Count the other columns that score at least as high as the best positive of each query.
+
+    Args:
+        scores: (n_queries, m) scores.
+        positives: Columns of the positives of each query; a column with several positives is repeated.
+        positive_scores: (n_queries, m) scores that the positives have for themselves; by default ``scores``.
+        copies: (m,) number of gallery rows that share each column; by default one.
+
+    Returns:
+        (n_queries,) int64 ranks from 0, ties ranked pessimistically.
+    """
+    firsts = positives.starts[:-1]
+    owners = np.repeat(np.arange(len(scores)), np.diff(positives.starts))
+    own = (scores if positive_scores is None else positive_scores)[owners, positives.rows]
+    best = np.maximum.reduceat(own, firsts)
+    as_high = scores >= best[:, None]
+    right = (scores[owners, positives.rows] >= best[owners]).astype(np.int64)
+    ranks: NDArray[np.int64] = np.count_nonzero(as_high, axis=1) - np.add.reduceat(right, firsts)
+    if copies is not None:
+        repeated = np.flatnonzero(copies > 1)
+        ranks += as_high[:, repeated] @ (copies[repeated] - 1)
+    return ranks
 
 
 def check_ks(ks: Sequence[int]) -> tuple[int, ...]:

@@ -100,10 +100,6 @@ def fit_kind(kind: str, scores: MixedScores) -> Merge:
     (Platt, "Probabilistic outputs for support vector machines", 1999); ``"isotonic"`` the probabilities of a
     monotone one (Zadrozny & Elkan, "Transforming classifier scores into accurate multiclass probability
     estimates", KDD 2002).
-
-    Raises:
-        ConfigError: If the kind is not known.
-        DataError: If all items answer all queries, so that there is nothing to distinguish.
     """
     if kind not in KINDS:
         raise ConfigError(f"a merge of kind {kind!r} is not known; there is {', '.join(KINDS)}")

@@ -63,15 +63,7 @@ def rescore(
 
 
 def rounding(queries: NDArray[np.float32], longest: float) -> NDArray[np.float32]:
-    """Bound the error of a float32 score: scores further apart than this are in a sure order.
-
-    Args:
-        queries: (n, dim).
-        longest: Length of the longest row.
-
-    Returns:
-        (n,) bounds.
-    """
+    """Bound the error of a float32 score, (n,): scores further apart than this are in a sure order."""
     lengths = np.sqrt(np.einsum("nd,nd->n", queries, queries))
     unit = 2 * np.finfo(np.float32).eps * np.sqrt(queries.shape[1])
     margin: NDArray[np.float32] = (unit * longest * lengths).astype(np.float32)
@@ -122,14 +114,10 @@ class ExactRows:
         self.count = sum(len(block.rows) - block.holes for block in blocks)
 
     def grown(self, vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> ExactRows:
-        """Build the set with additional rows.
+        """Build the set with additional rows, whose numbers ascend beyond all others and are not masked.
 
         Small blocks are joined such that each is more than twice as large as the next: that copies a row a
-        logarithmic number of times.
-
-        Args:
-            vectors: (n, dim); kept, not copied, where they make a block of their own.
-            rows: (n,) their numbers, ascending and beyond all numbers so far, none of them masked.
+        logarithmic number of times. Vectors that make a block of their own are kept, not copied.
         """
         most = max(1, BLOCK_NUMBERS // self.dim)
         blocks = list(self._blocks)
@@ -141,11 +129,7 @@ class ExactRows:
         return ExactRows(self.dim, tuple(blocks), self._masked)
 
     def masked_by(self, masked: NDArray[np.bool_]) -> ExactRows:
-        """Apply a new mask that includes the current one.
-
-        Args:
-            masked: (m,) bool by row number; m is beyond every row.
-        """
+        """Apply a new mask by row number that includes the current one."""
         blocks = []
         for block in self._blocks:
             hidden = masked[block.rows]
@@ -159,10 +143,6 @@ class ExactRows:
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the k rows with the largest inner product, exactly. Equal scores are ordered by row number.
-
-        Args:
-            queries: (n, dim).
-            k: From 1 to :attr:`count`.
 
         Returns:
             (n, k) scores and row numbers.
@@ -189,10 +169,6 @@ class ExactRows:
         self, queries: NDArray[np.float32], wanted: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Find the best rows by the scores of FAISS.
-
-        Args:
-            queries: (n, dim).
-            wanted: How many, at most :attr:`count`.
 
         Returns:
             (n, wanted) scores, descending up to FAISS's rounding, and row numbers.

@@ -84,11 +84,7 @@ class IndexPlan:
         return COARSE_PROPOSALS if re.search("PQ|SQ|LSH|RQ|PCA", self.factory) else 1
 
     def check(self, dim: int) -> None:
-        """Refuse an index that FAISS does not know. ``"Flat"`` does not import FAISS.
-
-        Raises:
-            ConfigError: If the string or the tuning is invalid. The message quotes FAISS.
-        """
+        """Refuse an index that FAISS does not know. ``"Flat"`` does not import FAISS."""
         if not self.exact:
             self.make(dim)
             if re.search(r"\bIDMap2?\b", self.factory):
@@ -103,11 +99,7 @@ class IndexPlan:
             )
 
     def require_inverted_file(self, dim: int) -> None:
-        """Refuse an index that cannot be mapped from disk.
-
-        Raises:
-            ConfigError: If it is not an inverted file.
-        """
+        """Refuse an index that cannot be mapped from disk."""
         import faiss
 
         if self.exact or faiss.try_extract_index_ivf(self.make(dim)) is None:
@@ -117,11 +109,7 @@ class IndexPlan:
             )
 
     def make(self, dim: int) -> Any:
-        """Make an empty index.
-
-        Raises:
-            ConfigError: If the string or the tuning is invalid.
-        """
+        """Make an empty index."""
         import faiss
 
         try:
@@ -135,11 +123,7 @@ class IndexPlan:
         return index
 
     def tune(self, index: Any) -> None:
-        """Set the search parameters of an index.
-
-        Raises:
-            ConfigError: If FAISS rejects a parameter for this index.
-        """
+        """Set the search parameters of an index."""
         import faiss
 
         ivf = faiss.try_extract_index_ivf(index)
@@ -199,12 +183,7 @@ class ApproximateIndex:
     def propose(
         self, queries: NDArray[np.float32], wanted: int, masked: NDArray[np.bool_]
     ) -> NDArray[np.int64]:
-        """Propose the rows that are likely to score best.
-
-        Args:
-            queries: (n, dim).
-            wanted: Rows per query.
-            masked: (m,) bool by row number: rows to exclude.
+        """Propose the unmasked rows that are likely to score best.
 
         Returns:
             (n, wanted) unique row numbers in the order of the index, padded with
@@ -227,17 +206,9 @@ class ApproximateIndex:
 
 
 def train(plan: IndexPlan, dim: int, rows: NDArray[np.int64], upto: int, gather: Gather) -> ApproximateIndex:
-    """Make an index of rows, trained on an evenly spaced sample.
+    """Make an index of ascending row numbers, trained on an evenly spaced sample.
 
-    Args:
-        plan: Kind of index.
-        dim: Dimension of the vectors.
-        rows: (n,) row numbers, ascending; at least :meth:`IndexPlan.fewest_rows`.
-        upto: See :class:`ApproximateIndex`.
-        gather: Function that reads vectors by row number.
-
-    Raises:
-        StoreError: If rows cannot be read, or FAISS cannot make the index.
+    ``upto`` is that of :class:`ApproximateIndex`. There must be :meth:`IndexPlan.fewest_rows`.
     """
     index = plan.make(dim)
     try:
@@ -275,12 +246,7 @@ class IndexCache:
     read_only: bool = False
 
     def load(self, segments: list[str], count: int, dim: int) -> ApproximateIndex | None:
-        """Read the index if it matches these rows.
-
-        Args:
-            segments: Names of the part's segments.
-            count: Rows of the part.
-            dim: Dimension of their vectors.
+        """Read the index of ``count`` rows of these segments.
 
         Returns:
             The index; ``None`` if it is missing, damaged, of another kind or of other rows. It can be made
@@ -309,9 +275,6 @@ class IndexCache:
 
         Returns:
             Whether it was written.
-
-        Raises:
-            StoreError: If the disk is full or not writable.
         """
         if self.folder.is_symlink():
             raise StoreError(
@@ -499,9 +462,6 @@ class IndexManager:
             gather: Function that reads vectors by row number.
             masked: (n,) bool mask of all rows.
             segments: Names of their segments.
-
-        Raises:
-            StoreError: If rows cannot be read.
         """
         outdated = not self._plan.exact and self._is_outdated(masked)
         if outdated and self._cache is not None:
@@ -528,9 +488,6 @@ class IndexManager:
         """Make an index of a snapshot of the rows, and save it if there is a writable cache.
 
         This changes no state; call :meth:`adopt` to use the index. Arguments as in :meth:`refreshed`.
-
-        Raises:
-            StoreError: If rows cannot be read.
         """
         made = train(self._plan, self._dim, np.flatnonzero(~masked), len(masked), gather)
         if self._cache is None or self._cache.read_only:

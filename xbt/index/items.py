@@ -54,11 +54,7 @@ class Portion:
     part: str | None = None
 
     def batches(self, size: int = AT_ONCE) -> Iterator[Items]:
-        """Iterate over all items in order, at most ``size`` at a time.
-
-        Raises:
-            StoreError: If a file is damaged or gone.
-        """
+        """Iterate over all items in order, at most ``size`` at a time."""
         for start, ids in self._ids(size):
             if isinstance(self.source, EmbeddingStore):
                 vectors = self.source.read(start, start + len(ids))
@@ -89,12 +85,7 @@ class Portion:
 
 
 def portions(source: Source) -> tuple[Portion, ...]:
-    """List the parts of a source: one, or two of a gallery under backfill, the old one first.
-
-    Raises:
-        ConfigError: If the source is neither a store nor a gallery.
-        StoreError: If it has no items.
-    """
+    """List the parts of a source: one, or two of a gallery under backfill, the old one first."""
     if not isinstance(source, EmbeddingStore | Gallery):
         raise ConfigError(f"give an EmbeddingStore or a Gallery, not a {type(source).__name__}")
     if len(source) == 0:
@@ -105,12 +96,7 @@ def portions(source: Source) -> tuple[Portion, ...]:
 
 
 def portion(source: Source, part: str | None = None) -> Portion:
-    """Find the named part of a source, or the only one with items.
-
-    Raises:
-        ConfigError, StoreError: As :func:`portions`.
-        DataError: If there is no such part, it is empty, or two parts have items and none is named.
-    """
+    """Find the named part of a source, or the only one with items."""
     there = [each for each in portions(source) if each.count]
     chosen = [each for each in there if part is None or each.part == part]
     if len(chosen) != 1:

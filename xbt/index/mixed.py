@@ -270,11 +270,7 @@ def search_mixed(
 
 
 def require_same_count(old_queries: Vectors, new_queries: Vectors) -> None:
-    """Refuse old and new queries that cannot be the same ones.
-
-    Raises:
-        DataError: If there are more of one kind than of the other.
-    """
+    """Refuse old and new queries that cannot be the same ones."""
     if len(old_queries) != len(new_queries):
         raise DataError(
             f"there are {len(old_queries)} old queries and {len(new_queries)} new ones; give each query in "

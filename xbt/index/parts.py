@@ -21,7 +21,7 @@ from xbt.index.exact_search import ExactRows
 from xbt.index.faiss_index import ApproximateIndex, IndexManager, IndexPlan
 from xbt.index.protocol import EXACT_SCORES, METADATA, IndexInfo, VectorInfo
 from xbt.index.segments import Change, PartRecord, Rows, Segment, damaged
-from xbt.index.views import PartView
+from xbt.index.views import PartView, require_space
 from xbt.space import EmbeddingSpace
 from xbt.store.shards import as_table
 
@@ -113,20 +113,9 @@ class Part:
             self._trusted.add(space)
 
     def require_space(self, space: EmbeddingSpace | None, what: str) -> None:
-        """Refuse vectors of another space.
-
-        Args:
-            space: Space of the vectors; ``None`` is not checked.
-            what: Name of the vectors in the message.
-
-        Raises:
-            SpaceMismatchError: If the spaces differ. If the part has no declared space, if the dimensions do.
-        """
-        if space is None or space in self._trusted:
-            return
-        require_space(self, space, what)
-        if self.space is not None and self.space.compare(space).verified:
-            self.trust(space)
+        """Refuse vectors of another space; see :func:`~xbt.index.views.require_space`."""
+        if space is not None and space not in self._trusted:
+            require_space(space, self.space, self.dim, self._trusted, what)
 
     def live_ids(self) -> list[str]:
         """List the items searched in this part, in order."""
@@ -184,15 +173,7 @@ class Part:
         return number in self._place_of
 
     def numbered(self, change: Change, path: Path | None) -> NDArray[np.int64]:
-        """Convert the rows of a change to row numbers over all segments.
-
-        Args:
-            change: Change of a segment of this part.
-            path: Directory of the gallery, for the message.
-
-        Raises:
-            StoreError: If the segment has no such rows.
-        """
+        """Convert the rows of a change of one segment to row numbers over all segments."""
         place = self._place_of[change.segment]
         if change.rows.min() < 0 or change.rows.max() >= self.segments[place].count:
             raise damaged(path or Path(), f"a change names rows that segment {change.segment} does not have")
@@ -214,11 +195,7 @@ class Part:
         self._view = self._moved = None
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
-        """Read columns by row number, in the requested order; ``None`` if no row has columns.
-
-        Raises:
-            StoreError: If the segments of the rows have incompatible columns.
-        """
+        """Read columns by row number, in the requested order; ``None`` if no row has columns."""
         found = [
             (self.segments[number].metadata(numbers), places)
             for number, places, numbers in self.rows.by_segment(rows)
@@ -226,11 +203,7 @@ class Part:
         return _stacked(found, f"the part {self.name!r}")
 
     def checked_columns(self, ids: Sequence[str], metadata: Any) -> pa.Table | None:
-        """Convert the columns of new items to a table.
-
-        Raises:
-            StoreError: If they do not fit the items, or a type is incompatible with a column of the part.
-        """
+        """Convert the columns of new items to a table."""
         where = f"the part {self.name!r}"
         table = as_table(ids, metadata, len(ids), where).drop_columns(["id"])
         for name in table.column_names:
@@ -254,11 +227,7 @@ class Part:
                 ) from error
 
     def view(self) -> PartView:
-        """Build a searchable view of the current part. May read rows, but makes no index.
-
-        Raises:
-            StoreError: If a segment cannot be read.
-        """
+        """Build a searchable view of the current part. May read rows, but makes no index."""
         known = self._view
         # A missing index may exist by now although no row has changed.
         if known is None or known.due or known.exact is None:
@@ -271,7 +240,7 @@ class Part:
         return known
 
     def moved_view(self) -> PartView:
-        """Build a searchable view of the rows moved to the new part; raises as :meth:`view`."""
+        """Build a searchable view of the rows moved to the new part."""
         if self._moved is None:
             hidden = self.removed | ~self.masked
             rows = np.flatnonzero(~hidden)
@@ -282,10 +251,7 @@ class Part:
         return self._moved
 
     def made_index(self, view: PartView) -> ApproximateIndex:
-        """Make an index of the rows of a view; raises as :meth:`view`.
-
-        This takes long. Other threads may search and write meanwhile.
-        """
+        """Make an index of the rows of a view. This takes long; other threads may write meanwhile."""
         return self._manager.made(view.gather, view.masked, list(view.segments))
 
     def adopt(self, index: ApproximateIndex) -> None:
@@ -347,11 +313,7 @@ class Parts:
         return IndexInfo(self.old.dim, "dot", self.count, vectors, frozenset({EXACT_SCORES, METADATA}))
 
     def part(self, name: str) -> Part:
-        """Look up a part by name.
-
-        Raises:
-            DataError: If there is no such part.
-        """
+        """Look up a part by name."""
         for part in self:
             if part.name == name:
                 return part
@@ -359,12 +321,7 @@ class Parts:
         raise DataError(f"the gallery has no part {name!r}; it has {names}")
 
     def of_space(self, space: EmbeddingSpace | None, what: str) -> Part:
-        """Find the part that vectors of a space belong to.
-
-        Raises:
-            DataError: If there are two parts and no space is given.
-            SpaceMismatchError: If no part has this space, or either part could have it.
-        """
+        """Find the part that vectors of a space belong to."""
         if len(self._all) == 1:
             self._all[0].require_space(space, what)
             return self._all[0]
@@ -413,11 +370,7 @@ class Parts:
                 part.grow(grown, names)
 
     def mask(self, changes: Sequence[Change]) -> None:
-        """Exclude rows from every search from now on.
-
-        Raises:
-            StoreError: If a row does not exist, for example because the database was altered.
-        """
+        """Exclude rows from every search from now on."""
         for part in self:
             for moved in (False, True):
                 rows = [part.numbered(each, self._path) for each in changes
@@ -434,11 +387,7 @@ class Parts:
         return None
 
     def rows(self, ids: Sequence[str], name: str | None) -> tuple[Part, NDArray[np.int64]]:
-        """Find the rows of items in the named part, or in the part where they are searched.
-
-        Raises:
-            DataError: If an item is unknown, or the items are searched in two parts.
-        """
+        """Find the rows of items in the named part, or in the part where they are searched."""
         chosen = None if name is None else self.part(name)
         places: list[tuple[Part, int]] = []
         for item in ids:
@@ -458,11 +407,7 @@ class Parts:
         return owner, np.array([row for _, row in places], np.int64)
 
     def refuse_known(self, ids: Sequence[str]) -> None:
-        """Refuse ids that are already in the gallery.
-
-        Raises:
-            DataError: If an id is known. The message names it and its part.
-        """
+        """Refuse ids that are already in the gallery."""
         for part in reversed(self._all):
             if part.has_any(ids):
                 known = next(item for item in ids if part.row(item) is not None)
@@ -472,11 +417,7 @@ class Parts:
                 )
 
     def removal(self, ids: Sequence[str]) -> list[Change]:
-        """Build the changes that remove items from every part.
-
-        Raises:
-            DataError: If an item is not in the gallery.
-        """
+        """Build the changes that remove items from every part."""
         changes = []
         for part in self:
             rows = [row for item in ids if (row := part.row(item)) is not None]
@@ -487,11 +428,7 @@ class Parts:
         return changes
 
     def backfilling(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Find the old rows of items to backfill.
-
-        Raises:
-            DataError: If an item is unknown, or is already in the new part.
-        """
+        """Find the old rows of items to backfill."""
         rows = []
         for item in ids:
             place = self.find(item)
@@ -508,15 +445,7 @@ class Parts:
         return np.array(rows, np.int64)
 
     def upserting(self, ids: Sequence[str], part: Part) -> tuple[pa.Table | None, list[Change]]:
-        """Collect the columns and changes of an upsert of known items into a part.
-
-        Args:
-            ids: Ids of the items.
-            part: Part that gets the vectors as its next segment.
-
-        Raises:
-            DataError: If an item is not in the gallery.
-        """
+        """Collect the columns and changes of an upsert of known items into the next segment of a part."""
         places = [self.find(item) for item in ids]
         columns, hidden = [], []
         for number, (item, place) in enumerate(zip(ids, places, strict=True)):
@@ -539,12 +468,7 @@ class Parts:
         return _stacked(columns, f"the part {part.name!r}"), changes
 
     def check_next(self, space: EmbeddingSpace, name: str) -> None:
-        """Check that a new part can be added.
-
-        Raises:
-            DataError: If there are two parts already, the name is taken, or the space is the old one.
-            ConfigError: If the index of the gallery cannot be made for the new dimension.
-        """
+        """Check that a new part can be added."""
         old = self.old
         if len(self) > 1:
             raise DataError(
@@ -560,17 +484,6 @@ class Parts:
         if old.space is not None and old.dim == space.dim and old.space.same_as(space):
             raise DataError(f"the gallery already has the space {space}; add the vectors with add()")
         self.plan.check(space.dim)
-
-
-def require_space(part: Part | PartView, space: EmbeddingSpace | None, what: str) -> None:
-    """See :meth:`Part.require_space`."""
-    if space is not None and part.space is not None:
-        part.space.require(space, what)
-    elif space is not None and space.dim != part.dim:
-        raise SpaceMismatchError(
-            f"{what} belongs to the space of {space}, but the gallery has dimension {part.dim}; "
-            "use the model that made the gallery or project into its space"
-        )
 
 
 def _not_there(item: str, where: str) -> DataError:

@@ -58,6 +58,12 @@ class IndexInfo:
     vectors: Mapping[str, VectorInfo]
     capabilities: frozenset[str] = field(default_factory=frozenset)
 
+    @property
+    def fraction_backfilled(self) -> float:
+        """Share of the rows that have the second vector; 0 if there is no second one."""
+        filled = [vector.count for vector in self.vectors.values()][1:2]
+        return sum(filled) / max(self.count, 1)
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
 from xbt.index import qdrant_client
-from xbt.index.checks import as_ids, as_k, as_queries, as_rows
 from xbt.index.items import Items, Source, portions
 from xbt.index.mixed import Merge, next_vector_name, search_mixed
 from xbt.index.protocol import EXACT_SCORES, FILTER, METADATA, Batch, Hits, IndexInfo, VectorInfo
 from xbt.index.segments import part_name
 from xbt.space import EmbeddingSpace
 from xbt.store.shards import Metadata, as_table
-from xbt.vectors import Vectors
+from xbt.vectors import Vectors, as_ids, as_k, as_queries, as_rows
 
 if TYPE_CHECKING:  # searching with vectors needs no models
     from xbt.encoders import DualEncoder
@@ -34,6 +33,10 @@ class QdrantIndex:
     that writing an item again finds its point. The payload holds the item's id under ``id``, and the metadata
     beside it. An index stays with the collection that it opened: call :meth:`reload` to follow an alias that
     was switched.
+
+    Every method raises :class:`~xbt.errors.StoreError` if Qdrant cannot be reached or refuses, ``DataError``
+    if a name or id is unknown, an id is there already, a value is NaN or k is below 1, and
+    ``SpaceMismatchError`` if vectors are of another space or dimension.
 
     Args:
         client: The ``QdrantClient``.
@@ -80,7 +83,6 @@ class QdrantIndex:
 
         Raises:
             ConfigError: If qdrant-client is not installed, or the distance is unknown.
-            StoreError: If the name is taken, or Qdrant cannot be reached or refuses.
         """
         client = qdrant_client.connect(location, options)
         spaces = {OLD: space} if new_space is None else {OLD: space, next_vector_name(OLD): new_space}
@@ -89,12 +91,11 @@ class QdrantIndex:
 
     @classmethod
     def open(cls, location: Any, collection: str, **options: Any) -> Self:
-        """Open a collection by its name or an alias; see :meth:`create`.
+        """Open a collection by its name or an alias; location and options are those of :meth:`create`.
 
         Raises:
             ConfigError: If qdrant-client is not installed.
-            StoreError: If there is no such collection, it does not name its spaces, or Qdrant cannot be
-                reached.
+            StoreError: If there is no such collection, or it does not name its spaces.
         """
         return cls(qdrant_client.connect(location, options), collection)
 
@@ -109,14 +110,8 @@ class QdrantIndex:
         Clients that open the alias from then on get this collection. Indexes that are open keep the former
         one until :meth:`reload`, with the spaces that their queries were made for.
 
-        Args:
-            alias: The name, which must not be a collection's own.
-
         Returns:
             The collection that it named before, or ``None``.
-
-        Raises:
-            StoreError: If Qdrant refuses.
         """
         return qdrant_client.point_alias(self.client, alias, self.collection)
 
@@ -139,9 +134,7 @@ class QdrantIndex:
     @property
     def fraction_backfilled(self) -> float:
         """Share of the items that have the second vector; 0 for an empty collection."""
-        names = [*self._spaces][1:]
-        backfilled = qdrant_client.count(self.client, self.collection, names[0]) if names else 0
-        return backfilled / max(len(self), 1)
+        return self.info().fraction_backfilled
 
     def __len__(self) -> int:
         return qdrant_client.count(self.client, self.collection)
@@ -191,7 +184,7 @@ class QdrantIndex:
         filter: Any = None,
         exact: bool = False,
     ) -> Hits:
-        """Find the k items with the highest score for every query.
+        """Find the k items with the highest score for every query; equal scores are in Qdrant's order.
 
         Args:
             queries: (n, dim) query vectors, or one of shape (dim,).
@@ -203,15 +196,6 @@ class QdrantIndex:
             filter: A ``Filter`` of Qdrant that items must meet.
             exact: Whether a server compares with every item instead of using its approximate index. Qdrant's
                 local mode always does.
-
-        Returns:
-            Ids and scores; equal scores are in Qdrant's order.
-
-        Raises:
-            DataError: If k is below 1, a name is unknown, or a value is NaN.
-            ConfigError: If the filter is no ``Filter``.
-            SpaceMismatchError: If the space or the dimension is another; the message names both.
-            StoreError: If Qdrant cannot be reached or refuses.
         """
         name = next(iter(self._spaces)) if using is None else using
         if without is not None:
@@ -231,18 +215,9 @@ class QdrantIndex:
         filter: Any = None,
         exact: bool = False,
     ) -> Hits:
-        """Encode texts and search; the encoder's space is checked before anything is encoded.
+        """Encode texts and search as :meth:`search`; the encoder's space is checked before it encodes.
 
-        Args:
-            encoder: The old encoder or a compatible one for ``"old"``, the new one for ``"new"``.
-            texts: n texts.
-            k: Items per text.
-            using: See :meth:`search`, as for the rest.
-            filter: See there.
-            exact: See there.
-
-        Raises:
-            DataError, SpaceMismatchError, StoreError: As :meth:`search`.
+        The encoder is the old or a compatible one for ``"old"``, and the new one for ``"new"``.
         """
         name = next(iter(self._spaces)) if using is None else using
         self._required(name, encoder.space, f"the encoder of queries for {name!r}")
@@ -260,24 +235,7 @@ class QdrantIndex:
         filter: Any = None,
         exact: bool = False,
     ) -> Hits:
-        """Search the backfilled items with the new queries, the other items with the old ones, and merge.
-
-        Args:
-            old_queries: (n, dim) queries in the old space: of the old model or a compatible encoder.
-            new_queries: (n, new_dim) the same queries under the new model.
-            k: Items per query.
-            merge: How the two lists become one; see :func:`~xbt.index.fit_merge`.
-            old_space: The space of the old queries.
-            new_space: The space of the new queries.
-            filter: See :meth:`search`.
-            exact: See there.
-
-        Returns:
-            Ids and scores; see :func:`~xbt.index.search_mixed`.
-
-        Raises:
-            DataError, SpaceMismatchError, StoreError: As :func:`~xbt.index.search_mixed`.
-        """
+        """Search both sides and merge; see :func:`~xbt.index.search_mixed` and :meth:`search`."""
         return search_mixed(
             self, old_queries, new_queries, k, merge, old_space, new_space, filter=filter, exact=exact
         )
@@ -298,11 +256,6 @@ class QdrantIndex:
             ids: n strings, unique and not yet in the collection.
             space: The space of the vectors.
             metadata: Columns of n values each, as for a store; they become the payload.
-
-        Raises:
-            DataError: If a value is NaN, or an id is there already.
-            SpaceMismatchError: If the space or the dimension is another.
-            StoreError: If ids or metadata do not fit, or Qdrant refuses.
         """
         name = next(iter(self._spaces))
         rows = as_rows(vectors, "the vectors to add", self._required(name, space, "the vectors to add").dim)
@@ -321,12 +274,7 @@ class QdrantIndex:
         qdrant_client.remove(self.client, self.collection, as_ids(ids, "ids"))
 
     def add_vector(self, name: str, space: EmbeddingSpace) -> None:
-        """See :meth:`VectorIndex.add_vector <xbt.index.VectorIndex.add_vector>`.
-
-        Raises:
-            SpaceMismatchError: If there are vectors of this name of another space.
-            StoreError: If Qdrant refuses: only servers from version 1.18 on can add a vector to a collection.
-        """
+        """See :meth:`VectorIndex.add_vector <xbt.index.VectorIndex.add_vector>`; needs server 1.18."""
         part_name(name)
         self.reload()
         if name in self._spaces:
@@ -336,11 +284,7 @@ class QdrantIndex:
         self.reload()
 
     def begin_part(self, space: EmbeddingSpace) -> None:
-        """Declare the vectors of another model, under the next free name, unless they are there.
-
-        Raises:
-            SpaceMismatchError, StoreError: As :meth:`add_vector`.
-        """
+        """Declare the vectors of another model, under the next free name, unless they are there."""
         self.reload()
         first, *rest = self._spaces
         self.add_vector(rest[0] if rest else next_vector_name(first), space)
@@ -356,31 +300,14 @@ class QdrantIndex:
         qdrant_client.set_vectors(self.client, self.collection, items, rows, name)
 
     def backfill(self, vectors: Vectors, ids: Sequence[str], space: EmbeddingSpace | None = None) -> None:
-        """Give existing items their vectors of the new model; the old ones stay.
-
-        Args:
-            vectors: (n, new_dim) vectors.
-            ids: Their items.
-            space: The space of the vectors.
-
-        Raises:
-            DataError: If a value is NaN, an item is not in the collection, or there are no new vectors yet;
-                nothing is written then.
-            SpaceMismatchError: If the space or the dimension is another.
-            StoreError: If the ids do not fit, or Qdrant refuses.
-        """
+        """Give existing items (n, new_dim) vectors of the new model; all are written or none."""
         first, *rest = self._spaces
         name = rest[0] if rest else next_vector_name(first)
         self._required(name, space, "the vectors to backfill")
         self.upsert(ids, vectors, name)
 
     def drop_vector(self, name: str) -> None:
-        """See :meth:`VectorIndex.drop_vector <xbt.index.VectorIndex.drop_vector>`.
-
-        Raises:
-            DataError: If there is no such name, it is the only one, or items have no other vector.
-            StoreError: If Qdrant refuses: only servers from version 1.18 on can drop a vector.
-        """
+        """See :meth:`VectorIndex.drop_vector <xbt.index.VectorIndex.drop_vector>`; needs server 1.18."""
         self.reload()
         self._space_of(name)
         others = {other: space for other, space in self._spaces.items() if other != name}
@@ -401,20 +328,11 @@ class QdrantIndex:
         Items of a gallery's second part get a second vector: alone if they are not there yet, otherwise
         beside the first one. A later upload therefore brings the collection to the state of the backfill.
         Items that are gone from the source stay, and so do the vectors of items that were replaced there:
-        :meth:`remove` them first.
-
-        Args:
-            source: An ``EmbeddingStore`` or a ``Gallery``. A gallery whose old part was dropped gives second
-                vectors if they are of that space.
+        :meth:`remove` them first. The part of a gallery whose old part was dropped gives second vectors if
+        they are of that space.
 
         Returns:
             Number of items that were added, or got their second vector.
-
-        Raises:
-            ConfigError: If the source is something else.
-            DataError: If the source has a second part, and there are no second vectors.
-            SpaceMismatchError: If the source's space is another.
-            StoreError: If the source is empty or cannot be read, or Qdrant refuses.
         """
         there = portions(source)
         names = [*self._spaces, next_vector_name(OLD)][:2]

@@ -42,19 +42,12 @@ def point_id(item: str) -> str:
 
 
 def connect(location: Any, options: dict[str, Any]) -> Any:
-    """Make a client for a location.
+    """Make a client for a location, or return the client that it is.
 
     Args:
         location: ``":memory:"``, the URL of a server, a folder for Qdrant's local mode (which unpickles its
-            files: open only your own folders), or a ``QdrantClient``, which is returned as it is.
+            files: open only your own folders), or a ``QdrantClient``.
         options: Further arguments of ``QdrantClient``, such as ``api_key``.
-
-    Returns:
-        The ``QdrantClient``.
-
-    Raises:
-        ConfigError: If qdrant-client is not installed.
-        StoreError: If the folder is in use or cannot be opened, or the options do not fit.
     """
     qdrant = optional("qdrant_client", "serve")
     if isinstance(location, qdrant.QdrantClient):
@@ -80,15 +73,7 @@ def is_local(client: Any) -> bool:
 
 @contextmanager
 def asking(what: str, fix: str = "check the name, and that Qdrant is there") -> Iterator[None]:
-    """Turn errors of Qdrant, its client or the network into one sentence.
-
-    Args:
-        what: The request, such as ``"create the collection 'photos'"``.
-        fix: Advice for the user.
-
-    Raises:
-        StoreError: In place of the client's own errors.
-    """
+    """Turn errors of Qdrant, its client or the network into a ``StoreError``: what was asked, and a fix."""
     http = optional("qdrant_client.http.exceptions", "serve").ApiException
     other = optional("qdrant_client.common.client_exceptions", "serve").QdrantException
     rpc = optional("grpc", "serve").RpcError
@@ -112,18 +97,9 @@ def make_collection(
     distance: str,
     vector_options: dict[str, Any],
 ) -> None:
-    """Create a collection with one named vector a space, and keep the spaces in its metadata.
+    """Create a collection with one named vector a space, the oldest first; its metadata keep the spaces.
 
-    Args:
-        client: The client.
-        name: The collection, which must not exist.
-        spaces: The spaces of its named vectors, the oldest first.
-        distance: ``"dot"`` or ``"cosine"``.
-        vector_options: Further arguments of Qdrant's ``VectorParams``, such as ``on_disk``.
-
-    Raises:
-        ConfigError: If the distance is unknown.
-        StoreError: If the collection exists, or Qdrant refuses.
+    ``vector_options`` are further arguments of Qdrant's ``VectorParams``, such as ``on_disk``.
     """
     models = optional("qdrant_client.models", "serve")
     if distance not in DISTANCES:
@@ -151,11 +127,7 @@ def make_collection(
 
 
 def read_collection(client: Any, name: str) -> tuple[dict[str, EmbeddingSpace], str]:
-    """Read the spaces of a collection's named vectors, the oldest first, and its distance.
-
-    Raises:
-        StoreError: If there is no such collection, or it does not name its spaces.
-    """
+    """Read the spaces of a collection's named vectors, the oldest first, and its distance."""
     with asking(f"open the collection {name!r}"):
         if not client.collection_exists(name):
             there = ", ".join(repr(each.name) for each in client.get_collections().collections)
@@ -185,14 +157,7 @@ def read_collection(client: Any, name: str) -> tuple[dict[str, EmbeddingSpace], 
 def add_vector(client: Any, name: str, vector: str, spaces: Mapping[str, EmbeddingSpace]) -> None:
     """Give a collection a further named vector, with the same distance as the first one.
 
-    Args:
-        client: The client.
-        name: The collection.
-        vector: The new name.
-        spaces: All spaces, that of the new vector last.
-
-    Raises:
-        StoreError: If Qdrant refuses: only servers from version 1.18 on can add a vector to a collection.
+    ``spaces`` are those of all vectors, the new one last. Only servers from version 1.18 on can do this.
     """
     models = optional("qdrant_client.models", "serve")
     with asking(f"add the vector {vector!r} to the collection {name!r}"):
@@ -205,17 +170,7 @@ def add_vector(client: Any, name: str, vector: str, spaces: Mapping[str, Embeddi
 
 
 def drop_vector(client: Any, name: str, vector: str, spaces: Mapping[str, EmbeddingSpace]) -> None:
-    """Delete a named vector from a collection.
-
-    Args:
-        client: The client.
-        name: The collection.
-        vector: The name.
-        spaces: The spaces of the other vectors.
-
-    Raises:
-        StoreError: If Qdrant refuses: only servers from version 1.18 on can drop a vector of a collection.
-    """
+    """Delete a named vector, and keep the ``spaces`` of the others; takes a server from version 1.18 on."""
     with asking(f"drop the vector {vector!r} of the collection {name!r}"):
         client.update_collection(name, metadata=_metadata(spaces))
         client.delete_vector_name(name, vector)
@@ -234,14 +189,7 @@ def resolve(client: Any, name: str) -> str:
 
 
 def point_alias(client: Any, alias: str, collection: str) -> str | None:
-    """Let an alias name a collection, in one step with taking it from another.
-
-    Returns:
-        The collection that it named before, or ``None``.
-
-    Raises:
-        StoreError: If Qdrant refuses, for example where a collection itself has that name.
-    """
+    """Let an alias name a collection, in one step with taking it from another, which is returned."""
     models = optional("qdrant_client.models", "serve")
     before = resolve(client, alias)
     steps = [
@@ -290,12 +238,7 @@ def insert(
 ) -> None:
     """Write points with one named vector; one that is there is replaced with all its vectors.
 
-    Args:
-        client: The client.
-        collection: The collection.
-        vectors: (n, dim) rows.
-        payloads: n payloads, each with the id of its item.
-        name: The named vector.
+    Each payload holds the id of its item.
     """
     models = optional("qdrant_client.models", "serve")
     for part in slices(len(vectors), BATCH):
@@ -339,15 +282,7 @@ def count(client: Any, collection: str, having: str | None = None, without: str 
 def scroll(
     client: Any, collection: str, having: str | None, without: str | None, size: int
 ) -> Iterator[tuple[list[str], NDArray[np.float32] | None]]:
-    """Iterate over the points, with the named vectors that they must have.
-
-    Args:
-        client: The client.
-        collection: The collection.
-        having: Named vector to read; points without it are left out.
-        without: Leave out the points that have this named vector.
-        size: Points at a time.
-    """
+    """Iterate over the points, ``size`` at a time, with the vector ``having`` and without ``without``."""
     offset: Any = None
     while True:
         with asking(f"read {collection!r}"):
@@ -367,11 +302,7 @@ def scroll(
 
 
 def fetch(client: Any, collection: str, ids: Sequence[str], name: str, dim: int) -> NDArray[np.float32]:
-    """Read a named vector of items, in the order asked for: (n, dim) float32.
-
-    Raises:
-        DataError: If an item is not there or has no such vector.
-    """
+    """Read a named vector of items, in the order asked for: (n, dim) float32."""
     rows = np.empty((len(ids), dim), np.float32)
     for part in slices(len(ids), BATCH):
         with asking(f"read vectors {name!r} of {collection!r}"):
@@ -398,16 +329,9 @@ def nearest(
     where: Any = None,
     exact: bool = False,
 ) -> Hits:
-    """Find the first k points of every query that have a named vector.
+    """Find the first k points of every query that have the named vector ``using`` and meet ``where``.
 
-    Args:
-        client: The client.
-        collection: The collection.
-        queries: (n, dim) rows.
-        k: Points per query; fewer are returned where there are fewer.
-        using: The named vector.
-        where: A filter; see :func:`condition`.
-        exact: Whether a server compares with every point instead of using its index; local mode always does.
+    ``exact`` makes a server compare with every point instead of using its index; local mode always does.
     """
     models = optional("qdrant_client.models", "serve")
     params = models.SearchParams(exact=True) if exact and not is_local(client) else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xbt.errors import DataError, SpaceMismatchError
 from xbt.evaluation import best_positive_ranks
-from xbt.evaluation.retrieval import Positives, check_positives, distinct_rows
+from xbt.evaluation.retrieval import Positives, check_positives, count_before_best, distinct_rows
 from xbt.index.mixed import Merge, Side, relative_places
 from xbt.vectors import Vectors, as_vectors
 
@@ -140,20 +140,12 @@ class MixedScores:
         """
         mask = _mask(backfilled, self.old.shape[1])
         if merge.by_rank:
-            wrong, own = self._places(mask)
-        else:
-            old, new = self.calibrated(merge)
-            wrong = own = np.where(mask, new, old)
-        starts, rows = self.positives
-        owners = np.repeat(np.arange(len(self)), np.diff(starts))
-        own_keys = own[owners, rows]
-        best = np.maximum.reduceat(own_keys, starts[:-1])
-        at_or_before = np.count_nonzero(wrong >= best[:, None], axis=1)
-        right_ones = (wrong[owners, rows] >= best[owners]).astype(np.int64)
-        return torch.from_numpy(at_or_before - np.add.reduceat(right_ones, starts[:-1]))
+            return torch.from_numpy(count_before_best(*self._places(mask)))
+        old, new = self.calibrated(merge)
+        return torch.from_numpy(count_before_best(np.where(mask, new, old), self.positives))
 
-    def _places(self, mask: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Negative places of all items, with ties in their favour, and with ties against them."""
+    def _places(self, mask: NDArray[np.bool_]) -> tuple[NDArray[np.float64], Positives, NDArray[np.float64]]:
+        """Negative places of all items with ties in their favour, the positives, and with ties against."""
         favoured, burdened = np.empty(self.old.shape), np.empty(self.old.shape)
         sides: tuple[tuple[Side, NDArray[np.float32], NDArray[np.bool_]], ...] = (
             ("old", self.old, ~mask),
@@ -164,25 +156,15 @@ class MixedScores:
             for first, places in ((True, favoured), (False, burdened)):
                 ranks = _ranks_within(scores[:, columns], first)
                 places[:, columns] = -relative_places(side, ranks, len(columns))
-        return favoured, burdened
+        return favoured, self.positives, burdened
 
 
 def _ranks_within(scores: NDArray[np.float32], first: bool) -> NDArray[np.int64]:
     """(n, m) rank of every item for its query, ties all at the first or all at the last of their places."""
-    order = np.argsort(-scores, axis=1, kind="stable")
-    falling = np.take_along_axis(scores, order, axis=1)
-    places = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
-    if scores.shape[1]:
-        edge = np.ones(scores.shape, dtype=bool)
-        if first:
-            edge[:, 1:] = falling[:, 1:] != falling[:, :-1]
-            places = np.maximum.accumulate(np.where(edge, places, 0), axis=1)
-        else:
-            edge[:, :-1] = falling[:, 1:] != falling[:, :-1]
-            last = np.where(edge, places, scores.shape[1])[:, ::-1]
-            places = np.minimum.accumulate(last, axis=1)[:, ::-1]
     ranks = np.empty(scores.shape, dtype=np.int64)
-    np.put_along_axis(ranks, order, places, axis=1)
+    for line, place in zip(scores, ranks, strict=True):
+        below = np.searchsorted(np.sort(line), line, "right" if first else "left")
+        place[:] = len(line) - below - (0 if first else 1)
     return ranks
 
 

@@ -11,11 +11,12 @@ import os
 import re
 import sqlite3
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -69,15 +70,7 @@ class PartRecord:
 
     @classmethod
     def from_row(cls, row: Sequence[Any], path: Path) -> Self:
-        """Parse an untrusted row of the table ``part``.
-
-        Args:
-            row: Values of the row.
-            path: Database file, for the message.
-
-        Raises:
-            StoreError: If a value is invalid.
-        """
+        """Parse an untrusted row of the table ``part``; the path of the database is for the message."""
         number, name, space, dim, modality, dtype = row
         try:
             part_name(name)
@@ -106,7 +99,7 @@ class Change:
 
     @classmethod
     def from_row(cls, row: Sequence[Any], path: Path) -> Self:
-        """Parse an untrusted row of the table ``change``; raises as :meth:`PartRecord.from_row`."""
+        """Parse an untrusted row of the table ``change``."""
         version, segment, moved, data = row
         if moved not in (0, 1) or not isinstance(data, bytes) or not data or len(data) % 8:
             raise damaged(path, f"its change {version} cannot be read")
@@ -114,11 +107,7 @@ class Change:
 
 
 def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
-    """Parse the untrusted ids of a segment.
-
-    Raises:
-        StoreError: If they are not a list with one string per row.
-    """
+    """Parse the untrusted ids of a segment."""
     try:
         names = json.loads(data.decode("utf-8"))
         whole = isinstance(names, list) and len(names) == count and set(map(type, names)) <= {str}
@@ -136,11 +125,7 @@ def is_count(value: Any, least: int) -> bool:
 
 
 def part_name(name: str) -> str:
-    """Validate the name of a part, which is used in file names.
-
-    Raises:
-        StoreError: If it has characters other than letters, digits and underscores.
-    """
+    """Validate the name of a part, which is used in file names."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_]{1,100}", name):
         raise StoreError(
             f"a part's name is made of letters, digits and underscores, such as 'new', got {name!r}"
@@ -153,81 +138,53 @@ def damaged(path: Path, reason: str) -> StoreError:
     return StoreError(f"{path} is damaged or not a gallery ({reason}); {DAMAGED}")
 
 
-class Segment(Protocol):
-    """Rows that never change."""
+class Segment(ABC):
+    """Rows that never change.
 
-    @property
-    def number(self) -> int:
-        """Number within the gallery. Later segments have higher numbers."""
-        ...
+    Attributes:
+        number: Number within the gallery. Later segments have higher numbers.
+        name: Unique name of the contents, distinct from segments of other galleries.
+        count: Number of rows.
+        own: ``True`` for rows of the gallery itself, ``False`` for rows of a read-only store.
+    """
 
-    @property
-    def name(self) -> str:
-        """Unique name of the contents, distinct from segments of other galleries."""
-        ...
+    own = True
 
-    @property
-    def count(self) -> int:
-        """Number of rows."""
-        ...
+    def __init__(self, number: int, name: str, count: int) -> None:
+        self.number, self.name, self.count = number, name, count
 
-    @property
-    def own(self) -> bool:
-        """``True`` for rows of the gallery itself, ``False`` for rows of a read-only store."""
-        ...
+    @abstractmethod
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read a slice of the rows, or rows by number in the requested order; not to be modified."""
 
-    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
-        """Read rows ``start`` … ``stop − 1``. The caller must not modify them."""
-        ...
-
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read rows by number, in the requested order."""
-        ...
-
+    @abstractmethod
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
         """Read columns of rows in the requested order; ``None`` if there are no columns."""
-        ...
 
+    @abstractmethod
     def column_types(self) -> dict[str, pa.DataType]:
         """Return the types of the columns."""
-        ...
 
 
-@dataclass(frozen=True)
-class MemorySegment:
+class MemorySegment(Segment):
     """Segment of a gallery in memory."""
 
-    number: int
-    rows: NDArray[np.float32]
-    table: pa.Table | None
-    own: bool = True
+    def __init__(self, number: int, rows: NDArray[np.float32], table: pa.Table | None) -> None:
+        super().__init__(number, str(number), len(rows))
+        self._rows, self._table = rows, table
 
-    @property
-    def name(self) -> str:
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`Segment`."""
-        return str(self.number)
-
-    @property
-    def count(self) -> int:
-        """See :class:`Segment`."""
-        return len(self.rows)
-
-    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
-        """See :class:`Segment`."""
-        return self.rows[start:stop]
-
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`Segment`."""
-        taken: NDArray[np.float32] = self.rows[rows]
-        return taken
+        found: NDArray[np.float32] = self._rows[rows]
+        return found
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
         """See :class:`Segment`."""
-        return None if self.table is None else self.table.take(pa.array(rows))
+        return None if self._table is None else self._table.take(pa.array(rows))
 
     def column_types(self) -> dict[str, pa.DataType]:
         """See :class:`Segment`."""
-        return {} if self.table is None else {field.name: field.type for field in self.table.schema}
+        return {} if self._table is None else {field.name: field.type for field in self._table.schema}
 
 
 def segment_name(number: int, digest: str) -> str:
@@ -242,7 +199,7 @@ def npy_header(dtype: str, count: int, dim: int) -> bytes:
     return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode("ascii") + b"\n"
 
 
-class FileSegment:
+class FileSegment(Segment):
     """Segment in a mapped ``.npy`` file of the gallery. The file may be removed meanwhile.
 
     Args:
@@ -252,12 +209,7 @@ class FileSegment:
         shape: Number of rows and dimension, as recorded by the gallery.
         sha256: Recorded checksum of the file, not verified here.
         read_metadata: Function that reads the Parquet bytes of the columns; ``None`` if there are none.
-
-    Raises:
-        StoreError: If the file is missing, or its size or header is wrong.
     """
-
-    own = True
 
     def __init__(
         self,
@@ -268,8 +220,8 @@ class FileSegment:
         sha256: str,
         read_metadata: Callable[[int], bytes] | None = None,
     ) -> None:
-        self.number, self.path, self.count = number, path, shape[0]
-        self.shape, self.name = (dtype, shape, sha256), segment_name(number, sha256)
+        super().__init__(number, segment_name(number, sha256), shape[0])
+        self.path, self.shape = path, (dtype, shape, sha256)
         self._read_metadata = read_metadata
         self._types: dict[str, pa.DataType] | None = None
         header, width = npy_header(dtype, *shape), np.dtype(dtype).itemsize
@@ -298,21 +250,13 @@ class FileSegment:
             data, np.dtype(dtype).newbyteorder("<"), -1, len(header)
         ).reshape(shape)
 
-    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`Segment`."""
-        rows = self._checked(self._rows[start:stop], start)
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+        found = widened(self._rows[rows])
+        require_finite(found, self.path, rows)
+        if isinstance(rows, slice) and self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)  # pages read so far count as memory of the process
-        return rows
-
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`Segment`."""
-        return self._checked(self._rows[rows], rows)
-
-    def _checked(self, found: NDArray[np.floating], numbers: int | NDArray[np.int64]) -> NDArray[np.float32]:
-        rows = widened(found)
-        require_finite(rows, self.path, numbers)
-        return rows
+        return found
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
         """See :class:`Segment`."""
@@ -358,23 +302,17 @@ def widened(rows: NDArray[np.floating]) -> NDArray[np.float32]:
     return rows.astype(np.float32)
 
 
-def require_finite(rows: NDArray[np.float32], path: Path, numbers: int | NDArray[np.int64]) -> None:
+def require_finite(rows: NDArray[np.float32], path: Path, numbers: slice | NDArray[np.int64]) -> None:
     """Refuse rows with NaN or infinity, which cannot be ranked. Fast if there are none.
 
-    Args:
-        rows: (n, dim).
-        path: File or directory of the rows, for the message.
-        numbers: Row numbers in it, or the first one of consecutive rows.
-
-    Raises:
-        StoreError: If a row has NaN or infinity. The message names the file and the row.
+    ``path`` and the row ``numbers`` are for the message.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         if np.isfinite(rows.sum(dtype=np.float32)):
             return
     bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(bad):
-        row = numbers + int(bad[0]) if isinstance(numbers, int) else int(numbers[bad[0]])
+        row = int(numbers.start + bad[0] if isinstance(numbers, slice) else numbers[bad[0]])
         raise StoreError(
             f"{path} has NaN or infinite values in row {row}; remove the row, or embed its item again"
         )
@@ -390,11 +328,7 @@ def prepare_database(db: sqlite3.Connection, mode: str) -> None:
 
 
 def check_schema(db: sqlite3.Connection, path: Path) -> None:
-    """Check the format version and the exact tables of a gallery database.
-
-    Raises:
-        StoreError: If the database is not a gallery, has another version, or has other tables.
-    """
+    """Check the format version and the exact tables of a gallery database."""
     application = db.execute("PRAGMA application_id").fetchone()[0]
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if application != APPLICATION_ID:
@@ -414,7 +348,7 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
 
 
 def read_settings(db: sqlite3.Connection, path: Path) -> dict[str, str]:
-    """Read the settings of a gallery; raises as :func:`check_schema`."""
+    """Read the settings of a gallery."""
     settings = dict(db.execute("SELECT key, value FROM setting LIMIT 50").fetchall())
     whole = settings.keys() == _SETTINGS and set(map(type, settings.values())) == {str}
     if not whole or not re.fullmatch(r"[0-9]{1,18}", settings["generation"]):
@@ -432,7 +366,7 @@ def ascending(rows: Iterable[Any], last: int, path: Path) -> Iterator[Any]:
 
 
 def check_parts(parts: Sequence[PartRecord], path: Path) -> None:
-    """Refuse an impossible combination of parts; raises as :func:`check_schema`."""
+    """Refuse an impossible combination of parts."""
     names = [part.name for part in parts]
     if not 1 <= len(parts) <= 2 or len(set(names)) < len(names):
         raise damaged(path, f"its parts are {names}")
@@ -454,21 +388,23 @@ class Rows:
         return int(self.starts[-1])
 
     def gather(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Read vectors by row number.
-
-        Args:
-            rows: (n,) row numbers.
-
-        Returns:
-            (n, dim) float32, in the requested order. The caller must not modify it.
-        """
+        """Read vectors by row number: (n, dim) float32 in the requested order, not to be modified."""
         if not len(rows):
             return np.zeros((0, self.dim), np.float32)
         if rows[-1] - rows[0] == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
-            return self._slice(int(rows[0]), int(rows[-1]) + 1)
+            start, stop = int(rows[0]), int(rows[-1]) + 1
+            first = int(np.searchsorted(self.starts, start, side="right")) - 1
+            last = int(np.searchsorted(self.starts, stop, side="left"))
+            borders = [start, *self.starts[first + 1 : last].tolist(), stop]
+            found = [
+                self.segments[number].read(slice(*(int(end - self.starts[number]) for end in (low, high))))
+                for number, low, high in zip(range(first, last), borders[:-1], borders[1:], strict=True)
+                if high > low
+            ]
+            return found[0] if len(found) == 1 else np.concatenate(found)
         result = np.empty((len(rows), self.dim), np.float32)
         for number, places, numbers in self.by_segment(rows):
-            result[places] = self.segments[number].take(numbers)
+            result[places] = self.segments[number].read(numbers)
         return result
 
     def by_segment(
@@ -481,18 +417,6 @@ class Rows:
         for first, last in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
             number, places = int(owners[first]), order[first:last]
             yield number, places, rows[places] - self.starts[number]
-
-    def _slice(self, start: int, stop: int) -> NDArray[np.float32]:
-        first = int(np.searchsorted(self.starts, start, side="right")) - 1
-        last = int(np.searchsorted(self.starts, stop, side="left"))
-        found = [
-            self.segments[number].slice(
-                max(start - int(self.starts[number]), 0),
-                min(stop, int(self.starts[number + 1])) - int(self.starts[number]),
-            )
-            for number in range(first, last)
-        ]
-        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 _CODES = {

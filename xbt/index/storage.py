@@ -58,6 +58,8 @@ _LAST = (
     "SELECT (SELECT MAX(number) FROM segment), (SELECT MAX(version) FROM change), "
     "(SELECT seq FROM sqlite_sequence WHERE name = 'segment')"
 )
+MOST_ROUNDED = 0.01
+"""Maximum relative rounding error of a vector; that of unit rows is below 0.001."""
 FILE_ROWS = 1 << 20
 """Maximum rows per file written by compaction. The ids of a file are one value of the database."""
 
@@ -96,15 +98,13 @@ class News:
 
     Attributes:
         mark: Position of the gallery after the read.
-        whole: Whether this is the complete state, which replaces everything known before.
-        plan: Kind of index, if this is the complete state.
+        plan: Kind of index if this is the complete state, which replaces everything known before.
         parts: All parts; empty if there is no new part.
         segments: Part number, segment and row ids of each new segment.
         changes: New changes.
     """
 
     mark: Mark
-    whole: bool
     plan: IndexPlan | None
     parts: list[PartRecord]
     segments: list[tuple[int, FileSegment | StoreSegment, list[str]]]
@@ -125,9 +125,6 @@ class Storage:
 
     Attributes:
         refused: Whether a write has found another gallery at this path.
-
-    Raises:
-        StoreError: If there is no gallery, it is damaged, or ``stores`` names a store it was not made of.
     """
 
     def __init__(
@@ -155,15 +152,9 @@ class Storage:
     # -- reading ---------------------------------------------------------------------------------------
 
     def read(self, known: Mark | None) -> News:
-        """Read everything written since a mark.
+        """Read everything written since a mark; ``None`` reads everything.
 
         The read starts again if a compaction removes a segment file meanwhile.
-
-        Args:
-            known: The mark; ``None`` reads everything.
-
-        Raises:
-            StoreError: If the gallery is gone, damaged, or was replaced by another one during a write.
         """
         for last in (False, False, True):
             try:
@@ -180,12 +171,7 @@ class Storage:
         raise AssertionError
 
     def metadata(self, segment: int) -> bytes:
-        """Read the Parquet bytes of a segment's columns.
-
-        Raises:
-            StaleError: If a compaction has removed the segment.
-            StoreError: If the database cannot be read.
-        """
+        """Read the Parquet bytes of a segment's columns."""
         with self._session() as db:
             found = db.execute("SELECT metadata FROM segment WHERE number = ?", (segment,)).fetchone()
         if found is None or not isinstance(found[0], bytes):
@@ -198,9 +184,6 @@ class Storage:
         Returns:
             Faults that SQLite reports, and by segment number: checksum of the file, checksum of the ids and
             columns, ids, and columns.
-
-        Raises:
-            StoreError: If the database cannot be read, or belongs to another gallery.
         """
         with self._session() as db:
             if self.identity not in ("", read_settings(db, self.path / DATABASE)["identity"]):
@@ -210,21 +193,20 @@ class Storage:
             described = {number: tuple(row) for number, *row in rows}
         return [text for text in said if text != "ok"], described
 
-    def segment_names(self, part: str) -> list[str]:
-        """Read the current segment names of a part, as used in the record of an index."""
-        path, columns = self.path / DATABASE, "segment.number, sha256, store"
-        query = f"SELECT {columns} FROM segment JOIN part ON part.number = segment.part WHERE name = ?"
-        with self._session() as db:
-            rows = db.execute(f"{query} ORDER BY 1", (part,)).fetchall()
-        return [
-            segment_name(number, sha256 if store is None else StoreRecord.from_json(store, path).digest)
-            for number, sha256, store in rows
-        ]
-
     def cache(self, part: PartRecord, plan: IndexPlan) -> IndexCache:
         """Open the index cache of a part."""
-        folder, name = self.path / FOLDER, part.name
-        return IndexCache(folder, name, plan, lambda: self.segment_names(name), self.mmap, self.read_only)
+
+        def segments_now() -> list[str]:
+            path, columns = self.path / DATABASE, "segment.number, sha256, store"
+            query = f"SELECT {columns} FROM segment JOIN part ON part.number = segment.part WHERE name = ?"
+            with self._session() as db:
+                rows = db.execute(f"{query} ORDER BY 1", (part.name,)).fetchall()
+            return [
+                segment_name(number, sha256 if store is None else StoreRecord.from_json(store, path).digest)
+                for number, sha256, store in rows
+            ]
+
+        return IndexCache(self.path / FOLDER, part.name, plan, segments_now, self.mmap, self.read_only)
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -234,11 +216,7 @@ class Storage:
         return self._held is not None
 
     def begin_writing(self) -> None:
-        """Take the write lock.
-
-        Raises:
-            StoreError: If another process holds it (the message names it), or the gallery is read-only.
-        """
+        """Take the write lock."""
         if self.read_only:
             raise StoreError(f"{self.path} was opened read-only; open it without read_only to write")
         with self._lock, translated(self.path / DATABASE):
@@ -261,43 +239,40 @@ class Storage:
             finally:
                 self._writer.release()
 
-    def append(self, known: Mark, new: NewSegment, changes: Sequence[Change] = ()) -> News:
-        """Write a segment and commit it together with changes.
+    def append(self, known: Mark, new: NewSegment | None, changes: Sequence[Change] = ()) -> News:
+        """Write a segment, if there is one, and commit it together with changes.
+
+        Changes with the segment number 0 are of the new segment. On an error the gallery is unchanged.
 
         Args:
             known: Mark of the latest state that this writer has read or written.
-            new: Rows of the segment.
-            changes: Changes of other segments, or of this one under the number 0.
+            new: Rows of the segment; ``None`` commits changes alone.
+            changes: Changes of segments.
 
         Returns:
             Updates since ``known``.
-
-        Raises:
-            DataError: If a value is too large for the dtype of the part.
-            StoreError: If the disk is full or not writable. The gallery is then unchanged.
         """
         self._require_same()
-        number = self._next_number
-        row = self._write_segment(number, new)
-        path, shape = self.path / SEGMENTS / _file_name(number), (len(new.ids), new.part.dim)
-        read_metadata = None if new.table is None else self.metadata
-        segment = FileSegment(number, path, new.part.dtype, shape, row[3], read_metadata)
-        own = [replace(each, segment=each.segment or number) for each in changes]
+        number, row = self._next_number, None
+        segments: list[tuple[int, FileSegment | StoreSegment, list[str]]] = []
+        if new is not None:
+            row = self._write_segment(number, new)
+            path, shape = self.path / SEGMENTS / _file_name(number), (len(new.ids), new.part.dim)
+            read_metadata = None if new.table is None else self.metadata
+            segment = FileSegment(number, path, new.part.dtype, shape, row[3], read_metadata)
+            segments.append((new.part.number, segment, list(new.ids)))
+        numbered = [replace(change, segment=change.segment or number) for change in changes]
         with self._transaction() as db:
-            db.execute("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
-            last = _insert_changes(db, own, known.change)
+            if row is not None:
+                db.execute("INSERT INTO segment VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            last = _insert_changes(db, numbered, known.change)
+        if row is None:
+            return News(replace(known, change=last), None, [], [], numbered)
         self._next_number += 1
-        mark = replace(known, segment=number, change=last)
-        return News(mark, False, None, [], [(new.part.number, segment, list(new.ids))], own)
-
-    def log(self, known: Mark, changes: Sequence[Change]) -> News:
-        """Commit changes; returns and raises as :meth:`append`."""
-        with self._transaction() as db:
-            last = _insert_changes(db, changes, known.change)
-        return News(replace(known, change=last), False, None, [], [], list(changes))
+        return News(replace(known, segment=number, change=last), None, [], segments, numbered)
 
     def add_part(self, part: PartRecord) -> None:
-        """Add a part; raises as :meth:`append`."""
+        """Add a part."""
         with self._transaction() as db:
             insert_part(db, part)
 
@@ -308,17 +283,7 @@ class Storage:
         new: Sequence[NewSegment],
         changes: Sequence[Change],
     ) -> None:
-        """Start the next generation: replace parts and segments, and rewrite the log of changes.
-
-        Args:
-            parts: Numbers of the parts to delete.
-            segments: Numbers of the segments to delete.
-            new: Segments to add.
-            changes: The complete new log. Its segments are not deleted.
-
-        Raises:
-            StoreError: As :meth:`append`.
-        """
+        """Start the next generation: delete parts and segments, add segments, and replace the log."""
         self._require_same()
         first = self._next_number
         rows = [self._write_segment(first + place, each) for place, each in enumerate(new)]
@@ -335,9 +300,6 @@ class Storage:
         """Remove files that no transaction names, and release free space of the database.
 
         An open reader keeps the files it has mapped. A file that cannot be removed is left for the next call.
-
-        Raises:
-            StoreError: If another gallery is now at this path, or the database is damaged.
         """
         self._require_same()
         folder = self.path / SEGMENTS
@@ -366,8 +328,10 @@ class Storage:
 
         def produce(sink: Sink) -> None:
             sink.write(header)
+            start = 0
             for block in new.blocks:
-                sink.write(_as_stored(block, part, path).data.cast("B"))
+                sink.write(_as_stored(block, new.ids[start : start + len(block)], part).data.cast("B"))
+                start += len(block)
 
         needed = len(header) + count * part.dim * np.dtype(part.dtype).itemsize
         file = write_whole(path, needed, produce)
@@ -377,12 +341,15 @@ class Storage:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._session() as db:
+        """Commit what is done with the connection of the writer, or nothing."""
+        with self._lock, translated(self.path / DATABASE):
             self._require_same()
+            db = self._held
+            assert db is not None
             db.execute("BEGIN IMMEDIATE")
             try:
-                found = db.execute("SELECT value FROM setting WHERE key = 'identity'").fetchone()
-                if found != (self.identity,):
+                identity = db.execute("SELECT value FROM setting WHERE key = 'identity'").fetchone()
+                if identity != (self.identity,):
                     raise self._replaced()
                 yield db
                 if self._has_stores:
@@ -485,14 +452,14 @@ class Storage:
         if not is_count(last[2] or 0, 0):
             raise damaged(path, f"its counter of segments is {last[2]!r}")
         self._next_number = 1 + (last[2] or 0)
-        plan = IndexPlan(settings["index"], settings["tuning"])
+        plan = IndexPlan(settings["index"], settings["tuning"]) if known is None else None
         mark = Mark(
             stamp, settings["identity"], int(settings["generation"]),
             rows[-1][0] if rows else last_segment, log[-1][0] if log else last_change,
         )  # fmt: skip
         segments = [self._open_segment({part.number: part for part in parts}, row) for row in rows]
         changes = [Change.from_row(row, path) for row in log]
-        return News(mark, known is None, plan, parts, segments, changes)
+        return News(mark, plan, parts, segments, changes)
 
     def _part_record(self, row: tuple[Any, ...]) -> PartRecord:
         """Parse the record of a part once, since its space includes a probe."""
@@ -582,14 +549,24 @@ def describe_digest(ids: Any, metadata: Any) -> str:
     return found.hexdigest()
 
 
-def _as_stored(block: NDArray[np.float32], part: PartRecord, path: Path) -> NDArray[np.floating]:
+def _as_stored(block: NDArray[np.float32], ids: Sequence[str], part: PartRecord) -> NDArray[np.floating]:
+    """Round rows to the dtype of a part, and refuse rows that this would change or erase."""
     with np.errstate(over="ignore"):
         rows = np.ascontiguousarray(block.astype(np.dtype(part.dtype).newbyteorder("<"), copy=False))
     if not np.isfinite(rows).all():
         raise DataError(
-            f"{path}: values up to {np.abs(block).max():.3g} do not fit into {part.dtype}; make a gallery of "
-            "dtype float32, or give unit vectors"
+            f"values up to {np.abs(block).max():.3g} do not fit into {part.dtype}; make a gallery of dtype "
+            "float32, or give unit vectors"
         )
+    if rows.dtype.itemsize == 2:
+        lost = np.linalg.norm(rows.astype(np.float32) - block, axis=1)
+        lengths = np.linalg.norm(block.astype(np.float64), axis=1) if lost.any() else lost
+        short = np.flatnonzero(lost > MOST_ROUNDED * lengths)
+        if len(short):
+            raise DataError(
+                f"the vector of {ids[short[0]]!r} has length {lengths[short[0]]:.3g}, too short for float16, "
+                "in which the gallery is stored; normalise it, or make the gallery with dtype='float32'"
+            )
     return rows
 
 

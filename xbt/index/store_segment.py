@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
-from xbt.index.segments import PartRecord, damaged, require_finite, segment_name
+from xbt.index.segments import PartRecord, Segment, damaged, require_finite, segment_name
 from xbt.store import EmbeddingStore, FileRecord, ShardRecord, find_faults
 from xbt.store.layout import ID, MANIFEST, metadata_file, read_manifest, vectors_file
 from xbt.store.metadata import read_columns, read_types
@@ -60,15 +60,7 @@ class StoreRecord:
 
     @classmethod
     def from_json(cls, text: Any, path: Path) -> Self:
-        """Read :meth:`to_json`'s text, which may be a stranger's.
-
-        Args:
-            text: A value of the database.
-            path: The database, for the message.
-
-        Raises:
-            StoreError: If it is another text, or a path in it has places that no gallery writes.
-        """
+        """Read the text of :meth:`to_json`, which may be a stranger's."""
         try:
             return cls(**json.loads(text))._checked()
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
@@ -89,15 +81,7 @@ class StoreRecord:
         return json.dumps(vars(self))
 
     def find(self, gallery: Path, moved: Mapping[str, Path]) -> Path:
-        """Locate the store: at the path the user gives, beside the gallery, or at its old path.
-
-        Args:
-            gallery: Directory of the gallery.
-            moved: New paths of moved stores, by the recorded paths.
-
-        Raises:
-            StoreError: If the store is in none of these places.
-        """
+        """Locate the store: at the new path in ``moved``, beside the gallery, or at its old path."""
         if self.path in moved:
             return moved[self.path]
         nearby = [] if self.nearby is None else [Path(os.path.normpath(gallery.resolve() / self.nearby))]
@@ -111,16 +95,7 @@ class StoreRecord:
 
 
 def require_known(moved: Mapping[str, Path], db: sqlite3.Connection, path: Path) -> None:
-    """Refuse new paths of stores that the gallery was not made of.
-
-    Args:
-        moved: New paths by the recorded paths.
-        db: Database of the gallery.
-        path: Database file, for the message.
-
-    Raises:
-        StoreError: If a recorded path is unknown.
-    """
+    """Refuse new paths of stores, by the recorded paths, that the gallery was not made of."""
     texts = db.execute("SELECT store FROM segment WHERE store IS NOT NULL").fetchall()
     known = [StoreRecord.from_json(text, path).path for (text,) in texts]
     for was in moved:
@@ -132,13 +107,7 @@ def require_known(moved: Mapping[str, Path], db: sqlite3.Connection, path: Path)
 
 
 def note_places(db: sqlite3.Connection, gallery: Path, moved: dict[str, Path]) -> None:
-    """Record the new paths of moved stores, so that a user gives them only once.
-
-    Args:
-        db: The gallery's database, in a transaction.
-        gallery: The gallery's directory.
-        moved: New places by the paths on record, which it is brought in line with.
-    """
+    """Record the new paths of moved stores, so that a user gives them only once; updates ``moved`` too."""
     query = "SELECT number, store FROM segment WHERE store IS NOT NULL"
     for number, text in db.execute(query).fetchall():
         record = StoreRecord.from_json(text, gallery)
@@ -152,17 +121,10 @@ def note_places(db: sqlite3.Connection, gallery: Path, moved: dict[str, Path]) -
 
 
 def digest(store: EmbeddingStore, rows: int) -> str:
-    """Compute the digest of the first rows of a store. Appended rows do not change it.
+    """Compute the SHA-256 of the first rows of a store, which end with a shard; later rows do not change it.
 
     A store of ours knows the checksums of its files. Of a folder that clip-retrieval wrote, the files' sizes
     and the ids are taken: vectors that are replaced by as many others under the same ids are not noticed.
-
-    Args:
-        store: The store.
-        rows: How many rows, which end with a shard.
-
-    Returns:
-        A SHA-256, hexadecimal, which differs from that of other rows.
     """
     ends = accumulate(shard.count for shard in store.shards)
     covered = [shard for shard, end in zip(store.shards, ends, strict=True) if end <= rows]
@@ -177,15 +139,7 @@ def digest(store: EmbeddingStore, rows: int) -> str:
 
 
 def require_usable(store: EmbeddingStore) -> None:
-    """Read every row of a store and refuse rows that cannot be searched correctly.
-
-    Args:
-        store: The store.
-
-    Raises:
-        DataError: If a row has NaN or infinity, or another length than 1 although the space has unit rows.
-            The message names the file and the row.
-    """
+    """Read every row of a store, and refuse NaN, infinity, and wrong lengths in a space of unit rows."""
     unit = store.space is not None and store.space.normalisation == "unit"
     start = 0
     for shard in store.shards:
@@ -193,7 +147,7 @@ def require_usable(store: EmbeddingStore) -> None:
         for first in range(0, shard.count, _IDS_AT_ONCE):
             rows = store.read(start + first, start + min(first + _IDS_AT_ONCE, shard.count))
             try:
-                require_finite(rows, path, first)
+                require_finite(rows, path, slice(first, first + len(rows)))
             except StoreError as error:
                 raise DataError(str(error)) from None
             lengths = np.sqrt(np.einsum("nd,nd->n", rows, rows))
@@ -207,7 +161,7 @@ def require_usable(store: EmbeddingStore) -> None:
         start += shard.count
 
 
-class StoreSegment:
+class StoreSegment(Segment):
     """Segment of the first rows of a read-only store. Rows added later are ignored."""
 
     own = False
@@ -215,23 +169,10 @@ class StoreSegment:
     def __init__(
         self, number: int, path: Path, part: PartRecord, count: int, record: StoreRecord, gallery: Path
     ) -> None:
-        """Open the store.
-
-        Args:
-            number: See :class:`~xbt.index.segments.Segment`.
-            path: The store.
-            part: The part that it belongs to.
-            count: Rows that are the gallery's.
-            record: Identifies the rows.
-            gallery: The gallery's directory.
-
-        Raises:
-            StoreError: If it is missing, damaged, or another one than it was.
-            SpaceMismatchError: If it holds vectors of another space than the part.
-        """
+        """Open the store, and refuse one that is damaged, of another space, or not the recorded one."""
         self._seen = self._compared = _stamp(path)  # before it is read: a later change is read again
         self.store = EmbeddingStore.open(path, part.modality, part.space)
-        self.number, self.count, self.name = number, count, segment_name(number, record.digest)
+        super().__init__(number, segment_name(number, record.digest), count)
         if len(self.store) < count:
             raise StoreError(
                 f"{path} has {len(self.store)} rows, but the gallery was made of {count}; copy it again"
@@ -242,17 +183,12 @@ class StoreSegment:
                 f"{count} rows are others; put the old store back, or build the gallery again"
             )
 
-    def slice(self, start: int, stop: int) -> NDArray[np.float32]:
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`~xbt.index.segments.Segment`."""
         with self._same_store():
-            rows = self.store.read(start, stop)
-        require_finite(rows, self.store.path, start)
-        return rows
-
-    def take(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """See :class:`~xbt.index.segments.Segment`."""
-        with self._same_store():
-            found = self.store.rows(rows)
+            found = (
+                self.store.read(rows.start, rows.stop) if isinstance(rows, slice) else self.store.rows(rows)
+            )
         require_finite(found, self.store.path, rows)
         return found
 
@@ -297,11 +233,7 @@ class StoreSegment:
         return find_faults(self.store.path, self.store.modality)
 
     def require_there(self) -> None:
-        """Refuse a store that has lost its manifest.
-
-        Raises:
-            StoreError: If it has, or another store is in its place.
-        """
+        """Refuse a store that has lost its manifest, or that another one has replaced."""
         self._require_same()
 
     @contextmanager

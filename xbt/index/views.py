@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xbt.errors import DataError, StoreError
+from xbt.errors import SpaceMismatchError, StoreError
 from xbt.index.exact_search import MISSING, OVERFETCH, ExactRows, Gather, rescore
 from xbt.index.faiss_index import ApproximateIndex
 from xbt.index.protocol import Hits
 from xbt.space import EmbeddingSpace
-
-if TYPE_CHECKING:
-    from xbt.index.parts import Parts
 
 ROWS_AT_ONCE = 65_536
 """Rows read at once when all rows are read from disk."""
@@ -39,7 +35,7 @@ class PartView:
         index: Proposes others, if there is one.
         gather: Reads vectors by row number.
         segments: Names of the segments.
-        trusted: Spaces that are known to be the part's.
+        trusted: Spaces that are known to be the part's; grows.
         due: Whether an index is to be made.
     """
 
@@ -53,15 +49,16 @@ class PartView:
     index: ApproximateIndex | None
     gather: Gather
     segments: tuple[str, ...]
-    trusted: Collection[EmbeddingSpace]
+    trusted: WeakSet[EmbeddingSpace]
     due: bool = False
 
-    def hits(self, queries: NDArray[np.float32], k: int) -> Hits:
-        """As :meth:`search`, with ids.
+    def require_space(self, space: EmbeddingSpace | None, what: str) -> None:
+        """Refuse queries of another space; see :func:`require_space`."""
+        if space is not None and space not in self.trusted:
+            require_space(space, self.space, self.dim, self.trusted, what)
 
-        Raises:
-            StoreError: Also if fewer than k rows are found, as where a file was altered.
-        """
+    def hits(self, queries: NDArray[np.float32], k: int) -> Hits:
+        """As :meth:`search`, with ids."""
         scores, rows = self.search(queries, k)
         if rows.size and rows.min() < 0:
             raise StoreError(
@@ -78,21 +75,11 @@ class PartView:
         return replace(self, masked=masked, count=count, exact=None, index=None, due=False)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Find the k best rows of every query.
+        """Find the k best rows of every query: (n, k) scores, descending, and row numbers.
 
         Without an index, scores and order are exact. An index proposes k and a few candidates, whose scores
         are then computed from the stored vectors, so that scores are always true inner products; a query for
         which it finds fewer than k is searched exactly.
-
-        Args:
-            queries: (n, dim), checked.
-            k: From 0 to :attr:`count`.
-
-        Returns:
-            (n, k) scores, descending, and row numbers.
-
-        Raises:
-            StoreError: If a segment that has to be read is damaged or gone.
         """
         if k == 0:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
@@ -127,100 +114,32 @@ class PartView:
         return best_scores, best
 
 
-class Views:
-    """Views of all parts of a gallery, made on demand and cached until something changes.
+def require_space(
+    space: EmbeddingSpace,
+    own: EmbeddingSpace | None,
+    dim: int,
+    trusted: WeakSet[EmbeddingSpace],
+    what: str,
+) -> None:
+    """Refuse vectors of another space than a part has, or of another dimension if it declares none.
 
-    An index is made by the thread that finds that one is due; others search without it meanwhile.
-
-    Args:
-        state: Lock under which the parts change.
-        parts: Gives the parts.
-
-    Attributes:
-        made: The views, or ``None`` if something has changed since.
-        indexing: Held while an index is made.
+    A space that is verified is added to ``trusted``, so that it need not be compared again.
     """
-
-    def __init__(self, state: Any, parts: Callable[[], Parts]) -> None:
-        self._state, self._parts = state, parts
-        self.made: tuple[PartView, ...] | None = None
-        self.indexing = threading.Lock()
-
-    def all(self, wait: bool = False) -> tuple[PartView, ...]:
-        """Build views of all parts, and any due index unless another thread is making it."""
-        views = self._current()
-        if any(view.due for view in views) and self.indexing.acquire(blocking=wait):
-            try:
-                self._make_indexes()
-            finally:
-                self.indexing.release()
-            views = self._current()
-        return views
-
-    def alone(self, part: str | None) -> PartView:
-        """Build a view of the named part, or of the only part with items.
-
-        Raises:
-            DataError: If there is no such part, or items are in two parts.
-        """
-        views = self.all()
-        if part is not None:
-            name = self._parts().part(part).name
-            return next(view for view in views if view.name == name)
-        there = [view for view in views if view.count] or [views[0]]
-        if len(there) > 1:
-            raise DataError(
-                f"the gallery is being backfilled: {views[0].count} items are in the part {views[0].name!r} "
-                f"and {views[1].count} in {views[1].name!r}; use search_mixed(), or name one with part="
-            )
-        return there[0]
-
-    def of_vectors(self, using: str, without: str | None) -> list[PartView]:
-        """Build views of all vectors of a part, except items with a vector in ``without``.
-
-        Raises:
-            DataError: If there is no such part.
-        """
-        self.all()
-        with self._state:
-            known, views = self._parts(), self._current()
-            part, other = known.part(using), None if without is None else known.part(without)
-            view = views[[each.name for each in views].index(part.name)]
-            if other is None:
-                return [view] if part is known.newest else [view, part.moved_view()]
-            return [view.without(set(other.with_vector())) if other is not known.newest else view]
-
-    def _make_indexes(self) -> None:
-        with self._state:
-            known = self._parts()
-            due = [(part, view) for part, view in zip(known, self._current(), strict=True) if view.due]
-        for part, view in due:
-            index = part.made_index(view)
-            with self._state:
-                if self._parts() is known:  # and was not compacted in between
-                    part.adopt(index)
-                    self.made = None
-
-    def _current(self) -> tuple[PartView, ...]:
-        views = self.made
-        if views is None:
-            with self._state:
-                if self.made is None:
-                    self.made = tuple(part.view() for part in self._parts())
-                views = self.made
-        return views
+    if own is not None:
+        own.require(space, what)
+        if own.compare(space).verified:
+            trusted.add(space)
+    elif space.dim != dim:
+        raise SpaceMismatchError(
+            f"{what} belongs to the space of {space}, but the gallery has dimension {dim}; "
+            "use the model that made the gallery or project into its space"
+        )
 
 
 def search_views(views: Sequence[PartView], queries: NDArray[np.float32], k: int) -> Hits:
-    """Search disjoint sets of rows of one part together.
+    """Search disjoint sets of rows of one part together; equal scores are in the order of the part.
 
-    Args:
-        views: Of one part.
-        queries: (n, dim), checked.
-        k: Rows a query; fewer are returned where there are fewer.
-
-    Returns:
-        The best rows, equal scores in the order of the part.
+    Fewer than k rows a query are returned where there are fewer.
     """
     found = [view.search(queries, min(k, view.count)) for view in views]
     scores, rows = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))

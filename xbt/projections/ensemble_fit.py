@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
+from xbt.evaluation.retrieval import SCORE_BYTES, Positives, count_before_best
 from xbt.projections.base import Modality, Projection
 from xbt.projections.combinations import (
     MAX_REFERENCE,
@@ -34,7 +35,6 @@ from xbt.vectors import unit_rows
 Objective = Callable[[Tensor], float]
 """(n_queries,) ranks, from 0 for the best, → what is to be as large as possible."""
 
-_SCORE_BYTES = 64 * 2**20
 _TENTHS = tuple(tenth / 10 for tenth in range(11))
 _BIASES = (-3.0, -1.5, 0.0, 1.5, 3.0)
 _SIMILARITIES = (-3.0, 0.0, 3.0, 6.0)
@@ -299,7 +299,7 @@ def rank_combinations(
     if rows is not None:
         old, answers, new = old[rows], answers[rows], new[rows]
         confidence_gap = None if confidence_gap is None else confidence_gap[rows]
-    step = max(1, _SCORE_BYTES // (gallery.element_size() * len(gallery)))
+    step = max(1, SCORE_BYTES // (gallery.element_size() * len(gallery)))
     ranks: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(old), step):
         part = slice(start, start + step)
@@ -310,7 +310,9 @@ def rank_combinations(
         if matrices:
             extra = v @ matrices["new_matrix"].T
             added = (extra + u @ matrices["old_matrix"].T if "old_matrix" in matrices else extra) @ gallery.T
-        own = row_of_item[answers[part].clamp_min(0)]
+        is_answer = answers[part] >= 0
+        starts = np.concatenate([[0], is_answer.sum(dim=1).cumsum(dim=0).numpy()])
+        positives = Positives(starts, row_of_item[answers[part][is_answer]].numpy())
         for found, candidate in zip(ranks, candidates, strict=True):
             first, second = _score_weights(
                 candidate, u, a, cosines, None if confidence_gap is None else confidence_gap[part]
@@ -318,7 +320,9 @@ def rank_combinations(
             scores = torch.addcmul(first * of_old, second.expand(len(u), 1), of_new)
             if isinstance(candidate, Linear) and added is not None:
                 scores += added
-            found.append(_count(scores, own, answers[part] >= 0, copies))
+            found.append(
+                torch.from_numpy(count_before_best(scores.numpy(), positives, copies=copies.numpy()))
+            )
     return [torch.cat(found) for found in ranks]
 
 
@@ -337,12 +341,3 @@ def _score_weights(
 def _folds_of(pairs: PairVectors, seed: int) -> NDArray[np.int64]:
     clusters = clusters_of(pairs, min(_FOLDS, len(pairs)))
     return fold_of_clusters(clusters, min(_FOLDS, len(np.unique(clusters))), seed)
-
-
-def _count(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor) -> Tensor:
-    """Wrong gallery rows that score at least as high as the best answer; see ``best_positive_ranks``."""
-    own_scores = scores.gather(1, own).masked_fill(~is_answer, -torch.inf)
-    best = own_scores.amax(dim=1, keepdim=True)
-    as_high = scores >= best
-    counts = as_high.sum(dim=1) if len(copies) == int(copies.sum()) else (as_high * copies).sum(dim=1)
-    return counts - (own_scores == best).sum(dim=1)
