@@ -54,13 +54,7 @@ _MAX_NAMED = 0.2
 
 
 class TableRow(NamedTuple):
-    """One row of a caption table.
-
-    Attributes:
-        number: Line number, from 1.
-        image: The image's name; ``None`` if the file has no image column.
-        caption: The unchanged caption.
-    """
+    """Row of a caption table: line number from 1, image name if the table has any, unchanged caption."""
 
     number: int
     image: str | None
@@ -84,21 +78,10 @@ def read_table(
     caption_column: str | None = None,
     pairs: bool = False,
 ) -> list[TableRow] | None:
-    """Read image names and captions from a text file.
+    """Read one row per non-blank line, without the header, of a .txt, .token, .csv or .tsv file.
 
-    Args:
-        text: Content of a .txt, .token, .csv or .tsv file.
-        path: The file, for its suffix and for error messages.
-        image_column: Column of the image names, if it has an unusual name.
-        caption_column: Column of the captions, if it has an unusual name.
-        pairs: Whether every line must name an image.
-
-    Returns:
-        One row per non-blank line, without the header; ``None`` if a .txt file is not a table.
-
-    Raises:
-        DataError: If a column does not exist or occurs twice, a line has another format than the others, or
-            it is unclear whether the file names images.
+    Columns need to be named only if they have unusual names. With ``pairs`` every line must name an image;
+    otherwise the result is ``None`` if a .txt file is not a table.
 
     Warns:
         UserWarning: If captions look quoted, but the file as a whole is not quoted CSV.

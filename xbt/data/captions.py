@@ -40,19 +40,12 @@ _USUAL_COLUMN = "caption"
 
 
 def read_rows(path: Path, column: str, split: str | None) -> Iterator[Row]:
-    """Read the captions of a file.
+    """Read ids and captions, blank ones included, of a file; errors may be raised during iteration.
 
     Args:
         path: A .txt, .token, .csv, .tsv, .jsonl or .json file (each may end in .gz), or a .parquet file.
         column: Key or column of .jsonl, .parquet, .csv and .tsv that holds a caption or a list of captions.
         split: Split of a Karpathy file.
-
-    Returns:
-        Pairs of id and caption, blank captions included. Errors may be raised during iteration.
-
-    Raises:
-        ConfigError: If a split is given for a file that has none.
-        DataError: If the file cannot be read; the message names the line if there is one.
     """
     check_is_file(path)
     kind = kind_of(path)
@@ -259,20 +252,12 @@ def read_captions(source: CaptionSource | str) -> list[str]:
 
 
 def read_caption_rows(source: CaptionSource) -> tuple[list[str], list[str | None]]:
-    """Read captions with ids, including the blank ones that :func:`read_captions` leaves out.
+    """Read ids and captions, including the blank ones that :func:`read_captions` leaves out.
 
-    Args:
-        source: The source.
-
-    Returns:
-        Ids and captions. In Karpathy's files, the scenes, and text files that name images, an id is
-        ``"<image name>#<position>"``, as in Flickr30k's token files. In COCO's files it is the annotation's
-        id. Otherwise it is the row's id, followed by a position if the row holds a list: ``"row-17"``,
-        ``"row-17#0"``. With a limit, captions that are blank or not valid Unicode are left out.
-
-    Raises:
-        ConfigError: As :func:`read_captions`.
-        DataError: As :func:`read_captions`, or if an id occurs twice.
+    In Karpathy's files, the scenes, and text files that name images, an id is ``"<image name>#<position>"``,
+    as in Flickr30k's token files. In COCO's files it is the annotation's id. Otherwise it is the row's id,
+    followed by a position if the row holds a list: ``"row-17"``, ``"row-17#0"``. With a limit, captions that
+    are blank or not valid Unicode are left out.
     """
     rows = list(_rows(source))
     usable = [row for row in rows if row[1] is not None and row[1].strip() and is_unicode(row[1])]
@@ -285,11 +270,7 @@ def read_caption_rows(source: CaptionSource) -> tuple[list[str], list[str | None
 
 
 def require_unique(ids: Sequence[str], source: str) -> None:
-    """Check that no id occurs twice.
-
-    Raises:
-        DataError: If an id occurs twice; the message names it.
-    """
+    """Check that no id occurs twice; the message names the first that does."""
     if len(set(ids)) == len(ids):
         return
     seen: set[str] = set()

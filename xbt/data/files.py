@@ -45,11 +45,7 @@ _ABSENT = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR)
 
 
 def check_source(source: str, limit: int | None) -> None:
-    """Check the options that all sources share.
-
-    Raises:
-        ConfigError: If ``limit`` is below 1 or ``source`` is empty.
-    """
+    """Check the options that all sources share."""
     if not source.strip():
         raise ConfigError("source is empty; name a file, hf:REPOSITORY or scenes")
     if limit is not None and limit < 1:
@@ -67,21 +63,10 @@ def unpacked(value: Any, where: str = "") -> Any:
 
 
 def as_captions(value: Any, where: str, fix: str = COLUMN_HINT) -> list[str | None]:
-    """Convert a cell to a list of captions.
+    """Convert a cell to a list of captions, with None where the data has none.
 
     A cell holds a string, a list of strings, or nothing. A string or list may also be wrapped in Karpathy's
-    structure, under the key ``raw``.
-
-    Args:
-        value: The cell.
-        where: File and row of the cell, for the error message.
-        fix: The hint at the end of the error message.
-
-    Returns:
-        The captions; None where the data has none.
-
-    Raises:
-        DataError: If it holds something else.
+    structure, under the key ``raw``. ``fix`` is the hint at the end of the error message.
     """
     raw = _raw(value)
     captions = [_raw(item) for item in raw] if isinstance(raw, list) else [raw]
@@ -99,18 +84,7 @@ def _raw(value: Any) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 file; unpack it if its name ends in ``.gz``.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its text, without a byte order mark.
-
-    Raises:
-        DataError: If it is missing, no regular file, unreadable, not gzip, cut short, empty or not UTF-8, or
-            unpacks to more than :data:`MAX_UNPACKED` bytes or :data:`MAX_RATIO` times its size.
-    """
+    """Read a UTF-8 file without its byte order mark; unpack it if its name ends in ``.gz``."""
     check_is_file(path)
     try:
         data = _unpack(path) if path.suffix.lower() == ".gz" and path.stat().st_size else path.read_bytes()
@@ -122,11 +96,7 @@ def read_text(path: Path) -> str:
 
 
 def decode(data: bytes, where: str) -> str:
-    """Decode UTF-8, with or without a byte order mark.
-
-    Raises:
-        DataError: If it is not UTF-8; the message gives the line.
-    """
+    """Decode UTF-8, with or without a byte order mark."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -135,30 +105,14 @@ def decode(data: bytes, where: str) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file, plain or gzipped.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The parsed document.
-
-    Raises:
-        DataError: As :func:`read_text`, or if the file is not JSON; the message gives the line.
-    """
+    """Read a JSON file, plain or gzipped."""
     return parse_json(read_text(path), str(path))
 
 
 def parse_json(text: str | bytes, where: str, first_line: int | None = 1) -> Any:
-    """Parse JSON that was read from a file.
+    """Parse JSON that was read from the file ``where``.
 
-    Args:
-        text: The document; bytes are UTF-8.
-        where: Name of the file for the error message, with the line if the document is a single line.
-        first_line: Line of the file on which the document begins; ``None`` if ``where`` names the line.
-
-    Raises:
-        DataError: If it is not valid JSON, is nested too deeply, or holds a number with too many digits.
+    The document begins on ``first_line`` of the file; ``None`` if ``where`` names the line.
     """
     try:
         return json.loads(text)
@@ -188,11 +142,7 @@ def is_unicode(text: str) -> bool:
 
 
 def check_is_file(path: Path) -> None:
-    """Check that a path names a regular file.
-
-    Raises:
-        DataError: If it does not exist, or is a directory, a pipe or a device (reading one may never end).
-    """
+    """Check that a path names a regular file; reading a pipe or a device may never end."""
     if path.is_dir():
         raise DataError(f"{path} is a directory; name a file in it, or write hf:{path} for a data set in it")
     if not path.exists():
@@ -210,18 +160,10 @@ def kind_of(path: Path) -> str:
 
 
 def name_within(folder: str | Path, name: str, where: str | None = None) -> str:
-    """Return a file's name relative to a folder; refuse a name that leaves the folder.
+    """Return a file's name relative to a folder, without ``.`` and ``..``; refuse one that leaves it.
 
-    Args:
-        folder: The folder.
-        name: A name with forward slashes, relative to the folder, or an absolute path in it.
-        where: The record that names the file, for the error message.
-
-    Returns:
-        The name without ``.`` and ``..``.
-
-    Raises:
-        DataError: If the name leaves the folder.
+    The name has forward slashes, and may be an absolute path in the folder. ``where`` names its record in the
+    error message.
     """
     if ".." not in name and "//" not in name and not name.startswith(("/", "./")):
         return name  # fast path for almost every name
@@ -238,22 +180,11 @@ def name_within(folder: str | Path, name: str, where: str | None = None) -> str:
 
 
 def find_file(folder: str | Path, name: str, where: str | None = None) -> Path | None:
-    """Find a file below a folder by its name in any Unicode normal form.
+    """Find a file below a folder by its name in any Unicode normal form; ``None`` if there is none.
 
     macOS and some archives write ``é`` as two characters (NFD), while most files write it as one (NFC). The
     exact name is tried first. Otherwise every component of the name, folders too, is compared in normal form
-    with the entries of its folder.
-
-    Args:
-        folder: The folder.
-        name: A name with forward slashes, relative to the folder.
-        where: The record that names the file, for the error message.
-
-    Returns:
-        The path as spelled on disk; ``None`` if there is no such file.
-
-    Raises:
-        DataError: If the name leaves the folder, or cannot be looked up.
+    with the entries of its folder. The result is spelled as on disk. See :func:`name_within`.
     """
     relative = name_within(folder, name, where)
     path = Path(folder, relative)
@@ -298,15 +229,7 @@ def _names(folder: str, changed: int, form: Literal["NFC", "NFKC"]) -> dict[str,
 
 
 def check_unpacked(path: Path, size: int) -> None:
-    """Check the unpacked size of a compressed file against the limits.
-
-    Args:
-        path: The compressed file.
-        size: Unpacked bytes so far.
-
-    Raises:
-        DataError: If ``size`` exceeds :data:`MAX_UNPACKED` or :data:`MAX_RATIO` times the file's size.
-    """
+    """Check the unpacked bytes so far of a compressed file against the limits above."""
     packed = path.stat().st_size
     limit = min(MAX_UNPACKED, max(FREE_UNPACKED, MAX_RATIO * packed))
     if size > limit:
@@ -344,9 +267,6 @@ def choose_splits(split: str | None, present: Sequence[str], where: str) -> list
 
     Returns:
         The chosen names without repetition, in the order of ``present``.
-
-    Raises:
-        DataError: If a split does not exist; the message lists the existing ones.
     """
     if split is None or (split.strip() == ALL_SPLITS and ALL_SPLITS not in present):
         return list(present)

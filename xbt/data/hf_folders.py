@@ -40,11 +40,7 @@ _MAX_WILDCARDS = 3
 
 
 def directory_of(source: str) -> Path | None:
-    """Return the local directory that a source names; ``None`` for a Hub data set.
-
-    Raises:
-        DataError: If it is a file, or a path that does not exist.
-    """
+    """Return the local directory that a source names; ``None`` for a Hub data set."""
     name = source.removeprefix(HUB_PREFIX)
     directory = Path(name).expanduser()
     if directory.is_file():
@@ -60,18 +56,7 @@ def was_saved(directory: Path) -> bool:
 
 
 def open_folder(directory: Path, subset: str | None) -> Any:
-    """Open a local directory.
-
-    Args:
-        directory: The directory.
-        subset: One of the configurations in its card.
-
-    Returns:
-        A ``datasets.Dataset`` or ``datasets.DatasetDict``.
-
-    Raises:
-        DataError: If a file in it cannot be read, or names a file outside of the directory.
-    """
+    """Open a local directory as a ``datasets.Dataset`` or ``datasets.DatasetDict``."""
     if was_saved(directory):
         for folder in _saved_splits(directory):
             _check_saved(folder, directory)
@@ -82,13 +67,9 @@ def open_folder(directory: Path, subset: str | None) -> Any:
 
 
 def open_builder(directory: Path, subset: str | None) -> Any:
-    """Open a directory of data files without reading them.
+    """Open a directory of data files as a ``datasets.DatasetBuilder`` without reading them.
 
-    Returns:
-        A ``datasets.DatasetBuilder`` whose data files are regular files of the directory.
-
-    Raises:
-        DataError: As :func:`open_folder`.
+    They are regular files of the directory.
     """
     for name in _CARDS:
         _check_card(directory / name, directory)
@@ -108,15 +89,7 @@ def open_builder(directory: Path, subset: str | None) -> Any:
 
 @contextmanager
 def translated(source: str, advice: str) -> Iterator[None]:
-    """Translate any error of the datasets library into one sentence.
-
-    Args:
-        source: Name of the source that is being opened.
-        advice: The fix, for the end of the message.
-
-    Raises:
-        DataError: Instead of any error that is not an XbtError.
-    """
+    """Translate any error of the datasets library into one DataError that ends with the advice."""
     try:
         yield
     except XbtError:

@@ -37,19 +37,13 @@ ID_COLUMNS = ("image_id", "img_id", "imgid", "cocoid", "filename", "file_name", 
 
 
 def open_dataset(source: str, subset: str | None = None, split: str | None = None) -> Any:
-    """Open one split of a data set.
+    """Open one split of a data set as a ``datasets.Dataset``; nothing is decoded.
 
     Args:
         source: ``hf:`` and the name of a Hub data set, or a local directory that was written by
             ``Dataset.save_to_disk`` or holds parquet or jsonl files.
         subset: Configuration of a Hub data set.
         split: Name of the split; optional if there is only one. ``+`` joins several, ``all`` takes all.
-
-    Returns:
-        A ``datasets.Dataset``; nothing is decoded.
-
-    Raises:
-        DataError: If it cannot be opened, there is no such split, or there are several and none is chosen.
     """
     opened = _open(directory_of(source), source, subset, split)
     return _choose_split(opened, source, split)
@@ -59,20 +53,9 @@ def open_rows(source: str, subset: str | None, split: str | None, split_column: 
     """Open the rows of some splits; the splits are those of the data set or the values of a column.
 
     A data set with a single split and a column ``split`` is a Karpathy file as a table. The column then takes
-    precedence: the single split may be named ``"test"`` and still hold the training images.
-
-    Args:
-        source: As for :func:`open_dataset`.
-        subset: Configuration of a Hub data set.
-        split: The splits, as for :func:`open_dataset`.
-        split_column: The column that names the split, if it is not called ``split`` or the data set also has
-            several splits.
-
-    Returns:
-        A ``datasets.Dataset``; nothing is decoded.
-
-    Raises:
-        DataError: As :func:`open_dataset`, or if there is no such column.
+    precedence: the single split may be named ``"test"`` and still hold the training images. ``split_column``
+    is needed if the column is not called ``split`` or the data set also has several splits. See
+    :func:`open_dataset`.
     """
     directory = directory_of(source)
     if directory is None:
@@ -123,40 +106,20 @@ def _choose_split(opened: Any, source: str, split: str | None) -> Any:
 
 
 def check_column(column: str, columns: Sequence[str], where: str) -> None:
-    """Check that a column exists.
-
-    Raises:
-        DataError: If it does not; the message lists the existing columns.
-    """
+    """Check that a column exists; the message lists the existing ones and ends with the hint."""
     if column not in columns:
         raise DataError(f"{where} has no column {column!r}; it has {', '.join(map(str, columns))}")
 
 
 def read_column(dataset: Any, column: str, source: str) -> list[Any]:
-    """Read one column of a data set without reading the others, above all the images.
-
-    Args:
-        dataset: A ``datasets.Dataset``.
-        column: Name of the column.
-        source: Name of the data set in error messages.
-
-    Returns:
-        One value per row.
-
-    Raises:
-        DataError: If there is no such column, or it is damaged.
-    """
+    """Read one value per row of a column without reading the others, above all the images."""
     check_column(column, dataset.column_names, source)
     with translated(f"{source}, column {column!r},", "copy or download the data set again"):
         return list(dataset.select_columns([column]).with_format(None)[:][column])
 
 
 def read_ids(dataset: Any, column: str | None, source: str) -> list[str]:
-    """Return one id per row: the column's values, or ``"row-0"``, ``"row-1"``, ... without a column.
-
-    Raises:
-        DataError: If there is no such column, or a row has no id.
-    """
+    """Return one id per row: the column's values, or ``"row-0"``, ``"row-1"``, ... without a column."""
     if column is None:
         return [f"row-{row}" for row in range(len(dataset))]
     values = read_column(dataset, column, source)
@@ -178,9 +141,6 @@ class HubImages(Sequence[ImageSource]):
             column: A column of ``datasets.Image``, of encoded bytes, or of paths.
             source: Name of the data set in error messages.
             image_root: Base folder of relative paths in the column; the data set's own folder by default.
-
-        Raises:
-            DataError: If there is no such column, it cannot hold images, or it holds URLs.
         """
         self._dataset = undecoded(dataset, column, source)
         self._column = column
@@ -204,9 +164,7 @@ class HubImages(Sequence[ImageSource]):
 def image_roots(source: str, image_root: str | None) -> list[str]:
     """Folders that may contain the files of an image column; relative paths start at the first one.
 
-    Args:
-        source: The data set; its own folder comes first unless ``image_root`` is given.
-        image_root: Base folder of relative paths.
+    That is ``image_root``, or else the data set's own folder.
     """
     directory = directory_of(source)
     first = directory or Path() if image_root is None else Path(image_root).expanduser()
@@ -220,16 +178,10 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
     """Select the image column, encoded as stored, and the columns ``others``.
 
     Args:
-        dataset: A ``datasets.Dataset`` or ``datasets.IterableDataset``.
-        column: A column of ``datasets.Image``, of encoded bytes, or of paths.
+        dataset: A ``datasets.Dataset`` or ``datasets.IterableDataset``; the result has the same type.
+        column: A column of ``datasets.Image``, of encoded bytes, or of paths, but not of URLs.
         source: Name of the data set in error messages.
         others: Other columns to keep.
-
-    Returns:
-        A data set of the same type.
-
-    Raises:
-        DataError: If there is no such column, it cannot hold images, or it holds URLs.
     """
     if column not in dataset.column_names and (hint := url_hint(dataset.column_names)):
         raise DataError(
@@ -281,12 +233,7 @@ def _refuse_urls(dataset: Any, column: str, source: str) -> None:
 
 
 def as_image(cell: Any, roots: Sequence[str]) -> ImageSource:
-    """Convert an undecoded cell of an image column to encoded bytes or a path.
-
-    Args:
-        cell: The cell.
-        roots: Folders that may contain the file; see :func:`image_roots`.
-    """
+    """Convert an undecoded cell of an image column to encoded bytes or a path; see :func:`image_roots`."""
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if not isinstance(cell, str):
@@ -316,15 +263,7 @@ class HubPairs(NamedTuple):
 def read_hub_pairs(source: PairSource) -> HubPairs:
     """Read the captions of a data set and locate its images; no image is decoded.
 
-    Args:
-        source: A source of the kind ``"hf"``.
-
-    Returns:
-        The pairs, in the data set's order.
-
-    Raises:
-        DataError: If it cannot be opened, a split or column does not exist, several columns could be meant, a
-            cell is not a caption, or rows with the same id have several captions each.
+    Ids are the id column's values, or ``"row-0"``, ...
 
     Warns:
         UserWarning: If rows with one caption each were joined by a column that was not given.
@@ -438,11 +377,7 @@ class StreamedImages(SourceShard):
         self._shard, self._column, self._id_column, self._roots = shard, column, id_column, roots
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Read rows ``start`` to ``stop`` without decoding them.
-
-        Raises:
-            DataError: If the stream breaks.
-        """
+        """Read rows ``start`` to ``stop`` without decoding them."""
         rows = iter(self._shard.skip(start) if start else self._shard)
         row = start
         while stop is None or row < stop:
@@ -480,7 +415,7 @@ def stream_images(
     id_column: str | None,
     image_root: str | None = None,
 ) -> list[StreamedImages]:
-    """Open an image column of a data set as streams, one per file of the data set.
+    """Open an image column of a data set as streams, one per file of the data set, in order.
 
     Args:
         source: ``hf:`` and the name of a Hub data set, or a local directory with parquet or jsonl files.
@@ -489,12 +424,6 @@ def stream_images(
         column: The image column.
         id_column: A column of unique ids; by default the id is made of shard and row.
         image_root: Base folder of relative paths in the image column; the data set's own folder by default.
-
-    Returns:
-        The streams in the data set's order.
-
-    Raises:
-        DataError: If it cannot be opened as a stream, or the split or a column does not exist.
     """
     dataset, state = _open_stream(source, subset, split)
     if dataset.column_names is None:

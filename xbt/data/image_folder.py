@@ -61,23 +61,11 @@ def as_spelled(path: str, root: str, name: str) -> str:
 
 
 def list_images(folder: Path, include_hidden: bool = False) -> list[str]:
-    """List the names with an image suffix in a folder and its subfolders.
+    """List the names with an image suffix in a folder and its subfolders, sorted, relative to the folder.
 
     Every name with such a suffix is listed, even if it is not a file, so that unreadable entries are recorded
-    as rejected. Links to folders are followed.
-
-    Args:
-        folder: The folder.
-        include_hidden: Whether to list hidden files and folders too; see :func:`is_hidden`.
-
-    Returns:
-        Sorted paths relative to the folder, with forward slashes.
-
-    Raises:
-        DataError: If a folder cannot be listed, or no name has an image suffix.
-
-    Warns:
-        UserWarning: If hidden files were left out.
+    as rejected. Links to folders are followed. Hidden files (:func:`is_hidden`) are left out with a warning
+    unless ``include_hidden`` is set.
     """
     listed = sorted(_walk(str(folder), "", ()))
     names = listed if include_hidden else [name for name in listed if not is_hidden(name)]
@@ -94,23 +82,12 @@ def list_images(folder: Path, include_hidden: bool = False) -> list[str]:
 
 
 def find_images(names: Sequence[str], root: Path) -> list[str]:
-    """Find the image files of a caption file by their names, in any Unicode normal form.
+    """Find the paths of the image files of a caption file by their names, in any Unicode normal form.
 
     COCO's annotation files disagree about folders: Karpathy's file has ``val2014/COCO_val2014_...jpg``, the
     official ones the bare name. Local copies disagree too. So each name is tried unchanged, without its
-    folder, and in the folder that a COCO file name implies.
-
-    Args:
-        names: Names, with or without a folder.
-        root: Base folder of the names.
-
-    Returns:
-        The path of each image.
-
-    Raises:
-        DataError: If files are missing (the message counts them and names the first) or cannot be looked up,
-            a name is a URL or leaves the folder, or two names lead to the same file, which would mix the
-            captions of two images.
+    folder, and in the folder that a COCO file name implies. Two names must not lead to the same file, which
+    would mix the captions of two images.
     """
     refuse_urls(names[:1], "the file of captions")
     matches = [
@@ -142,11 +119,8 @@ def refuse_urls(values: Sequence[object], where: str) -> None:
     """Check that images are not named by URLs, so that a job fails early instead of rejecting every image.
 
     Args:
-        values: Some of the values that name images.
+        values: Some of the values that name images; the first non-blank string is checked.
         where: Name of their file or column for the error message.
-
-    Raises:
-        DataError: If the first non-blank string is a URL.
     """
     first = next((value for value in values if isinstance(value, str) and value.strip()), "")
     if is_url(first):

@@ -62,13 +62,7 @@ class Rejected:
 
 
 class Item(NamedTuple):
-    """One image or text.
-
-    Attributes:
-        id: Unique name within the source.
-        value: The undecoded image, or the text.
-        metadata: One value for each column of its shard.
-    """
+    """One image or text: id, undecoded image or text, and one value for each metadata column of its shard."""
 
     id: str
     value: ImageSource

@@ -32,22 +32,7 @@ def is_karpathy(content: Any) -> bool:
 
 
 def read_karpathy(path: Path, split: str | None = None, root: Path | None = None) -> list[KarpathyImage]:
-    """Read a Karpathy split file, plain or gzipped.
-
-    Args:
-        path: The ``dataset_*.json`` file.
-        split: Name of a split; ``+`` joins several; ``all`` or None takes all of them. COCO's train set is
-            ``train+restval``.
-        root: Base folder of the names, which a name may not leave; ``None`` if no image will be read.
-
-    Returns:
-        The images of the split, in the file's order.
-
-    Raises:
-        DataError: If the file cannot be read or has another format, a record lacks a key or its name leaves
-            the folder (the message gives its position), or there is no such split (the message lists the
-            existing ones).
-    """
+    """Read a Karpathy split file, plain or gzipped; see :func:`parse_karpathy`."""
     content = read_json(path)
     if not is_karpathy(content):
         raise DataError(
@@ -59,7 +44,15 @@ def read_karpathy(path: Path, split: str | None = None, root: Path | None = None
 def parse_karpathy(
     content: Any, path: Path, split: str | None = None, root: Path | None = None
 ) -> list[KarpathyImage]:
-    """Parse the JSON content of a split file; ``path`` is only used in error messages."""
+    """Parse the JSON content of a split file.
+
+    Args:
+        content: The content; see :func:`is_karpathy`.
+        path: The file, for error messages.
+        split: Name of a split; ``+`` joins several; ``all`` or None takes all of them. COCO's train set is
+            ``train+restval``.
+        root: Base folder of the names, which a name may not leave; ``None`` if no image will be read.
+    """
     records = content["images"]
     if not isinstance(records, list) or not records:
         raise DataError(f"{path} is empty: its 'images' hold no record; give a complete split file")

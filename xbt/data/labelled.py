@@ -152,17 +152,9 @@ class HubColumns(NamedTuple):
 def read_class_folders(directory: Path, split: str | None) -> Labelled:
     """Read a directory with one folder per class; images may be in subfolders.
 
-    Args:
-        directory: Parent of the class folders, or of the split folders.
-        split: The folder in ``directory`` that holds the class folders.
-
-    Returns:
-        Ids are paths relative to the parent of the class folders. Classes are the folders in alphabetical
-        order, including empty ones, so that splits with the same folders have the same classes.
-
-    Raises:
-        DataError: If there is no such folder or no image, an image is not in a class folder, or the
-            folders are splits and none is chosen.
+    Ids are paths relative to the parent of the class folders, which is ``directory`` or its folder ``split``.
+    Classes are the folders in alphabetical order, including empty ones, so that splits with the same folders
+    have the same classes.
     """
     folder = directory if split is None else directory / split
     if not folder.is_dir():
@@ -192,19 +184,8 @@ def _listed(names: Sequence[str]) -> str:
 def read_hub_labels(source: str, subset: str | None, split: str | None, columns: HubColumns) -> Labelled:
     """Read the classes of a Hugging Face data set; no image is decoded.
 
-    Args:
-        source: ``hf:`` and the name of a Hub data set, or a local directory.
-        subset: Configuration of a Hub data set.
-        split: Name of the split; optional if there is only one.
-        columns: Image column and label column.
-
-    Returns:
-        Ids are ``"row-0"``, ... Class names are those of a ``ClassLabel`` column, the distinct strings of a
-        string column in alphabetical order, or otherwise the numbers up to the largest label.
-
-    Raises:
-        DataError: If it cannot be opened, a column does not exist, is ambiguous or has a wrong type, or a row
-            has no class.
+    Ids are ``"row-0"``, ... Class names are those of a ``ClassLabel`` column, the distinct strings of a
+    string column in alphabetical order, or otherwise the numbers up to the largest label.
     """
     dataset = open_dataset(source, subset, split)
     image = _column(dataset, columns.image, datasets.Image, "image", source)

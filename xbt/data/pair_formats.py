@@ -65,21 +65,12 @@ def read_pair_file(
     """Read image names and captions from a file, plain or gzipped.
 
     Args:
-        path: A Karpathy split file or a file in COCO's caption format (``.json``), or text with an image
-            name and a caption on each line (``.txt``, ``.token``, ``.csv``, ``.tsv``); see
-            :mod:`~xbt.data.caption_tables`.
+        path: A Karpathy split file or a file in COCO's caption format (``.json``), or text with an image name
+            and a caption on each line (``.txt``, ``.token``, ``.csv``, ``.tsv``).
         split: Splits of a Karpathy file; a file in another format holds one split.
         root: Base folder of the names; a name may not leave it.
         image_column: Column of the image names in a table, if it has an unusual name.
         caption_column: Column of the captions in a table, if it has an unusual name.
-
-    Returns:
-        The images in the file's order.
-
-    Raises:
-        ConfigError: If a split is given for a file that has none.
-        DataError: If the file cannot be read, has another format, or a name leaves the folder; the message
-            gives the line or record.
     """
     check_is_file(path)
     kind = kind_of(path)
@@ -106,20 +97,7 @@ def read_pair_file(
 def read_image_lines(
     path: Path, root: Path, image_column: str | None = None, caption_column: str | None = None
 ) -> NamedImages:
-    """Read text with an image name and a caption on each line.
-
-    Args:
-        path: The file; its first line may be a header.
-        root: Base folder of the names; a name may not leave it.
-        image_column: Column of the image names, if it has an unusual name.
-        caption_column: Column of the captions, if it has an unusual name.
-
-    Returns:
-        The images in order of first occurrence.
-
-    Raises:
-        DataError: If the file cannot be read, holds no image, or a line does not name one.
-    """
+    """Read text with an image name and a caption on each line; images are in order of first occurrence."""
     captions: dict[str, list[str]] = {}
     for row in read_table(read_text(path), path, image_column, caption_column, pairs=True) or []:
         where = f"{path}, line {row.number}"
@@ -142,18 +120,7 @@ def read_image_lines(
 def read_coco_captions(content: Any, path: Path, root: Path) -> NamedImages:
     """Join the images and annotations of a file in COCO's caption format, which nocaps also uses.
 
-    Args:
-        content: The parsed file: ``images`` with ``id`` and ``file_name``, and ``annotations`` with
-            ``image_id`` and ``caption``.
-        path: The file, for error messages.
-        root: Base folder of the names; a name may not leave it.
-
-    Returns:
-        The images in the file's order.
-
-    Raises:
-        DataError: If a record lacks a key, an id is not a number or string or occurs twice, a name leaves the
-            folder, or a caption belongs to no image of the file; the message gives the position.
+    ``images`` have ``id`` and ``file_name``, and ``annotations`` have ``image_id`` and ``caption``.
     """
     names: dict[Any, str] = {}
     for position, image in enumerate(_records(content, "images", path)):
@@ -246,7 +213,7 @@ class TarredImages(Sequence[ImageSource]):
 
 
 def read_retrieval_folder(source: str, split: str | None) -> TarredPairs:
-    """List the images and captions of a tar folder; no image is decoded.
+    """List the images and captions of a tar folder, shard by shard; no image is decoded.
 
     Args:
         source: A folder, a URL that fsspec opens, or ``hf://datasets/org/name``, optionally with
@@ -255,12 +222,7 @@ def read_retrieval_folder(source: str, split: str | None) -> TarredPairs:
         split: ``test``, several joined by ``+``, or ``all``; optional if there is only one split.
 
     Returns:
-        The pairs, shard by shard.
-
-    Raises:
-        DataError: If it is not a tar folder, its ``dataset_type.txt`` is not ``retrieval``, a split or shard
-            is missing, a tar is compressed or damaged, a caption file has no image, a sample occurs twice, or
-            the Hub repository cannot be downloaded.
+        Pairs with the ids ``"<split>/<shard>/<key>"``.
     """
     hub = _HUB_URL.fullmatch(source)
     root = source.rstrip("/") if hub is None else _fetch_splits(hub, split)

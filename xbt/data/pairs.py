@@ -199,22 +199,14 @@ class ImageTextPairs:
 
 
 def require_lengths(**columns: object) -> None:
-    """Check that each argument has a length; a torch Dataset without one may never end.
-
-    Raises:
-        DataError: If one has none; the message names the argument.
-    """
+    """Check that each argument has a length; a torch Dataset without one may never end."""
     for name, column in columns.items():
         if not hasattr(column, "__len__"):
             raise DataError(f"{name} must have a length, but a {type(column).__name__} has none; give a list")
 
 
 def as_listed(values: Sequence[_T], name: str) -> list[_T]:
-    """Return the values as a list; its length must equal ``len(values)``.
-
-    Raises:
-        DataError: If there are more or fewer.
-    """
+    """Return the values as a list; its length must equal ``len(values)``."""
     listed = list(islice(iter(values), len(values) + 1))
     if len(listed) != len(values):
         raise DataError(
@@ -224,11 +216,7 @@ def as_listed(values: Sequence[_T], name: str) -> list[_T]:
 
 
 def image_at(images: Sequence[ImageSource], row: int) -> ImageSource:
-    """Return one image source.
-
-    Raises:
-        DataError: If there are fewer images than their length says.
-    """
+    """Return one image source; there may be fewer than the length says."""
     try:
         return images[row]
     except IndexError as error:

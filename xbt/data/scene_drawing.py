@@ -28,14 +28,9 @@ _SUPERSAMPLING = 4
 def draw_shape(
     canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, colour: str
 ) -> None:
-    """Draw one filled shape onto a canvas.
+    """Draw one of ``SHAPES``, filled with one of ``COLOURS``.
 
-    Args:
-        canvas: Drawing context of an RGB image.
-        shape: One of ``SHAPES``.
-        centre: (x, y) in the canvas's pixels.
-        radius: Half the shape's extent in the canvas's pixels.
-        colour: A key of ``COLOURS``.
+    ``centre`` is (x, y), and ``radius`` is half the shape's extent, both in the canvas's pixels.
     """
     x, y = centre
     fill = COLOURS[colour]
@@ -71,15 +66,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
 
 @lru_cache(maxsize=32)
 def background(name: str, size: int) -> Image.Image:
-    """Draw an empty background.
-
-    Args:
-        name: One of ``BACKGROUNDS``.
-        size: Side in pixels.
-
-    Returns:
-        An RGB image that is cached and shared: copy it before drawing on it.
-    """
+    """Draw one of ``BACKGROUNDS``; the RGB image is cached and shared, so copy it before drawing on it."""
     plain = {"white": 255, "grey": 128, "black": 0}
     if name in plain:
         return Image.new("RGB", (size, size), (plain[name],) * 3)

@@ -60,17 +60,7 @@ _DETAILS = (
 
 
 def word_scene(objects: Sequence[Thing], background: str, rng: random.Random) -> str:
-    """Write one caption of a scene.
-
-    Args:
-        objects: The objects; each is mentioned with its colour and shape.
-        background: Name of the background.
-        rng: Chooses the details, the order and the words. Only ``rng.random()`` is used, because
-            Python guarantees its sequence across versions.
-
-    Returns:
-        A lower-case English caption.
-    """
+    """Write one lower-case English caption that mentions every object with its colour and shape."""
     details = _pick(rng, _DETAILS)
     order = sorted(objects, key=lambda _: rng.random())
     relation = _relation(order) if details.place else None

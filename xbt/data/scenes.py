@@ -65,14 +65,7 @@ class Scene:
         return "; ".join([self.background, *objects])
 
     def draw(self, size: int = 32) -> Image.Image:
-        """Draw the scene, antialiased.
-
-        Args:
-            size: Side in pixels.
-
-        Returns:
-            An RGB image.
-        """
+        """Draw the scene, antialiased, as an RGB image with sides of ``size`` pixels."""
         canvas = supersampled_background(self.background, size)
         pen = ImageDraw.Draw(canvas)
         cell_side = canvas.width / 3
@@ -82,26 +75,14 @@ class Scene:
         return downsample(canvas)
 
     def describe(self, rng: random.Random) -> str:
-        """Describe the scene in one of many wordings; a caption may leave something out but is never wrong.
+        """Describe the scene in one of many wordings: at most about 40 lower-case words.
 
-        Args:
-            rng: Chooses the words.
-
-        Returns:
-            A lower-case English caption of at most about 40 words.
+        A caption may leave something out but is never wrong.
         """
         return word_scene(self.objects, self.background, rng)
 
     def captions(self, count: int, rng: random.Random) -> list[str]:
-        """Describe the scene several times, with distinct captions as far as the wordings allow.
-
-        Args:
-            count: Number of captions.
-            rng: Chooses the words.
-
-        Returns:
-            ``count`` captions.
-        """
+        """Describe the scene ``count`` times, with distinct captions as far as the wordings allow."""
         captions: list[str] = []
         for _ in range(count):
             caption = self.describe(rng)
@@ -144,19 +125,7 @@ def scene_split(scene: Scene) -> str:
 
 
 def iterate_scenes(n: int, seed: int = 0, split: str = "train") -> Iterator[Scene]:
-    """Yield distinct random scenes; a call with a smaller n yields the first of them.
-
-    Args:
-        n: Number of scenes.
-        seed: Chooses the scenes within the split.
-        split: ``train``, ``val`` or ``test``.
-
-    Yields:
-        Scenes, all different.
-
-    Raises:
-        ConfigError: If ``n`` is below 1 or there is no such split.
-    """
+    """Yield n distinct random scenes of a split; a call with a smaller n yields the first of them."""
     if n < 1:
         raise ConfigError(f"the number of scenes is {n}, but must be at least 1")
     if split not in SPLITS:

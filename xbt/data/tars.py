@@ -71,12 +71,9 @@ def is_tar(source: str) -> bool:
 
 
 class FoundTar(NamedTuple):
-    """A tar file.
+    """A tar file: its path or URL, and its fingerprint, which changes when the file is replaced.
 
-    Attributes:
-        url: Its path or URL.
-        state: Fingerprint of the file: its size and modification time, or ETag or the like. It changes when
-            the file is replaced.
+    The fingerprint is the size and modification time, or an ETag or the like.
     """
 
     url: str
@@ -92,9 +89,6 @@ def find_tars(source: str) -> list[FoundTar]:
 
     Returns:
         The tars: those of a glob in alphabetical order, those of a brace pattern in the order of the pattern.
-
-    Raises:
-        DataError: If there is none, a named one is missing, or the file system cannot be queried.
     """
     locations: list[_Location] = []
     try:
@@ -168,11 +162,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def tar_names(tars: Sequence[str]) -> list[str]:
-    """Return the name of each tar for ids: its path without suffix, relative to the common folder of all.
-
-    Raises:
-        DataError: If a tar is named twice.
-    """
+    """Return the name of each tar for ids: its path without suffix, relative to the common folder of all."""
     components = [tar.split("/") for tar in tars]
     common = min(map(len, components)) - 1
     while len({tuple(folders[:common]) for folders in components}) > 1:
@@ -493,11 +483,7 @@ def _is_meta(name: str) -> bool:
 
 
 def _until_damage(url: str, name: str, entries: Iterator[Entry]) -> Iterator[Entry]:
-    """Yield the entries, and a final rejected one if the tar cannot be read to its end.
-
-    Raises:
-        DataError: If the tar cannot be fetched, for example because of the network.
-    """
+    """Yield the entries, and a final rejected one if the tar cannot be read to its end."""
     count = 0
     try:
         for entry in entries:

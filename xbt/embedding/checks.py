@@ -39,10 +39,6 @@ def require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> 
 
     Returns:
         The job as first started. A continued job keeps its shard size, whatever the number of processes.
-
-    Raises:
-        ConfigError: If it was started with another shard size.
-        DataError: If its source has changed since, or the directory holds vectors of something else.
     """
     recorded = path / _JOB
     if not recorded.is_file():
@@ -71,11 +67,7 @@ def _count(job: dict[str, Any]) -> str:
 
 
 def require_same_source(rank: int, job: dict[str, Any], agreed: dict[str, Any]) -> None:
-    """Refuse to share work between processes that find different items.
-
-    Raises:
-        DataError: If this process's job differs from that of the main process.
-    """
+    """Refuse to share work between processes that find different items."""
     if job["digest"] != agreed["digest"]:
         raise DataError(
             f"process {rank} finds other items in {job['source']} ({_count(job)}) than the main process "
@@ -84,11 +76,7 @@ def require_same_source(rank: int, job: dict[str, Any], agreed: dict[str, Any]) 
 
 
 def require_writable(path: Path) -> None:
-    """Create the directory and check that it can be written to.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
+    """Create the directory and check that it can be written to."""
     # This runs before a model is loaded and leaves no file behind, since the job may still turn out to be
     # wrong.
     try:
@@ -100,17 +88,7 @@ def require_writable(path: Path) -> None:
 
 
 def require_free_space(path: Path, entries: int | None, dim: int, dtype: str) -> None:
-    """Compare the size of the vectors with the free disk space.
-
-    Args:
-        path: The job's directory.
-        entries: Maximum number of vectors; ``None`` if unknown.
-        dim: Dimension of the vectors.
-        dtype: Dtype on disk.
-
-    Raises:
-        ConfigError: If the vectors do not fit.
-    """
+    """Compare the size of the vectors (at most ``entries``, if known) with the free disk space."""
     needed = (entries or 0) * dim * np.dtype(dtype).itemsize
     free = shutil.disk_usage(path).free
     if needed > free:

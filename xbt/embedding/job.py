@@ -231,21 +231,7 @@ def embed_texts_into_store(
 def embed_source(
     team: Team, source: ItemSource, encoder: DualEncoder, path: Path, settings: JobSettings
 ) -> EmbeddingStore:
-    """Embed a source into a store; every process calls this.
-
-    Args:
-        team: The processes.
-        source: The items, the same in every process.
-        encoder: The encoder, in every process.
-        path: The store's directory.
-        settings: The settings.
-
-    Returns:
-        The finished store.
-
-    Raises:
-        XbtError: See :func:`embed`.
-    """
+    """Embed a source, the same in every process, into a store; every process calls this."""
     _embed(team, source, encoder, path, settings)
     if settings.retry_rejected:
         positions = team.main_alone(lambda: still_rejected(path, source))

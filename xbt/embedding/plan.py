@@ -59,13 +59,8 @@ class Batch:
 def even_shard_size(shard_size: int, entries: int | None, processes: int) -> int:
     """Choose a shard size at which all processes get equal shares of a list.
 
-    Args:
-        shard_size: The requested size, which is the maximum.
-        entries: Number of entries of the list; ``None`` for streams, whose parts are distributed instead.
-        processes: Number of processes.
-
-    Returns:
-        Entries per shard; below 256 only if ``shard_size`` is.
+    It is at most ``shard_size``, and below 256 only if ``shard_size`` is. ``entries`` is ``None`` for
+    streams, whose parts are distributed instead.
     """
     if entries is None or processes == 1:
         return shard_size
@@ -129,12 +124,7 @@ class ShardPlan:
     def batches(self, tasks: list[Task], batch_size: int) -> Iterator[Batch]:
         """Read the entries of tasks in order, undecoded, in batches within one shard.
 
-        Args:
-            tasks: This process's share.
-            batch_size: Items per batch; the last of a shard may have fewer.
-
-        Yields:
-            Batches; every shard has at least one, even without items.
+        Every shard has at least one batch, even without items; its last one may be smaller.
         """
         for task in tasks:
             part: SourceShard = self.source.parts[task.part]

@@ -43,17 +43,10 @@ def note_repeated(extra: Mapping[str, Any], repeated: Sequence[tuple[str, str]])
 
 
 def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int, int]:
-    """Write the two files from the records of all shards.
-
-    Args:
-        path: The job's directory.
-        committed: The records in the order of the shards; each is read once per file.
+    """Write the two files from the records of all shards, in order; each record is read once per file.
 
     Returns:
         The number of rejected items, and the number of notes.
-
-    Raises:
-        StoreError: If the disk is full.
     """
     counts = []
     for name, (key, word) in _FIELDS.items():
@@ -90,11 +83,7 @@ class SelectedEntries(SourceShard):
 
 
 def refuse_streams(source: ItemSource) -> None:
-    """Refuse streams, because their items have no random access.
-
-    Raises:
-        ConfigError: If the source is a stream.
-    """
+    """Refuse streams, because their items have no random access."""
     if source.length is None:
         raise ConfigError(
             f"--retry_rejected cannot be used with {source.name}: it is a stream, whose items cannot be "
@@ -103,14 +92,9 @@ def refuse_streams(source: ItemSource) -> None:
 
 
 def still_rejected(path: Path, source: ItemSource) -> list[int]:
-    """List the rejected entries of a finished store; only the main process calls this.
+    """Positions in the embedded list of all entries that were rejected and are not in the finished store.
 
-    Args:
-        path: The job's directory.
-        source: The embedded list.
-
-    Returns:
-        Positions in the list of all entries that were rejected and are not in the store.
+    Only the main process calls this.
     """
     retried = path / RETRIED
     if (retried / MANIFEST).is_file():  # an earlier run was killed before it merged the results
@@ -137,16 +121,8 @@ def select_entries(source: ItemSource, positions: Sequence[int]) -> ItemSource:
 def merge_retried(path: Path) -> int:
     """Append the items that were embedded on retry to the store, and update both files.
 
-    Only the main process calls this. If it is killed at any point, it can be called again.
-
-    Args:
-        path: The job's directory.
-
-    Returns:
-        Number of items that were rejected again.
-
-    Raises:
-        StoreError: If the disk is full.
+    Only the main process calls this. If it is killed at any point, it can be called again. The result is the
+    number of items that were rejected again.
     """
     retried = path / RETRIED
     new, store = EmbeddingStore.open(retried), EmbeddingStore.open(path)
@@ -202,25 +178,14 @@ class RejectionLimit:
     rejected: int = 0
 
     def add(self, entries: int, rejected: Sequence[tuple[str, str]]) -> None:
-        """Count entries; ``rejected`` lists (id, reason) of the rejected ones.
-
-        Raises:
-            DataError: If too many were rejected.
-        """
+        """Count entries; ``rejected`` lists (id, reason) of the rejected ones."""
         self.entries += entries
         self.rejected += len(rejected)
         if rejected:
             self.require(f"the last is {rejected[-1][0]}: {rejected[-1][1]}")
 
     def require(self, why: str) -> None:
-        """Compare the counts with the limit.
-
-        Args:
-            why: Hint at the reasons, for the message.
-
-        Raises:
-            DataError: If too large a share of at least 100 entries was rejected.
-        """
+        """Compare the counts with the limit; ``why`` is a hint at the reasons, for the message."""
         if self.share is None or self.entries < _MIN_ENTRIES or self.rejected <= self.share * self.entries:
             return
         next_step = (

@@ -31,20 +31,9 @@ def embed_tasks(
     workers: int,
     limit: RejectionLimit,
 ) -> None:
-    """Embed and write shards until all tasks are done or another process has failed.
+    """Embed and write shards until this process's tasks are done or another process has failed.
 
-    Args:
-        team: The processes.
-        plan: The shards of the source.
-        tasks: This process's share.
-        encoder: The encoder.
-        builder: Writer of the shards.
-        batch_size: Items per forward pass.
-        workers: Number of processes that decode images or tokenise texts.
-        limit: Limit on rejected items.
-
-    Raises:
-        XbtError: If the encoder returns NaN, a shard cannot be written, or too many items were rejected.
+    ``workers`` processes decode images or tokenise texts.
     """
     if not tasks:
         return

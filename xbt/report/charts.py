@@ -23,12 +23,7 @@ _LINES = ("new", "upgraded")
 
 
 def recall_chart(rows: Sequence[Row], title: str) -> Markup:
-    """Bars of old/old, new/old and new/new with their intervals, a group for each k.
-
-    Args:
-        rows: Rows of one direction.
-        title: Caption of the figure.
-    """
+    """Bars of old/old, new/old and new/new with their intervals, a group for each k of one direction."""
     highest = max(bar.high for row in rows for bar in _bars_of(row).values())
     scale, top, marks = _scale(0, highest), 30.0, []
     descriptions = []

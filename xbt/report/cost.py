@@ -75,10 +75,7 @@ class Cost:
 def measure_cost(sample: Sample, measured: Measured, gallery_size: int) -> Cost:
     """Time single text queries, and report the time that embedding the sample took.
 
-    Args:
-        sample: The sample; without encoders only the method is timed.
-        measured: The method, and texts to time.
-        gallery_size: Items of the gallery.
+    Without encoders only the method is timed.
     """
     decision = measured.decision
     new, old = (side[:1] for side in measured.pairs.queries("T2I"))

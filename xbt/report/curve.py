@@ -60,15 +60,8 @@ class ExpectedCurve:
 def expect_curve(chosen: Sample, measured: Measured, seed: int) -> ExpectedCurve | None:
     """Simulate the backfill of the measured images, in random and in rehearsed order.
 
-    Merge and order are learned from the half of the sample that chose the method.
-
-    Args:
-        chosen: The half that chose.
-        measured: The other half and the method.
-        seed: Seeds the draws.
-
-    Returns:
-        The curve; ``None`` if images have no new vectors or there are too few of them.
+    Merge and order are learned from the half of the sample that chose the method. The result is ``None`` if
+    images have no new vectors or there are too few of them.
     """
     if measured.pairs.new_images is None or min(len(chosen), len(measured.pairs)) < MIN_ITEMS:
         return None

@@ -65,15 +65,7 @@ class Flips:
 
 
 def find_flips(measured: Measured, count: int) -> dict[str, Flips]:
-    """Find the best and the worst changes per direction, at most one query an image.
-
-    Args:
-        measured: The cells.
-        count: Number of each kind.
-
-    Returns:
-        The changes by direction; results are those of an exact search.
-    """
+    """Find ``count`` best and worst changes per direction, at most one query an image, by exact search."""
     flips = {}
     k = min(measured.ks)
     for direction in measured.directions:

@@ -36,17 +36,7 @@ _BLOCK = 1 << 24
 
 
 def read_sample(config: UpgradeReportConfig) -> Sample:
-    """Draw a sample of images with their texts from vectors of both models.
-
-    Args:
-        config: A config with ``vectors``.
-
-    Raises:
-        DataError: If vectors cannot be used, or those of the two models are not of the same items.
-        ConfigError: If a file or key is missing, or the image of each text is unknown.
-        SpaceMismatchError: If stores of one model are in different spaces.
-        StoreError: If a store cannot be opened.
-    """
+    """Draw a sample of images with their texts from vectors of both models."""
     source = config.vectors
     assert source is not None
     read = {name: _read(source, name) for name in _ROLES if getattr(source, name) is not None}
@@ -140,15 +130,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, packed: int) -> N
 
 
 def _numbers(file: IO[bytes], size: int) -> NDArray[np.generic]:
-    """Read an .npy file of numbers, after its header and its size were compared.
-
-    Args:
-        file: The file, at its start.
-        size: Bytes of the file.
-
-    Raises:
-        ValueError: If header and size disagree, or the values are no numbers.
-    """
+    """Read an .npy file of numbers, after its header and its size in bytes were compared."""
     head = file.read(MAX_HEADER)
     shape, fortran, dtype, offset = read_npy_header(head)
     if dtype.hasobject:

@@ -9,13 +9,7 @@ from xbt.report.sample import Sample
 
 
 def find_limits(sample: Sample, measured: Measured, gallery_size: int) -> list[str]:
-    """List the limits of a report as sentences, the most important first.
-
-    Args:
-        sample: The whole sample.
-        measured: Method and cells.
-        gallery_size: Items of the gallery.
-    """
+    """List the limits of a report as sentences, the most important first."""
     limits = [*_limits_of_size(sample, measured, gallery_size), *sample.notes]
     if sample.corpus is None:
         limits.append(

@@ -54,15 +54,9 @@ class Untried(Decision):
 def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) -> Decision:
     """Choose a method on one part of the sample.
 
-    Args:
-        chosen: That part. With fewer than :data:`~xbt.projections.auto.choose.MIN_IMAGES` images, Procrustes
-            is fitted to the corpus (or else to the texts of this part), and its query is mixed in equal
-            parts with the old one.
-        config: Cut-offs, confidence and candidates.
-        use_old: Whether the old model may run at search time; if not, only the new query is used.
-
-    Raises:
-        DataError: If the vectors cannot be used.
+    With fewer than :data:`~xbt.projections.auto.choose.MIN_IMAGES` images, Procrustes is fitted to the corpus
+    (or else to the texts of this part), and its query is mixed in equal parts with the old one. Without
+    ``use_old``, only the new query is used at search time.
     """
     new, old = chosen.corpus or (None, None)
     if len(chosen) >= MIN_IMAGES:
@@ -198,17 +192,7 @@ class Measured:
 
 
 def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Measured:
-    """Choose a method on one part of the sample and measure it on the other.
-
-    Args:
-        chosen: The part that chooses. With too few images, the mean of the old query and that of Procrustes
-            is used without a comparison.
-        measured: The other part.
-        config: Cut-offs, confidence and candidates.
-
-    Raises:
-        DataError: If the vectors cannot be used.
-    """
+    """Choose a method on one part of the sample and measure it on the other; see :func:`choose_method`."""
     decision = choose_method(chosen, config, config.use_old)
     alone = None
     if len(chosen) >= MIN_IMAGES and any(decision.ensemble.needs_old(d) and decision.deployed(d)

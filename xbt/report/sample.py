@@ -131,12 +131,7 @@ _WARM_UP = 4
 def embed_sample(config: UpgradeReportConfig, ready: Callable[[], None]) -> Sample:
     """Draw a sample of the pairs, and embed it and the corpus with both models.
 
-    Args:
-        config: A config with encoders and pairs.
-        ready: Called after everything was loaded and before anything is embedded.
-
-    Raises:
-        XbtError: If an encoder, the pairs or the captions cannot be used.
+    ``ready`` is called after everything was loaded and before anything is embedded.
 
     Warns:
         UserWarning: If images were left out because they cannot be decoded.

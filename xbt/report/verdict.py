@@ -94,14 +94,8 @@ def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed:
 
     A direction gains if the interval of its mean gain over the ks is above 0 and no single k loses, on
     queries that were not used for the choice (:func:`xbt.projections.auto.selection.run_gain_test`).
-    Otherwise it has no gain if the interval is below ``worthwhile``. Where the old query stayed because no
-    gain was shown, the interval is that of the choice.
-
-    Args:
-        measured: The cells.
-        confidence: One-sided confidence.
-        worthwhile: Minimum gain that is worth an upgrade, in points of R@k.
-        seed: Seed of the bootstrap.
+    Otherwise it has no gain if the interval is below ``worthwhile`` points of R@k. Where the old query stayed
+    because no gain was shown, the interval is that of the choice. ``confidence`` is one-sided.
     """
     judged = {
         direction: _judge(measured, UPGRADED, direction, confidence, worthwhile, seed)
@@ -125,12 +119,7 @@ def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed:
 
 
 def outcome_of(gain_test: GainTest, worthwhile: float) -> Outcome:
-    """Outcome of a direction by its gain test.
-
-    Args:
-        gain_test: Test on queries that were not used for the choice.
-        worthwhile: Minimum gain that is worth an upgrade, in points of R@k.
-    """
+    """Outcome of a direction by a gain test on queries that were not used for the choice."""
     if gain_test.pooled is None:
         return "open"
     if gain_test.met:
@@ -246,15 +235,7 @@ class Threshold:
 
 
 def check_thresholds(limits: FailUnder, measured: Measured) -> list[Threshold]:
-    """Compare the measured cells with the thresholds.
-
-    Args:
-        limits: The thresholds.
-        measured: The cells.
-
-    Raises:
-        ConfigError: If a direction or new/new was not measured.
-    """
+    """Compare the measured cells with the thresholds."""
     old, new_old, k = measured.cells[OLD], measured.cells[UPGRADED], limits.k
     changes = differences(new_old, old, measured.groups)
     thresholds = []

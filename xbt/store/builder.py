@@ -97,18 +97,7 @@ class CommittedShards(Mapping[str, ShardRecord]):
 def drop_rows(
     path: Path, header: Header, shard: ShardRecord, rows: Sequence[int], extra: Mapping[str, Any]
 ) -> None:
-    """Rewrite a committed shard without some of its rows; only the main process calls this.
-
-    Args:
-        path: The store's directory.
-        header: The store's header.
-        shard: The shard.
-        rows: Positions of the rows to drop.
-        extra: The shard's new note.
-
-    Raises:
-        StoreError: If the shard cannot be read, or the disk has no space for a second copy.
-    """
+    """Rewrite a committed shard without some rows, with a new note; the main process calls this."""
     keep = np.ones(shard.count, bool)
     keep[rows] = False
     table = read_columns(path / metadata_file(shard.name), None).filter(pa.array(keep))
@@ -122,11 +111,7 @@ def drop_rows(
 
 
 def complete_replacements(path: Path, modality: str) -> None:
-    """Finish the move of rewritten files that match their record, and remove the others.
-
-    Raises:
-        StoreError: If a record is damaged, or the directory cannot be written.
-    """
+    """Finish the move of rewritten files that match their record, and remove the others."""
     new = path / IN_PROGRESS / _NEW
     if not new.is_dir():
         return

@@ -26,19 +26,10 @@ from xbt.store.rows import NpyFile, inspect_npy
 
 
 def scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) -> Manifest:
-    """Build the manifest of a folder that has none.
+    """Build the manifest, without checksums, of a folder that has none.
 
-    Args:
-        path: The folder, with ``img_emb/`` or ``text_emb/`` and optionally ``metadata/``.
-        modality: ``"image"`` or ``"text"``; needed only if the folder has both.
-        space: The space of the vectors, if known.
-
-    Returns:
-        A manifest without checksums.
-
-    Raises:
-        StoreError: If the folder has no vectors, both modalities, or files that do not belong together.
-        SpaceMismatchError: If the vectors have another dimension than the space.
+    The folder has ``img_emb/`` or ``text_emb/`` and optionally ``metadata/``; ``modality`` is needed only if
+    it has both.
     """
     if (path / IN_PROGRESS / HEADER).is_file():
         records = [p for p in (path / IN_PROGRESS).glob("*.json") if p.name != HEADER and p.name[0] != "."]

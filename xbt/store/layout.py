@@ -73,12 +73,7 @@ class ShardRecord:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Read the output of :meth:`to_dict`.
-
-        Raises:
-            StoreError: If it names other files than the two of the shard.
-            ValueError: If a value has the wrong type.
-        """
+        """Read the output of :meth:`to_dict`; a value of the wrong type raises a ValueError or the like."""
         name = shard_name(data["name"])
         files = {path: FileRecord.from_dict(file) for path, file in data["files"].items()}
         if set(files) not in [{vectors_file(modality, name), metadata_file(name)} for modality in FOLDERS]:
@@ -138,12 +133,7 @@ class Header:
         return cls(str(data["modality"]), space, str(data["dtype"]), parse_count(data["dim"], "dim"))
 
     def require(self, other: Header, path: Path) -> None:
-        """Refuse a header with another modality, dtype or space.
-
-        Raises:
-            StoreError: If modality or dtype differ.
-            SpaceMismatchError: If the spaces differ.
-        """
+        """Refuse a header with another modality, dtype or space."""
         for name in ("modality", "dtype"):
             existing, requested = getattr(self, name), getattr(other, name)
             if existing != requested:
@@ -165,12 +155,7 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Read the output of :meth:`to_dict`, and check each row count against the file's size.
-
-        Raises:
-            StoreError: If shards and header do not agree.
-            ValueError: If a value has the wrong type.
-        """
+        """Read the output of :meth:`to_dict`, and check each row count against the file's size."""
         header = Header.from_dict(data)
         shards = tuple(map(ShardRecord.from_dict, data["shards"]))
         width = header.dim * header.numpy_dtype.itemsize
@@ -229,15 +214,7 @@ def metadata_file(name: str) -> str:
 
 
 def shard_files(path: Path, folder: str) -> dict[str, Path]:
-    """Find the files of shards in a folder of a store; all other files belong to the user.
-
-    Args:
-        path: The store's directory.
-        folder: ``"img_emb"``, ``"text_emb"`` or ``"metadata"``.
-
-    Returns:
-        Files by the shard's name, unordered; empty if there is no such folder.
-    """
+    """Files of shards in a folder of a store by the shard's name; other files belong to the user."""
     ending = "parquet" if folder == METADATA else "npy"
     pattern = re.compile(rf"{folder}_({_NAME.pattern})\.{ending}")
     files = (path / folder).iterdir() if (path / folder).is_dir() else ()
@@ -245,11 +222,7 @@ def shard_files(path: Path, folder: str) -> dict[str, Path]:
 
 
 def store_path(path: str | Path) -> Path:
-    """Check the path of a store and expand ``~``.
-
-    Raises:
-        StoreError: If the path is empty or a file.
-    """
+    """Check the path of a store, which must not be empty or a file, and expand ``~``."""
     if not str(path).strip():
         raise StoreError("the store's path is empty; name a directory")
     directory = Path(path).expanduser()
@@ -266,12 +239,7 @@ def has_manifest(path: Path) -> bool:
 def read_record(path: Path, root: Path | None = None) -> dict[str, Any]:
     """Read a manifest, header or shard record.
 
-    Args:
-        path: The file.
-        root: The directory that must contain it; see :func:`xbt.files.refuse_irregular`.
-
-    Raises:
-        StoreError: If it cannot be read or is not a JSON object.
+    ``root`` is the directory that must contain it; see :func:`xbt.files.refuse_irregular`.
     """
     try:
         with open_regular(path, root) as file:
@@ -288,22 +256,14 @@ def read_record(path: Path, root: Path | None = None) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> Header:
-    """Read the header of a store that is being built.
-
-    Raises:
-        StoreError: If it is of another format, from a newer version, or damaged.
-    """
+    """Read the header of a store that is being built."""
     data = _read_format(path)
     with _parsing(path):
         return Header.from_dict(data)
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read the manifest of a finished store.
-
-    Raises:
-        StoreError: If it is of another format, from a newer version, or damaged.
-    """
+    """Read the manifest of a finished store."""
     data = _read_format(path)
     with _parsing(path):
         if data.pop(_CHECKSUM) != _checksum(data):
@@ -312,11 +272,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def read_shard_record(path: Path) -> ShardRecord:
-    """Read the record that commits a shard.
-
-    Raises:
-        StoreError: If it is damaged.
-    """
+    """Read the record that commits a shard."""
     data = read_record(path)
     with _parsing(path):
         return ShardRecord.from_dict(data)

@@ -24,15 +24,9 @@ _HASHES_PER_PASS = 2**27
 
 
 def read_columns(path: Path, columns: Sequence[str] | None, rows: int | None = None) -> pa.Table:
-    """Read columns of a parquet file; missing columns are left out.
+    """Read columns of a parquet file, all by default; missing columns are left out.
 
-    Args:
-        path: The file.
-        columns: Names; ``None`` reads all.
-        rows: Required number of rows, checked before the values are read.
-
-    Raises:
-        StoreError: If the file cannot be read, has another number of rows, or a value is damaged.
+    ``rows`` is the required number of rows, checked before the values are read.
     """
     with _opened(path) as file:
         if rows is not None and file.metadata.num_rows != rows:
@@ -47,21 +41,13 @@ def read_columns(path: Path, columns: Sequence[str] | None, rows: int | None = N
 
 
 def inspect_parquet(path: Path) -> tuple[int, list[str]]:
-    """Number of rows and names of the columns of a parquet file, from its footer.
-
-    Raises:
-        StoreError: If the file cannot be read.
-    """
+    """Number of rows and names of the columns of a parquet file, from its footer."""
     with _opened(path) as file:
         return int(file.metadata.num_rows), column_names(file, path)
 
 
 def read_types(path: Path) -> dict[str, pa.DataType]:
-    """Type of each column of a parquet file, from its footer; empty for a file without rows.
-
-    Raises:
-        StoreError: If the file cannot be read.
-    """
+    """Type of each column of a parquet file, from its footer; empty for a file without rows."""
     with _opened(path) as file:
         # Without values a type means nothing: pandas invents one for empty columns.
         names = column_names(file, path) if file.metadata.num_rows else []
@@ -69,11 +55,7 @@ def read_types(path: Path) -> dict[str, pa.DataType]:
 
 
 def column_names(file: Any, path: Path) -> list[str]:
-    """Names of the columns of an open parquet file, without the index columns of pandas.
-
-    Raises:
-        StoreError: If two columns have the same name.
-    """
+    """Names of the columns of an open parquet file, without the index columns of pandas."""
     names = list(file.schema_arrow.names)
     if len(set(names)) < len(names):
         repeated = next(name for name in names if names.count(name) > 1)
@@ -82,15 +64,9 @@ def column_names(file: Any, path: Path) -> list[str]:
 
 
 def plain_values(values: Any, what: str) -> list[Any]:
-    """Convert a column to Python values.
+    """Convert an Arrow column to Python values.
 
-    Args:
-        values: An Arrow column.
-        what: Name of the column in error messages.
-
-    Raises:
-        StoreError: If a value has no Python form, such as a date after the year 9999; the message names its
-            row.
+    Some have none, such as a date after the year 9999; the message names the row and ``what``.
     """
     try:
         plain: list[Any] = values.to_pylist()
@@ -172,11 +148,7 @@ class MetadataColumns:
         return self._names
 
     def read(self, columns: Sequence[str] | None, start: int, stop: int) -> pa.Table:
-        """Columns of the rows ``start`` … ``stop − 1``; null for rows of files without a column.
-
-        Raises:
-            StoreError: If a file cannot be read, or a column has incompatible types.
-        """
+        """Columns of the rows ``start`` … ``stop − 1``; null for rows of files without a column."""
         parts = list(self._parts(columns, start, stop))
         table = _concatenated(parts) if parts else pa.table({})
         for name in columns or []:
@@ -255,14 +227,7 @@ def hashes_of(names: Iterable[str]) -> NDArray[np.int64]:
 
 
 class Repetition(NamedTuple):
-    """A second or later occurrence of a string.
-
-    Attributes:
-        part: Index of its part.
-        row: Its position in the part.
-        name: The string.
-        first: Index of the part with the first occurrence.
-    """
+    """A repeated string: part and row of this occurrence, the string, and the part of its first one."""
 
     part: int
     row: int
@@ -314,11 +279,7 @@ def repeated_ids(path: Path, records: Sequence[ShardRecord]) -> Iterator[Repetit
 
 
 def require_unique(path: Path, records: Sequence[ShardRecord]) -> None:
-    """Refuse shards that share an id.
-
-    Raises:
-        StoreError: If an id occurs twice; the message names it and its shards.
-    """
+    """Refuse shards that share an id."""
     repetition = next(repeated_ids(path, records), None)
     if repetition is not None:
         shards = f"{records[repetition.first].name} and {records[repetition.part].name}"
@@ -337,12 +298,8 @@ def shard_ids(path: Path, records: Iterable[ShardRecord]) -> Iterator[list[str]]
 def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | None:
     """Choose the column of a clip-retrieval folder to use as ids: ``id``, else ``image_path``.
 
-    Args:
-        columns: The folder's metadata.
-        counts: Number of rows of each shard.
-
-    Returns:
-        The column's name, or ``None`` if neither column exists without gaps and repetitions.
+    ``counts`` are the rows of each shard. The result is ``None`` if neither column exists without gaps and
+    repetitions.
     """
     ranges = list(pairwise(accumulate(counts, initial=0)))
 
@@ -371,11 +328,7 @@ class KnownIds:
         self._sorted_hashes: dict[str, NDArray[np.int64]] = {}
 
     def refuse(self, ids: Sequence[str], shards: Sequence[ShardRecord]) -> None:
-        """Refuse ids that one of the shards contains.
-
-        Raises:
-            StoreError: If there is such an id; the message names the first.
-        """
+        """Refuse ids that one of the shards contains."""
         new = hashes_of(ids)
         for shard in shards:
             old = self._sorted_hashes.get(shard.name)
@@ -408,16 +361,10 @@ class ColumnTypes:
         self._files: dict[Path, None] = {}
 
     def add(self, files: Iterable[Path]) -> list[str]:
-        """Add new files.
-
-        Args:
-            files: Parquet files in the order of the shards.
+        """Add new parquet files in the order of the shards.
 
         Returns:
             A sentence for each column whose type is incompatible with the files before.
-
-        Raises:
-            StoreError: If a file cannot be read.
         """
         faults = []
         for path in files:
@@ -432,15 +379,7 @@ class ColumnTypes:
         return faults
 
     def require(self, table: pa.Table, where: str) -> None:
-        """Refuse columns with types that are incompatible with the files added so far.
-
-        Args:
-            table: The next table to write.
-            where: Its name in error messages.
-
-        Raises:
-            StoreError: If there is such a column; the message names it.
-        """
+        """Refuse columns of the table ``where`` with types incompatible with the files added so far."""
         for name in table.column_names:
             dtype = table.schema.field(name).type
             try:

@@ -99,12 +99,7 @@ def read_npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], 
 
 
 def inspect_npy(path: Path) -> NpyFile:
-    """Read the header of a shard and check it against the file's size.
-
-    Raises:
-        StoreError: If the file cannot be read, is not ``.npy``, is cut or too long, or holds anything but
-            (n, dim) rows of float16 or float32.
-    """
+    """Read the header of a shard and check it against the file's size; it must hold (n, dim) float rows."""
     try:
         with open_regular(path, path.parent.parent) as file:
             status = _status(file)
@@ -170,13 +165,7 @@ class NpyRows:
         return int(self._starts[-1])
 
     def take(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows by number, in the given order.
-
-        Args:
-            indices: (n,) row numbers within the range.
-
-        Returns:
-            (n, dim) float32 rows.
+        """Rows by number, in the given order, as (n, dim) float32.
 
         Raises:
             StoreError: If a file is damaged, a value is NaN or infinite, or a unit row has another length;

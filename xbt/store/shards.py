@@ -55,22 +55,7 @@ def write_shard(
 ) -> ShardRecord:
     """Check and write the files of a shard; the caller adds it to the store by writing its record.
 
-    Args:
-        path: The store's directory.
-        header: The store's header.
-        name: The shard's name.
-        vectors: (n, dim) float vectors; n may be 0.
-        ids: n unique strings.
-        metadata: Columns of n values each, beside the ids.
-        extra: JSON note to keep with the shard.
-
-    Returns:
-        The record.
-
-    Raises:
-        DataError: If a value is NaN or infinite.
-        SpaceMismatchError: If the dimension differs.
-        StoreError: If ids or metadata do not fit, or the disk is full.
+    See :meth:`xbt.store.StoreBuilder.write`.
     """
     where = f"shard {name!r} of {path}"
     rows = as_rows(vectors, header, where)
@@ -87,13 +72,7 @@ def write_shard(
 
 
 def as_rows(vectors: Vectors, header: Header, where: str) -> NDArray[np.floating]:
-    """Check vectors and convert them to the dtype on disk.
-
-    Raises:
-        DataError: If there is NaN or infinity, a value too large for float16, or, in a space of unit rows, a
-            row of another length.
-        SpaceMismatchError: If the dimension differs.
-    """
+    """Check vectors and convert them to the dtype on disk."""
     dtype = np.dtype(header.dtype).newbyteorder("<")
     if len(vectors) == 0:
         return np.zeros((0, header.dim), dtype)
@@ -118,11 +97,7 @@ def as_rows(vectors: Vectors, header: Header, where: str) -> NDArray[np.floating
 
 
 def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: str) -> pa.Table:
-    """Build a shard's metadata table: the column id, then the others.
-
-    Raises:
-        StoreError: If an id is not a string or is repeated, or a column has another length or no Arrow type.
-    """
+    """Build a shard's metadata table: the column id, then the others."""
     names = as_ids(ids, where)
     if len(names) != count:
         raise StoreError(f"{where}: there are {count} vectors but {len(names)} ids; give one id per vector")
@@ -148,11 +123,7 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
 
 
 def as_ids(ids: Iterable[str], where: str) -> list[str]:
-    """Convert ids to a list; a generator is read once.
-
-    Raises:
-        StoreError: If they are not iterable, or one string.
-    """
+    """Convert ids to a list; a generator is read once."""
     if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
         raise StoreError(f"{where}: the ids are {ids!r:.40}; give a list of strings, one per vector")
     return list(ids)

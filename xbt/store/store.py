@@ -79,11 +79,7 @@ def find_faults(
 
 
 def refuse_wrong_sizes(path: Path, manifest: Manifest) -> None:
-    """Refuse a store with files that are missing, cut or too long.
-
-    Raises:
-        StoreError: If there is such a file; the message names the first.
-    """
+    """Refuse a store with files that are missing, cut or too long; the message names the first."""
     faults = wrong_sizes(path, manifest.shards)
     if faults:
         more = f" ({len(faults)} files are wrong: see xbt.store.find_faults)" if len(faults) > 1 else ""
