@@ -14,7 +14,12 @@ from xbt.backfill.merge_file import MERGE, is_merge_of, load_merge, save_merge
 from xbt.backfill.plan import Chunk, cut, draw_plan, fit_support_merge, kept_plan
 from xbt.backfill.queries import Models, as_questions, embed_support, load_models, load_questions
 from xbt.backfill.records import CURVE, ORDER, REJECTED, RESULT, JsonLines
-from xbt.backfill.target import (
+from xbt.embedding.checks import require_free_space
+from xbt.encoders import DualEncoder
+from xbt.errors import DataError
+from xbt.index import Gallery
+from xbt.index.mixed import Merge, RankMerge
+from xbt.index.target import (
     backfill_present,
     begin,
     fingerprints,
@@ -24,11 +29,6 @@ from xbt.backfill.target import (
     pending,
     vector_names,
 )
-from xbt.embedding.checks import require_free_space
-from xbt.encoders import DualEncoder
-from xbt.errors import DataError
-from xbt.index import Gallery
-from xbt.index.mixed import Merge, RankMerge
 from xbt.run_dir import RunDirectory
 from xbt.space import EmbeddingSpace
 from xbt.store.lock import WriterLock

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from xbt.backfill.records import JsonLines
-from xbt.backfill.target import fraction_backfilled
 from xbt.errors import DataError
 from xbt.evaluation import bootstrap_interval, bootstrap_means
 from xbt.index.mixed import Merge, search_mixed
 from xbt.index.protocol import Hits, VectorIndex
+from xbt.index.target import fraction_backfilled
 from xbt.space import EmbeddingSpace
 
 KS = (1, 5, 10)

@@ -18,11 +18,11 @@ from xbt.backfill.orders import distance_to_mean_order, oldest_first, query_log_
 from xbt.backfill.queries import Models, Support
 from xbt.backfill.records import read_order, write_order
 from xbt.backfill.rehearsal import fit_rehearsed_order
-from xbt.backfill.target import read_vectors
 from xbt.data import read_captions
 from xbt.index.calibration import fit_merge
 from xbt.index.mixed import Merge
 from xbt.index.protocol import VectorIndex
+from xbt.index.target import read_vectors
 
 KINDS = ("affine", "isotonic", "rank", "raw")
 """Kinds of merge; of equally good ones the first is taken."""

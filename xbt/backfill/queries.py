@@ -10,7 +10,6 @@ from torch import Tensor
 
 from xbt.backfill.config import BackfillConfig
 from xbt.backfill.measure import Questions
-from xbt.backfill.target import read_vectors
 from xbt.compatible import CompatibleEncoder
 from xbt.compatible.saving import ENSEMBLE_DIR
 from xbt.data import ImageTextPairs, PairSource, load_pairs, load_readable_pairs
@@ -18,6 +17,7 @@ from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import DataError
 from xbt.hub import fetch
 from xbt.index.protocol import VectorIndex
+from xbt.index.target import read_vectors
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ class Views:
             part, other = known.part(using), None if without is None else known.part(without)
             view = views[[each.name for each in views].index(part.name)]
             if other is None:
-                return [view] if part is known.newest else [view, part.moved_view()]
+                return [view] if part is known.newest else [view, *part.moved_views()]
             return [view.without(set(other.with_vector())) if other is not known.newest else view]
 
     def _make_indexes(self) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from xbt.errors import DataError, StoreError
-from xbt.index import Gallery
+from xbt.errors import BusyError, DataError
+from xbt.index.gallery import Gallery
 from xbt.index.mixed import next_vector_name
 from xbt.index.protocol import VectorIndex
 from xbt.space import EmbeddingSpace
@@ -157,7 +157,7 @@ def _exclusive(index: VectorIndex) -> Iterator[None]:
             try:
                 stack.enter_context(index.writing())
                 break
-            except StoreError:
+            except BusyError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(pause)
