@@ -12,6 +12,7 @@ from galleries import FORK, quiet
 from qdrant_rest import RestServer
 
 from xbt.backfill import load_merge, run_backfill, target
+from xbt.index.target import pending
 from xbt.errors import ConfigError, DataError, StoreError
 from xbt.index import Gallery, QdrantIndex, VectorIndex
 
@@ -86,7 +87,7 @@ def test_a_server_that_fails_amid_a_write_and_items_that_change(
     result = run_backfill(config(gallery="photos"), QdrantIndex.open(server.client(), "photos"))
     assert (result.items, result.rejected, result.total) == (COUNT - 25, 1, COUNT + 1)
     assert order_of(tmp_path / "out") == [*order, "stranger"]
-    assert target.pending(index, "new") == ["stranger"]
+    assert pending(index, "new") == ["stranger"]
 
 
 def run_and_die(job, folder, write):

@@ -163,7 +163,7 @@ def test_a_new_order_in_the_same_directory(config, gallery, tmp_path):
 
 
 def test_another_writer_is_waited_for(config, gallery, monkeypatch):
-    from xbt.backfill import target
+    from xbt.index import target
 
     slept = []
     lock = WriterLock(gallery)

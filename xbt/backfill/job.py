@@ -28,20 +28,14 @@ from xbt.backfill.plan import (
 )
 from xbt.backfill.target import (
     MERGE,
-    backfill_present,
-    begin,
     close_target,
     directory_of,
-    fingerprints,
-    is_complete,
     is_merge_of,
     load_merge,
     open_target,
-    pending,
     refresh,
     require_capacity,
     save_merge,
-    vector_names,
 )
 from xbt.data.image_collection import open_images
 from xbt.embedding.checks import require_writable
@@ -50,6 +44,14 @@ from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import DataError
 from xbt.index.mixed import Merge, RankMerge
 from xbt.index.protocol import VectorIndex
+from xbt.index.target import (
+    backfill_present,
+    begin,
+    fingerprints,
+    is_complete,
+    pending,
+    vector_names,
+)
 from xbt.processes import Team, cores_per_process, start_processes
 from xbt.run_dir import RunDirectory
 from xbt.space import EmbeddingSpace

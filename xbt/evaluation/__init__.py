@@ -30,6 +30,7 @@ from xbt.evaluation.compatibility import (
     prefix_vectors,
     update_gain,
 )
+from xbt.evaluation.depth import DepthCurve, DepthPoint, depth_curve
 from xbt.evaluation.protocols import (
     PROTOCOLS,
     CheckedReport,
@@ -50,6 +51,8 @@ __all__ = [
     "CheckedReport",
     "Comparison",
     "CompatibilityMatrix",
+    "DepthCurve",
+    "DepthPoint",
     "Difference",
     "Expectation",
     "Interval",
@@ -65,6 +68,7 @@ __all__ = [
     "compatibility_matrix",
     "compatibility_tax",
     "criterion",
+    "depth_curve",
     "difference_over_seeds",
     "differences",
     "evaluate_cell",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from xbt.index.calibration import fit_merge
+from xbt.index.cascade import Cascade, CascadeStatistics, cascaded_search
 from xbt.index.gallery import Gallery
 from xbt.index.mixed import (
     AffineMerge,
@@ -21,6 +22,8 @@ from xbt.index.ranks import MixedScores, mixed_ranks
 __all__ = [
     "AffineMerge",
     "Batch",
+    "Cascade",
+    "CascadeStatistics",
     "Gallery",
     "Hits",
     "IndexInfo",
@@ -33,6 +36,7 @@ __all__ = [
     "RawMerge",
     "VectorIndex",
     "VectorInfo",
+    "cascaded_search",
     "fit_merge",
     "merge_from_dict",
     "mixed_ranks",

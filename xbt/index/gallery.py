@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -26,6 +26,9 @@ from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 from xbt.store.layout import Header
 from xbt.vectors import Vectors, as_ids, as_k, as_queries, as_rows
+
+if TYPE_CHECKING:
+    from xbt.index.cascade import Cascade
 
 
 class Gallery:
@@ -324,6 +327,8 @@ class Gallery:
         using: str | None = None,
         without: str | None = None,
         filter: Any = None,
+        rerank: Cascade | None = None,
+        new_queries: Vectors | None = None,
     ) -> Hits:
         """Find the k items with the largest inner product for every query.
 
@@ -338,6 +343,8 @@ class Gallery:
                 :meth:`VectorIndex.search <xbt.index.VectorIndex.search>`.
             without: With ``using``: exclude items with a vector in this part.
             filter: Must be ``None``, since a gallery does not support filters.
+            rerank: Let the new model order the first results; see :func:`~xbt.index.cascaded_search`.
+            new_queries: The same queries under the new model, with ``rerank``.
 
         Raises:
             DataError: If k is out of range, there are no queries, a value is NaN, or items are in two parts.
@@ -348,6 +355,9 @@ class Gallery:
             raise ConfigError(
                 "a gallery does not support filters; leave filter out, and filter the results yourself"
             )
+        if rerank is not None:
+            one = {"part": part, "using": using, "without": without}
+            return rerank.search(self, queries, new_queries, k, old_space=space, **one)
         if using is not None:
             views = self._state.views_of(using, without)
             views[0].require_space(space, "the query vectors")

@@ -82,7 +82,8 @@ class Part:
         self._manager_made: IndexManager | None = None
         self._trusted: weakref.WeakSet[EmbeddingSpace] = weakref.WeakSet()
         self._view: PartView | None = None
-        self._moved: PartView | None = None
+        self._moved: list[PartView] | None = None
+        self._moved_groups: list[tuple[NDArray[np.int64], ExactRows | None]] = []
 
     @property
     def count(self) -> int:
@@ -160,7 +161,7 @@ class Part:
     def unmask_moved(self) -> None:
         """Make moved rows searchable again, for a part that becomes the only one."""
         self.masked, self._view, self._moved = self.removed, None, None
-        self._manager_made = None
+        self._manager_made, self._moved_groups = None, []
 
     @property
     def _manager(self) -> IndexManager:
@@ -239,15 +240,34 @@ class Part:
             )  # fmt: skip
         return known
 
-    def moved_view(self) -> PartView:
-        """Build a searchable view of the rows moved to the new part."""
+    def moved_views(self) -> list[PartView]:
+        """Build searchable views of the rows moved to the new part.
+
+        Rows that have moved since the last call make a group. Small groups are joined, so that a row is read
+        a logarithmic number of times.
+        """
         if self._moved is None:
             hidden = self.removed | ~self.masked
-            rows = np.flatnonzero(~hidden)
-            exact = ExactRows(self.dim).grown(self.rows.gather(rows), rows)
-            self._moved = replace(
-                self.view(), masked=hidden, count=len(rows), exact=exact, index=None, due=False
-            )
+            fresh = ~hidden
+            for rows, _ in self._moved_groups:
+                fresh[rows] = False
+            groups = [*self._moved_groups, (np.flatnonzero(fresh), None)]
+            while len(groups) > 1 and len(groups[-2][0]) <= 2 * len(groups[-1][0]):
+                (first, _), (last, _) = groups[-2:]
+                both = np.sort(np.concatenate([first, last]))
+                groups[-2:] = [(both[~self.removed[both]], None)]
+            made = [
+                (rows, ExactRows(self.dim).grown(self.rows.gather(rows), rows) if exact is None else exact)
+                for rows, exact in groups
+                if len(rows)
+            ]
+            self._moved_groups = [*made]
+            kept = [exact.masked_by(hidden) for _, exact in made]
+            self._moved = [
+                replace(self.view(), masked=hidden, count=exact.count, exact=exact, index=None, due=False)
+                for exact in kept
+                if exact.count
+            ]
         return self._moved
 
     def made_index(self, view: PartView) -> ApproximateIndex:

@@ -20,6 +20,7 @@ from xbt.vectors import Vectors, as_ids, as_k, as_queries, as_rows
 
 if TYPE_CHECKING:  # searching with vectors needs no models
     from xbt.encoders import DualEncoder
+    from xbt.index.cascade import Cascade
 
 OLD = "old"
 """Name of the first vector."""
@@ -183,6 +184,8 @@ class QdrantIndex:
         without: str | None = None,
         filter: Any = None,
         exact: bool = False,
+        rerank: Cascade | None = None,
+        new_queries: Vectors | None = None,
     ) -> Hits:
         """Find the k items with the highest score for every query; equal scores are in Qdrant's order.
 
@@ -196,7 +199,12 @@ class QdrantIndex:
             filter: A ``Filter`` of Qdrant that items must meet.
             exact: Whether a server compares with every item instead of using its approximate index. Qdrant's
                 local mode always does.
+            rerank: Let the new model order the first results; see :func:`~xbt.index.cascaded_search`.
+            new_queries: The same queries under the new model, with ``rerank``.
         """
+        if rerank is not None:
+            more = {"using": using, "without": without, "filter": filter, "exact": exact}
+            return rerank.search(self, queries, new_queries, k, old_space=space, **more)
         name = next(iter(self._spaces)) if using is None else using
         if without is not None:
             self._space_of(without)

@@ -241,7 +241,7 @@ class State:
             part, other = parts.part(using), None if without is None else parts.part(without)
             view = views[[each.name for each in views].index(part.name)]
             if other is None:
-                return [view] if part is parts.newest else [view, part.moved_view()]
+                return [view] if part is parts.newest else [view, *part.moved_views()]
             return [view.without(set(other.with_vector())) if other is not parts.newest else view]
 
     def _make_indexes(self) -> None:

@@ -1,0 +1,256 @@
+"""Embedding on demand: rows get their new vector when they are first asked for, once, and durably."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xbt.errors import DataError, ImageError
+from xbt.index.gallery import Gallery
+from xbt.index.originals import MissingOriginal, Originals
+from xbt.index.protocol import VectorIndex
+from xbt.index.target import backfill_present, fingerprints_of
+from xbt.space import EmbeddingSpace
+
+Outcome = Literal["stored", "missing", "broken", "late"]
+
+
+class Embeds(Protocol):
+    """An encoder: a :class:`~xbt.encoders.DualEncoder`, or anything with these methods."""
+
+    @property
+    def space(self) -> EmbeddingSpace:
+        """Space of its vectors."""
+        ...
+
+    def encode_images(self, images: Sequence[Any]) -> Tensor:
+        """(n, dim) vectors of n images."""
+        ...
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """(n, dim) vectors of n texts."""
+        ...
+
+
+@dataclass(eq=False)
+class _Task:
+    """One row on its way to a new vector.
+
+    Attributes:
+        item: Its id.
+        waiting: Searches that wait for it.
+        done: Its outcome.
+        reading: Reads its original.
+    """
+
+    item: str
+    waiting: int = 0
+    done: Future[Outcome] = field(default_factory=Future)
+    reading: Future[None] | None = None
+
+
+class Embedder:
+    """Embeds the originals of an index's rows in threads and writes the vectors to the index.
+
+    Some threads read and decode originals. One thread embeds whatever is decoded by then, as one batch, and
+    writes it to the index. A row is done once its vector is durable. A row that several threads ask for is
+    embedded once.
+
+    Args:
+        index: The index, which has both vectors.
+        names: Names of its old and of its new vector.
+        encoder: The new model.
+        originals: Originals of the rows.
+        workers: Threads that read originals.
+        batch_size: Maximum originals per forward pass.
+
+    Attributes:
+        stored: Ids that are known to have a new vector.
+        failed: Ids whose original is missing or broken; they are not tried again.
+        embedded: Number of originals that were embedded.
+        pid: Process that the threads belong to.
+    """
+
+    def __init__(
+        self,
+        index: VectorIndex,
+        names: tuple[str, str],
+        encoder: Embeds,
+        originals: Originals,
+        workers: int,
+        batch_size: int,
+    ) -> None:
+        self.index, self.names = index, names
+        self.stored: set[str] = set()
+        self.failed: dict[str, Outcome] = {}
+        self.embedded, self.pid = 0, os.getpid()
+        self._encoder, self._originals, self._batch_size = encoder, originals, batch_size
+        self._tasks: dict[str, _Task] = {}
+        self._lock = threading.Lock()
+        self._decoded: SimpleQueue[tuple[_Task, Mapping[str, int], Any]] = SimpleQueue()
+        self._space = threading.Semaphore(workers + 2 * batch_size)  # decoded originals in memory
+        self._readers = ThreadPoolExecutor(workers, "xbt-originals")
+        self._model = ThreadPoolExecutor(1, "xbt-cascade")
+
+    def embed(self, items: Iterable[str], seconds: float | None = None) -> dict[str, Outcome]:
+        """Embed rows that have no new vector, and wait for them.
+
+        Args:
+            items: Their ids, the most urgent first.
+            seconds: Longest time to wait. Originals that nobody has begun to read by then are left for a
+                later search; the others are stored when they are ready.
+
+        Returns:
+            The outcome of each row.
+
+        Raises:
+            XbtError: If the encoder fails, or the index cannot be written to.
+        """
+        outcomes: dict[str, Outcome] = {}
+        tasks: list[_Task] = []
+        with self._lock:
+            for item in dict.fromkeys(items):
+                known = "stored" if item in self.stored else self.failed.get(item)
+                if known is None:
+                    tasks.append(self._task(item))
+                else:
+                    outcomes[item] = known
+        wait([task.done for task in tasks], seconds)
+        with self._lock:
+            late = [task for task in tasks if not task.done.done()]
+            for task in tasks:
+                task.waiting -= 1
+            for task in late:
+                if not task.waiting and task.reading is not None and task.reading.cancel():
+                    del self._tasks[task.item]
+        outcomes.update((task.item, "late" if task in late else task.done.result()) for task in tasks)
+        return outcomes
+
+    def known(self, present: Iterable[str], absent: Iterable[str]) -> None:
+        """Note rows that have a new vector, and rows that have none (any more)."""
+        with self._lock:
+            self.stored.update(present)
+            self.stored.difference_update(absent)
+
+    def retry(self) -> None:
+        """Forget which originals are missing or broken."""
+        with self._lock:
+            self.failed.clear()
+
+    def see_other_writers(self) -> None:
+        """Load what other processes have written."""
+        if isinstance(self.index, Gallery):
+            self.index.reload()
+
+    def close(self) -> None:
+        """Wait for the originals that are being embedded, and end the threads."""
+        self._readers.shutdown(cancel_futures=True)
+        self._model.shutdown()
+
+    def _task(self, item: str) -> _Task:
+        task = self._tasks.get(item)
+        if task is None:
+            task = self._tasks[item] = _Task(item)
+            task.reading = self._readers.submit(self._read, task)
+        task.waiting += 1
+        return task
+
+    def _read(self, task: _Task) -> None:
+        self._space.acquire()
+        try:
+            before = fingerprints_of(self.index, [task.item], self.names[0])
+            self._decoded.put((task, before, self._originals.read(task.item)))
+            self._model.submit(self._embed_decoded)
+            return
+        except MissingOriginal:
+            self._finish(task, "missing")
+        except ImageError:
+            self._finish(task, "broken")
+        except DataError:  # the original cannot be read now, or the row is gone
+            self._finish(task, "missing", remember=False)
+        except Exception as error:
+            self._finish(task, error)
+        self._space.release()
+
+    def _embed_decoded(self) -> None:
+        batch: list[tuple[_Task, Mapping[str, int], Any]] = []
+        with suppress(Empty):
+            while len(batch) < self._batch_size:
+                batch.append(self._decoded.get_nowait())
+        if not batch:
+            return
+        try:
+            self._store(batch)
+        except Exception as error:
+            for task, _, _ in batch:
+                self._finish(task, error)
+        finally:
+            self._space.release(len(batch))
+
+    def _store(self, batch: Sequence[tuple[_Task, Mapping[str, int], Any]]) -> None:
+        try:
+            rows = self._encode([original for _, _, original in batch])
+        except ImageError:
+            if len(batch) > 1:  # one of them cannot be preprocessed
+                for one in batch:
+                    self._store([one])
+                return
+            self._finish(batch[0][0], "broken")
+            return
+        before = {item: hashed for _, known, _ in batch for item, hashed in known.items()}
+        backfill_present(self.index, rows, [task.item for task, _, _ in batch], self.names, before)
+        for task, _, _ in batch:
+            self._finish(task, "stored")
+
+    def _encode(self, originals: list[Any]) -> NDArray[np.float32]:
+        texts = self._originals.modality == "text"
+        vectors = self._encoder.encode_texts(originals) if texts else self._encoder.encode_images(originals)
+        rows: NDArray[np.float32] = np.asarray(vectors, np.float32)
+        return rows
+
+    def _finish(self, task: _Task, outcome: Outcome | Exception, remember: bool = True) -> None:
+        with self._lock:
+            if task.done.done():
+                return
+            if outcome == "stored":
+                self.stored.add(task.item)
+                self.embedded += 1
+            elif not isinstance(outcome, Exception) and remember:
+                self.failed[task.item] = outcome
+            self._tasks.pop(task.item, None)
+        if isinstance(outcome, Exception):
+            task.done.set_exception(outcome)
+        else:
+            task.done.set_result(outcome)
+
+
+def fetch_present(index: VectorIndex, ids: Sequence[str], name: str) -> dict[str, NDArray[np.float32]]:
+    """Read the vectors of those rows that have one.
+
+    Args:
+        index: The index.
+        ids: Ids of rows, all of which should have the vector: the others are looked for by halving.
+        name: Name of the vector.
+
+    Returns:
+        (dim,) float32 vectors by id.
+    """
+    if not ids:
+        return {}
+    try:
+        return dict(zip(ids, index.fetch(ids, name), strict=True))
+    except DataError:
+        if len(ids) == 1:
+            return {}
+    half = len(ids) // 2
+    return fetch_present(index, ids[:half], name) | fetch_present(index, ids[half:], name)
