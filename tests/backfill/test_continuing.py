@@ -12,9 +12,10 @@ from backfills import COUNT, SCENES, lines, order_of, scenes
 from galleries import FORK, quiet
 
 from xbt.backfill import run_backfill
+from xbt.backfill.items import open_items
 from xbt.data import PairSource
 from xbt.errors import ConfigError, DataError, StoreError
-from xbt.index import Gallery
+from xbt.index import Cascade, Gallery
 from xbt.store.lock import WriterLock
 
 
@@ -187,6 +188,22 @@ def test_another_writer_is_waited_for(config, gallery, monkeypatch):
     monkeypatch.setattr(target, "LOCK_TIMEOUT", 0.0)
     with WriterLock(gallery), pytest.raises(StoreError, match="gallery is being written by process"):
         run_backfill(config())
+
+
+def test_the_job_continues_what_searches_have_embedded(config, gallery, old, new, new_vectors):
+    made = Gallery.open(gallery)
+    texts = [captions[0] for captions in SCENES.captions[:8]]
+    with Cascade(new, open_items(config().images), depth=5) as cascade:
+        queries = old.encode_texts(texts), new.encode_texts(texts)
+        made.search(queries[0], 5, old.space, rerank=cascade, new_queries=queries[1])
+        done = made.ids_of("new")
+        assert cascade.statistics.embedded == len(done) >= 5
+    made.close()
+    result = run_backfill(config())
+    assert (result.items, result.total) == (COUNT - len(done), COUNT - len(done))
+    made = Gallery.open(gallery)
+    assert made.ids_of("new")[: len(done)] == done
+    np.testing.assert_allclose(made.fetch(SCENES.ids, "new"), new_vectors, atol=1e-3)
 
 
 def test_two_jobs_in_one_directory(config, tmp_path):

@@ -252,7 +252,7 @@ class Part:
             for rows, _ in self._moved_groups:
                 fresh[rows] = False
             groups = [*self._moved_groups, (np.flatnonzero(fresh), None)]
-            while len(groups) > 1 and len(groups[-2][0]) <= 2 * len(groups[-1][0]):
+            while len(groups) > 1 and len(groups[-2][0]) <= 8 * len(groups[-1][0]):
                 (first, _), (last, _) = groups[-2:]
                 both = np.sort(np.concatenate([first, last]))
                 groups[-2:] = [(both[~self.removed[both]], None)]
