@@ -12,9 +12,9 @@ from galleries import FORK, quiet
 from qdrant_rest import RestServer
 
 from xbt.backfill import load_merge, run_backfill, target
-from xbt.index.target import pending
 from xbt.errors import ConfigError, DataError, StoreError
 from xbt.index import Gallery, QdrantIndex, VectorIndex
+from xbt.index.target import pending
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from backfills import COUNT, SCENES, lines, order_of, scenes
 from galleries import FORK, quiet
 
 from xbt.backfill import run_backfill
-from xbt.backfill.items import open_items
+from xbt.backfill.embed import ItemsById
 from xbt.data import PairSource
+from xbt.data.image_collection import open_images
 from xbt.errors import ConfigError, DataError, StoreError
 from xbt.index import Cascade, Gallery
 from xbt.store.lock import WriterLock
@@ -193,7 +194,7 @@ def test_another_writer_is_waited_for(config, gallery, monkeypatch):
 def test_the_job_continues_what_searches_have_embedded(config, gallery, old, new, new_vectors):
     made = Gallery.open(gallery)
     texts = [captions[0] for captions in SCENES.captions[:8]]
-    with Cascade(new, open_items(config().images), depth=5) as cascade:
+    with Cascade(new, ItemsById(open_images(config().images)), depth=5) as cascade:
         queries = old.encode_texts(texts), new.encode_texts(texts)
         made.search(queries[0], 5, old.space, rerank=cascade, new_queries=queries[1])
         done = made.ids_of("new")
