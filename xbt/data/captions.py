@@ -137,7 +137,7 @@ def _read_parquet(path: Path, column: str) -> Iterator[Row]:
             check_unpacked(path, _column_size(table.metadata, column))
             cells = table.read(columns=[column])[column]
             values = _values(cells, path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} is not a readable parquet file ({reason}); write it again") from error
     for row, value in enumerate(values):
