@@ -19,17 +19,23 @@ from hypothesis import strategies as st
 
 from xbt.errors import XbtError
 
-EXAMPLES = int(os.environ.get("XBT_FUZZ_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("XBT_FUZZ_EXAMPLES", "25"))
 MAX_SECONDS = 10.0  # of processor time, so that a busy machine is no failure
 MAX_EXTRA_BYTES = 1 << 30
 
-fuzzed = settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+
+def fuzzed_in(variants: int) -> settings:
+    """Decorator for one of several variants of a fuzzed test, which together give a loader its inputs."""
+    return settings(
+        max_examples=-(-EXAMPLES // variants),
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+fuzzed = fuzzed_in(1)
 """Decorator for a fuzzed test: bounded, seeded, without a time limit that depends on the machine."""
 
 ODD_STRINGS = [

@@ -349,10 +349,9 @@ def test_fuzz_caption_lines(tmp_path_factory, rows):
 def test_a_parquet_file_whose_names_are_no_text(tmp_path, count):
     path = tmp_path / "captions.parquet"
     pq.write_table(pa.table({"caption": ["a dog"]}), path)
-    whole = path.read_bytes()
-    pieces = whole.split(b"caption")
+    pieces = path.read_bytes().split(b"caption")
     path.write_bytes(b"caption".join(pieces[:count]) + b"capt\xe5on" + b"caption".join(pieces[count:]))
-    with pytest.raises(DataError, match=r"captions\.parquet is not a readable parquet file|no column 'caption'"):
+    with pytest.raises(DataError, match=r"not a readable parquet|no column"):
         read_captions(CaptionSource(str(path)))
 
 

@@ -9,7 +9,7 @@ import string
 import pytest
 import tiny
 import torch
-from fuzzing import damaged, damaged_json, dump, fuzzed, loads_or_refuses
+from fuzzing import damaged, damaged_json, dump, fuzzed, fuzzed_in, loads_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -196,7 +196,7 @@ def test_a_tokenizer_that_lowers_itself_or_must_not_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "name", ["config.json", "preprocessor_config.json", "tokenizer_config.json", "vocab.json", "merges.txt"]
 )
-@fuzzed
+@fuzzed_in(5)
 @given(data=st.data())
 def test_fuzz_folders(name, data, clip, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / f"fuzzed-{name}"

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from fuzzing import damaged, damaged_json, dump, fuzzed, loads_or_refuses
+from fuzzing import damaged, damaged_json, dump, fuzzed, fuzzed_in, loads_or_refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -85,7 +85,7 @@ def load(kind, folder, **options):
 
 
 @pytest.mark.parametrize("name", PARTS)
-@fuzzed
+@fuzzed_in(4)
 @given(data=st.data())
 def test_fuzz_configs(name, saved, data):
     folder, config, weights = saved[name]
@@ -95,7 +95,7 @@ def test_fuzz_configs(name, saved, data):
 
 
 @pytest.mark.parametrize("name", ["linear", "ensemble", "bt2", "backbone"])
-@fuzzed
+@fuzzed_in(4)
 @given(data=st.data())
 def test_fuzz_files(name, saved, data):
     folder, config, weights = saved[name]
