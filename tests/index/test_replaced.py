@@ -9,8 +9,7 @@ import pytest
 from galleries import as_items, assert_finds, make_space, names, unit
 
 from xbt.errors import StoreError
-from xbt.index import Gallery
-from xbt.index import maintenance
+from xbt.index import Gallery, maintenance
 from xbt.index.storage import Storage
 from xbt.store import EmbeddingStore
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from xbt.backfill import target
 from xbt.backfill.config import MAY_CHANGE, BackfillConfig
 from xbt.backfill.embed import Embedded, ItemsById, RateLimiter, embed_chunks, gathered
 from xbt.backfill.measure import NEXT, CurveLog, CurvePoint, JsonLines
@@ -25,23 +26,6 @@ from xbt.backfill.plan import (
     kept_plan,
     load_models,
     load_questions,
-)
-from xbt.backfill.target import (
-    MERGE,
-    backfill_present,
-    begin,
-    close_target,
-    directory_of,
-    fingerprints,
-    is_complete,
-    is_merge_of,
-    load_merge,
-    open_target,
-    pending,
-    refresh,
-    require_capacity,
-    save_merge,
-    vector_names,
 )
 from xbt.data.image_collection import open_images
 from xbt.embedding.checks import require_writable
@@ -218,11 +202,11 @@ class _Coordinator:
         """
         config, path = self._config, self._run.path
         if self._given is None:
-            self._index, self._opened = open_target(config.gallery, config.store), True
+            self._index, self._opened = target.open_target(config.gallery, config.store), True
         else:
             self._index = self._given
-        self._names = vector_names(self._index)
-        self._complete = is_complete(self._index, self._encoder.space)
+        self._names = target.vector_names(self._index)
+        self._complete = target.is_complete(self._index, self._encoder.space)
         if self._complete and not (path / ORDER).is_file():
             raise DataError(
                 f"the gallery {config.gallery} is of the space of {self._encoder.name} already, so there is "
@@ -258,17 +242,19 @@ class _Coordinator:
             [{"id": chunk.ids[place], "reason": reason} for place, reason in done.rejected.items()]
         )
         ids = [chunk.ids[place] for place in done.places]
-        self._moved += backfill_present(self._index, done.vectors, ids, self._names, self._fingerprints)
+        self._moved += target.backfill_present(
+            self._index, done.vectors, ids, self._names, self._fingerprints
+        )
         self._position = chunk.end
         if self._position % self._config.evaluate_every == 0:
-            refresh(self._index)
+            target.refresh(self._index)
             self._measure()
         self._why = self._reason_to_stop()
         return self._why
 
     def finish(self) -> BackfillResult:
         """Measure the final state of the index and write ``result.json``."""
-        refresh(self._index)
+        target.refresh(self._index)
         self._measure()
         if self._why is None and self._position < len(self._order):
             self._why = f"max_items {self._config.max_items} are taken up"
@@ -288,7 +274,7 @@ class _Coordinator:
     def close(self) -> None:
         """Close the index, unless the caller gave it, and release the directory."""
         if self._opened:
-            close_target(self._index)
+            target.close_target(self._index)
         self._lock.release()
 
     def _reason_to_stop(self) -> str | None:
@@ -316,32 +302,32 @@ class _Coordinator:
     def _prepare_order(self, ids: set[str]) -> None:
         """Read the order and the merge, or make them; the index has a new vector afterwards."""
         config, index, path = self._config, self._index, self._run.path
-        merge_dir = directory_of(index) or path
+        merge_dir = target.directory_of(index) or path
         old, new = self._names
         old_space = index.info().vectors[old].space
         evaluation = load_questions(config, ids)
         models = load_models(config, self._encoder)
         _require_old_space(models, old_space)
-        left = pending(index, new)
-        require_capacity(index, len(left), self._encoder.dim)
+        left = target.pending(index, new)
+        target.require_capacity(index, len(left), self._encoder.dim)
         if evaluation is not None:
             self._curve.questions = as_questions(evaluation, models)
         order = kept_plan(path / ORDER, left)
         support, spaces = None, (old_space, self._encoder.space)
-        if config.support is not None and (order is None or not is_merge_of(merge_dir, *spaces)):
+        if config.support is not None and (order is None or not target.is_merge_of(merge_dir, *spaces)):
             support = embed_support(config, models, index, old, ids)
             self._merge = fit_support_merge(support, config.seed)
-            save_merge(merge_dir, self._merge, *spaces)
-        elif (merge_dir / MERGE).is_file():
-            self._merge = load_merge(merge_dir, *spaces)
+            target.save_merge(merge_dir, self._merge, *spaces)
+        elif (merge_dir / target.MERGE).is_file():
+            self._merge = target.load_merge(merge_dir, *spaces)
         self._run.prepare()
         if order is None:
             order = draw_plan(path / ORDER, config, index, old, left, models, support, self._merge)
         self._order = order
-        begin(index, new, self._encoder.space)
+        target.begin(index, new, self._encoder.space)
 
     def _prepare_chunks(self) -> list[Chunk]:
-        self._fingerprints = fingerprints(self._index, *self._names)
+        self._fingerprints = target.fingerprints(self._index, *self._names)
         rejected = {entry["id"] for entry in self._rejected.entries}
         self._position, chunks = cut(self._order, self._fingerprints.keys() - rejected, self._config)
         self._earlier, self._began = self._curve.seconds, time.monotonic()

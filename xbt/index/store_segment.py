@@ -232,10 +232,6 @@ class StoreSegment(Segment):
             return [str(error)]
         return find_faults(self.store.path, self.store.modality)
 
-    def require_there(self) -> None:
-        """Refuse a store that has lost its manifest, or that another one has replaced."""
-        self._require_same()
-
     @contextmanager
     def _same_store(self) -> Iterator[None]:
         """Guard a read: files are opened on demand, and may belong to another store by then."""
