@@ -289,24 +289,14 @@ def merge_hits(merge: Merge, old: Hits, new: Hits, k: int, sizes: tuple[int, int
     """
     if _rectangular(old) and _rectangular(new) and all(map(_disjoint, old.ids, new.ids)):
         return _merge_rectangular(merge, old, new, k, sizes)
-    pairs = [(_kept(old, row, new.ids[row]), _kept(new, row)) for row in range(len(old.ids))]
-    alike: dict[tuple[int, int], list[int]] = {}
-    for row, (mine, other) in enumerate(pairs):
-        alike.setdefault((len(mine.ids[0]), len(other.ids[0])), []).append(row)
-    ids: list[list[str]] = [[] for _ in pairs]
-    scores = np.full((len(pairs), min(k, max(map(sum, alike), default=0))), -np.inf, np.float32)
-    for rows in alike.values():
-        merged = _merge_rectangular(
-            merge,
-            _stacked([pairs[row][0] for row in rows]),
-            _stacked([pairs[row][1] for row in rows]),
-            k,
-            sizes,
-        )
-        scores[rows, : merged.scores.shape[1]] = merged.scores
-        for row, line in zip(rows, merged.ids, strict=True):
-            ids[row] = line
-    return Hits(ids, scores)
+    lines = [
+        _merge_rectangular(merge, _kept(old, row, new.ids[row]), _kept(new, row), k, sizes)
+        for row in range(len(old.ids))
+    ]
+    scores = np.full((len(lines), max(line.scores.shape[1] for line in lines)), -np.inf, np.float32)
+    for row, line in zip(scores, lines, strict=True):
+        row[: line.scores.shape[1]] = line.scores[0]
+    return Hits([line.ids[0] for line in lines], scores)
 
 
 def _rectangular(hits: Hits) -> bool:
@@ -322,10 +312,6 @@ def _kept(hits: Hits, row: int, leave_out: Sequence[str] = ()) -> Hits:
     ids, left_out = hits.ids[row], set(leave_out)
     places = [place for place, name in enumerate(ids) if name not in left_out]
     return Hits([[ids[place] for place in places]], hits.scores[row : row + 1, places])
-
-
-def _stacked(lines: Sequence[Hits]) -> Hits:
-    return Hits([line.ids[0] for line in lines], np.concatenate([line.scores for line in lines]))
 
 
 def _merge_rectangular(merge: Merge, old: Hits, new: Hits, k: int, sizes: tuple[int, int]) -> Hits:

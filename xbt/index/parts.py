@@ -96,8 +96,8 @@ class Part:
 
     def summary(self) -> PartSummary:
         """Describe the current state of the part."""
-        about = self.record
-        return PartSummary(self.name, self.space, self.dim, self.count, about.modality, about.dtype)
+        record = self.record
+        return PartSummary(self.name, self.space, self.dim, self.count, record.modality, record.dtype)
 
     def with_vector(self) -> list[str]:
         """List the items with a vector in this part, including moved ones, in order."""
@@ -124,7 +124,7 @@ class Part:
     def grow(self, segments: Sequence[Segment], ids: Iterable[str]) -> None:
         """Append segments and the ids of their rows."""
         first = len(self.segments)
-        self._place_of.update((each.number, first + place) for place, each in enumerate(segments))
+        self._place_of.update((segment.number, first + place) for place, segment in enumerate(segments))
         self.rows = Rows((*self.segments, *segments), self.dim)
         self.ids += ids
         more = np.zeros(len(self.rows) - len(self.masked), np.bool_)
@@ -231,7 +231,7 @@ class Part:
         view = self._view
         # A missing index may exist by now although no row has changed.
         if view is None or view.due or view.exact is None:
-            names = [each.name for each in self.segments]
+            names = [segment.name for segment in self.segments]
             kept = self._manager.refreshed(self.rows.gather, self.masked, names)
             self._view = view = PartView(
                 self.name, self.space, self.dim, self.ids, self.masked, self.count, kept.exact, kept.index,
@@ -307,8 +307,8 @@ class Parts:
     def info(self) -> IndexInfo:
         """Describe the gallery as an index with one named vector per part."""
         vectors = {
-            each.name: VectorInfo(each.dim, each.space, len(each.ids) - int(np.count_nonzero(each.removed)))
-            for each in self
+            part.name: VectorInfo(part.dim, part.space, len(part.ids) - int(np.count_nonzero(part.removed)))
+            for part in self
         }
         return IndexInfo(self.old.dim, "dot", self.count, vectors, frozenset({EXACT_SCORES, METADATA}))
 
@@ -373,8 +373,8 @@ class Parts:
         """Exclude rows from every search from now on."""
         for part in self:
             for moved in (False, True):
-                rows = [part.numbered(each, self._path) for each in changes
-                        if each.moved == moved and part.has_segment(each.segment)]  # fmt: skip
+                rows = [part.numbered(change, self._path) for change in changes
+                        if change.moved == moved and part.has_segment(change.segment)]  # fmt: skip
                 if rows:
                     part.mask(np.concatenate(rows), moved)
 
