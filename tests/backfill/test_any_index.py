@@ -11,9 +11,9 @@ from backfills import COUNT, SCENES, lines, order_of, others, scenes
 from galleries import FORK, quiet
 from qdrant_rest import RestServer
 
-from xbt.backfill import load_merge, run_backfill, target
+from xbt.backfill import load_merge, run_backfill
 from xbt.errors import ConfigError, DataError, StoreError
-from xbt.index import Gallery, QdrantIndex, VectorIndex
+from xbt.index import Gallery, QdrantIndex, VectorIndex, target
 
 
 @pytest.fixture
@@ -128,15 +128,15 @@ def test_locations_of_indexes(config, server, index, monkeypatch, tmp_path):
         asked.append((location, collection))
         return QdrantIndex(server.client(), collection)
 
-    monkeypatch.setattr(target.QdrantIndex, "open", opening)
+    monkeypatch.setattr(opening.QdrantIndex, "open", opening)
     assert run_backfill(config(gallery="qdrant://db:6333/photos", max_items=10)).items == 10
     assert asked == [("http://db:6333", "photos")]
     assert isinstance(index, VectorIndex)
     for location in ("qdrant://db:6333", "milvus://db/photos"):
         with pytest.raises(ConfigError, match=r"names no index; give the directory of a gallery, or qdrant:"):
-            target.open_target(location)
+            opening.open_index(location)
     with pytest.raises(ConfigError, match=r"--store makes a gallery, but qdrant://db/photos is a database"):
-        target.open_target("qdrant://db/photos", "store")
+        opening.open_index("qdrant://db/photos", "store")
 
 
 def test_an_index_of_the_new_model_alone(config, server, new, new_vectors):

@@ -98,7 +98,7 @@ def test_items_that_are_added_come_last(config, gallery, old, tmp_path):
 
 
 def test_items_that_are_removed_while_they_are_embedded(config, gallery, monkeypatch, tmp_path):
-    from xbt.backfill import target
+    from xbt.index import target
 
     real = target.backfill_present
 
@@ -116,7 +116,7 @@ def test_items_that_are_removed_while_they_are_embedded(config, gallery, monkeyp
 @pytest.mark.parametrize("compacted", [False, True])
 def test_items_that_are_replaced_meanwhile(config, gallery, old, monkeypatch, tmp_path, compacted):
     """The vectors are of images that their items no longer have: the next run takes them up."""
-    from xbt.backfill import target
+    from xbt.index import target
 
     real = target.backfill_present
 
@@ -163,7 +163,7 @@ def test_a_new_order_in_the_same_directory(config, gallery, tmp_path):
 
 
 def test_another_writer_is_waited_for(config, gallery, monkeypatch):
-    from xbt.backfill import target
+    from xbt.index import target
 
     slept = []
     lock = WriterLock(gallery)
@@ -181,7 +181,7 @@ def test_another_writer_is_waited_for(config, gallery, monkeypatch):
         lock.acquire()
         return real(*arguments)
 
-    monkeypatch.setattr("xbt.backfill.target.backfill_present", busy)
+    monkeypatch.setattr("xbt.index.target.backfill_present", busy)
     assert run_backfill(config(max_items=10)).items == 10
     assert slept == [0.05, 0.1, 0.2]
     monkeypatch.setattr(target, "LOCK_TIMEOUT", 0.0)

@@ -81,7 +81,7 @@ def test_orders(config, gallery, old, old_vectors, tmp_path, order):
 
 def test_who_maps_the_index_finds_one(config, gallery, old, old_vectors, monkeypatch, tmp_path):
     """On the way and in the end, also of a job that measures nothing and so searches nothing."""
-    from xbt.backfill import target
+    from xbt.index import target
 
     real, indexed = target.backfill_present, []
 

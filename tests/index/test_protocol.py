@@ -8,7 +8,10 @@ import torch
 from serving import NEW_DIM, unit_rows
 
 from xbt.backfill.measure import Questions, measure
-from xbt.backfill.target import (
+from xbt.errors import DataError, SpaceMismatchError
+from xbt.index import AffineMerge, Gallery, QdrantIndex, RankMerge, RawMerge, VectorIndex, search_mixed
+from xbt.index.mixed import next_vector_name
+from xbt.index.target import (
     backfill_present,
     begin,
     fingerprints,
@@ -17,9 +20,6 @@ from xbt.backfill.target import (
     read_vectors,
     vector_names,
 )
-from xbt.errors import DataError, SpaceMismatchError
-from xbt.index import AffineMerge, Gallery, QdrantIndex, RankMerge, RawMerge, VectorIndex, search_mixed
-from xbt.index.mixed import next_vector_name
 
 COUNT = 90
 IDS = [f"photos/{row:03d}.jpg" for row in range(COUNT)]
@@ -170,7 +170,7 @@ def test_a_backfill_on_any_index(index, old_space, new_space, other_space):
     assert is_complete(index, old_space)
     begin(index, "new", new_space)
     begin(index, "new", new_space)
-    before = fingerprints(index, "old", "new")
+    before = fingerprints(index, pending(index, "new"), "old")
     with pytest.raises(SpaceMismatchError, match="that the part 'new' is to be filled with"):
         is_complete(index, other_space)
     assert sorted(pending(index, "new")) == IDS

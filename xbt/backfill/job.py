@@ -11,10 +11,20 @@ from typing import Any
 
 from tqdm import tqdm
 
-from xbt.backfill import target
 from xbt.backfill.config import MAY_CHANGE, BackfillConfig
 from xbt.backfill.embed import Embedded, ItemsById, RateLimiter, embed_chunks, gathered
 from xbt.backfill.measure import NEXT, CurveLog, CurvePoint, JsonLines
+from xbt.backfill.opening import (
+    MERGE,
+    close_index,
+    directory_of,
+    is_merge_of,
+    load_merge,
+    open_index,
+    refresh,
+    require_capacity,
+    save_merge,
+)
 from xbt.backfill.plan import (
     Chunk,
     Models,
@@ -32,6 +42,7 @@ from xbt.embedding.checks import require_writable
 from xbt.embedding.job import choose_workers
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import DataError
+from xbt.index import target
 from xbt.index.mixed import Merge, RankMerge
 from xbt.index.protocol import VectorIndex
 from xbt.processes import Team, cores_per_process, start_processes
@@ -202,7 +213,7 @@ class _Coordinator:
         """
         config, path = self._config, self._run.path
         if self._given is None:
-            self._index, self._opened = target.open_target(config.gallery, config.store), True
+            self._index, self._opened = open_index(config.gallery, config.store), True
         else:
             self._index = self._given
         self._names = target.vector_names(self._index)
@@ -247,14 +258,14 @@ class _Coordinator:
         )
         self._position = chunk.end
         if self._position % self._config.evaluate_every == 0:
-            target.refresh(self._index)
+            refresh(self._index)
             self._measure()
         self._why = self._reason_to_stop()
         return self._why
 
     def finish(self) -> BackfillResult:
         """Measure the final state of the index and write ``result.json``."""
-        target.refresh(self._index)
+        refresh(self._index)
         self._measure()
         if self._why is None and self._position < len(self._order):
             self._why = f"max_items {self._config.max_items} are taken up"
@@ -274,7 +285,7 @@ class _Coordinator:
     def close(self) -> None:
         """Close the index, unless the caller gave it, and release the directory."""
         if self._opened:
-            target.close_target(self._index)
+            close_index(self._index)
         self._lock.release()
 
     def _reason_to_stop(self) -> str | None:
@@ -302,24 +313,24 @@ class _Coordinator:
     def _prepare_order(self, ids: set[str]) -> None:
         """Read the order and the merge, or make them; the index has a new vector afterwards."""
         config, index, path = self._config, self._index, self._run.path
-        merge_dir = target.directory_of(index) or path
+        merge_dir = directory_of(index) or path
         old, new = self._names
         old_space = index.info().vectors[old].space
         evaluation = load_questions(config, ids)
         models = load_models(config, self._encoder)
         _require_old_space(models, old_space)
         left = target.pending(index, new)
-        target.require_capacity(index, len(left), self._encoder.dim)
+        require_capacity(index, len(left), self._encoder.dim)
         if evaluation is not None:
             self._curve.questions = as_questions(evaluation, models)
         order = kept_plan(path / ORDER, left)
         support, spaces = None, (old_space, self._encoder.space)
-        if config.support is not None and (order is None or not target.is_merge_of(merge_dir, *spaces)):
+        if config.support is not None and (order is None or not is_merge_of(merge_dir, *spaces)):
             support = embed_support(config, models, index, old, ids)
             self._merge = fit_support_merge(support, config.seed)
-            target.save_merge(merge_dir, self._merge, *spaces)
-        elif (merge_dir / target.MERGE).is_file():
-            self._merge = target.load_merge(merge_dir, *spaces)
+            save_merge(merge_dir, self._merge, *spaces)
+        elif (merge_dir / MERGE).is_file():
+            self._merge = load_merge(merge_dir, *spaces)
         self._run.prepare()
         if order is None:
             order = draw_plan(path / ORDER, config, index, old, left, models, support, self._merge)
@@ -327,7 +338,7 @@ class _Coordinator:
         target.begin(index, new, self._encoder.space)
 
     def _prepare_chunks(self) -> list[Chunk]:
-        self._fingerprints = target.fingerprints(self._index, *self._names)
+        self._fingerprints = target.pending_fingerprints(self._index, *self._names)
         rejected = {entry["id"] for entry in self._rejected.entries}
         self._position, chunks = cut(self._order, self._fingerprints.keys() - rejected, self._config)
         self._earlier, self._began = self._curve.seconds, time.monotonic()

@@ -17,7 +17,6 @@ from xbt.backfill.fastfill import fastfill_order
 from xbt.backfill.measure import Questions
 from xbt.backfill.orders import distance_to_mean_order, oldest_first, query_log_order, random_order
 from xbt.backfill.rehearsal import fit_rehearsed_order
-from xbt.backfill.target import read_vectors
 from xbt.compatible import CompatibleEncoder
 from xbt.compatible.saving import ENSEMBLE_DIR
 from xbt.data import ImageTextPairs, PairSource, load_pairs, load_readable_pairs, read_captions
@@ -28,6 +27,7 @@ from xbt.hub import fetch
 from xbt.index.calibration import fit_merge
 from xbt.index.mixed import Merge
 from xbt.index.protocol import VectorIndex
+from xbt.index.target import read_vectors
 from xbt.store.layout import read_record
 
 KINDS = ("affine", "isotonic", "rank", "raw")

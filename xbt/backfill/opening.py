@@ -1,33 +1,20 @@
-"""The index that a backfill fills: opened, given its new vector and its merge, and written to.
-
-Everything here works on any :class:`~xbt.index.VectorIndex`. A gallery on disk also has a lock, which its
-writers share, an approximate index to bring up to date, and a directory that keeps the merge.
-"""
+"""The index that a backfill fills, as its config names it, and the merge that is kept beside it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from xbt.embedding.checks import require_free_space
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
 from xbt.files import write_record
-from xbt.index import Gallery, QdrantIndex
-from xbt.index.mixed import Merge, merge_from_dict, next_vector_name
+from xbt.index.gallery import Gallery
+from xbt.index.mixed import Merge, merge_from_dict
 from xbt.index.protocol import VectorIndex
+from xbt.index.qdrant import QdrantIndex
 from xbt.space import EmbeddingSpace
 from xbt.store.layout import read_record
 
-LOCK_TIMEOUT = 60.0
-"""Seconds to wait for another writer of a gallery."""
-ROWS_AT_ONCE = 65_536
-"""Rows that are read at once."""
 MERGE = "merge.json"
 SPACES = ("old_space", "new_space")
 
@@ -35,7 +22,7 @@ Spaces = tuple[EmbeddingSpace | None, EmbeddingSpace | None]
 """The old space and the new one; ``None`` where it is not known."""
 
 
-def open_target(location: str, store: str | None = None) -> VectorIndex:
+def open_index(location: str, store: str | None = None) -> VectorIndex:
     """Open the index that a config names.
 
     Args:
@@ -58,7 +45,7 @@ def open_target(location: str, store: str | None = None) -> VectorIndex:
     return Gallery.open(location)
 
 
-def close_target(index: VectorIndex) -> None:
+def close_index(index: VectorIndex) -> None:
     """Close an index, if its kind can be closed."""
     close = getattr(index, "close", None)
     if close is not None:
@@ -81,111 +68,6 @@ def require_capacity(index: VectorIndex, count: int, dim: int) -> None:
     directory = directory_of(index)
     if directory is not None:
         require_free_space(directory, count, dim, "float16")
-
-
-def vector_names(index: VectorIndex) -> tuple[str, str]:
-    """Names of the old vector and of the new one, which need not be there yet."""
-    old, *rest = index.info().vectors
-    return old, rest[0] if rest else next_vector_name(old)
-
-
-def is_complete(index: VectorIndex, space: EmbeddingSpace) -> bool:
-    """Check if an index has vectors of the new space alone: it was backfilled and compacted."""
-    (_, old), *rest = index.info().vectors.items()
-    if rest:
-        name, new = rest[0]
-        if new.space is not None:
-            new.space.require(space, f"the encoder that the part {name!r} is to be filled with")
-        return False
-    return old.space is not None and old.dim == space.dim and old.space.same_as(space)
-
-
-def begin(index: VectorIndex, name: str, space: EmbeddingSpace) -> None:
-    """Declare the new vector, unless it is there."""
-    with _exclusive(index):
-        index.add_vector(name, space)
-
-
-def read_vectors(index: VectorIndex, ids: Sequence[str], name: str) -> NDArray[np.float32]:
-    """Read the vectors of many rows, some at a time: (n, dim) float32."""
-    starts = range(0, max(len(ids), 1), ROWS_AT_ONCE)
-    return np.concatenate([index.fetch(ids[start : start + ROWS_AT_ONCE], name) for start in starts])
-
-
-def pending(index: VectorIndex, new: str) -> list[str]:
-    """Ids of the rows without the new vector, in the order of the index."""
-    missing = new if new in index.info().vectors else None
-    return [name for batch in index.scan(missing=missing) for name in batch.ids]
-
-
-def fingerprints(index: VectorIndex, old: str, new: str) -> dict[str, int]:
-    """Compute a number for each row without the new vector, in the order of the index.
-
-    The number changes when the old vector does, as when the row is replaced.
-    """
-    return {
-        name: hash(row.tobytes())
-        for batch in index.scan(missing=new, vectors=old)
-        for name, row in zip(batch.ids, batch.vectors if batch.vectors is not None else (), strict=True)
-    }
-
-
-def backfill_present(
-    index: VectorIndex,
-    vectors: NDArray[np.float32],
-    ids: Sequence[str],
-    names: tuple[str, str],
-    before: Mapping[str, int],
-) -> int:
-    """Backfill rows, without those that somebody has removed or replaced in the meantime.
-
-    Args:
-        index: The index.
-        vectors: (n, new_dim) new vectors of the rows.
-        ids: The rows.
-        names: Names of the old vector and of the new one.
-        before: Result of :func:`fingerprints` before the first image was read. A row with another fingerprint
-            by now was replaced: its new vector may be of an image that it no longer has.
-
-    Returns:
-        Number of rows that were backfilled.
-    """
-    if not len(ids):
-        return 0
-    old, new = names
-    with _exclusive(index):
-        try:
-            now = [hash(row.tobytes()) for row in index.fetch(ids, old)]
-            rows = [row for row, name in enumerate(ids) if now[row] == before.get(name)]
-        except DataError:  # some are gone, or were added with a new vector alone
-            there = fingerprints(index, old, new)
-            rows = [row for row, name in enumerate(ids) if name in there and there[name] == before.get(name)]
-        if rows:
-            index.upsert([ids[row] for row in rows], vectors[rows], new)
-        return len(rows)
-
-
-@contextmanager
-def _exclusive(index: VectorIndex) -> Iterator[None]:
-    """Hold the writer lock of a gallery, waiting for other writers: they hold it for moments only.
-
-    A database orders its own writes.
-    """
-    deadline, pause = time.monotonic() + LOCK_TIMEOUT, 0.05
-    with ExitStack() as stack:
-        while isinstance(index, Gallery):
-            try:
-                stack.enter_context(index.writing())
-                break
-            except StoreError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(pause)
-                pause = min(2 * pause, 2.0)
-        yield
-
-
-# -- the merge -----------------------------------------------------------------------------------------
 
 
 def save_merge(
