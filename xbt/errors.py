@@ -31,6 +31,10 @@ class StoreError(XbtError):
     """A store or file on disk that cannot be opened, read or written."""
 
 
+class BusyError(StoreError):
+    """A store that another process is writing; it can be tried again."""
+
+
 class SpaceMismatchError(XbtError):
     """Vectors of one embedding space where another is needed; the message names both."""
 

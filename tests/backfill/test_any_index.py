@@ -11,9 +11,10 @@ from backfills import COUNT, SCENES, lines, order_of, others, scenes
 from galleries import FORK, quiet
 from qdrant_rest import RestServer
 
-from xbt.backfill import load_merge, run_backfill
+from xbt.backfill import load_merge, run_backfill, target
 from xbt.errors import ConfigError, DataError, StoreError
-from xbt.index import Gallery, QdrantIndex, VectorIndex, target
+from xbt.index import Gallery, QdrantIndex, VectorIndex
+from xbt.index.target import pending
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_server_that_fails_amid_a_write_and_items_that_change(
     result = run_backfill(config(gallery="photos"), QdrantIndex.open(server.client(), "photos"))
     assert (result.items, result.rejected, result.total) == (COUNT - 25, 1, COUNT + 1)
     assert order_of(tmp_path / "out") == [*order, "stranger"]
-    assert target.pending(index, "new") == ["stranger"]
+    assert pending(index, "new") == ["stranger"]
 
 
 def run_and_die(job, folder, write):
@@ -128,15 +129,15 @@ def test_locations_of_indexes(config, server, index, monkeypatch, tmp_path):
         asked.append((location, collection))
         return QdrantIndex(server.client(), collection)
 
-    monkeypatch.setattr(opening.QdrantIndex, "open", opening)
+    monkeypatch.setattr(target.QdrantIndex, "open", opening)
     assert run_backfill(config(gallery="qdrant://db:6333/photos", max_items=10)).items == 10
     assert asked == [("http://db:6333", "photos")]
     assert isinstance(index, VectorIndex)
     for location in ("qdrant://db:6333", "milvus://db/photos"):
         with pytest.raises(ConfigError, match=r"names no index; give the directory of a gallery, or qdrant:"):
-            opening.open_index(location)
+            target.open_target(location)
     with pytest.raises(ConfigError, match=r"--store makes a gallery, but qdrant://db/photos is a database"):
-        opening.open_index("qdrant://db/photos", "store")
+        target.open_target("qdrant://db/photos", "store")
 
 
 def test_an_index_of_the_new_model_alone(config, server, new, new_vectors):

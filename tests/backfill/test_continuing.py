@@ -98,16 +98,16 @@ def test_items_that_are_added_come_last(config, gallery, old, tmp_path):
 
 
 def test_items_that_are_removed_while_they_are_embedded(config, gallery, monkeypatch, tmp_path):
-    from xbt.index import target
+    from xbt.backfill import job
 
-    real = target.backfill_present
+    real = job.backfill_present
 
     def removing(opened, vectors, ids, *rest):
         monkeypatch.undo()
         Gallery.open(gallery).remove(ids[:3])
         return real(opened, vectors, ids, *rest)
 
-    monkeypatch.setattr(target, "backfill_present", removing)
+    monkeypatch.setattr(job, "backfill_present", removing)
     result = run_backfill(config())
     assert (result.items, result.fraction) == (COUNT - 3, 1.0)
     assert Gallery.open(gallery).ids_of("new") == order_of(tmp_path / "out")[3:]
@@ -116,9 +116,9 @@ def test_items_that_are_removed_while_they_are_embedded(config, gallery, monkeyp
 @pytest.mark.parametrize("compacted", [False, True])
 def test_items_that_are_replaced_meanwhile(config, gallery, old, monkeypatch, tmp_path, compacted):
     """The vectors are of images that their items no longer have: the next run takes them up."""
-    from xbt.index import target
+    from xbt.backfill import job
 
-    real = target.backfill_present
+    real = job.backfill_present
 
     def replacing(opened, vectors, ids, *rest):
         monkeypatch.undo()
@@ -129,7 +129,7 @@ def test_items_that_are_replaced_meanwhile(config, gallery, old, monkeypatch, tm
             made.compact()
         return real(opened, vectors, ids, *rest)
 
-    monkeypatch.setattr(target, "backfill_present", replacing)
+    monkeypatch.setattr(job, "backfill_present", replacing)
     result = run_backfill(config())
     order = order_of(tmp_path / "out")
     assert (result.items, result.fraction) == (COUNT - 3, (COUNT - 3) / (COUNT - 1))
@@ -181,7 +181,7 @@ def test_another_writer_is_waited_for(config, gallery, monkeypatch):
         lock.acquire()
         return real(*arguments)
 
-    monkeypatch.setattr("xbt.index.target.backfill_present", busy)
+    monkeypatch.setattr("xbt.backfill.job.backfill_present", busy)
     assert run_backfill(config(max_items=10)).items == 10
     assert slept == [0.05, 0.1, 0.2]
     monkeypatch.setattr(target, "LOCK_TIMEOUT", 0.0)

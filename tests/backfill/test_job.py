@@ -81,16 +81,16 @@ def test_orders(config, gallery, old, old_vectors, tmp_path, order):
 
 def test_who_maps_the_index_finds_one(config, gallery, old, old_vectors, monkeypatch, tmp_path):
     """On the way and in the end, also of a job that measures nothing and so searches nothing."""
-    from xbt.index import target
+    from xbt.backfill import job
 
-    real, indexed = target.backfill_present, []
+    real, indexed = job.backfill_present, []
 
     def looking(*arguments):
         reader = Gallery.open(tmp_path / "mapped", read_only=True, mmap=True)
         indexed.append([view.index is not None for view in reader._state.views()])
         return real(*arguments)
 
-    monkeypatch.setattr(target, "backfill_present", looking)
+    monkeypatch.setattr(job, "backfill_present", looking)
     made = Gallery.create(tmp_path / "mapped", space=old.space, index="IVF1,Flat")
     made.add(old_vectors, SCENES.ids)
     run_backfill(config(gallery=str(made.path)))

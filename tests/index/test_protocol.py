@@ -170,7 +170,7 @@ def test_a_backfill_on_any_index(index, old_space, new_space, other_space):
     assert is_complete(index, old_space)
     begin(index, "new", new_space)
     begin(index, "new", new_space)
-    before = fingerprints(index, pending(index, "new"), "old")
+    before = fingerprints(index, "old", "new")
     with pytest.raises(SpaceMismatchError, match="that the part 'new' is to be filled with"):
         is_complete(index, other_space)
     assert sorted(pending(index, "new")) == IDS

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from xbt.backfill.job import BackfillResult as BackfillResult
     from xbt.backfill.job import run_backfill as run_backfill
     from xbt.backfill.measure import CurvePoint as CurvePoint
-    from xbt.backfill.opening import load_merge as load_merge
-    from xbt.backfill.opening import save_merge as save_merge
     from xbt.backfill.orders import distance_to_mean_order as distance_to_mean_order
     from xbt.backfill.orders import oldest_first as oldest_first
     from xbt.backfill.orders import query_log_order as query_log_order
     from xbt.backfill.orders import random_order as random_order
     from xbt.backfill.rehearsal import RehearsedOrder as RehearsedOrder
     from xbt.backfill.rehearsal import fit_rehearsed_order as fit_rehearsed_order
+    from xbt.backfill.target import load_merge as load_merge
+    from xbt.backfill.target import save_merge as save_merge
 
 # Loaded at first use: orders and curves need neither the encoders nor Accelerate.
 _MODULES = {
@@ -36,12 +36,12 @@ _MODULES = {
     "distance_to_mean_order": "orders",
     "fastfill_order": "fastfill",
     "fit_rehearsed_order": "rehearsal",
-    "load_merge": "opening",
+    "load_merge": "target",
     "oldest_first": "orders",
     "query_log_order": "orders",
     "random_order": "orders",
     "run_backfill": "job",
-    "save_merge": "opening",
+    "save_merge": "target",
     "stopping_point": "curve",
 }
 

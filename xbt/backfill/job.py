@@ -14,17 +14,6 @@ from tqdm import tqdm
 from xbt.backfill.config import MAY_CHANGE, BackfillConfig
 from xbt.backfill.embed import Embedded, ItemsById, RateLimiter, embed_chunks, gathered
 from xbt.backfill.measure import NEXT, CurveLog, CurvePoint, JsonLines
-from xbt.backfill.opening import (
-    MERGE,
-    close_index,
-    directory_of,
-    is_merge_of,
-    load_merge,
-    open_index,
-    refresh,
-    require_capacity,
-    save_merge,
-)
 from xbt.backfill.plan import (
     Chunk,
     Models,
@@ -37,14 +26,32 @@ from xbt.backfill.plan import (
     load_models,
     load_questions,
 )
+from xbt.backfill.target import (
+    MERGE,
+    close_target,
+    directory_of,
+    is_merge_of,
+    load_merge,
+    open_target,
+    refresh,
+    require_capacity,
+    save_merge,
+)
 from xbt.data.image_collection import open_images
 from xbt.embedding.checks import require_writable
 from xbt.embedding.job import choose_workers
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import DataError
-from xbt.index import target
 from xbt.index.mixed import Merge, RankMerge
 from xbt.index.protocol import VectorIndex
+from xbt.index.target import (
+    backfill_present,
+    begin,
+    fingerprints,
+    is_complete,
+    pending,
+    vector_names,
+)
 from xbt.processes import Team, cores_per_process, start_processes
 from xbt.run_dir import RunDirectory
 from xbt.space import EmbeddingSpace
@@ -213,11 +220,11 @@ class _Coordinator:
         """
         config, path = self._config, self._run.path
         if self._given is None:
-            self._index, self._opened = open_index(config.gallery, config.store), True
+            self._index, self._opened = open_target(config.gallery, config.store), True
         else:
             self._index = self._given
-        self._names = target.vector_names(self._index)
-        self._complete = target.is_complete(self._index, self._encoder.space)
+        self._names = vector_names(self._index)
+        self._complete = is_complete(self._index, self._encoder.space)
         if self._complete and not (path / ORDER).is_file():
             raise DataError(
                 f"the gallery {config.gallery} is of the space of {self._encoder.name} already, so there is "
@@ -253,9 +260,7 @@ class _Coordinator:
             [{"id": chunk.ids[place], "reason": reason} for place, reason in done.rejected.items()]
         )
         ids = [chunk.ids[place] for place in done.places]
-        self._moved += target.backfill_present(
-            self._index, done.vectors, ids, self._names, self._fingerprints
-        )
+        self._moved += backfill_present(self._index, done.vectors, ids, self._names, self._fingerprints)
         self._position = chunk.end
         if self._position % self._config.evaluate_every == 0:
             refresh(self._index)
@@ -285,7 +290,7 @@ class _Coordinator:
     def close(self) -> None:
         """Close the index, unless the caller gave it, and release the directory."""
         if self._opened:
-            close_index(self._index)
+            close_target(self._index)
         self._lock.release()
 
     def _reason_to_stop(self) -> str | None:
@@ -319,7 +324,7 @@ class _Coordinator:
         evaluation = load_questions(config, ids)
         models = load_models(config, self._encoder)
         _require_old_space(models, old_space)
-        left = target.pending(index, new)
+        left = pending(index, new)
         require_capacity(index, len(left), self._encoder.dim)
         if evaluation is not None:
             self._curve.questions = as_questions(evaluation, models)
@@ -335,10 +340,10 @@ class _Coordinator:
         if order is None:
             order = draw_plan(path / ORDER, config, index, old, left, models, support, self._merge)
         self._order = order
-        target.begin(index, new, self._encoder.space)
+        begin(index, new, self._encoder.space)
 
     def _prepare_chunks(self) -> list[Chunk]:
-        self._fingerprints = target.pending_fingerprints(self._index, *self._names)
+        self._fingerprints = fingerprints(self._index, *self._names)
         rejected = {entry["id"] for entry in self._rejected.entries}
         self._position, chunks = cut(self._order, self._fingerprints.keys() - rejected, self._config)
         self._earlier, self._began = self._curve.seconds, time.monotonic()

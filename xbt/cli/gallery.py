@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from xbt.backfill.opening import MERGE
+from xbt.backfill.target import MERGE
 from xbt.cli.output import CommandResult, read_lines
 from xbt.config import require_local
 from xbt.encoders import load_encoder

@@ -1,4 +1,8 @@
-"""A new vector for the rows of any index: declared, read, and written beside other writers."""
+"""The new vector of an index: declared, filled in beside other writers, and complete.
+
+Everything here works on any :class:`~xbt.index.VectorIndex`. A gallery on disk also has a lock, which its
+writers share.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from xbt.errors import DataError, StoreError
+from xbt.errors import BusyError, DataError
 from xbt.index.gallery import Gallery
 from xbt.index.mixed import next_vector_name
 from xbt.index.protocol import VectorIndex
@@ -56,22 +60,22 @@ def pending(index: VectorIndex, new: str) -> list[str]:
     return [name for batch in index.scan(missing=missing) for name in batch.ids]
 
 
-def fingerprints(index: VectorIndex, ids: Sequence[str], old: str) -> dict[str, int]:
-    """Compute a number for each row that changes when its old vector does, as when the row is replaced."""
-    return dict(zip(ids, map(_fingerprint, read_vectors(index, ids, old)), strict=True))
+def fingerprints_of(index: VectorIndex, ids: Sequence[str], old: str) -> dict[str, int]:
+    """Compute a number for each of some rows, which changes when its old vector does.
+
+    Raises:
+        DataError: If a row is not there or has no old vector.
+    """
+    return dict(zip(ids, (hash(row.tobytes()) for row in index.fetch(ids, old)), strict=True))
 
 
-def pending_fingerprints(index: VectorIndex, old: str, new: str) -> dict[str, int]:
-    """Compute :func:`fingerprints` of all rows without the new vector, in the order of the index."""
-    hashes: dict[str, int] = {}
-    for batch in index.scan(missing=new, vectors=old):
-        assert batch.vectors is not None
-        hashes.update(zip(batch.ids, map(_fingerprint, batch.vectors), strict=True))
-    return hashes
-
-
-def _fingerprint(vector: NDArray[np.float32]) -> int:
-    return hash(vector.tobytes())
+def fingerprints(index: VectorIndex, old: str, new: str) -> dict[str, int]:
+    """Compute the fingerprint of each row without the new vector, in the order of the index."""
+    return {
+        name: hash(row.tobytes())
+        for batch in index.scan(missing=new, vectors=old)
+        for name, row in zip(batch.ids, batch.vectors if batch.vectors is not None else (), strict=True)
+    }
 
 
 def backfill_present(
@@ -99,9 +103,9 @@ def backfill_present(
     old, new = names
     with _exclusive(index):
         try:
-            now = fingerprints(index, ids, old)
+            now = fingerprints_of(index, ids, old)
         except DataError:  # some are gone, or were added with a new vector alone
-            now = pending_fingerprints(index, old, new)
+            now = fingerprints(index, old, new)
         rows = [row for row, name in enumerate(ids) if name in now and now[name] == before.get(name)]
         if rows:
             index.upsert([ids[row] for row in rows], vectors[rows], new)
@@ -120,7 +124,7 @@ def _exclusive(index: VectorIndex) -> Iterator[None]:
             try:
                 stack.enter_context(index.writing())
                 break
-            except StoreError:
+            except BusyError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(pause)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from xbt.errors import StoreError
+from xbt.errors import BusyError, StoreError
 from xbt.files import writing_to
 
 _FILE = ".lock"
@@ -78,7 +78,7 @@ class WriterLock:
                 os.close(handle)
             if self._reentrant and holder == me:
                 return
-            raise StoreError(
+            raise BusyError(
                 f"{self._path} is being written by process {holder.get('pid', '?')} on "
                 f"{holder.get('host', 'an unknown host')}; wait until it is done, or end it"
             ) from error

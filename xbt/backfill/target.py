@@ -1,4 +1,8 @@
-"""The index that a backfill fills, as its config names it, and the merge that is kept beside it."""
+"""The index that a backfill fills: opened, brought up to date, and given its merge.
+
+Everything here works on any :class:`~xbt.index.VectorIndex`. A gallery on disk also has an approximate index
+to bring up to date, and a directory that keeps the merge.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,9 @@ from typing import Any
 from xbt.embedding.checks import require_free_space
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
 from xbt.files import write_record
-from xbt.index.gallery import Gallery
+from xbt.index import Gallery, QdrantIndex
 from xbt.index.mixed import Merge, merge_from_dict
 from xbt.index.protocol import VectorIndex
-from xbt.index.qdrant import QdrantIndex
 from xbt.space import EmbeddingSpace
 from xbt.store.layout import read_record
 
@@ -22,7 +25,7 @@ Spaces = tuple[EmbeddingSpace | None, EmbeddingSpace | None]
 """The old space and the new one; ``None`` where it is not known."""
 
 
-def open_index(location: str, store: str | None = None) -> VectorIndex:
+def open_target(location: str, store: str | None = None) -> VectorIndex:
     """Open the index that a config names.
 
     Args:
@@ -45,7 +48,7 @@ def open_index(location: str, store: str | None = None) -> VectorIndex:
     return Gallery.open(location)
 
 
-def close_index(index: VectorIndex) -> None:
+def close_target(index: VectorIndex) -> None:
     """Close an index, if its kind can be closed."""
     close = getattr(index, "close", None)
     if close is not None:
@@ -68,6 +71,9 @@ def require_capacity(index: VectorIndex, count: int, dim: int) -> None:
     directory = directory_of(index)
     if directory is not None:
         require_free_space(directory, count, dim, "float16")
+
+
+# -- the merge -----------------------------------------------------------------------------------------
 
 
 def save_merge(
