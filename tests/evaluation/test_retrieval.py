@@ -274,3 +274,17 @@ def test_refuses_positives_that_are_no_lists(positives):
     rows = torch.eye(3)
     with pytest.raises(DataError, match="positives"):
         best_positive_ranks(rows, rows, positives)
+
+
+def test_ranks_of_scores_with_shared_columns_and_other_scores_of_positives():
+    rng = np.random.default_rng(0)
+    copies = np.array([1, 3, 1, 2, 1])
+    scores = rng.integers(0, 4, (30, 5)).astype(np.float32)  # many ties
+    own = scores - rng.integers(0, 2, (30, 5)).astype(np.float32)
+    lists = [sorted(rng.choice(5, rng.integers(1, 4), replace=False)) for _ in range(30)]
+    starts = np.concatenate([[0], np.cumsum([len(columns) for columns in lists])])
+    ranks = module.count_before_best(scores, module.Positives(starts, np.concatenate(lists)), own, copies)
+    for row, columns, rank in zip(range(30), lists, ranks, strict=True):
+        best = max(own[row, column] for column in columns)
+        as_high = sum(copies[column] for column in range(5) if scores[row, column] >= best)
+        assert rank == as_high - sum(scores[row, column] >= best for column in columns)

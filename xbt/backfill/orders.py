@@ -166,9 +166,6 @@ def spread_out(urgency: Tensor, neighbours: Tensor, weight: float) -> Tensor:
         urgency: (m,) higher is more urgent.
         neighbours: (m, k) int64 rows of every item's neighbours.
         weight: At least 0; 0 sorts by urgency alone. Equal items keep their order.
-
-    Returns:
-        (m,) int64 permutation.
     """
     if weight == 0 or neighbours.shape[1] == 0:
         return (-urgency).argsort(stable=True)

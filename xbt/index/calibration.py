@@ -124,11 +124,7 @@ def logistic_fit(scores: NDArray[np.float32], relevant: NDArray[np.bool_]) -> tu
     """Slope a and offset b of P(relevant | s) = 1 / (1 + exp(−a s − b)), by maximum likelihood.
 
     Newton's method with halved steps, in float64, on standardised scores, with a penalty of 1e-6 on the slope
-    that keeps it finite where the scores separate both classes.
-
-    Args:
-        scores: Scores of any shape.
-        relevant: Whether each is of an item that answers its query; both kinds must be there.
+    that keeps it finite where the scores separate both classes. Both classes must be there.
     """
     values = scores.astype(np.float64).ravel()
     mean, spread = float(values.mean()), max(float(values.std()), _MIN_SPREAD)
@@ -166,10 +162,6 @@ def pool_adjacent_violators(
     Ayer et al., "An empirical distribution function for sampling with incomplete information", 1955. Equal
     scores are one point. The curve is constant over each pool; its knots are the pools' first and last
     scores.
-
-    Args:
-        scores: Scores of any shape.
-        relevant: Whether each is of an item that answers its query.
 
     Returns:
         Knots, ascending, and the curve's values there.

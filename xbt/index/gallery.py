@@ -401,15 +401,15 @@ class Gallery:
         asked = [(old_queries, old_space, "old"), (new_queries, new_space, "new")]
         if len(views) == 1 and views[0].name != OLD:
             asked = asked[1:]
-        found = []
+        hits = []
         for view, (queries, space, name) in zip(views, asked, strict=False):
             view.require_space(space, f"the {name} query vectors")
             rows = as_queries(queries, f"{name} query vectors", view.dim)
-            found.append(view.hits(rows, min(k, view.count)))
+            hits.append(view.hits(rows, min(k, view.count)))
         sizes = [view.count for view in views]
         if 0 in sizes or len(views) == 1:
-            return found[0 if sizes[0] else 1]
-        return merge_hits(merge, found[0], found[1], k, (sizes[0], sizes[1]))
+            return hits[0 if sizes[0] else 1]
+        return merge_hits(merge, hits[0], hits[1], k, (sizes[0], sizes[1]))
 
     def prepare(self) -> None:
         """Prepare the first search: read the rows, and make or update the index."""

@@ -22,13 +22,7 @@ AT_ONCE = 4096
 
 
 class Items(NamedTuple):
-    """Batch of items in order.
-
-    Attributes:
-        ids: n strings.
-        vectors: (n, dim) float32.
-        metadata: Their metadata as a table of n rows without the ids, or ``None`` where there are none.
-    """
+    """Batch of n items: ids, (n, dim) float32 vectors, and their metadata as a table without the ids."""
 
     ids: list[str]
     vectors: NDArray[np.float32]
@@ -37,15 +31,7 @@ class Items(NamedTuple):
 
 @dataclass(frozen=True)
 class Portion:
-    """Items of a source in one space: all of a store, or one part of a gallery.
-
-    Attributes:
-        source: The store or gallery.
-        space: The space, if it is known.
-        dim: Dimension of the vectors.
-        count: Number of items.
-        part: The gallery's part.
-    """
+    """Items of a source in one space: all of a store, or one part of a gallery."""
 
     source: Source
     space: EmbeddingSpace | None

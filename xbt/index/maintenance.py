@@ -101,15 +101,15 @@ def create_gallery(
 def _refuse_files(directory: Path) -> None:
     """Refuse a directory with anything but leftovers of a killed attempt."""
     try:
-        there = [path.name for path in directory.glob("[!.]*")] if directory.exists() else []
-        found = [name for name in sorted(there) if name != SEGMENTS or any((directory / name).iterdir())]
+        names = [path.name for path in directory.glob("[!.]*")] if directory.exists() else []
+        unexpected = [name for name in sorted(names) if name != SEGMENTS or any((directory / name).iterdir())]
     except OSError as error:
         raise StoreError(
             f"{directory} cannot be read ({error.strerror}); choose another directory"
         ) from error
-    if found:
+    if unexpected:
         raise StoreError(
-            f"{directory} already holds {found[0]}; open that gallery, or choose another directory"
+            f"{directory} already holds {unexpected[0]}; open that gallery, or choose another directory"
         )
 
 
@@ -135,14 +135,14 @@ def compact(parts: Parts, storage: Storage | None) -> Parts | None:
     if storage is None:
         return _in_memory(parts, left)
     new: list[NewSegment] = []
-    gone = [each.number for each in parts.old.segments] if spent else []
+    gone = [segment.number for segment in parts.old.segments] if spent else []
     changes: list[Change] = []
     for part in left:
         again = _needs_it(part)
-        kept = [each for each in part.segments if not _is_written_again(part, each, again)]
-        gone += [each.number for each in part.segments if each not in kept]
-        changes += [change for each in kept for change in _changes(part, each)]
-        rows = [_live_rows(part, each) for each in part.segments if again and each.own]
+        kept = [segment for segment in part.segments if not _is_written_again(part, segment, again)]
+        gone += [segment.number for segment in part.segments if segment not in kept]
+        changes += [change for segment in kept for change in _changes(part, segment)]
+        rows = [_live_rows(part, segment) for segment in part.segments if again and segment.own]
         new += _new_segments(part, np.concatenate([np.zeros(0, np.int64), *rows]))
     storage.rewrite([parts.old.record.number] if spent else [], gone, new, changes)
     if spent:
@@ -153,7 +153,7 @@ def compact(parts: Parts, storage: Storage | None) -> Parts | None:
 def drop_part(parts: Parts, name: str, storage: Storage | None) -> Parts:
     """Remove a part. Items moved to it are searched in the other part again. See :func:`compact`."""
     part = parts.part(name)
-    others = [each for each in parts if each is not part]
+    others = [another for another in parts if another is not part]
     if not others:
         raise DataError(f"the part {name!r} is the gallery's only one; remove the gallery instead")
     (other,) = others
@@ -168,18 +168,20 @@ def drop_part(parts: Parts, name: str, storage: Storage | None) -> Parts:
         result = Parts(parts.plan)
         result.add(other)
         return result
-    changes = [change for each in other.segments for change in _changes(other, each) if not change.moved]
-    storage.rewrite([part.record.number], [each.number for each in part.segments], [], changes)
+    changes = [
+        change for segment in other.segments for change in _changes(other, segment) if not change.moved
+    ]
+    storage.rewrite([part.record.number], [segment.number for segment in part.segments], [], changes)
     storage.cache(part.record, parts.plan).remove()
     return parts
 
 
 def _needs_it(part: Part) -> bool:
-    own = [each for each in part.segments if each.own]
-    few = MANY_FILES + -(-sum(each.count for each in own) // FILE_ROWS)
-    masked = any(len(_live_rows(part, each)) < each.count for each in own)
-    spent = any(not each.own and not len(_live_rows(part, each)) for each in part.segments)
-    return masked or spent or len(own) >= few
+    written_here = [segment for segment in part.segments if segment.own]
+    few = MANY_FILES + -(-sum(segment.count for segment in written_here) // FILE_ROWS)
+    masked = any(len(_live_rows(part, segment)) < segment.count for segment in written_here)
+    spent = any(not segment.own and not len(_live_rows(part, segment)) for segment in part.segments)
+    return masked or spent or len(written_here) >= few
 
 
 def _is_written_again(part: Part, segment: Segment, again: bool) -> bool:
@@ -230,10 +232,10 @@ def faults_of(storage: Storage | None, parts: Parts) -> list[str]:
         return faults
     database = storage.path / DATABASE
     try:
-        said, described = storage.inspect()
+        messages, described = storage.inspect()
     except StoreError as error:
         return [*faults, str(error)]
-    faults += [f"{database} is damaged ({text}); {DAMAGED}" for text in said]
+    faults += [f"{database} is damaged ({text}); {DAMAGED}" for text in messages]
     for part in parts:
         for segment in part.segments:
             if isinstance(segment, StoreSegment):

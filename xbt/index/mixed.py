@@ -279,40 +279,24 @@ def require_same_count(old_queries: Vectors, new_queries: Vectors) -> None:
 
 
 def merge_hits(merge: Merge, old: Hits, new: Hits, k: int, sizes: tuple[int, int]) -> Hits:
-    """Merge the results of both sides.
+    """Merge the first rows of both sides for every query, of sides with ``sizes`` rows.
 
-    Args:
-        merge: How.
-        old: The first rows of every query among those that are not backfilled.
-        new: The first rows of every query among those that are. A row in both lists was backfilled between
-            the two searches; its old score does not count.
-        k: Rows to keep; fewer are returned where both lists together are shorter.
-        sizes: Rows of the old side, and of the new one.
+    A row in both lists was backfilled between the two searches; its old score does not count.
 
     Returns:
-        The first k with the scores of the merge, or 1 / place for a merge by rank. Where one side found
-        nothing for a query, the other side's scores as they are.
+        The first k with the scores of the merge, or 1 / place for a merge by rank; fewer where both lists
+        together are shorter. Where one side found nothing for a query, the other side's scores as they are.
     """
     if _rectangular(old) and _rectangular(new) and all(map(_disjoint, old.ids, new.ids)):
         return _merge_rectangular(merge, old, new, k, sizes)
-    pairs = [(_kept(old, row, new.ids[row]), _kept(new, row)) for row in range(len(old.ids))]
-    alike: dict[tuple[int, int], list[int]] = {}
-    for row, (mine, other) in enumerate(pairs):
-        alike.setdefault((len(mine.ids[0]), len(other.ids[0])), []).append(row)
-    ids: list[list[str]] = [[] for _ in pairs]
-    scores = np.full((len(pairs), min(k, max(map(sum, alike), default=0))), -np.inf, np.float32)
-    for rows in alike.values():
-        merged = _merge_rectangular(
-            merge,
-            _stacked([pairs[row][0] for row in rows]),
-            _stacked([pairs[row][1] for row in rows]),
-            k,
-            sizes,
-        )
-        scores[rows, : merged.scores.shape[1]] = merged.scores
-        for row, line in zip(rows, merged.ids, strict=True):
-            ids[row] = line
-    return Hits(ids, scores)
+    lines = [
+        _merge_rectangular(merge, _kept(old, row, new.ids[row]), _kept(new, row), k, sizes)
+        for row in range(len(old.ids))
+    ]
+    scores = np.full((len(lines), max(line.scores.shape[1] for line in lines)), -np.inf, np.float32)
+    for row, line in zip(scores, lines, strict=True):
+        row[: line.scores.shape[1]] = line.scores[0]
+    return Hits([line.ids[0] for line in lines], scores)
 
 
 def _rectangular(hits: Hits) -> bool:
@@ -328,10 +312,6 @@ def _kept(hits: Hits, row: int, leave_out: Sequence[str] = ()) -> Hits:
     ids, left_out = hits.ids[row], set(leave_out)
     places = [place for place, name in enumerate(ids) if name not in left_out]
     return Hits([[ids[place] for place in places]], hits.scores[row : row + 1, places])
-
-
-def _stacked(lines: Sequence[Hits]) -> Hits:
-    return Hits([line.ids[0] for line in lines], np.concatenate([line.scores for line in lines]))
 
 
 def _merge_rectangular(merge: Merge, old: Hits, new: Hits, k: int, sizes: tuple[int, int]) -> Hits:
@@ -356,10 +336,7 @@ def _merge_rectangular(merge: Merge, old: Hits, new: Hits, k: int, sizes: tuple[
 def relative_places(side: Side, ranks: NDArray[np.int64], count: int) -> NDArray[np.float64]:
     """(r + ½) / n, by which :class:`RankMerge` interleaves the row of rank r in a side of n rows.
 
-    Args:
-        side: ``"old"`` or ``"new"``; the new side's places are less by a hair, so that it wins ties.
-        ranks: Ranks within the side, from 0, of any shape.
-        count: Rows of the side.
+    The places of the new side are less by a hair, so that it wins ties.
     """
     half = 0.5 if side == "old" else 0.5 - _HAIR
     places: NDArray[np.float64] = (ranks + half) / max(count, 1)
@@ -373,17 +350,10 @@ def merge_top(
     k: int,
     sizes: tuple[int, int],
 ) -> NDArray[np.int64]:
-    """Merge two sorted lists of scores per query.
+    """Merge two lists per query, each sorted by descending scores, of sides with ``sizes`` rows.
 
     At equal keys the new side comes first. Within a side its own order is kept, whatever the calibration
     rounds to.
-
-    Args:
-        merge: How to merge.
-        old_scores: (n, k_old) the old side's scores per query, descending; k_old may be 0.
-        new_scores: (n, k_new) the new side's, likewise.
-        k: How many to keep, at most k_old + k_new.
-        sizes: Rows of the old and of the new side, by which ranks are made relative.
 
     Returns:
         (n, k) columns: c < k_old is the old list's entry c, and c ≥ k_old the new list's entry c − k_old.

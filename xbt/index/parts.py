@@ -97,8 +97,8 @@ class Part:
 
     def summary(self) -> PartSummary:
         """Describe the current state of the part."""
-        about = self.record
-        return PartSummary(self.name, self.space, self.dim, self.count, about.modality, about.dtype)
+        record = self.record
+        return PartSummary(self.name, self.space, self.dim, self.count, record.modality, record.dtype)
 
     def with_vector(self) -> list[str]:
         """List the items with a vector in this part, including moved ones, in order."""
@@ -125,7 +125,7 @@ class Part:
     def grow(self, segments: Sequence[Segment], ids: Iterable[str]) -> None:
         """Append segments and the ids of their rows."""
         first = len(self.segments)
-        self._place_of.update((each.number, first + place) for place, each in enumerate(segments))
+        self._place_of.update((segment.number, first + place) for place, segment in enumerate(segments))
         self.rows = Rows((*self.segments, *segments), self.dim)
         self.ids += ids
         more = np.zeros(len(self.rows) - len(self.masked), np.bool_)
@@ -143,9 +143,9 @@ class Part:
         return bool(rows) and not bool(self.removed[rows].all())
 
     def _rows_by_id(self) -> dict[str, int]:
-        known = self._looked_up
-        if known < len(self.ids):  # a process that only searches never runs this
-            self._row_of.update(zip(self.ids[known:], range(known, len(self.ids)), strict=True))
+        first = self._looked_up
+        if first < len(self.ids):  # a process that only searches never runs this
+            self._row_of.update(zip(self.ids[first:], range(first, len(self.ids)), strict=True))
             self._looked_up = len(self.ids)
         return self._row_of
 
@@ -197,11 +197,11 @@ class Part:
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
         """Read columns by row number, in the requested order; ``None`` if no row has columns."""
-        found = [
+        columns = [
             (self.segments[number].metadata(numbers), places)
             for number, places, numbers in self.rows.by_segment(rows)
         ]
-        return _stacked(found, f"the part {self.name!r}")
+        return _stacked(columns, f"the part {self.name!r}")
 
     def checked_columns(self, ids: Sequence[str], metadata: Any) -> pa.Table | None:
         """Convert the columns of new items to a table."""
@@ -214,31 +214,31 @@ class Part:
     def _check_column(self, name: str, table: pa.Table, where: str) -> None:
         kind = table.schema.field(name).type
         for segment in self.segments:
-            known = segment.column_types().get(name, kind)
-            if known.equals(kind):
+            earlier = segment.column_types().get(name, kind)
+            if earlier.equals(kind):
                 continue
             try:
-                own = segment.metadata(np.arange(segment.count))
-                assert own is not None
-                pa.concat_tables([own.select([name]), table.select([name])], promote_options="permissive")
+                before = segment.metadata(np.arange(segment.count))
+                assert before is not None
+                pa.concat_tables([before.select([name]), table.select([name])], promote_options="permissive")
             except pa.ArrowException as error:
                 raise StoreError(
-                    f"{where}: column {name!r} is {kind}, which does not go together with {known} before it; "
-                    "give a column one type over the whole gallery, or take another name"
+                    f"{where}: column {name!r} is {kind}, which does not go together with {earlier} before "
+                    "it; give a column one type over the whole gallery, or take another name"
                 ) from error
 
     def view(self) -> PartView:
         """Build a searchable view of the current part. May read rows, but makes no index."""
-        known = self._view
+        view = self._view
         # A missing index may exist by now although no row has changed.
-        if known is None or known.due or known.exact is None:
-            names = [each.name for each in self.segments]
+        if view is None or view.due or view.exact is None:
+            names = [segment.name for segment in self.segments]
             kept = self._manager.refreshed(self.rows.gather, self.masked, names)
-            self._view = known = PartView(
+            self._view = view = PartView(
                 self.name, self.space, self.dim, self.ids, self.masked, self.count, kept.exact, kept.index,
                 self.rows.gather, tuple(names), self._trusted, kept.due,
             )  # fmt: skip
-        return known
+        return view
 
     def moved_views(self) -> list[PartView]:
         """Build searchable views of the rows moved to the new part.
@@ -327,8 +327,8 @@ class Parts:
     def info(self) -> IndexInfo:
         """Describe the gallery as an index with one named vector per part."""
         vectors = {
-            each.name: VectorInfo(each.dim, each.space, len(each.ids) - int(np.count_nonzero(each.removed)))
-            for each in self
+            part.name: VectorInfo(part.dim, part.space, len(part.ids) - int(np.count_nonzero(part.removed)))
+            for part in self
         }
         return IndexInfo(self.old.dim, "dot", self.count, vectors, frozenset({EXACT_SCORES, METADATA}))
 
@@ -367,9 +367,9 @@ class Parts:
                 f"the space of {what} is {space}, which could be that of {unknown.name!r} as well as of "
                 f"{unsure[0].name!r}: it has no probe; use a space with one, as encoder.space has"
             )
-        known = " and ".join(str(part.space) for part in self)
+        spaces = " and ".join(str(part.space) for part in self)
         raise SpaceMismatchError(
-            f"the space of {what} is {space}, but the gallery's parts are of {known}; use the model of one "
+            f"the space of {what} is {space}, but the gallery's parts are of {spaces}; use the model of one "
             "of them"
         )
 
@@ -393,8 +393,8 @@ class Parts:
         """Exclude rows from every search from now on."""
         for part in self:
             for moved in (False, True):
-                rows = [part.numbered(each, self._path) for each in changes
-                        if each.moved == moved and part.has_segment(each.segment)]  # fmt: skip
+                rows = [part.numbered(change, self._path) for change in changes
+                        if change.moved == moved and part.has_segment(change.segment)]  # fmt: skip
                 if rows:
                     part.mask(np.concatenate(rows), moved)
 
@@ -406,45 +406,52 @@ class Parts:
                 return part, row
         return None
 
+    def _places(self, ids: Sequence[str]) -> list[tuple[Part, int]]:
+        places = []
+        for item in ids:
+            place = self.find(item)
+            if place is None:
+                raise _not_there(item, "gallery")
+            places.append(place)
+        return places
+
     def rows(self, ids: Sequence[str], name: str | None) -> tuple[Part, NDArray[np.int64]]:
         """Find the rows of items in the named part, or in the part where they are searched."""
-        chosen = None if name is None else self.part(name)
-        places: list[tuple[Part, int]] = []
-        for item in ids:
-            row = None if chosen is None else chosen.row(item)
-            place = self.find(item) if chosen is None else None if row is None else (chosen, row)
-            if place is None:
-                raise _not_there(item, "gallery" if name is None else f"part {name!r}")
-            places.append(place)
-        owners = {part.name: item for (part, _), item in zip(places, ids, strict=True)}
-        if len(owners) > 1:
-            (first, one), (second, other) = list(owners.items())[:2]
+        if name is not None:
+            part, rows = self.part(name), []
+            for item in ids:
+                row = part.row(item)
+                if row is None:
+                    raise _not_there(item, f"part {name!r}")
+                rows.append(row)
+            return part, np.array(rows, np.int64)
+        places = self._places(ids)
+        example_of = {part.name: item for (part, _), item in zip(places, ids, strict=True)}
+        if len(example_of) > 1:
+            (first, one), (second, other) = list(example_of.items())[:2]
             raise DataError(
                 f"{one!r} is in the part {first!r}, but {other!r} in {second!r}; ask for the items of one "
                 "part at a time"
             )
-        owner = places[0][0] if places else chosen or self.alone
-        return owner, np.array([row for _, row in places], np.int64)
+        return places[0][0] if places else self.alone, np.array([row for _, row in places], np.int64)
 
     def refuse_known(self, ids: Sequence[str]) -> None:
         """Refuse ids that are already in the gallery."""
         for part in reversed(self._all):
             if part.has_any(ids):
-                known = next(item for item in ids if part.row(item) is not None)
+                taken = next(item for item in ids if part.row(item) is not None)
                 raise DataError(
-                    f"the id {known!r} is already in the gallery (part {part.name!r}); remove it first, or "
+                    f"the id {taken!r} is already in the gallery (part {part.name!r}); remove it first, or "
                     "give the new item a new id"
                 )
 
     def removal(self, ids: Sequence[str]) -> list[Change]:
         """Build the changes that remove items from every part."""
+        self._places(ids)
         changes = []
         for part in self:
             rows = [row for item in ids if (row := part.row(item)) is not None]
             changes += part.as_changes(rows, moved=False)
-        for item in ids:
-            if self.find(item) is None:
-                raise _not_there(item, "gallery")
         return changes
 
     def backfilling(self, ids: Sequence[str]) -> NDArray[np.int64]:
@@ -466,25 +473,21 @@ class Parts:
 
     def upserting(self, ids: Sequence[str], part: Part) -> tuple[pa.Table | None, list[Change]]:
         """Collect the columns and changes of an upsert of known items into the next segment of a part."""
-        places = [self.find(item) for item in ids]
-        columns, hidden = [], []
-        for number, (item, place) in enumerate(zip(ids, places, strict=True)):
-            if place is None:
-                raise _not_there(item, "gallery")
-            if part is self.old and place[0] is not part:
-                hidden.append(number)  # mixed search uses the new vector; the old one stays readable
+        places = self._places(ids)
+        columns = []
         for owner in self:
-            own = np.array([n for n, place in enumerate(places) if place is not None and place[0] is owner])
-            if len(own):
-                rows = np.array([place[1] for place in places if place is not None and place[0] is owner])
-                columns.append((owner.metadata(rows), own))
+            positions = [number for number, (holder, _) in enumerate(places) if holder is owner]
+            if positions:
+                rows = np.array([places[number][1] for number in positions])
+                columns.append((owner.metadata(rows), np.array(positions)))
         replaced = [row for item in ids if (row := part.row(item)) is not None]
         changes = part.as_changes(replaced, moved=False)
-        if part is self.newest and part is not self.old:
-            moved = [place[1] for place in places if place is not None and place[0] is self.old]
+        if part is not self.old:
+            moved = [row for owner, row in places if owner is self.old]
             changes += self.old.as_changes(moved, moved=True)
-        if hidden:
-            changes.append(Change(NEXT, np.array(hidden, np.int64), moved=True))
+        else:  # mixed search uses the new vectors; the old ones are readable all the same
+            hidden = [number for number, (owner, _) in enumerate(places) if owner is not part]
+            changes += [Change(NEXT, np.array(hidden), moved=True)] if hidden else []
         return _stacked(columns, f"the part {part.name!r}"), changes
 
     def check_next(self, space: EmbeddingSpace, name: str) -> None:
@@ -510,12 +513,12 @@ def _not_there(item: str, where: str) -> DataError:
     return DataError(f"the id {item!r} is not in the {where}; check the id, or reload the gallery")
 
 
-def _stacked(found: Sequence[tuple[pa.Table | None, NDArray[np.int64]]], where: str) -> pa.Table | None:
+def _stacked(columns: Sequence[tuple[pa.Table | None, NDArray[np.int64]]], where: str) -> pa.Table | None:
     """Concatenate columns in the order of their positions; ``None`` if no row has any."""
-    if all(table is None for table, _ in found):
+    if all(table is None for table, _ in columns):
         return None
     tables = [
-        pa.table({_ABSENT: pa.nulls(len(places))}) if table is None else table for table, places in found
+        pa.table({_ABSENT: pa.nulls(len(places))}) if table is None else table for table, places in columns
     ]
     try:
         stacked = pa.concat_tables(tables, promote_options="permissive")
@@ -524,7 +527,7 @@ def _stacked(found: Sequence[tuple[pa.Table | None, NDArray[np.int64]]], where: 
             f"{where}: {str(error).splitlines()[0]}; give a column one type over the whole gallery"
         ) from error
     named = stacked.select([name for name in stacked.column_names if name != _ABSENT])
-    return named.take(pa.array(np.argsort(np.concatenate([places for _, places in found]))))
+    return named.take(pa.array(np.argsort(np.concatenate([places for _, places in columns]))))
 
 
 _ABSENT = "__absent__"

@@ -29,7 +29,7 @@ def mixed_ranks(
     backfilled: Tensor | NDArray[np.bool_],
     merge: Merge,
 ) -> Tensor:
-    """Counts, for every query, the wrong items that come at or before its best positive in a mixed index.
+    """Count, for every query, the wrong items that come at or before its best positive in a mixed index.
 
     The counterpart of :func:`xbt.evaluation.best_positive_ranks`, which it equals where nothing or everything
     is backfilled. A backfilled item is compared by its new vector with the new query, any other item by its
@@ -74,18 +74,8 @@ def mixed_ranks(
 class MixedScores:
     """The scores of some queries with all items under both models, for ranks at many states of backfilling.
 
-    It holds 8 bytes per query and item, and 16 more for the scores of the last merge;
-    :func:`mixed_ranks` takes the queries in pieces.
-
-    Args:
-        old_queries: (n, old_dim) queries in the old space.
-        new_queries: (n, new_dim) the same in the new space.
-        old_gallery: (m, old_dim) items under the old model.
-        new_gallery: (m, new_dim) the same under the new model.
-        positives: For every query the items that answer it.
-
-    Raises:
-        DataError, SpaceMismatchError: As :func:`mixed_ranks`.
+    It holds 8 bytes per query and item, and 16 more for the scores of the last merge; :func:`mixed_ranks`
+    takes the queries in pieces. Arguments and errors are those of :func:`mixed_ranks`.
 
     Attributes:
         old: (n, m) float32 scores under the old model.
@@ -133,11 +123,7 @@ class MixedScores:
         return self._calibrated[1:]
 
     def ranks(self, backfilled: Tensor | NDArray[np.bool_], merge: Merge) -> Tensor:
-        """(n,) int64 ranks; see :func:`mixed_ranks`.
-
-        Raises:
-            DataError: If there is not one boolean per item.
-        """
+        """(n,) int64 ranks; see :func:`mixed_ranks`."""
         mask = _mask(backfilled, self.old.shape[1])
         if merge.by_rank:
             return torch.from_numpy(count_before_best(*self._places(mask)))

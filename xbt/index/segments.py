@@ -74,13 +74,17 @@ class PartRecord:
         number, name, space, dim, modality, dtype = row
         try:
             part_name(name)
-            known = None if space is None else EmbeddingSpace.from_dict(json.loads(space))
-            if not is_count(number, 1) or not is_count(dim, 1) or (known is not None and known.dim != dim):
+            declared = None if space is None else EmbeddingSpace.from_dict(json.loads(space))
+            if (
+                not is_count(number, 1)
+                or not is_count(dim, 1)
+                or (declared is not None and declared.dim != dim)
+            ):
                 raise ValueError(f"a part has the number {number!r} and the dimension {dim!r}")
-            Header(modality, known, dtype, dim)
+            Header(modality, declared, dtype, dim)
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise damaged(path, f"its part {name!r} cannot be read: {error}") from error
-        return cls(name, known, dim, modality, dtype, number)
+        return cls(name, declared, dim, modality, dtype, number)
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,8 @@ def ids_from_json(data: Any, count: int, path: Path) -> list[str]:
         raise damaged(path, f"the ids of a segment cannot be read: {error}") from error
     if not whole:
         raise damaged(path, f"a segment with {count} rows does not have one string id per row")
-    found: list[str] = names
-    return found
+    ids: list[str] = names
+    return ids
 
 
 def is_count(value: Any, least: int) -> bool:
@@ -175,8 +179,8 @@ class MemorySegment(Segment):
 
     def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`Segment`."""
-        found: NDArray[np.float32] = self._rows[rows]
-        return found
+        vectors: NDArray[np.float32] = self._rows[rows]
+        return vectors
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
         """See :class:`Segment`."""
@@ -230,9 +234,9 @@ class FileSegment(Segment):
             raise StoreError(f"{path} with {self.count} rows of the gallery is missing; {DAMAGED}")
         try:
             with path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != size:
-                    raise StoreError(f"{path} has {found} bytes instead of {size}; {DAMAGED}")
+                actual = os.fstat(file.fileno()).st_size
+                if actual != size:
+                    raise StoreError(f"{path} has {actual} bytes instead of {size}; {DAMAGED}")
                 # A private map avoids the warning of torch about read-only memory.
                 mapped = size >= _MAPPED_BYTES
                 data: Any = (
@@ -252,11 +256,11 @@ class FileSegment(Segment):
 
     def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`Segment`."""
-        found = widened(self._rows[rows])
-        require_finite(found, self.path, rows)
+        vectors = widened(self._rows[rows])
+        require_finite(vectors, self.path, rows)
         if isinstance(rows, slice) and self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)  # pages read so far count as memory of the process
-        return found
+        return vectors
 
     def metadata(self, rows: NDArray[np.int64]) -> pa.Table | None:
         """See :class:`Segment`."""
@@ -288,9 +292,9 @@ class FileSegment(Segment):
                     raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows instead of {self.count}")
                 return read(file)
         except (pa.ArrowException, OSError, ValueError, LookupError, MemoryError) as error:
-            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StoreError(
-                f"the metadata of {self.path} in the gallery's database is damaged ({said}); {DAMAGED}"
+                f"the metadata of {self.path} in the gallery's database is damaged ({reason}); {DAMAGED}"
             ) from error
 
 
@@ -338,12 +342,12 @@ def check_schema(db: sqlite3.Connection, path: Path) -> None:
             f"{path} has format version {version}, but this xbt reads version {VERSION}; build the gallery "
             "again from its vectors"
         )
-    found = {}
+    tables = {}
     for kind, name, statement in db.execute("SELECT type, name, sql FROM sqlite_schema LIMIT 50"):
         if not str(name).startswith("sqlite_") or kind not in ("table", "index"):
-            found[name] = statement if kind == "table" else kind
-    if found != _SCHEMA:
-        odd = sorted(str(name) for name in found.keys() ^ _SCHEMA.keys()) or ["a table definition"]
+            tables[name] = statement if kind == "table" else kind
+    if tables != _SCHEMA:
+        odd = sorted(str(name) for name in tables.keys() ^ _SCHEMA.keys()) or ["a table definition"]
         raise damaged(path, f"its schema differs in {odd[0]!r}")
 
 
@@ -382,7 +386,7 @@ class Rows:
 
     def __init__(self, segments: Sequence[Segment], dim: int) -> None:
         self.segments, self.dim = tuple(segments), dim
-        self.starts = np.cumsum([0, *(each.count for each in segments)], dtype=np.int64)
+        self.starts = np.cumsum([0, *(segment.count for segment in segments)], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -396,12 +400,12 @@ class Rows:
             first = int(np.searchsorted(self.starts, start, side="right")) - 1
             last = int(np.searchsorted(self.starts, stop, side="left"))
             borders = [start, *self.starts[first + 1 : last].tolist(), stop]
-            found = [
+            blocks = [
                 self.segments[number].read(slice(*(int(end - self.starts[number]) for end in (low, high))))
                 for number, low, high in zip(range(first, last), borders[:-1], borders[1:], strict=True)
                 if high > low
             ]
-            return found[0] if len(found) == 1 else np.concatenate(found)
+            return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
         result = np.empty((len(rows), self.dim), np.float32)
         for number, places, numbers in self.by_segment(rows):
             result[places] = self.segments[number].read(numbers)

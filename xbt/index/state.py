@@ -145,9 +145,10 @@ class State:
             self._commit(NewSegment(part.record, ids, (rows,), columns), changes)
             return
         with self.lock:
-            number = 1 + max((segment.number for each in self._parts for segment in each.segments), default=0)
+            numbers = [segment.number for each in self._parts for segment in each.segments]
+            number = 1 + max(numbers, default=0)
             part.grow([MemorySegment(number, rows.copy(), columns)], ids)
-            self._mask([replace(each, segment=number) if each.segment == NEXT else each for each in changes])
+            self._mask([replace(c, segment=number) if c.segment == NEXT else c for c in changes])
 
     def change(self, changes: Sequence[Change]) -> None:
         """Commit changes of segments."""

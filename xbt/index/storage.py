@@ -173,10 +173,10 @@ class Storage:
     def metadata(self, segment: int) -> bytes:
         """Read the Parquet bytes of a segment's columns."""
         with self._session() as db:
-            found = db.execute("SELECT metadata FROM segment WHERE number = ?", (segment,)).fetchone()
-        if found is None or not isinstance(found[0], bytes):
+            row = db.execute("SELECT metadata FROM segment WHERE number = ?", (segment,)).fetchone()
+        if row is None or not isinstance(row[0], bytes):
             raise StaleError(f"segment {segment} of {self.path} is gone; call reload()")
-        return found[0]
+        return row[0]
 
     def inspect(self) -> tuple[list[str], dict[int, tuple[str, str, bytes, bytes | None]]]:
         """Check the database itself.
@@ -188,10 +188,10 @@ class Storage:
         with self._session() as db:
             if self.identity not in ("", read_settings(db, self.path / DATABASE)["identity"]):
                 raise self._replaced(refuse=False)
-            said = [str(text) for (text,) in db.execute("PRAGMA integrity_check(10)")]
+            messages = [str(text) for (text,) in db.execute("PRAGMA integrity_check(10)")]
             rows = db.execute("SELECT number, sha256, described, ids, metadata FROM segment")
             described = {number: tuple(row) for number, *row in rows}
-        return [text for text in said if text != "ok"], described
+        return [text for text in messages if text != "ok"], described
 
     def cache(self, part: PartRecord, plan: IndexPlan) -> IndexCache:
         """Open the index cache of a part."""
@@ -231,11 +231,11 @@ class Storage:
     def end_writing(self) -> None:
         """Release the write lock."""
         with self._lock:
-            held, self._held = self._held, None
+            connection, self._held = self._held, None
             try:
-                if held is not None:
+                if connection is not None:
                     with suppress(sqlite3.Error):  # the next opening replays the remaining log
-                        held.close()
+                        connection.close()
             finally:
                 self._writer.release()
 
@@ -286,7 +286,7 @@ class Storage:
         """Start the next generation: delete parts and segments, add segments, and replace the log."""
         self._require_same()
         first = self._next_number
-        rows = [self._write_segment(first + place, each) for place, each in enumerate(new)]
+        rows = [self._write_segment(first + place, segment) for place, segment in enumerate(new)]
         with self._transaction() as db:
             db.executemany("DELETE FROM part WHERE number = ?", [(number,) for number in parts])
             db.executemany("DELETE FROM segment WHERE number = ?", [(number,) for number in segments])
@@ -377,10 +377,10 @@ class Storage:
     def _stamp(self) -> tuple[int, int]:
         """Identify the database file; a replacement has another stamp."""
         try:
-            about = (self.path / DATABASE).stat()
+            status = (self.path / DATABASE).stat()
         except OSError:
             raise _no_gallery(self.path) from None
-        return about.st_dev, about.st_ino
+        return status.st_dev, status.st_ino
 
     @contextmanager
     def _session(self) -> Iterator[sqlite3.Connection]:
@@ -474,18 +474,18 @@ class Storage:
         path = self.path / DATABASE
         if part not in parts or not is_count(count, 1 if store is None else 0) or not isinstance(sha256, str):
             raise damaged(path, f"its segment {number} has the part {part!r} and {count!r} rows")
-        about = parts[part]
+        of_part = parts[part]
         if store is not None:
             self._has_stores = True
             record = StoreRecord.from_json(store, path)
             place = record.find(self.path, self._moved)
-            opened = StoreSegment(number, place, about, count, record, self.path)
+            opened = StoreSegment(number, place, of_part, count, record, self.path)
             return part, opened, opened.read_ids()
         file = self.path / SEGMENTS / _file_name(number)
         if not file.is_file() and file.parent.is_dir() and self._is_compacted(number):
             raise _Vanished(f"{self.path} is compacted faster than it can be read; wait for its writer")
         read_metadata = self.metadata if has_metadata else None
-        segment = FileSegment(number, file, about.dtype, (count, about.dim), sha256, read_metadata)
+        segment = FileSegment(number, file, of_part.dtype, (count, of_part.dim), sha256, read_metadata)
         return part, segment, ids_from_json(ids, count, path)
 
     def _is_compacted(self, number: int) -> bool:
@@ -533,8 +533,8 @@ def insert_part(db: sqlite3.Connection, part: PartRecord) -> int:
 
 def _insert_changes(db: sqlite3.Connection, changes: Sequence[Change], last: int) -> int:
     """Insert changes within a transaction and return the version of the last one."""
-    for each in changes:
-        row = (each.segment, int(each.moved), each.rows.astype("<i8").tobytes())
+    for change in changes:
+        row = (change.segment, int(change.moved), change.rows.astype("<i8").tobytes())
         made = db.execute("INSERT INTO change (segment, moved, rows) VALUES (?, ?, ?)", row)
         last = made.lastrowid or last
     return last
@@ -542,11 +542,11 @@ def _insert_changes(db: sqlite3.Connection, changes: Sequence[Change], last: int
 
 def describe_digest(ids: Any, metadata: Any) -> str:
     """Compute SHA-256 of the ids and columns of a segment. Values other than bytes count as text."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for value in (ids, metadata):
         data = b"" if value is None else value
-        found.update(data if isinstance(data, bytes) else repr(data).encode("utf-8", "backslashreplace"))
-    return found.hexdigest()
+        digest.update(data if isinstance(data, bytes) else repr(data).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
 
 
 def _as_stored(block: NDArray[np.float32], ids: Sequence[str], part: PartRecord) -> NDArray[np.floating]:

@@ -97,12 +97,12 @@ class StoreRecord:
 def require_known(moved: Mapping[str, Path], db: sqlite3.Connection, path: Path) -> None:
     """Refuse new paths of stores, by the recorded paths, that the gallery was not made of."""
     texts = db.execute("SELECT store FROM segment WHERE store IS NOT NULL").fetchall()
-    known = [StoreRecord.from_json(text, path).path for (text,) in texts]
+    recorded = [StoreRecord.from_json(text, path).path for (text,) in texts]
     for was in moved:
-        if was not in known:
+        if was not in recorded:
             raise StoreError(
                 f"stores= names {was!r}, but the gallery at {path.parent} was made of no such store; it was "
-                f"made of {', '.join(known) or 'none'}"
+                f"made of {', '.join(recorded) or 'none'}"
             )
 
 
@@ -113,9 +113,9 @@ def note_places(db: sqlite3.Connection, gallery: Path, moved: dict[str, Path]) -
         record = StoreRecord.from_json(text, gallery)
         with suppress(StoreError):  # of a store that is gone the record stays as it is
             now = record.find(gallery, moved).resolve()
-            found = replace(record, path=str(now), nearby=StoreRecord.nearby_path(now, gallery))
-            if found != record:
-                db.execute("UPDATE segment SET store = ? WHERE number = ?", (found.to_json(), number))
+            moved_record = replace(record, path=str(now), nearby=StoreRecord.nearby_path(now, gallery))
+            if moved_record != record:
+                db.execute("UPDATE segment SET store = ? WHERE number = ?", (moved_record.to_json(), number))
                 if record.path in moved:
                     moved[str(now)] = moved.pop(record.path)
 
@@ -186,11 +186,11 @@ class StoreSegment(Segment):
     def read(self, rows: slice | NDArray[np.int64]) -> NDArray[np.float32]:
         """See :class:`~xbt.index.segments.Segment`."""
         with self._same_store():
-            found = (
+            vectors = (
                 self.store.read(rows.start, rows.stop) if isinstance(rows, slice) else self.store.rows(rows)
             )
-        require_finite(found, self.store.path, rows)
-        return found
+        require_finite(vectors, self.store.path, rows)
+        return vectors
 
     def read_ids(self) -> list[str]:
         """Read the ids of all rows."""
@@ -204,11 +204,11 @@ class StoreSegment(Segment):
         tables, placed, first = [], [np.zeros(0, np.int64)], 0
         with self._same_store():
             for shard in self.store.shards:
-                own = np.flatnonzero((rows >= first) & (rows < first + shard.count))
-                if len(own):
+                in_shard = np.flatnonzero((rows >= first) & (rows < first + shard.count))
+                if len(in_shard):
                     table = read_columns(self.store.path / metadata_file(shard.name), None)
-                    tables.append(table.take(pa.array(rows[own] - first)))
-                    placed.append(own)
+                    tables.append(table.take(pa.array(rows[in_shard] - first)))
+                    placed.append(in_shard)
                 first += shard.count
         table = pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
         table = table.take(pa.array(np.argsort(np.concatenate(placed))))
@@ -231,10 +231,6 @@ class StoreSegment(Segment):
         except StoreError as error:
             return [str(error)]
         return find_faults(self.store.path, self.store.modality)
-
-    def require_there(self) -> None:
-        """Refuse a store that has lost its manifest, or that another one has replaced."""
-        self._require_same()
 
     @contextmanager
     def _same_store(self) -> Iterator[None]:
@@ -263,9 +259,9 @@ class StoreSegment(Segment):
             )
 
 
-def _begins_with(shards: Iterable[ShardRecord], known: Iterable[ShardRecord]) -> bool:
+def _begins_with(shards: Iterable[ShardRecord], first: Iterable[ShardRecord]) -> bool:
     """Check that a store still begins with the known shards; more may follow."""
-    before = [_files_of(shard) for shard in known]
+    before = [_files_of(shard) for shard in first]
     return [_files_of(shard) for shard in islice(shards, len(before))] == before
 
 
@@ -276,7 +272,7 @@ def _files_of(shard: ShardRecord) -> tuple[str, int, dict[str, FileRecord]]:
 def _stamp(path: Path) -> tuple[int, ...]:
     """Identify a version of the manifest, which is always replaced as a whole."""
     try:
-        about = (path / MANIFEST).stat()
+        status = (path / MANIFEST).stat()
     except OSError:
         return ()
-    return about.st_ino, about.st_size, about.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns

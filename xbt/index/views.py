@@ -65,7 +65,7 @@ class PartView:
                 f"the part {self.name!r} has rows that cannot be scored; see verify() for its faults"
             )
         names = self.ids
-        return Hits([[names[row] for row in found] for found in rows.tolist()], scores)
+        return Hits([[names[row] for row in line] for line in rows.tolist()], scores)
 
     def without(self, ids: Set[str]) -> PartView:
         """Exclude some items. The resulting view compares all rows, read from disk."""
@@ -106,11 +106,13 @@ class PartView:
         for start in range(0, len(rows), ROWS_AT_ONCE):
             numbers = rows[start : start + ROWS_AT_ONCE]
             some = ExactRows(self.dim).grown(self.gather(numbers), numbers)
-            found = some.search(queries, min(k, some.count))
-            scores = np.concatenate([best_scores, found[0]], axis=1)
-            both = np.concatenate([best, found[1]], axis=1)
+            hits = some.search(queries, min(k, some.count))
+            scores = np.concatenate([best_scores, hits[0]], axis=1)
+            numbers_of_both = np.concatenate([best, hits[1]], axis=1)
             order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-            best_scores, best = (np.take_along_axis(each, order, axis=1) for each in (scores, both))
+            best_scores, best = (
+                np.take_along_axis(table, order, axis=1) for table in (scores, numbers_of_both)
+            )
         return best_scores, best
 
 
@@ -141,8 +143,8 @@ def search_views(views: Sequence[PartView], queries: NDArray[np.float32], k: int
 
     Fewer than k rows a query are returned where there are fewer.
     """
-    found = [view.search(queries, min(k, view.count)) for view in views]
-    scores, rows = (np.concatenate(each, axis=1) for each in zip(*found, strict=True))
+    results = [view.search(queries, min(k, view.count)) for view in views]
+    scores, rows = (np.concatenate(tables, axis=1) for tables in zip(*results, strict=True))
     order = np.lexsort((rows, -scores))[:, :k]
     names, rows = views[0].ids, np.take_along_axis(rows, order, axis=1)
     ids = [[names[row] for row in line] for line in rows.tolist()]
