@@ -194,7 +194,7 @@ class Cascade:
         return embedder.embedded - before
 
     def close(self) -> None:
-        """Wait for the originals that are being embedded, and end the threads."""
+        """Wait for the originals that are being embedded, and end the threads; a search starts them again."""
         if self._embedder is not None:
             self._embedder.close()
 
@@ -209,12 +209,13 @@ class Cascade:
             known = self._embedder
             if known is not None and known.index is not index:
                 raise ConfigError("the cascade serves another index; make one for each index")
-            if known is None or known.pid != os.getpid():  # a forked child has no threads
+            if known is None or known.closed or known.pid != os.getpid():  # a forked child has no threads
                 names = vector_names(index)
                 begin(index, names[1], self.new.space)
-                known = self._embedder = Embedder(
-                    index, names, self.new, self._originals, self._workers, self._batch_size
-                )
+                made = Embedder(index, names, self.new, self._originals, self._workers, self._batch_size)
+                if known is not None:
+                    made.embedded, made.failed = known.embedded, known.failed
+                known = self._embedder = made
             return known
 
     def count(self, queries: int, outcomes: Mapping[str, int]) -> None:

@@ -79,6 +79,7 @@ class Embedder:
         failed: Ids whose original is missing or broken; they are not tried again.
         embedded: Number of originals that were embedded.
         pid: Process that the threads belong to.
+        closed: Whether the threads have ended.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Embedder:
         self.index, self.names = index, names
         self.stored: set[str] = set()
         self.failed: dict[str, Outcome] = {}
-        self.embedded, self.pid = 0, os.getpid()
+        self.embedded, self.pid, self.closed = 0, os.getpid(), False
         self._encoder, self._originals, self._batch_size = encoder, originals, batch_size
         self._tasks: dict[str, _Task] = {}
         self._lock = threading.Lock()
@@ -154,6 +155,7 @@ class Embedder:
 
     def close(self) -> None:
         """Wait for the originals that are being embedded, and end the threads."""
+        self.closed = True
         self._readers.shutdown(cancel_futures=True)
         self._model.shutdown()
 
