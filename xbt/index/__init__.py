@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xbt.index.calibration import fit_merge
-from xbt.index.cascade import Cascade, CascadeStatistics, cascaded_search
+from xbt.index.cascade import Cascade, cascaded_search
 from xbt.index.gallery import Gallery
 from xbt.index.mixed import (
     AffineMerge,
@@ -14,6 +14,7 @@ from xbt.index.mixed import (
     merge_from_dict,
     search_mixed,
 )
+from xbt.index.on_demand import CascadeStatistics
 from xbt.index.parts import PartSummary
 from xbt.index.protocol import Batch, Hits, IndexInfo, VectorIndex, VectorInfo
 from xbt.index.qdrant import QdrantIndex

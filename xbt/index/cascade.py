@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
 from xbt.index.mixed import require_same_count
-from xbt.index.on_demand import Embedder, Embeds, fetch_present
+from xbt.index.on_demand import CascadeStatistics, Embedder, Embeds, fetch_present
 from xbt.index.originals import Modality, Originals, Source
 from xbt.index.protocol import Hits, IndexInfo, VectorIndex
 from xbt.index.target import begin, is_complete, vector_names
@@ -36,39 +36,6 @@ from xbt.vectors import Vectors, as_k, as_queries
 
 QUERIES_AT_ONCE = 256
 """Queries whose candidates are held at once."""
-
-
-@dataclass(frozen=True)
-class CascadeStatistics:
-    """Counts of a cascade since it was made.
-
-    Attributes:
-        queries: Queries.
-        candidates: First-stage candidates within the depth, over all queries.
-        hits: Candidates whose new vector was there when the query came.
-        missing: Candidates without an original. They keep their place, as those that follow.
-        broken: Candidates whose original cannot be decoded.
-        late: Candidates that were not ready within the time limit.
-        embedded: Originals that were embedded and stored, :meth:`Cascade.prewarm` included.
-    """
-
-    queries: int = 0
-    candidates: int = 0
-    hits: int = 0
-    missing: int = 0
-    broken: int = 0
-    late: int = 0
-    embedded: int = 0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the candidates whose new vector was there; 1 before the first query."""
-        return self.hits / self.candidates if self.candidates else 1.0
-
-    @property
-    def embedded_per_query(self) -> float:
-        """Originals embedded per query."""
-        return self.embedded / max(self.queries, 1)
 
 
 class Cascade:
@@ -193,7 +160,7 @@ class Cascade:
         return embedder.embedded - before
 
     def close(self) -> None:
-        """Wait for the originals that are being embedded, and end the threads."""
+        """Wait for the originals that are being embedded, and end the threads; a search starts them again."""
         if self._embedder is not None:
             self._embedder.close()
 
@@ -208,12 +175,13 @@ class Cascade:
             known = self._embedder
             if known is not None and known.index is not index:
                 raise ConfigError("the cascade serves another index; make one for each index")
-            if known is None or known.pid != os.getpid():  # a forked child has no threads
+            if known is None or known.closed or known.pid != os.getpid():  # a forked child has no threads
                 names = vector_names(index)
                 begin(index, names[1], self.new.space)
-                known = self._embedder = Embedder(
-                    index, names, self.new, self._originals, self._workers, self._batch_size
-                )
+                made = Embedder(index, names, self.new, self._originals, self._workers, self._batch_size)
+                if known is not None:
+                    made.embedded, made.failed = known.embedded, known.failed
+                known = self._embedder = made
             return known
 
     def count(self, queries: int, outcomes: Mapping[str, int]) -> None:

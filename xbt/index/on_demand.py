@@ -42,6 +42,39 @@ class Embeds(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class CascadeStatistics:
+    """Counts of a cascade since it was made.
+
+    Attributes:
+        queries: Queries.
+        candidates: First-stage candidates within the depth, over all queries.
+        hits: Candidates whose new vector was there when the query came.
+        missing: Candidates without an original. They keep their place, as those that follow.
+        broken: Candidates whose original cannot be decoded.
+        late: Candidates that were not ready within the time limit.
+        embedded: Originals that were embedded and stored, :meth:`~xbt.index.Cascade.prewarm` included.
+    """
+
+    queries: int = 0
+    candidates: int = 0
+    hits: int = 0
+    missing: int = 0
+    broken: int = 0
+    late: int = 0
+    embedded: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the candidates whose new vector was there; 1 before the first query."""
+        return self.hits / self.candidates if self.candidates else 1.0
+
+    @property
+    def embedded_per_query(self) -> float:
+        """Originals embedded per query."""
+        return self.embedded / max(self.queries, 1)
+
+
 @dataclass(eq=False)
 class _Task:
     """One row on its way to a new vector.
@@ -79,6 +112,7 @@ class Embedder:
         failed: Ids whose original is missing or broken; they are not tried again.
         embedded: Number of originals that were embedded.
         pid: Process that the threads belong to.
+        closed: Whether the threads have ended.
     """
 
     def __init__(
@@ -93,7 +127,7 @@ class Embedder:
         self.index, self.names = index, names
         self.stored: set[str] = set()
         self.failed: dict[str, Outcome] = {}
-        self.embedded, self.pid = 0, os.getpid()
+        self.embedded, self.pid, self.closed = 0, os.getpid(), False
         self._encoder, self._originals, self._batch_size = encoder, originals, batch_size
         self._tasks: dict[str, _Task] = {}
         self._lock = threading.Lock()
@@ -154,6 +188,7 @@ class Embedder:
 
     def close(self) -> None:
         """Wait for the originals that are being embedded, and end the threads."""
+        self.closed = True
         self._readers.shutdown(cancel_futures=True)
         self._model.shutdown()
 
