@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import fsspec  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
-from xbt.data.files import IMAGE_SUFFIXES
+from xbt.data.files import IMAGE_SUFFIXES, one_line
 from xbt.data.image_folder import is_hidden
 from xbt.data.items import Entry, Item, Rejected, SourceShard, digest_of, readable, text_entry
 from xbt.errors import DataError
@@ -107,8 +107,7 @@ def find_tars(source: str) -> list[FoundTar]:
         with ThreadPoolExecutor(_MAX_REQUESTS if concurrent else 1) as pool:
             states = list(pool.map(_state, locations))
     except Exception as error:  # fsspec file systems have no common base error
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DataError(f"{source} cannot be looked up ({reason}); check the name") from error
+        raise DataError(f"{source} cannot be looked up ({one_line(error)}); check the name") from error
     tars = [FoundTar(location.url, state) for location, state in zip(locations, states, strict=True) if state]
     if not tars:
         raise DataError(f"{source}: there is no such tar file; check the path or pattern")
@@ -241,9 +240,7 @@ def open_tar(url: str) -> Iterator[TarStream]:
             # A remote PermissionError affects all files, for example when a credential has expired.
             if isinstance(error, PermissionError | IsADirectoryError) and is_local(url):
                 raise
-            raise DataError(
-                f"{url} cannot be opened ({one_line(error)}); fix that and run the same command again"
-            ) from error
+            raise _unreachable(url, error) from error
         raw = io.BufferedReader(_Fetched(file, url), _BLOCK)
         unpack = _UNPACK.get(raw.peek(2)[:2])
         plain: Any = raw if unpack is None else _Eager(stack.enter_context(unpack(raw)))
@@ -255,9 +252,8 @@ def open_tar(url: str) -> Iterator[TarStream]:
         )
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's type and message without line breaks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _unreachable(url: str, error: Exception) -> DataError:
+    return DataError(f"{url} cannot be read ({one_line(error)}); fix that and run the same command again")
 
 
 class _StrictHeader(tarfile.TarInfo):
@@ -319,10 +315,7 @@ class _Fetched(io.RawIOBase):
         try:
             data = self._file.read(len(buffer))
         except Exception as error:  # fsspec file systems have no common base error
-            raise DataError(
-                f"{self._url} cannot be read any more ({one_line(error)}); fix that and run the same "
-                "command again"
-            ) from error
+            raise _unreachable(self._url, error) from error
         buffer[: len(data)] = data
         return len(data)
 
@@ -494,6 +487,4 @@ def _until_damage(url: str, name: str, entries: Iterator[Entry]) -> Iterator[Ent
     except DAMAGE as error:
         yield Rejected(name, f"{url} cannot be read beyond its first {count} samples ({one_line(error)})")
     except Exception as error:
-        raise DataError(
-            f"{url} cannot be read any more ({one_line(error)}); fix that and run the same command again"
-        ) from error
+        raise _unreachable(url, error) from error
