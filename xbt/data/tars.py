@@ -17,6 +17,7 @@ import posixpath
 import re
 import tarfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -349,15 +350,24 @@ class _Eager:
 
 
 class _Tar(SourceShard):
-    """Base of the readers of one tar: its URL, name and fingerprint."""
+    """Base of the readers of one tar.
 
-    def __init__(self, url: str, name: str, state: str = "") -> None:
-        """Keep the path or URL, the prefix of the ids, and the fingerprint of the file."""
+    ``name`` is the prefix of the ids, and ``state`` the fingerprint of the file.
+    """
+
+    def __init__(self, url: str, name: str, state: str) -> None:
         self.url, self.name, self._state = url, name, state
 
     def digest(self) -> str:
         """SHA-256 of the name and the fingerprint, so that a job does not continue with a replaced tar."""
         return digest_of([self.name, self._state])
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """Read entries ``start`` to ``stop``; of earlier images, only the headers are read."""
+        return islice(_until_damage(self.url, self.name, self._entries(start)), start, stop)
+
+    @abstractmethod
+    def _entries(self, start: int) -> Iterator[Entry]: ...
 
 
 class TarImages(_Tar):
@@ -368,10 +378,6 @@ class TarImages(_Tar):
     """
 
     columns = ("image_path",)
-
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Read entries ``start`` to ``stop``; of earlier ones, only the headers are read."""
-        return islice(_until_damage(self.url, self.name, self._entries(start)), start, stop)
 
     def _entries(self, start: int) -> Iterator[Entry]:
         for position, sample in enumerate(read_samples(self.url, "image")):
@@ -391,11 +397,7 @@ class TarCaptions(_Tar):
 
     columns = ("caption",)
 
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Read entries ``start`` to ``stop``."""
-        return islice(_until_damage(self.url, self.name, self._entries()), start, stop)
-
-    def _entries(self) -> Iterator[Entry]:
+    def _entries(self, start: int) -> Iterator[Entry]:
         for sample in read_samples(self.url, "caption"):
             name = readable(f"{self.name}/{sample.key}")
             if sample.fault is not None:
