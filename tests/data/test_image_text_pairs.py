@@ -74,7 +74,7 @@ def test_split_errors(pairs):
 
 
 def test_construction_errors():
-    with pytest.raises(DataError, match="2 ids, 1 images and 1 lists"):
+    with pytest.raises(DataError, match="2 ids, 1 images, 1 captions"):
         ImageTextPairs(["a", "b"], [flat(0)], [["x"]])
     with pytest.raises(DataError, match="'a' occurs more than once"):
         ImageTextPairs(["b", "a", "a"], [flat(0)] * 3, [["x"]] * 3)

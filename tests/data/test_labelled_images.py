@@ -325,7 +325,7 @@ def test_refuses_sources_that_do_not_fit(tmp_path, cifar100):
 @pytest.mark.parametrize(
     ("ids", "labels", "options", "message"),
     [
-        (["a"], [0, 1], {}, "1 ids, 2 images and 2 labels"),
+        (["a"], [0, 1], {}, "1 ids, 2 images, 2 labels"),
         ([], [], {}, "no labelled images"),
         (["a", "a"], [0, 1], {}, "labelled images: the id 'a' occurs more"),
         (["a", "b"], [0, 2], {}, "image 'b' has the label 2, but labels go from 0 to 1"),

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from xbt.data import Scene, SceneObject, make_scenes, scene_captions
-from xbt.data.scene_drawing import BACKGROUNDS, COLOURS, SHAPES
-from xbt.data.scenes import iterate_scenes, scene_split
+from xbt.data.scenes import BACKGROUNDS, COLOURS, SHAPES, iterate_scenes, scene_split
 from xbt.errors import ConfigError
 
 # Meaning of each word, written by hand independently of the code under test.

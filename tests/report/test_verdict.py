@@ -73,7 +73,7 @@ def test_a_gain_that_needs_the_old_model():
     assert found.answer == "ensemble"
     assert found.headline == "Upgrade: only with the ensemble"
     assert "no gain is shown for image queries" in found.sentence
-    assert {name: each.outcome for name, each in found.without_old.items()} == {
+    assert {name: each.outcome for name, each in found.without_old_model.items()} == {
         "T2I": "gain",
         "I2T": "no gain",
     }

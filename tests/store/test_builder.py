@@ -247,12 +247,13 @@ def test_many_passes_over_the_ids_find_the_same_repetition(monkeypatch):
 
     parts = [[f"{part}-{row}" for row in range(50)] for part in range(4)]
     parts[3][10] = "1-17"
+    once = parts[:3]
     for at_once in (2**20, 7):
         monkeypatch.setattr(metadata, "_HASHES_PER_PASS", at_once)
-        assert metadata.first_repeated(lambda: parts, 200) == "1-17"
-        assert metadata.first_repeated(lambda: parts[:3], 150) is None
+        assert [(part, row) for part, row, _, _ in metadata.repetitions(lambda: parts, 200)] == [(3, 10)]
+        assert not list(metadata.repetitions(lambda: once, 150))
     monkeypatch.setattr(metadata, "hashes_of", lambda names: np.zeros(len(names), np.int64))
-    assert metadata.first_repeated(lambda: parts[:3], 150) is None
+    assert not list(metadata.repetitions(lambda: once, 150))
 
 
 def test_damage_before_the_end_is_found_at_the_end(tmp_path, space, unit_rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ from xbt.data.files import (
     parse_json,
     read_json,
     read_text,
+    refuse_options,
+    refuse_split,
     unpacked,
 )
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import check_column, open_dataset, read_column, read_ids
-from xbt.data.items import choose_subset
+from xbt.data.items import choose_subset, require_unique
 from xbt.data.karpathy import is_karpathy, parse_karpathy
 from xbt.data.scenes import scene_captions
-from xbt.errors import ConfigError, DataError
+from xbt.errors import DataError
 
 Row = tuple[str, str | None]
 """An id, and its caption or None."""
@@ -57,8 +59,7 @@ def read_rows(path: Path, column: str, split: str | None) -> Iterator[Row]:
         )
     if kind == ".json":
         return _read_json(path, split)
-    if split is not None:
-        raise ConfigError(f"split {split!r} was given, but {path} has no splits; leave it out")
+    refuse_split(split, path)
     if kind == ".parquet":
         return _read_parquet(path, column)
     return _read_jsonl(path, column) if kind == ".jsonl" else _read_lines(path, column)
@@ -117,8 +118,7 @@ def _read_json(path: Path, split: str | None) -> Iterator[Row]:
             f"{path} is neither a Karpathy split file (key 'images') nor official COCO captions (key "
             "'annotations'); convert it to .jsonl"
         )
-    if split is not None:
-        raise ConfigError(f"split {split!r} was given, but {path} has no splits; leave it out")
+    refuse_split(split, path)
     for position, annotation in enumerate(annotations):
         where = f"{path}: record {position} of 'annotations'"
         if not isinstance(annotation, dict) or "caption" not in annotation:
@@ -269,17 +269,6 @@ def read_caption_rows(source: CaptionSource) -> tuple[list[str], list[str | None
     return ids, [caption for _, caption in rows]
 
 
-def require_unique(ids: Sequence[str], source: str) -> None:
-    """Check that no id occurs twice; the message names the first that does."""
-    if len(set(ids)) == len(ids):
-        return
-    seen: set[str] = set()
-    for name in ids:
-        if name in seen:
-            raise DataError(f"{source}: the id {name!r} occurs more than once; ids must be unique")
-        seen.add(name)
-
-
 def _refuse_empty(source: CaptionSource, total: int, usable: int) -> None:
     if not total:
         raise DataError(f"{source.source} is empty: it holds no caption; give a source with captions")
@@ -291,13 +280,8 @@ def _refuse_empty(source: CaptionSource, total: int, usable: int) -> None:
 
 
 def _rows(source: CaptionSource) -> Iterator[Row]:
-    for option in ("subset", "id_column"):
-        value = getattr(source, option)
-        if value is not None and not source.source.startswith(HUB_PREFIX):
-            raise ConfigError(
-                f"{option} {value!r} was given with {source.source}, but only hf: sources have {option}s; "
-                "leave it out"
-            )
+    if not source.source.startswith(HUB_PREFIX):
+        refuse_options(source, ("subset", "id_column"), "but only hf: sources have {}s")
     if source.source == "scenes":
         return _read_scenes(source)
     return (

@@ -12,7 +12,8 @@ import os
 import posixpath
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,31 @@ def check_source(source: str, limit: int | None) -> None:
         raise ConfigError("source is empty; name a file, hf:REPOSITORY or scenes")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}, but must be at least 1; leave it out to take everything")
+
+
+def refuse_options(options: Any, names: Iterable[str], reason: str) -> None:
+    """Refuse options with another value than the default, which do not apply to this kind of source."""
+    defaults = {field.name: field.default for field in fields(options)}
+    for name in names:
+        if getattr(options, name) != defaults[name]:
+            raise ConfigError(
+                f"{name} {getattr(options, name)!r} was given with {options.source}, {reason.format(name)}; "
+                "leave it out"
+            )
+
+
+def refuse_split(split: str | None, path: Path) -> None:
+    """Refuse a split of a file that has none."""
+    if split is not None:
+        raise ConfigError(
+            f"split {split!r} was given, but {path} has no splits; leave split out and give the file of the "
+            "split that you want"
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """Describe an error by its type and message, without line breaks and in at most 300 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def unpacked(value: Any, where: str = "") -> Any:
@@ -257,21 +283,21 @@ def _unpack(path: Path) -> bytes:
         raise DataError(f"{path} is a truncated or damaged gzip file; copy or download it again") from error
 
 
-def choose_splits(split: str | None, present: Sequence[str], where: str) -> list[str]:
-    """Parse the option ``split``.
+def choose_splits(split: str | None, present: Sequence[str], where: str, required: bool = False) -> list[str]:
+    """Parse the option ``split``; the chosen names are in the order of ``present`` and without repetition.
 
     Args:
         split: A name, several joined by ``+`` (``"val+restval"``), or ``"all"``; ``None`` also means all.
         present: The existing splits.
         where: Name of the source for the error message.
-
-    Returns:
-        The chosen names without repetition, in the order of ``present``.
+        required: Whether a split must be named if there are several.
     """
+    if required and split is None and len(present) > 1:
+        raise DataError(f"{where} has the splits {', '.join(present)}; choose one with split")
     if split is None or (split.strip() == ALL_SPLITS and ALL_SPLITS not in present):
         return list(present)
-    wanted = [name.strip() for name in split.split("+")]
-    for name in wanted:
+    chosen = [name.strip() for name in split.split("+")]
+    for name in chosen:
         if name not in present:
             raise DataError(f"{where} has no split {name!r}; it has {', '.join(present)}")
-    return [name for name in present if name in wanted]
+    return [name for name in present if name in chosen]

@@ -21,7 +21,7 @@ import pyarrow as pa
 import yaml
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from xbt.data.files import check_is_file, read_json
+from xbt.data.files import check_is_file, one_line, read_json
 from xbt.errors import DataError, XbtError
 
 HUB_PREFIX = "hf:"
@@ -96,8 +96,9 @@ def translated(source: str, advice: str) -> Iterator[None]:
         raise
     except Exception as error:
         # huggingface_hub, fsspec, pyarrow and the builders have no common base error.
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise DataError(f"{source} cannot be opened ({type(error).__name__}: {reason}); {advice}") from error
+        raise DataError(
+            f"{source} cannot be opened ({one_line(error.__cause__ or error)}); {advice}"
+        ) from error
 
 
 def _cache_of(directory: Path) -> Path:
@@ -132,8 +133,9 @@ def _check_card(card: Path, directory: Path) -> None:
     except XbtError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{card}: its YAML cannot be read ({reason}); fix it, or remove the file") from error
+        raise DataError(
+            f"{card}: its YAML cannot be read ({one_line(error)}); fix it, or remove the file"
+        ) from error
     configs = metadata.get("configs") if isinstance(metadata, dict) else None
     for config in configs if isinstance(configs, list) else []:
         if isinstance(config, dict):
@@ -269,5 +271,6 @@ def _check_arrow(path: Path) -> None:
             for batch in batches:
                 batch.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is a damaged Arrow file ({reason}); copy or download it again") from error
+        raise DataError(
+            f"{path} is a damaged Arrow file ({one_line(error)}); copy or download it again"
+        ) from error

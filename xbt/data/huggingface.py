@@ -12,14 +12,24 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 import datasets
 
-from xbt.data.files import ALL_SPLITS, as_captions, choose_splits, unpacked
+from xbt.data.files import ALL_SPLITS, as_captions, choose_splits, one_line, unpacked
 from xbt.data.hf_folders import HUB_PREFIX, directory_of, open_builder, open_folder, translated, was_saved
 from xbt.data.image_folder import as_spelled, refuse_urls
-from xbt.data.items import Entry, Item, Rejected, SelectedImages, SourceShard, digest_of, readable
+from xbt.data.items import (
+    Entry,
+    Item,
+    LazyImages,
+    RawPairs,
+    Rejected,
+    SelectedImages,
+    SourceShard,
+    digest_of,
+    readable,
+)
 from xbt.data.pairs import PairSource
 from xbt.errors import DataError
 from xbt.images import ImageSource, ListedPath, is_url
@@ -99,16 +109,14 @@ def _choose_split(opened: Any, source: str, split: str | None) -> Any:
         if only_split is None:
             raise DataError(f"{source} has no splits, but {split!r} was asked for; leave split out")
         raise DataError(f"{source} has no split {split!r}; it has only {only_split}")
-    if split is None and len(opened) > 1:
-        raise DataError(f"{source} has the splits {', '.join(opened)}; choose one with split")
-    chosen = [opened[name] for name in choose_splits(split, list(opened), source)]
+    chosen = [opened[name] for name in choose_splits(split, list(opened), source, required=True)]
     return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 
 
-def check_column(column: str, columns: Sequence[str], where: str) -> None:
+def check_column(column: str, columns: Sequence[str], where: str, hint: str = "") -> None:
     """Check that a column exists; the message lists the existing ones and ends with the hint."""
     if column not in columns:
-        raise DataError(f"{where} has no column {column!r}; it has {', '.join(map(str, columns))}")
+        raise DataError(f"{where} has no column {column!r}; it has {', '.join(map(str, columns))}{hint}")
 
 
 def read_column(dataset: Any, column: str, source: str) -> list[Any]:
@@ -130,18 +138,13 @@ def read_ids(dataset: Any, column: str | None, source: str) -> list[str]:
     return [str(value) for value in values]
 
 
-class HubImages(Sequence[ImageSource]):
-    """An image column that returns encoded images, so that a damaged one can be reported and left out."""
+class HubImages(LazyImages):
+    """An image column that returns encoded images, so that a damaged one can be reported and left out.
+
+    See :func:`undecoded` and :func:`image_roots`.
+    """
 
     def __init__(self, dataset: Any, column: str, source: str, image_root: str | None = None) -> None:
-        """Open the column without decoding it.
-
-        Args:
-            dataset: A ``datasets.Dataset``.
-            column: A column of ``datasets.Image``, of encoded bytes, or of paths.
-            source: Name of the data set in error messages.
-            image_root: Base folder of relative paths in the column; the data set's own folder by default.
-        """
         self._dataset = undecoded(dataset, column, source)
         self._column = column
         self._source, self._roots = source, image_roots(source, image_root)
@@ -149,15 +152,10 @@ class HubImages(Sequence[ImageSource]):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    @overload
-    def __getitem__(self, index: int) -> ImageSource: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ImageSource]: ...
-    def __getitem__(self, index: int | slice) -> ImageSource | list[ImageSource]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        with translated(f"{self._source}, row {index}", "copy or download the data set again"):
-            cell = self._dataset[index][self._column]
+    def source_at(self, row: int) -> ImageSource:
+        """One image, encoded."""
+        with translated(f"{self._source}, row {row}", "copy or download the data set again"):
+            cell = self._dataset[row][self._column]
         return as_image(cell, self._roots)
 
 
@@ -183,26 +181,22 @@ def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
         source: Name of the data set in error messages.
         others: Other columns to keep.
     """
-    if column not in dataset.column_names and (hint := url_hint(dataset.column_names)):
-        raise DataError(
-            f"{source} has no column {column!r}; it has {', '.join(map(str, dataset.column_names))}{hint}"
-        )
-    for name in (column, *others):
+    check_column(column, dataset.column_names, source, url_hint(dataset.column_names))
+    for name in others:
         check_column(name, dataset.column_names, source)
     feature = dataset.features[column]
     dataset = dataset.select_columns([column, *others]).with_format(None)
     if isinstance(feature, datasets.Image):
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        _refuse_urls(dataset, column, source)
-        return dataset
-    # A column without the Image type may still have its structure.
-    if isinstance(feature, dict) and {"bytes"} <= set(feature) <= {"bytes", "path"}:
-        feature = feature["bytes"]
-    if getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
-        raise DataError(
-            f"{source}: the column {column!r} holds {feature}, not images, encoded images or paths; name "
-            "the image column"
-        )
+    else:
+        # A column without the Image type may still have its structure.
+        if isinstance(feature, dict) and {"bytes"} <= set(feature) <= {"bytes", "path"}:
+            feature = feature["bytes"]
+        if getattr(feature, "dtype", None) not in ("string", "large_string", "binary", "large_binary"):
+            raise DataError(
+                f"{source}: the column {column!r} holds {feature}, not images, encoded images or paths; name "
+                "the image column"
+            )
     _refuse_urls(dataset, column, source)
     return dataset
 
@@ -246,21 +240,7 @@ def as_image(cell: Any, roots: Sequence[str]) -> ImageSource:
     return ListedPath(as_spelled(path, root, os.path.relpath(path, root)), root)
 
 
-class HubPairs(NamedTuple):
-    """Image–text pairs of a data set.
-
-    Attributes:
-        ids: The id column's values, or ``"row-0"``, ...
-        images: The undecoded images.
-        captions: The unchanged captions of each image, blank ones included.
-    """
-
-    ids: list[str]
-    images: Sequence[ImageSource]
-    captions: list[list[str]]
-
-
-def read_hub_pairs(source: PairSource) -> HubPairs:
+def read_hub_pairs(source: PairSource) -> RawPairs:
     """Read the captions of a data set and locate its images; no image is decoded.
 
     Ids are the id column's values, or ``"row-0"``, ...
@@ -285,35 +265,31 @@ def _find_columns(source: PairSource, columns: Sequence[str]) -> tuple[str, str]
             f"{source.source.removeprefix('hf:')} for a Hub data set, or the plain path of a folder"
         )
     chosen = []
-    for given, usual_names, option in (
+    for requested, usual_names, option in (
         (source.image_column, IMAGE_COLUMNS, "image_column"),
         (source.caption_column, CAPTION_COLUMNS, "caption_column"),
     ):
-        if given is not None:
-            check_column(given, columns, source.source)
-            chosen.append(given)
+        if requested is not None:
+            check_column(requested, columns, source.source)
+            chosen.append(requested)
             continue
         candidates = [name for name in usual_names if name in columns]
         if not candidates and usual_names is CAPTION_COLUMNS and "alt_text" in columns:
             candidates = ["alt_text"]
         if len(candidates) != 1:
-            what = (
-                f"the columns {' and '.join(candidates)}, any of which may be"
-                if candidates
-                else "no column known as"
-            )
+            several = f"the columns {' and '.join(candidates)}, any of which may be"
             hint = url_hint(columns) if usual_names is IMAGE_COLUMNS and not candidates else ""
             raise DataError(
-                f"{source.source} has {what} the {option.removesuffix('_column')}; it has "
-                f"{', '.join(columns)}: choose with {option}{hint}"
+                f"{source.source} has {several if candidates else 'no column known as'} the "
+                f"{option.removesuffix('_column')}; it has {', '.join(columns)}: choose with {option}{hint}"
             )
         chosen.append(candidates[0])
     return chosen[0], chosen[1]
 
 
-def _join(source: PairSource, dataset: Any, images: HubImages, captions: list[list[str]]) -> HubPairs:
+def _join(source: PairSource, dataset: Any, images: HubImages, captions: list[list[str]]) -> RawPairs:
     """Join rows that show the same image."""
-    plain = HubPairs([f"row-{row}" for row in range(len(images))], images, captions)
+    plain = RawPairs([f"row-{row}" for row in range(len(images))], images, captions)
     one_each = all(len(texts) <= 1 for texts in captions)
     if source.id_column is not None:
         names = read_ids(dataset, source.id_column, source.source)
@@ -338,7 +314,7 @@ def _join(source: PairSource, dataset: Any, images: HubImages, captions: list[li
             )
         first.setdefault(name, row)
         joined.setdefault(name, []).extend(captions[row])  # rows of one image may be apart
-    return HubPairs(list(first), SelectedImages(images, list(first.values())), list(joined.values()))
+    return RawPairs(list(first), SelectedImages(images, list(first.values())), list(joined.values()))
 
 
 def _repeated_id_column(dataset: Any, source: str) -> str | None:
@@ -355,23 +331,12 @@ class StreamedImages(SourceShard):
     """The images of one file (one shard) of a streamed data set."""
 
     def __init__(
-        self,
-        shard: Any,
-        name: str,
-        column: str,
-        id_column: str | None,
-        roots: Sequence[str],
-        state: str = "",
+        self, shard: Any, name: str, column: str, id_column: str | None, roots: Sequence[str], state: str = ""
     ) -> None:
-        """Keep the shard.
+        """Keep an undecoded ``datasets.IterableDataset`` with only these columns.
 
-        Args:
-            shard: An undecoded ``datasets.IterableDataset`` with only the columns below.
-            name: Prefix of the ids, unless a column gives them.
-            column: The image column.
-            id_column: The column of ids, if there is one.
-            roots: Folders that may contain the images; relative paths start at the first one.
-            state: Fingerprint of the data set's files.
+        ``name`` is the prefix of the ids unless a column gives them, and ``state`` the fingerprint of the
+        files; for ``roots`` see :func:`image_roots`.
         """
         self.name, self._state = name, state
         self._shard, self._column, self._id_column, self._roots = shard, column, id_column, roots
@@ -386,10 +351,9 @@ class StreamedImages(SourceShard):
             except StopIteration:
                 return
             except Exception as error:  # the hub client, fsspec and pyarrow share no kind of error
-                reason = " ".join(str(error).split())[:300]
                 raise DataError(
-                    f"{self.name} cannot be read beyond row {row} ({type(error).__name__}: {reason}); fix "
-                    "that and run the same command again"
+                    f"{self.name} cannot be read beyond row {row} ({one_line(error)}); fix that and run the "
+                    "same command again"
                 ) from error
             yield self._entry(cells, row)
             row += 1

@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xbt.data.captions import CaptionSource, read_caption_rows, require_unique
-from xbt.data.files import DEFAULT_COUNT, check_is_file, check_source, find_file, kind_of
+from xbt.data.captions import CaptionSource, read_caption_rows
+from xbt.data.files import DEFAULT_COUNT, check_is_file, check_source, find_file, kind_of, refuse_options
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import HubImages, open_dataset, read_ids, stream_images
 from xbt.data.image_folder import JoinedPaths, list_images, refuse_urls
-from xbt.data.items import ItemSource, ListedImages, ListedTexts, SelectedImages, SourceShard, choose_subset
+from xbt.data.items import (
+    ItemSource,
+    ListedImages,
+    ListedTexts,
+    SelectedImages,
+    SourceShard,
+    choose_subset,
+    require_unique,
+)
 from xbt.data.karpathy import read_karpathy
 from xbt.data.scenes import make_scenes
 from xbt.data.tars import TarCaptions, TarImages, find_tars, is_tar, tar_names
@@ -68,13 +76,8 @@ class ImageCollection:
     def __post_init__(self) -> None:
         """Check the values."""
         check_source(self.source, self.limit)
-        defaults = {name: field.default for name, field in self.__dataclass_fields__.items()}
-        for name in sorted(set.union(*_OPTIONS.values()) - _OPTIONS[self.kind]):
-            if getattr(self, name) != defaults[name]:
-                raise ConfigError(
-                    f"{name} {getattr(self, name)!r} was given with {self.source}, which is of the kind "
-                    f"{self.kind!r} and has no such option; leave it out"
-                )
+        others = sorted(set.union(*_OPTIONS.values()) - _OPTIONS[self.kind])
+        refuse_options(self, others, f"which is of the kind {self.kind!r} and has no such option")
         if self.streaming and self.limit is not None:
             raise ConfigError(
                 f"limit {self.limit} was given, but the length of a stream is not known; leave it out"
@@ -142,12 +145,7 @@ def open_captions(captions: CaptionSource) -> ItemSource:
     """
     if not is_tar(captions.source):
         return ItemSource(captions.source, "text", [ListedTexts(*read_caption_rows(captions))])
-    for name in ("split", "subset", "limit", "id_column"):
-        if getattr(captions, name) is not None:
-            raise ConfigError(
-                f"{name} {getattr(captions, name)!r} was given with {captions.source}, but tars have no such "
-                "option; leave it out"
-            )
+    refuse_options(captions, ("split", "subset", "limit", "id_column"), "but tars have no such option")
     return ItemSource(captions.source, "text", _tars(captions.source, TarCaptions))
 
 

@@ -8,9 +8,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import overload
 
 from xbt.data.files import IMAGE_SUFFIXES, find_file
+from xbt.data.items import LazyImages
 from xbt.errors import DataError
 from xbt.images import ListedPath, is_url
 
@@ -22,7 +22,7 @@ _MAX_SHOWN = 100
 _COCO_NAME = re.compile(r"COCO_((?:train|val|test)\d{4})_\d+\.")
 
 
-class JoinedPaths(Sequence[str]):
+class JoinedPaths(LazyImages):
     """Names that are joined to their folder on access, so that millions of full paths need no memory."""
 
     def __init__(self, root: str | Path, names: Sequence[str]) -> None:
@@ -31,14 +31,9 @@ class JoinedPaths(Sequence[str]):
     def __len__(self) -> int:
         return len(self._names)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        name = self._names[index]
+    def source_at(self, row: int) -> str:
+        """One path."""
+        name = self._names[row]
         path = os.path.join(self._root, name)  # noqa: PTH118 - no Path per image
         return ListedPath(as_spelled(path, self._root, name), self._root)
 

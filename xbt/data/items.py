@@ -10,11 +10,28 @@ from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
-from xbt.errors import ConfigError
+from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 
 
-class SelectedImages(Sequence[ImageSource]):
+class LazyImages(Sequence[ImageSource], ABC):
+    """Images that are read on access; a slice is a view."""
+
+    @abstractmethod
+    def source_at(self, row: int) -> ImageSource:
+        """One image, undecoded."""
+
+    @overload
+    def __getitem__(self, index: int) -> ImageSource: ...
+    @overload
+    def __getitem__(self, index: slice) -> SelectedImages: ...
+    def __getitem__(self, index: int | slice) -> ImageSource | SelectedImages:
+        if isinstance(index, slice):
+            return SelectedImages(self, list(range(*index.indices(len(self)))))
+        return self.source_at(index)
+
+
+class SelectedImages(LazyImages):
     """View of some rows of a sequence of images; nothing is read."""
 
     def __init__(self, images: Sequence[ImageSource], rows: list[int]) -> None:
@@ -28,17 +45,29 @@ class SelectedImages(Sequence[ImageSource]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> ImageSource: ...
-    @overload
-    def __getitem__(self, index: slice) -> SelectedImages: ...
-    def __getitem__(self, index: int | slice) -> ImageSource | SelectedImages:
-        if isinstance(index, slice):
-            return SelectedImages(self._images, self._rows[index])
-        return self._images[self._rows[index]]
+    def source_at(self, row: int) -> ImageSource:
+        """One image, undecoded."""
+        return self._images[self._rows[row]]
 
     def __iter__(self) -> Iterator[ImageSource]:
         return (self._images[row] for row in self._rows)
+
+
+class RawPairs(NamedTuple):
+    """Ids, undecoded images, and the unchanged captions of each image, blank ones included."""
+
+    ids: list[str]
+    images: Sequence[ImageSource]
+    captions: list[list[str]]
+
+
+def require_unique(ids: Sequence[str], source: str) -> None:
+    """Check that no id occurs twice; the message names the first that does."""
+    seen: set[str] = set()
+    for name in ids if len(set(ids)) < len(ids) else ():
+        if name in seen:
+            raise DataError(f"{source}: the id {name!r} occurs more than once; ids must be unique")
+        seen.add(name)
 
 
 def choose_subset(count: int, limit: int | None, seed: int) -> list[int]:

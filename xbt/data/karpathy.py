@@ -6,24 +6,19 @@ six or seven captions, and all of them count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xbt.data.files import choose_splits, name_within, read_json
 from xbt.errors import DataError
 
 
-@dataclass(frozen=True)
-class KarpathyImage:
-    """One record of a split file."""
+class KarpathyImage(NamedTuple):
+    """One record of a split file: file name with its folder if there is one, split, and stripped captions."""
 
     name: str
-    """The file name, with its folder (``val2014/COCO_...jpg``) if the file gives one."""
     split: str
-    """``train``, ``restval``, ``val`` or ``test``."""
     sentences: tuple[str, ...]
-    """The original captions (``raw``), stripped; blank ones are kept."""
 
 
 def is_karpathy(content: Any) -> bool:

@@ -11,24 +11,22 @@ import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from xbt.data.captions import require_unique
-from xbt.data.files import check_source
+from xbt.data.files import check_source, refuse_options
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import HubImages, check_column, open_dataset, read_column, read_ids
 from xbt.data.image_folder import JoinedPaths, is_hidden, list_images
 from xbt.data.items import SelectedImages, choose_subset
-from xbt.data.pairs import as_listed, image_at, require_lengths
+from xbt.data.pairs import ImagesWithIds
 from xbt.errors import ConfigError, DataError
-from xbt.images import ImageSource, load_image
+from xbt.images import ImageSource
 
 SPLIT_FOLDERS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 """Folder names that are read as splits if a directory holds no other folders."""
 
 
-class LabelledImages:
+class LabelledImages(ImagesWithIds):
     """Images with one class each; images are read on access.
 
     Attributes:
@@ -65,17 +63,8 @@ class LabelledImages:
             DataError: If the lengths differ, there is no image, an id occurs twice, or a label is out of
                 range.
         """
-        require_lengths(ids=ids, images=images, labels=labels)
+        super().__init__("labelled images", ids, images, labels=labels)
         values = torch.as_tensor(labels)
-        if not len(ids) == len(images) == len(values):
-            raise DataError(
-                f"ids, images and labels must have one entry per image, but there are {len(ids)} ids, "
-                f"{len(images)} images and {len(values)} labels"
-            )
-        if len(ids) == 0:
-            raise DataError("there are no labelled images: give at least one image with a class")
-        ids = as_listed(ids, "ids")
-        require_unique(ids, "labelled images")
         if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
             raise DataError(
                 f"labels must be one integer per image, got {values.dtype} of shape {tuple(values.shape)}"
@@ -85,8 +74,6 @@ class LabelledImages:
             raise DataError(
                 f"n_classes is {self.n_classes}, but there are {len(class_names)} class names; give all names"
             )
-        self.ids = ids
-        self.images = images
         self.labels = values.to(torch.int64)
         self.class_names = list(class_names)
         outside = torch.nonzero((self.labels < 0) | (self.labels >= self.n_classes)).flatten()
@@ -97,9 +84,6 @@ class LabelledImages:
                 f"{self.n_classes - 1}; leave it out, or read a split that has labels"
             )
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
     def __repr__(self) -> str:
         return f"LabelledImages({len(self)} images of {self.n_classes} of {self.total_classes} classes)"
 
@@ -107,14 +91,6 @@ class LabelledImages:
     def total_classes(self) -> int:
         """Number of classes of the whole data set."""
         return len(self.class_names)
-
-    def image(self, row: int) -> Image.Image:
-        """Decode one image to RGB.
-
-        Raises:
-            ImageError: If it cannot be decoded; the message names its id.
-        """
-        return load_image(image_at(self.images, row), name=self.ids[row])
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
         """Return some of the images in the given order; no image is read, and the classes do not change.
@@ -125,10 +101,7 @@ class LabelledImages:
         Raises:
             DataError: If there is no row, or one is out of range or occurs twice.
         """
-        chosen = [int(row) for row in rows]
-        for row in chosen:
-            if not 0 <= row < len(self):
-                raise DataError(f"image {row} was selected, but the rows go from 0 to {len(self) - 1}")
+        chosen = self._checked_rows(rows)
         return LabelledImages(
             [self.ids[row] for row in chosen],
             SelectedImages(self.images, chosen),
@@ -297,10 +270,11 @@ class LabelledSource:
             raise ConfigError(f"fraction is {self.fraction}, but must be above 0 and at most 1")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, but must not be negative")
-        if self.root is not None and self.source not in PRESETS:
-            raise ConfigError(
-                f"root {self.root!r} was given with {self.source}, but only {' and '.join(PRESETS)} have "
-                "this option; give the directory as the source"
+        if self.source not in PRESETS:
+            refuse_options(
+                self,
+                ("root",),
+                f"but only {' and '.join(PRESETS)} have this option: give the directory as the source",
             )
 
 
@@ -335,8 +309,6 @@ def load_labelled(source: LabelledSource | str) -> LabelledImages:
     rows = _choose(labels, n_classes, source)
     if not len(rows):
         raise DataError(f"{source.source} holds no image of its first {n_classes} classes; take more classes")
-    if len(rows) == len(labels):
-        return LabelledImages(ids, images, torch.from_numpy(labels), class_names, n_classes)
     chosen = rows.tolist()
     return LabelledImages(
         [ids[row] for row in chosen],
@@ -360,13 +332,8 @@ def _read(source: LabelledSource) -> Labelled:
     if name.startswith(HUB_PREFIX) or _holds_dataset(directory):
         columns = HubColumns(source.image_column or preset.image, source.label_column or preset.label)
         return read_hub_labels(name, source.subset, source.split, columns)
-    for option in ("subset", "image_column", "label_column"):
-        value = getattr(source, option)
-        if value is not None:
-            raise ConfigError(
-                f"{option} {value!r} was given with {name}, a directory of class folders, which has no such "
-                "option; leave it out"
-            )
+    hub_options = ("subset", "image_column", "label_column")
+    refuse_options(source, hub_options, "a directory of class folders, which has no such option")
     return read_class_folders(directory, source.split)
 
 

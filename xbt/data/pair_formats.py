@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any
 
 import fsspec  # type: ignore[import-untyped]
 from huggingface_hub import snapshot_download
@@ -27,15 +27,16 @@ from xbt.data.files import (
     choose_splits,
     kind_of,
     name_within,
+    one_line,
     read_json,
     read_text,
+    refuse_split,
     unpacked,
 )
-from xbt.data.items import readable
+from xbt.data.items import LazyImages, RawPairs, readable
 from xbt.data.karpathy import is_karpathy, parse_karpathy
-from xbt.data.tars import DAMAGE, missing, one_line, read_samples
-from xbt.errors import ConfigError, DataError
-from xbt.images import ImageSource
+from xbt.data.tars import DAMAGE, missing, read_samples
+from xbt.errors import DataError
 
 _HUB_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?(/.*)?")
 _MAX_DIGITS = 18
@@ -43,16 +44,8 @@ _NUMBER = re.compile(r"0|[1-9]\d*", re.ASCII)
 _PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz"}
 
 
-class NamedImages(NamedTuple):
-    """Image names and captions of a file.
-
-    Attributes:
-        names: The file name of each image, with its folder if the file gives one.
-        captions: The unchanged captions of each image, blank ones included.
-    """
-
-    names: list[str]
-    captions: list[list[str]]
+NamedCaptions = tuple[list[str], list[list[str]]]
+"""File names of images, with their folders if there are any, and the unchanged captions of each image."""
 
 
 def read_pair_file(
@@ -61,7 +54,7 @@ def read_pair_file(
     root: Path,
     image_column: str | None = None,
     caption_column: str | None = None,
-) -> NamedImages:
+) -> NamedCaptions:
     """Read image names and captions from a file, plain or gzipped.
 
     Args:
@@ -83,12 +76,8 @@ def read_pair_file(
     content = read_json(path) if kind == ".json" else None
     if is_karpathy(content):
         records = parse_karpathy(content, path, split, root)
-        return NamedImages([image.name for image in records], [list(image.sentences) for image in records])
-    if split is not None:
-        raise ConfigError(
-            f"split {split!r} was given, but {path} has no splits; leave split out and give the file of "
-            "the split that you want"
-        )
+        return [image.name for image in records], [list(image.sentences) for image in records]
+    refuse_split(split, path)
     if kind == ".json":
         return read_coco_captions(content, path, root)
     return read_image_lines(path, root, image_column, caption_column)
@@ -96,7 +85,7 @@ def read_pair_file(
 
 def read_image_lines(
     path: Path, root: Path, image_column: str | None = None, caption_column: str | None = None
-) -> NamedImages:
+) -> NamedCaptions:
     """Read text with an image name and a caption on each line; images are in order of first occurrence."""
     captions: dict[str, list[str]] = {}
     for row in read_table(read_text(path), path, image_column, caption_column, pairs=True) or []:
@@ -114,10 +103,10 @@ def read_image_lines(
             f"{path} names no image: captions alone are no pairs; write name.jpg,caption on every line, or "
             "use it as captions"
         )
-    return NamedImages(list(captions), list(captions.values()))
+    return list(captions), list(captions.values())
 
 
-def read_coco_captions(content: Any, path: Path, root: Path) -> NamedImages:
+def read_coco_captions(content: Any, path: Path, root: Path) -> NamedCaptions:
     """Join the images and annotations of a file in COCO's caption format, which nocaps also uses.
 
     ``images`` have ``id`` and ``file_name``, and ``annotations`` have ``image_id`` and ``caption``.
@@ -144,7 +133,7 @@ def read_coco_captions(content: Any, path: Path, root: Path) -> NamedImages:
                 "give a complete file"
             )
         captions[identity] += [text or "" for text in as_captions(caption, where, "fix the record")]
-    return NamedImages(list(names.values()), list(captions.values()))
+    return list(names.values()), list(captions.values())
 
 
 def _records(content: Any, key: str, path: Path) -> list[Any]:
@@ -171,21 +160,7 @@ def _values(record: Any, keys: tuple[str, str], where: str, kind: str) -> tuple[
     return identity, record[keys[1]]
 
 
-class TarredPairs(NamedTuple):
-    """Image–text pairs of a tar folder.
-
-    Attributes:
-        ids: ``"<split>/<shard>/<key>"`` of each image.
-        images: The encoded images, read from their tar on access.
-        captions: The unchanged captions of each image, blank ones included.
-    """
-
-    ids: list[str]
-    images: TarredImages
-    captions: list[list[str]]
-
-
-class TarredImages(Sequence[ImageSource]):
+class TarredImages(LazyImages):
     """Images read by offset from uncompressed tars, on any file system of fsspec."""
 
     def __init__(self) -> None:
@@ -200,19 +175,14 @@ class TarredImages(Sequence[ImageSource]):
     def __len__(self) -> int:
         return len(self._ranges)
 
-    @overload
-    def __getitem__(self, index: int) -> bytes: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[bytes]: ...
-    def __getitem__(self, index: int | slice) -> bytes | list[bytes]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        tar, start, size = self._ranges[index]
+    def source_at(self, row: int) -> bytes:
+        """One image, encoded."""
+        tar, start, size = self._ranges[row]
         files, path = fsspec.core.url_to_fs(self._tars[tar])
         return bytes(files.cat_file(path, start=start, end=start + size))
 
 
-def read_retrieval_folder(source: str, split: str | None) -> TarredPairs:
+def read_retrieval_folder(source: str, split: str | None) -> RawPairs:
     """List the images and captions of a tar folder, shard by shard; no image is decoded.
 
     Args:
@@ -239,12 +209,12 @@ def read_retrieval_folder(source: str, split: str | None) -> TarredPairs:
             f"{source} has the type {kind.strip()!r} in its dataset_type.txt; give a data set of the type "
             "'retrieval'"
         )
-    if split is None and len(present) > 1:
-        raise DataError(f"{source} has the splits {', '.join(present)}; choose one with split")
-    pairs = TarredPairs([], TarredImages(), [])
-    for name in choose_splits(split, present, source):
+    images = TarredImages()
+    pairs = RawPairs([], images, [])
+    for name in choose_splits(split, present, source, required=True):
         for number in range(_shard_count(files, f"{base}/{name}", f"{source}/{name}")):
-            _add_shard(pairs, f"{root}/{name}/{number}.tar", f"{name}/{number}")
+            tar = f"{root}/{name}/{number}.tar"
+            images.add(tar, _read_shard(pairs, tar, f"{name}/{number}"))
     return pairs
 
 
@@ -270,7 +240,7 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> str:
     except Exception as error:  # errors of the HTTP library and of huggingface_hub have no common base
         at = f" at revision {revision}" if revision else ""
         raise DataError(
-            f"the Hub data set {repo}{at} cannot be fetched ({one_line(error)[:300]}); check its name and "
+            f"the Hub data set {repo}{at} cannot be fetched ({one_line(error)}); check its name and "
             "your connection, or give a local copy"
         ) from error
 
@@ -317,7 +287,8 @@ def _shard_count(files: Any, base: str, where: str) -> int:
     return count
 
 
-def _add_shard(pairs: TarredPairs, tar: str, name: str) -> None:
+def _read_shard(pairs: RawPairs, tar: str, name: str) -> list[tuple[int, int]]:
+    """Add ids and captions of a tar to the pairs; return offset and size of each image."""
     try:
         with fsspec.open(tar, "rb") as file:
             packed = _PACKED.get(file.read(2))
@@ -343,7 +314,7 @@ def _add_shard(pairs: TarredPairs, tar: str, name: str) -> None:
         raise DataError(
             f"{tar} cannot be read to its end ({one_line(error)}); copy or download it again"
         ) from error
-    pairs.images.add(tar, ranges)
+    return ranges
 
 
 def _captions(tar: str) -> Iterator[tuple[str, list[str]]]:

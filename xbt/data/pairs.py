@@ -8,21 +8,73 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
-from xbt.data.files import check_source, kind_of
+from xbt.data.files import check_source, kind_of, refuse_options
 from xbt.data.hf_folders import HUB_PREFIX
-from xbt.data.items import Rejected, SelectedImages, choose_subset
+from xbt.data.items import Rejected, SelectedImages, choose_subset, require_unique
 from xbt.errors import ConfigError, DataError, ImageError
 from xbt.images import ImageSource, load_image
 
 _T = TypeVar("_T")
 
 
-class ImageTextPairs:
+class ImagesWithIds:
+    """Images with unique ids and one more column; base of :class:`ImageTextPairs` and of labelled images.
+
+    ``what`` names the images in messages.
+    """
+
+    def __init__(
+        self, what: str, ids: Sequence[str], images: Sequence[ImageSource], **columns: Sequence[Any] | Tensor
+    ) -> None:
+        columns = {"ids": ids, "images": images, **columns}
+        for name, column in columns.items():  # a torch Dataset without a length may never end
+            if not hasattr(column, "__len__"):
+                raise DataError(
+                    f"{name} must have a length, but a {type(column).__name__} has none; give a list"
+                )
+        lengths = [f"{len(column)} {name}" for name, column in columns.items()]
+        if len({len(column) for column in columns.values()}) > 1:
+            raise DataError(
+                f"{', '.join(columns)} must have one entry per image, but there are {', '.join(lengths)}"
+            )
+        if not len(ids):
+            raise DataError(f"there are no {what}: give at least one image")
+        self.ids, self.images = as_listed(ids, "ids"), images
+        require_unique(self.ids, what)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, row: int) -> Image.Image:
+        """Decode one image to RGB.
+
+        Raises:
+            ImageError: If it cannot be decoded; the message names its id.
+            DataError: If ``images`` has fewer entries than its length says.
+        """
+        try:
+            image = self.images[row]
+        except IndexError as error:
+            raise DataError(
+                f"images has the length {len(self.images)}, but no entry {row}; correct its __len__"
+            ) from error
+        return load_image(image, name=self.ids[row])
+
+    def _checked_rows(self, rows: Sequence[int]) -> list[int]:
+        chosen = [int(row) for row in rows]
+        for row in chosen:
+            if not 0 <= row < len(self):
+                raise DataError(f"image {row} was selected, but the rows go from 0 to {len(self) - 1}")
+        return chosen
+
+
+class ImageTextPairs(ImagesWithIds):
     """Images and their captions, any number of captions per image.
 
     Images stay on disk, encoded, or in an array until they are accessed, so a copy for data-loading workers
@@ -52,47 +104,15 @@ class ImageTextPairs:
             DataError: If the lengths differ, there is no image, an id occurs twice, or an image has no
                 caption.
         """
-        require_lengths(ids=ids, images=images, captions=captions)
-        if not len(ids) == len(images) == len(captions):
-            raise DataError(
-                f"ids, images and captions must have one entry per image, but there are {len(ids)} ids, "
-                f"{len(images)} images and {len(captions)} lists of captions"
-            )
-        if len(ids) == 0:
-            raise DataError("there are no image–text pairs: give at least one image with a caption")
-        ids = as_listed(ids, "ids")
-        if len(set(ids)) != len(ids):
-            seen: set[str] = set()
-            twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise DataError(f"the image id {twice!r} occurs more than once; ids must be unique")
+        super().__init__("image–text pairs", ids, images, captions=captions)
         captions = as_listed(captions, "captions")
-        for name, texts in zip(ids, captions, strict=True):
+        for name, texts in zip(self.ids, captions, strict=True):
             if isinstance(texts, str) or not texts:
                 raise DataError(f"the captions of image {name!r} must be a list of at least one string")
-        self.ids = ids
-        self.images = images
         self.captions = [list(texts) for texts in captions]
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
     def __repr__(self) -> str:
         return f"ImageTextPairs({len(self)} images, {len(self.texts)} captions)"
-
-    def image(self, index: int) -> Image.Image:
-        """Decode one image.
-
-        Args:
-            index: Row of the image.
-
-        Returns:
-            An RGB image.
-
-        Raises:
-            ImageError: If it cannot be decoded; the message names its id.
-            DataError: If ``images`` has fewer entries than its length says.
-        """
-        return load_image(image_at(self.images, index), name=self.ids[index])
 
     @cached_property
     def texts(self) -> list[str]:
@@ -129,10 +149,7 @@ class ImageTextPairs:
         Raises:
             DataError: If there is no index, or one is out of range or occurs twice.
         """
-        rows = [int(row) for row in indices]
-        for row in rows:
-            if not 0 <= row < len(self):
-                raise DataError(f"image {row} was selected, but the rows go from 0 to {len(self) - 1}")
+        rows = self._checked_rows(indices)
         images = SelectedImages(self.images, rows)
         return ImageTextPairs([self.ids[row] for row in rows], images, [self.captions[row] for row in rows])
 
@@ -198,13 +215,6 @@ class ImageTextPairs:
         return None
 
 
-def require_lengths(**columns: object) -> None:
-    """Check that each argument has a length; a torch Dataset without one may never end."""
-    for name, column in columns.items():
-        if not hasattr(column, "__len__"):
-            raise DataError(f"{name} must have a length, but a {type(column).__name__} has none; give a list")
-
-
 def as_listed(values: Sequence[_T], name: str) -> list[_T]:
     """Return the values as a list; its length must equal ``len(values)``."""
     listed = list(islice(iter(values), len(values) + 1))
@@ -213,20 +223,6 @@ def as_listed(values: Sequence[_T], name: str) -> list[_T]:
             f"{name} has the length {len(values)}, but more or fewer entries; correct its __len__"
         )
     return listed
-
-
-def image_at(images: Sequence[ImageSource], row: int) -> ImageSource:
-    """Return one image source; there may be fewer than the length says."""
-    try:
-        return images[row]
-    except IndexError as error:
-        raise DataError(
-            f"images has the length {len(images)}, but no entry {row}; correct its __len__"
-        ) from error
-
-
-_HUB_OPTIONS = ("subset", "image_column", "caption_column", "id_column", "split_column")
-_TABLE_OPTIONS = ("image_column", "caption_column")
 
 
 @dataclass
@@ -286,16 +282,10 @@ class PairSource:
         Raises:
             ConfigError: If an option does not apply.
         """
-        table = self.kind == "file" and kind_of(Path(self.source)) in (".csv", ".tsv")
-        for name in _HUB_OPTIONS if self.kind != "hf" else ():
-            value = getattr(self, name)
-            if value is not None and not (table and name in _TABLE_OPTIONS):
-                raise ConfigError(
-                    f"{name} {value!r} was given with {self.source}, but only hf: sources have {name}s"
-                    f"{' (and .csv and .tsv files)' if name in _TABLE_OPTIONS else ''}; leave it out"
-                )
-        if self.image_root is not None and self.kind == "tars":
-            raise ConfigError(
-                f"image_root {self.image_root!r} was given with {self.source}, whose tars hold the images; "
-                "leave it out"
-            )
+        if self.kind != "hf":
+            refuse_options(self, ("subset", "id_column", "split_column"), "but only hf: sources have {}s")
+        if self.kind != "hf" and not (self.kind == "file" and kind_of(Path(self.source)) in (".csv", ".tsv")):
+            reason = "but only hf: sources have {}s (and .csv and .tsv files)"
+            refuse_options(self, ("image_column", "caption_column"), reason)
+        if self.kind == "tars":
+            refuse_options(self, ("image_root",), "whose tars hold the images")

@@ -17,6 +17,7 @@ import posixpath
 import re
 import tarfile
 import zlib
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -27,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import fsspec  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 
-from xbt.data.files import IMAGE_SUFFIXES
+from xbt.data.files import IMAGE_SUFFIXES, one_line
 from xbt.data.image_folder import is_hidden
 from xbt.data.items import Entry, Item, Rejected, SourceShard, digest_of, readable, text_entry
 from xbt.errors import DataError
@@ -107,8 +108,7 @@ def find_tars(source: str) -> list[FoundTar]:
         with ThreadPoolExecutor(_MAX_REQUESTS if concurrent else 1) as pool:
             states = list(pool.map(_state, locations))
     except Exception as error:  # fsspec file systems have no common base error
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise DataError(f"{source} cannot be looked up ({reason}); check the name") from error
+        raise DataError(f"{source} cannot be looked up ({one_line(error)}); check the name") from error
     tars = [FoundTar(location.url, state) for location, state in zip(locations, states, strict=True) if state]
     if not tars:
         raise DataError(f"{source}: there is no such tar file; check the path or pattern")
@@ -241,9 +241,7 @@ def open_tar(url: str) -> Iterator[TarStream]:
             # A remote PermissionError affects all files, for example when a credential has expired.
             if isinstance(error, PermissionError | IsADirectoryError) and is_local(url):
                 raise
-            raise DataError(
-                f"{url} cannot be opened ({one_line(error)}); fix that and run the same command again"
-            ) from error
+            raise _unreachable(url, error) from error
         raw = io.BufferedReader(_Fetched(file, url), _BLOCK)
         unpack = _UNPACK.get(raw.peek(2)[:2])
         plain: Any = raw if unpack is None else _Eager(stack.enter_context(unpack(raw)))
@@ -255,9 +253,8 @@ def open_tar(url: str) -> Iterator[TarStream]:
         )
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's type and message without line breaks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _unreachable(url: str, error: Exception) -> DataError:
+    return DataError(f"{url} cannot be read ({one_line(error)}); fix that and run the same command again")
 
 
 class _StrictHeader(tarfile.TarInfo):
@@ -319,10 +316,7 @@ class _Fetched(io.RawIOBase):
         try:
             data = self._file.read(len(buffer))
         except Exception as error:  # fsspec file systems have no common base error
-            raise DataError(
-                f"{self._url} cannot be read any more ({one_line(error)}); fix that and run the same "
-                "command again"
-            ) from error
+            raise _unreachable(self._url, error) from error
         buffer[: len(data)] = data
         return len(data)
 
@@ -356,15 +350,24 @@ class _Eager:
 
 
 class _Tar(SourceShard):
-    """Base of the readers of one tar: its URL, name and fingerprint."""
+    """Base of the readers of one tar.
 
-    def __init__(self, url: str, name: str, state: str = "") -> None:
-        """Keep the path or URL, the prefix of the ids, and the fingerprint of the file."""
+    ``name`` is the prefix of the ids, and ``state`` the fingerprint of the file.
+    """
+
+    def __init__(self, url: str, name: str, state: str) -> None:
         self.url, self.name, self._state = url, name, state
 
     def digest(self) -> str:
         """SHA-256 of the name and the fingerprint, so that a job does not continue with a replaced tar."""
         return digest_of([self.name, self._state])
+
+    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
+        """Read entries ``start`` to ``stop``; of earlier images, only the headers are read."""
+        return islice(_until_damage(self.url, self.name, self._entries(start)), start, stop)
+
+    @abstractmethod
+    def _entries(self, start: int) -> Iterator[Entry]: ...
 
 
 class TarImages(_Tar):
@@ -375,10 +378,6 @@ class TarImages(_Tar):
     """
 
     columns = ("image_path",)
-
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Read entries ``start`` to ``stop``; of earlier ones, only the headers are read."""
-        return islice(_until_damage(self.url, self.name, self._entries(start)), start, stop)
 
     def _entries(self, start: int) -> Iterator[Entry]:
         for position, sample in enumerate(read_samples(self.url, "image")):
@@ -398,11 +397,7 @@ class TarCaptions(_Tar):
 
     columns = ("caption",)
 
-    def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
-        """Read entries ``start`` to ``stop``."""
-        return islice(_until_damage(self.url, self.name, self._entries()), start, stop)
-
-    def _entries(self) -> Iterator[Entry]:
+    def _entries(self, start: int) -> Iterator[Entry]:
         for sample in read_samples(self.url, "caption"):
             name = readable(f"{self.name}/{sample.key}")
             if sample.fault is not None:
@@ -494,6 +489,4 @@ def _until_damage(url: str, name: str, entries: Iterator[Entry]) -> Iterator[Ent
     except DAMAGE as error:
         yield Rejected(name, f"{url} cannot be read beyond its first {count} samples ({one_line(error)})")
     except Exception as error:
-        raise DataError(
-            f"{url} cannot be read any more ({one_line(error)}); fix that and run the same command again"
-        ) from error
+        raise _unreachable(url, error) from error

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xbt.data.captions import CaptionSource, require_unique
+from xbt.data.captions import CaptionSource
 from xbt.data.image_collection import ImageCollection, open_captions, open_images
-from xbt.data.items import ItemSource, ListedTexts
+from xbt.data.items import ItemSource, ListedTexts, require_unique
 from xbt.embedding.checks import (
     clear,
     describe,
@@ -122,16 +122,7 @@ class EmbedConfig:
 
 @dataclass(frozen=True)
 class JobSettings:
-    """Settings of :func:`embed_source`.
-
-    Attributes:
-        shard_size: Entries of the source per shard.
-        batch_size: Items per forward pass.
-        dtype: ``"float16"`` or ``"float32"``, on disk.
-        num_workers: Number of decoding processes; ``None`` chooses automatically.
-        retry_rejected: Whether to try rejected items again at the end.
-        max_rejected: Maximum share of rejected items; ``None`` for no limit.
-    """
+    """Settings of :func:`embed_source`; see :class:`EmbedConfig`."""
 
     shard_size: int = 10_000
     batch_size: int = 256
@@ -171,15 +162,8 @@ def embed(config: EmbedConfig) -> EmbeddingStore:
         run.prepare()
 
     team.main_alone(prepare)
-    settings = JobSettings(
-        config.shard_size,
-        config.batch_size,
-        config.dtype,
-        config.num_workers,
-        config.retry_rejected,
-        config.max_rejected,
-    )
-    return embed_source(team, source, encoder, path, settings)
+    settings = {option.name: getattr(config, option.name) for option in fields(JobSettings)}
+    return embed_source(team, source, encoder, path, JobSettings(**settings))
 
 
 def embed_texts_into_store(

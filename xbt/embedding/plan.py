@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from xbt.data.items import Entry, Item, ItemSource, Rejected, SourceShard
+from xbt.store import ShardRecord
 
 LAST = "last"
 """Key in the record of a stream's last shard."""
 _CHUNK_DIGITS = 5
 _MIN_SHARD_SIZE = 256  # smaller shards cost more in files than they gain
-
-
-class Record(Protocol):
-    """Record of a written shard."""
-
-    @property
-    def extra(self) -> Mapping[str, Any]:
-        """Notes of the job on the shard."""
-        ...
 
 
 class Task(NamedTuple):
@@ -87,7 +79,7 @@ class ShardPlan:
             return f"{chunk:0{len(str(self._count - 1))}d}"
         return f"{part:0{len(str(len(self.source.parts) - 1))}d}_{chunk:0{_CHUNK_DIGITS}d}"
 
-    def remaining(self, committed: Mapping[str, Record]) -> list[Task]:
+    def remaining(self, committed: Mapping[str, ShardRecord]) -> list[Task]:
         """List the work that remains after these shards; an empty list means that the source is done.
 
         For a list only the names matter, and for a stream also the record of its last shard.

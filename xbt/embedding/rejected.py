@@ -48,20 +48,11 @@ def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int
     Returns:
         The number of rejected items, and the number of notes.
     """
-    counts = []
     for name, (key, word) in _FIELDS.items():
-        count = 0
-
-        def lines(key: str = key, word: str = word) -> Iterator[str]:
-            nonlocal count
-            for record in committed.values():
-                for item, text in record.extra.get(key, ()):
-                    count += 1
-                    yield json.dumps({"id": item, word: text}, ensure_ascii=False) + "\n"
-
-        write_lines(path / name, lines())
-        counts.append(count)
-    return counts[0], counts[1]
+        pairs = ((item, text) for record in committed.values() for item, text in record.extra.get(key, ()))
+        lines = (json.dumps({"id": item, word: text}, ensure_ascii=False) + "\n" for item, text in pairs)
+        write_lines(path / name, lines)
+    return sum(1 for _ in _lines(path / REJECTED)), sum(1 for _ in _lines(path / NOTES))
 
 
 class SelectedEntries(SourceShard):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Self
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ def embed_tasks(
     """
     if not tasks:
         return
-    with _Writer(team, plan, tasks, builder, limit) as writer:
+    with closing(_Writer(team, plan, tasks, builder, limit)) as writer:
         if plan.source.modality == "image":
             _embed_images(team, plan.batches(tasks, batch_size), encoder, writer, workers)
         else:
@@ -91,12 +90,7 @@ class _Writer:
     """Writer of one shard after another; collects batches until a shard is complete."""
 
     def __init__(
-        self,
-        team: Team,
-        plan: ShardPlan,
-        tasks: list[Task],
-        builder: StoreBuilder,
-        limit: RejectionLimit,
+        self, team: Team, plan: ShardPlan, tasks: list[Task], builder: StoreBuilder, limit: RejectionLimit
     ) -> None:
         self._builder, self._limit = builder, limit
         self._columns = plan.source.parts[0].columns
@@ -110,12 +104,8 @@ class _Writer:
         )
         self._start_shard()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the progress bar."""
         self._bar.close()
 
     def _start_shard(self) -> None:

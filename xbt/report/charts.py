@@ -7,7 +7,7 @@ have fixed colours and shrink as a whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from xml.etree.ElementTree import Element, tostring
 
 from markupsafe import Markup
@@ -89,12 +89,11 @@ def curve_chart(curve: ExpectedCurve, title: str) -> Markup:
         marks.append(_text(across(fraction), bottom + 18, f"{100 * fraction:.0f} %", anchor, "quiet"))
     for number, (name, values) in enumerate(curve.recall.items()):
         xs = [across(fraction) for fraction in curve.fractions]
-        marks += _band(xs, values, up, _LINES[number]) + _path(
-            xs, [up(point.estimate) for point in values], _LINES[number], _DASHES[number]
-        )
-        left = LEFT + 150 * number
+        left, style = LEFT + 150 * number, (_LINES[number], _DASHES[number])
         marks += [
-            *_path([left, left + 24], [12, 12], _LINES[number], _DASHES[number]),
+            _band(xs, values, up, _LINES[number]),
+            _path(xs, [up(point.estimate) for point in values], *style),
+            _path([left, left + 24], [12, 12], *style),
             _text(left + 30, 16, name),
         ]
     description = "; ".join(
@@ -107,19 +106,10 @@ def curve_chart(curve: ExpectedCurve, title: str) -> Markup:
     return _figure(title, f"{description}, in percent.", bottom + 26, marks)
 
 
-class _Scale:
+def _scale(low: float, high: float, left: float = LEFT, right: float = RIGHT) -> Callable[[float], float]:
     """Map from values to horizontal positions."""
-
-    def __init__(self, low: float, high: float, left: float, right: float) -> None:
-        self.low, self.left = low, left
-        self.unit = (WIDTH - left - right) / max(high - low, 1e-9)
-
-    def __call__(self, value: float) -> float:
-        return self.left + (value - self.low) * self.unit
-
-
-def _scale(low: float, high: float, left: float = LEFT, right: float = RIGHT) -> _Scale:
-    return _Scale(low, high, left, right)
+    unit = (WIDTH - left - right) / max(high - low, 1e-9)
+    return lambda value: left + (value - low) * unit
 
 
 def _bars_of(row: Row) -> dict[str, Interval]:
@@ -130,7 +120,7 @@ def _bars_of(row: Row) -> dict[str, Interval]:
 _COLOURS = {"old/old": "old", "new/old": "upgraded", "new/new": "new"}
 
 
-def _bar(name: str, value: Interval, scale: _Scale, top: float) -> list[Element]:
+def _bar(name: str, value: Interval, scale: Callable[[float], float], top: float) -> list[Element]:
     middle = top + _BAR / 2
     colour = f"fill:var(--{_COLOURS[name]})"
     width = max(scale(value.estimate) - LEFT, 0.5)
@@ -141,7 +131,7 @@ def _bar(name: str, value: Interval, scale: _Scale, top: float) -> list[Element]
     ]
 
 
-def _legend(names: Sequence[str] | dict[str, Interval]) -> list[Element]:
+def _legend(names: Iterable[str]) -> list[Element]:
     marks = []
     for number, name in enumerate(names):
         left, colour = LEFT + 92 * number, f"fill:var(--{_COLOURS[name]})"
@@ -154,17 +144,17 @@ def _legend(names: Sequence[str] | dict[str, Interval]) -> list[Element]:
 
 def _band(
     xs: Sequence[float], intervals: Sequence[Interval], up: Callable[[float], float], colour: str
-) -> list[Element]:
-    upper = [f"{_n(x)},{_n(up(interval.high))}" for x, interval in zip(xs, intervals, strict=True)]
-    lower = [f"{_n(x)},{_n(up(interval.low))}" for x, interval in zip(xs, intervals, strict=True)]
-    style = f"fill:var(--{colour});fill-opacity:.14"
-    return [element("polygon", points=" ".join([*upper, *reversed(lower)]), style=style)]
+) -> Element:
+    edge = [(x, interval.high) for x, interval in zip(xs, intervals, strict=True)]
+    edge += [(x, interval.low) for x, interval in reversed(list(zip(xs, intervals, strict=True)))]
+    corners = " ".join(f"{_n(x)},{_n(up(value))}" for x, value in edge)
+    return element("polygon", points=corners, style=f"fill:var(--{colour});fill-opacity:.14")
 
 
-def _path(xs: Sequence[float], ys: Sequence[float], colour: str, dash: str) -> list[Element]:
-    points = " ".join(f"{_n(x)},{_n(y)}" for x, y in zip(xs, ys, strict=True))
+def _path(xs: Sequence[float], ys: Sequence[float], colour: str, dash: str) -> Element:
+    corners = " ".join(f"{_n(x)},{_n(y)}" for x, y in zip(xs, ys, strict=True))
     style = f"fill:none;stroke:var(--{colour});stroke-width:2.2;stroke-dasharray:{dash}"
-    return [element("polyline", points=points, style=style)]
+    return element("polyline", points=corners, style=style)
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -163,17 +163,12 @@ class UpgradeReportConfig:
                     "--vectors were given together with encoders or --captions; with vectors nothing is "
                     "embedded, so leave out --old, --new and --captions"
                 )
-            missing = self.vectors.new_images is None
-            if missing and self.fail_under.I2T is not None:
-                raise ConfigError(
-                    "--fail_under.I2T needs image queries, and so --vectors.new_images; give them or leave "
-                    "the threshold out"
-                )
-            if missing and self.fail_under.recovered_gain is not None:
-                raise ConfigError(
-                    "--fail_under.recovered_gain needs new/new, and so --vectors.new_images; give them or "
-                    "leave the threshold out"
-                )
+            for threshold, needs in (("I2T", "image queries"), ("recovered_gain", "new/new")):
+                if self.vectors.new_images is None and getattr(self.fail_under, threshold) is not None:
+                    raise ConfigError(
+                        f"--fail_under.{threshold} needs {needs}, and so --vectors.new_images; give them or "
+                        "leave the threshold out"
+                    )
         elif self.old is None or self.new is None or self.pairs is None:
             raise ConfigError(
                 "give --old, --new and --pairs to embed a sample with both models, or --vectors of both; "

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from xbt.bench import Spread, side_by_side
-from xbt.projections import Decision
 from xbt.report.measure import Measured
 from xbt.report.sample import Sample
 
@@ -85,7 +82,7 @@ def measure_cost(sample: Sample, measured: Measured, gallery_size: int) -> Cost:
     sides = {"old": sample.old, "new": sample.new}
     for name, side in sides.items():
         if side.encoder is not None:
-            work[f"{name} text tower"] = _one_text(side.encoder.encode_texts, sample.shown.text(0, 0))
+            work[f"{name} text tower"] = partial(side.encoder.encode_texts, [sample.shown.text(0, 0)])
             device = str(side.encoder.device)
     if all(side.seconds_per_image for side in sides.values()):
         rates = {name: 1 / side.seconds_per_image for name, side in sides.items() if side.seconds_per_image}
@@ -93,15 +90,6 @@ def measure_cost(sample: Sample, measured: Measured, gallery_size: int) -> Cost:
     query = {name: Spread(tuple(1000 * second for second in time.values)) for name, time in timings.items()}
     needs_old = any(decision.deployed(d) and decision.ensemble.needs_old(d) for d in measured.directions)
     dims = (sample.old.dim, sample.new.dim)
-    return Cost(gallery_size, device, rates, query, needs_old, dims, _bytes_of(decision))
-
-
-def _one_text(encode: Callable[[list[str]], Tensor], text: str) -> Callable[[], object]:
-    return lambda: encode([text])
-
-
-def _bytes_of(decision: Decision) -> int:
-    parts: list[torch.nn.Module] = [decision.projection, decision.ensemble]
-    return sum(
-        tensor.numel() * tensor.element_size() for part in parts for tensor in part.state_dict().values()
-    )
+    tensors = [*decision.projection.state_dict().values(), *decision.ensemble.state_dict().values()]
+    method_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return Cost(gallery_size, device, rates, query, needs_old, dims, method_bytes)

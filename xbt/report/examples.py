@@ -37,17 +37,6 @@ class Example:
     after: tuple[int, ...]
     right: tuple[int, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
-        return {
-            "query": self.query,
-            "old_rank": self.old_rank,
-            "new_rank": self.new_rank,
-            "before": list(self.before),
-            "after": list(self.after),
-            "right": list(self.right),
-        }
-
 
 @dataclass(frozen=True)
 class Flips:

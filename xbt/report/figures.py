@@ -79,10 +79,7 @@ def draw_backfill_curve(
     axes.grid(color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=DPI, bbox_inches="tight")
-    return target
+    return _save(figure, path, bbox_inches="tight")
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
@@ -132,9 +129,13 @@ def draw_recall_bars(report: RetrievalReport, path: str | os.PathLike[str]) -> P
     axes.set_ylim(0, max(1.0, 1.09 * highest))
     _dress(axes, f"R@{k} in percent", len(cells))
     figure.set_layout_engine("constrained", w_pad=0.2, h_pad=0.15)
+    return _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike[str], **options: Any) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=DPI)
+    figure.savefig(target, dpi=DPI, **options)
     return target
 
 
@@ -230,10 +231,7 @@ class Page:
                 box = Rectangle(corner, item["w"], item["h"], fill=False, ec=item["edge"], lw=pen, zorder=2)
                 box.set_transform(None)
                 self._figure.add_artist(box)
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._figure.savefig(target, dpi=DPI)
-        return target
+        return _save(self._figure, path)
 
     def _wrap(self, text: str, width: int, size: int, weight: str) -> list[str]:
         """Break text at spaces, and inside words that are wider than a line."""

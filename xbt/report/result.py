@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from xbt.config import config_to_dict
@@ -67,8 +67,8 @@ class UpgradeReport:
             "schema_version": SCHEMA_VERSION,
             "xbt_version": __version__,
             "passed": self.passed,
-            "verdict": self.verdict.to_dict(),
-            "thresholds": [threshold.to_dict() for threshold in self.thresholds],
+            "verdict": asdict(self.verdict),
+            "thresholds": [asdict(threshold) for threshold in self.thresholds],
             "old": self._side("old"),
             "new": self._side("new"),
             "sample": {

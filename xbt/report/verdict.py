@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from xbt.errors import ConfigError
 from xbt.evaluation import Interval, differences, recovered_gain
@@ -34,22 +34,13 @@ class DirectionVerdict:
             worth it; ``"open"`` is everything else.
         deployed: Whether new queries are used; if not, the old query stays.
         why: Reason in one sentence.
-        pooled: Mean gain over the ks with the interval that decided, if there is one.
+        mean_gain: Mean gain over the ks with the interval that decided, if there is one.
     """
 
     outcome: Outcome
     deployed: bool
     why: str
-    pooled: Interval | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
-        return {
-            "outcome": self.outcome,
-            "deployed": self.deployed,
-            "why": self.why,
-            "mean_gain": None if self.pooled is None else list(self.pooled),
-        }
+    mean_gain: Interval | None
 
 
 @dataclass(frozen=True)
@@ -61,13 +52,13 @@ class Verdict:
             or ``"unknown"``.
         sentence: The answer with its reason.
         directions: Verdict of each direction.
-        without_old: Verdicts without the old model at search time; empty if that was not measured.
+        without_old_model: Verdicts without the old model at search time; empty if that was not measured.
     """
 
     answer: Answer
     sentence: str
     directions: dict[str, DirectionVerdict]
-    without_old: dict[str, DirectionVerdict]
+    without_old_model: dict[str, DirectionVerdict]
 
     @property
     def headline(self) -> str:
@@ -78,15 +69,6 @@ class Verdict:
     def reason(self) -> str:
         """The sentence without the headline."""
         return self.sentence.removeprefix(f"{self.headline}: ")
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
-        return {
-            "answer": self.answer,
-            "sentence": self.sentence,
-            "directions": {name: verdict.to_dict() for name, verdict in self.directions.items()},
-            "without_old_model": {name: verdict.to_dict() for name, verdict in self.without_old.items()},
-        }
 
 
 def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed: int = 0) -> Verdict:
@@ -194,10 +176,10 @@ def _reason(
 
 def _clause(verdict: DirectionVerdict) -> str:
     """Effect of a direction with its interval, as part of a sentence."""
-    if verdict.pooled is None:
+    if verdict.mean_gain is None:
         return "were not judged"
-    low, high = (f"{100 * end:+.1f}" for end in verdict.pooled[1:])
-    amount = f"{100 * verdict.pooled.estimate:+.1f} points of R@k [{low}, {high}]"
+    low, high = (f"{100 * end:+.1f}" for end in verdict.mean_gain[1:])
+    amount = f"{100 * verdict.mean_gain.estimate:+.1f} points of R@k [{low}, {high}]"
     effect = {
         "gain": f"gain {amount}",
         "loss": f"lose, {amount}",
@@ -224,10 +206,6 @@ class Threshold:
     needed: float
     found: float | None
     met: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form."""
-        return asdict(self)
 
     def __str__(self) -> str:
         found = "cannot be computed" if self.found is None else f"{self.found:.1f}"

@@ -12,7 +12,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ from xbt.store.layout import (
     read_header,
     read_manifest,
     read_shard_record,
+    require_distinct,
     shard_files,
     shard_key,
     shard_name,
@@ -327,11 +328,7 @@ class StoreBuilder:
                 f"{self.path} holds {len(surplus)} shards that are not this job's, first {surplus[0]!r}; "
                 "was it run with other shard settings? choose another directory, or remove that one"
             )
-        for first, second in pairwise(expected):
-            if shard_key(first) == shard_key(second):
-                raise StoreError(
-                    f"the shards {first!r} and {second!r} of {self.path} have the same number; rename one"
-                )
+        require_distinct(expected, self.path)
         return [_without_note(committed[name]) for name in expected]
 
     def _write_extra(self) -> FileRecord | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 from xbt.errors import SpaceMismatchError, StoreError
@@ -17,6 +16,7 @@ from xbt.store.layout import (
     Manifest,
     ShardRecord,
     metadata_file,
+    require_distinct,
     shard_files,
     shard_key,
     vectors_file,
@@ -87,11 +87,7 @@ def _choose_modality(path: Path, modality: str | None) -> str:
 def _npy_files(path: Path, modality: str) -> dict[str, NpyFile]:
     folder = FOLDERS[modality]
     names = sorted(shard_files(path, folder), key=shard_key)
-    for first, second in pairwise(names):
-        if shard_key(first) == shard_key(second):
-            raise StoreError(
-                f"the shards {first!r} and {second!r} of {path} have the same number; remove one"
-            )
+    require_distinct(names, path)
     if not names:
         raise StoreError(f"{path / folder} holds no {folder}_<number>.npy; check the path")
     numbers = [shard_key(name)[0] for name in names]

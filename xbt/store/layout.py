@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -201,6 +201,15 @@ def is_shard_name(name: Any) -> bool:
 def shard_key(name: str) -> tuple[int, ...]:
     """Sort key of a shard: its name read as numbers."""
     return tuple(int(part) for part in name.split("_"))
+
+
+def require_distinct(names: Sequence[str], path: Path) -> None:
+    """Refuse sorted names of shards of which two have the same number, such as 1 and 01."""
+    for first, second in pairwise(names):
+        if shard_key(first) == shard_key(second):
+            raise StoreError(
+                f"the shards {first!r} and {second!r} of {path} have the same number; remove or rename one"
+            )
 
 
 def vectors_file(modality: str, name: str) -> str:

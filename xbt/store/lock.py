@@ -64,18 +64,12 @@ class WriterLock:
         try:
             _take(handle)
         except OSError as error:
+            holder = _holder(handle)
+            os.close(handle)
             if error.errno not in _LOCKED_ERRORS:
-                os.close(handle)
                 raise StoreError(
                     f"{self._path} cannot be locked ({error.strerror}); use a file system with file locks"
                 ) from error
-            try:
-                os.lseek(handle, 0, os.SEEK_SET)
-                holder = _holder(os.read(handle, 4096))
-            except OSError:
-                holder = {}
-            finally:
-                os.close(handle)
             if self._reentrant and holder == me:
                 return
             raise BusyError(
@@ -126,9 +120,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_drop_inherited)
 
 
-def _holder(content: bytes) -> dict[str, object]:
+def _holder(handle: int) -> dict[str, object]:
+    """Process and host that the lock's file names; empty if it is unreadable."""
     try:
-        data = json.loads(content)
-    except (ValueError, RecursionError):
+        os.lseek(handle, 0, os.SEEK_SET)
+        data = json.loads(os.read(handle, 4096))
+    except (OSError, ValueError, RecursionError):
         return {}
     return data if isinstance(data, dict) else {}

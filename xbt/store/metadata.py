@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from xbt.errors import StoreError
 from xbt.files import refuse_irregular
 from xbt.store.layout import ID, ShardRecord, metadata_file
+from xbt.store.rows import file_spans
 
 _PANDAS_INDEX = "__index_level_"
 _READ_ERRORS = (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError, MemoryError)
@@ -40,18 +41,18 @@ def read_columns(path: Path, columns: Sequence[str] | None, rows: int | None = N
         return table
 
 
-def inspect_parquet(path: Path) -> tuple[int, list[str]]:
-    """Number of rows and names of the columns of a parquet file, from its footer."""
+def inspect_parquet(path: Path) -> tuple[int, dict[str, pa.DataType]]:
+    """Number of rows and types of the columns of a parquet file, from its footer."""
     with _opened(path) as file:
-        return int(file.metadata.num_rows), column_names(file, path)
+        types = {name: file.schema_arrow.field(name).type for name in column_names(file, path)}
+        return int(file.metadata.num_rows), types
 
 
 def read_types(path: Path) -> dict[str, pa.DataType]:
     """Type of each column of a parquet file, from its footer; empty for a file without rows."""
-    with _opened(path) as file:
-        # Without values a type means nothing: pandas invents one for empty columns.
-        names = column_names(file, path) if file.metadata.num_rows else []
-        return {name: file.schema_arrow.field(name).type for name in names}
+    # Without values a type means nothing: pandas invents one for empty columns.
+    count, types = inspect_parquet(path)
+    return types if count else {}
 
 
 def column_names(file: Any, path: Path) -> list[str]:
@@ -168,14 +169,9 @@ class MetadataColumns:
         return strings
 
     def _parts(self, columns: Sequence[str] | None, start: int, stop: int) -> Iterator[tuple[Path, pa.Table]]:
-        number = int(np.searchsorted(self._starts, start, side="right")) - 1
-        while number < len(self._paths) and self._starts[number] < stop:
-            first, count = int(self._starts[number]), self._counts[number]
-            low, high = max(start - first, 0), min(stop - first, count)
-            if low < high:
-                path = self._paths[number]
-                yield path, self._table(path, columns, count).slice(low, high - low)
-            number += 1
+        for number, first, last in file_spans(self._starts, start, stop):
+            table = self._table(self._paths[number], columns, self._counts[number])
+            yield self._paths[number], table.slice(first, last - first)
 
     def _table(self, path: Path, columns: Sequence[str] | None, count: int) -> pa.Table:
         key = path, None if columns is None else tuple(columns)
@@ -197,18 +193,13 @@ def _concatenated(parts: Sequence[tuple[Path, pa.Table]]) -> pa.Table:
 def _describe_mismatch(parts: Sequence[tuple[Path, pa.Table]]) -> str:
     """Describe the first column whose types cannot be combined, with the file where it differs."""
     for name in dict.fromkeys(name for _, table in parts for name in table.column_names):
-        previous: pa.Table | None = None
-        for path, table in parts:
-            if name not in table.column_names:
-                continue
-            column = table.select([name])
-            if previous is None:
-                previous = column
-                continue
+        columns = [(path, table.select([name])) for path, table in parts if name in table.column_names]
+        joined = columns[0][1]
+        for path, column in columns[1:]:
             try:
-                previous = pa.concat_tables([previous, column], promote_options="permissive")
+                joined = pa.concat_tables([joined, column], promote_options="permissive")
             except pa.ArrowException as error:
-                types = [columns.schema.field(name).type for columns in (column, previous)]
+                types = [part.schema.field(name).type for part in (column, joined)]
                 return (
                     f"column {name!r} of {path} is {types[0]} and cannot be joined to the {types[1]} of the "
                     f"shards before it ({_first_line(error)}); read other columns, or write it again "
@@ -267,15 +258,10 @@ def repetitions(read: Callable[[], Iterable[Sequence[str]]], count: int) -> Iter
                     seen[name] = part
 
 
-def first_repeated(read: Callable[[], Iterable[Sequence[str]]], count: int) -> str | None:
-    """First repeated string, or ``None``; see :func:`repetitions`."""
-    repetition = next(repetitions(read, count), None)
-    return None if repetition is None else repetition.name
-
-
 def repeated_ids(path: Path, records: Sequence[ShardRecord]) -> Iterator[Repetition]:
     """Ids that occur in an earlier shard or row; the parts are positions in ``records``."""
-    return repetitions(lambda: shard_ids(path, records), sum(record.count for record in records))
+    count = sum(record.count for record in records)
+    return repetitions(lambda: (read_ids(path, record) for record in records), count)
 
 
 def require_unique(path: Path, records: Sequence[ShardRecord]) -> None:
@@ -289,10 +275,10 @@ def require_unique(path: Path, records: Sequence[ShardRecord]) -> None:
         )
 
 
-def shard_ids(path: Path, records: Iterable[ShardRecord]) -> Iterator[list[str]]:
-    """Read the ids of each shard."""
-    for record in records:
-        yield read_columns(path / metadata_file(record.name), [ID])[ID].to_pylist()
+def read_ids(path: Path, record: ShardRecord) -> list[str]:
+    """Read the ids of a shard."""
+    ids: list[str] = read_columns(path / metadata_file(record.name), [ID])[ID].to_pylist()
+    return ids
 
 
 def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | None:
@@ -310,7 +296,8 @@ def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | N
     def is_usable(name: str) -> bool:
         if any(None in values for values in read(name)):
             return False
-        return first_repeated(lambda: (list(map(str, values)) for values in read(name)), sum(counts)) is None
+        repeated = repetitions(lambda: (list(map(str, values)) for values in read(name)), sum(counts))
+        return next(repeated, None) is None
 
     names = columns.names()
     return next((name for name in (ID, "image_path") if name in names and is_usable(name)), None)
@@ -333,14 +320,14 @@ class KnownIds:
         for shard in shards:
             old = self._sorted_hashes.get(shard.name)
             if old is None:
-                old = np.sort(hashes_of(next(shard_ids(self._path, [shard]))))
+                old = np.sort(hashes_of(read_ids(self._path, shard)))
                 self._sorted_hashes[shard.name] = old
             if not len(old):
                 continue
             positions = np.searchsorted(old, new).clip(max=len(old) - 1)
             suspects = np.flatnonzero(old[positions] == new)
             if len(suspects):
-                old_ids = set(next(shard_ids(self._path, [shard])))
+                old_ids = set(read_ids(self._path, shard))
                 for row in suspects.tolist():
                     if ids[row] in old_ids:
                         raise StoreError(

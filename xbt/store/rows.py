@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tokenize
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -134,6 +134,19 @@ def inspect_npy(path: Path) -> NpyFile:
     return NpyFile(path, shape, fortran, dtype, offset, status)
 
 
+def file_spans(starts: NDArray[np.int64], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Split the rows ``start`` … ``stop − 1`` by file: its number, its first such row and the one after.
+
+    ``starts`` are the first row of each file and the number of all rows.
+    """
+    number = int(np.searchsorted(starts, start, side="right")) - 1
+    while start < stop:
+        first, end = int(starts[number]), min(stop, int(starts[number + 1]))
+        if start < end:
+            yield number, start - first, end - first
+        start, number = end, number + 1
+
+
 class NpyRows:
     """Rows of several ``.npy`` files, read as one array.
 
@@ -186,14 +199,10 @@ class NpyRows:
     def slice(self, start: int, stop: int) -> NDArray[np.float32]:
         """Rows ``start`` … ``stop − 1`` as (n, dim) float32, with the checks of :meth:`take`."""
         result = np.empty((stop - start, self.dim), np.float32)
-        position = start
-        while position < stop:
-            number = int(np.searchsorted(self._starts, position, side="right")) - 1
-            end = min(stop, int(self._starts[number + 1]))
-            first = position - int(self._starts[number])
-            rows = self._gather(number, np.arange(first, first + end - position))
-            _widen(rows, result[position - start : end - start])
-            position = end
+        filled = 0
+        for number, first, last in file_spans(self._starts, start, stop):
+            _widen(self._gather(number, np.arange(first, last)), result[filled : filled + last - first])
+            filled += last - first
         self._require_usable(result, range(start, stop))
         return result
 

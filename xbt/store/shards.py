@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,12 @@ def write_shard(
 
 def as_rows(vectors: Vectors, header: Header, where: str) -> NDArray[np.floating]:
     """Check vectors and convert them to the dtype on disk."""
-    dtype = np.dtype(header.dtype).newbyteorder("<")
     if len(vectors) == 0:
-        return np.zeros((0, header.dim), dtype)
+        return np.zeros((0, header.dim), header.numpy_dtype)
     tensor = as_vectors(vectors, f"what is to be written to {where}", header.dim)
     checked = tensor.numpy()
     with np.errstate(over="ignore"):
-        rows = checked.astype(dtype, copy=False)
+        rows = checked.astype(header.numpy_dtype, copy=False)
     if not np.isfinite(rows).all():
         raise DataError(
             f"{where}: values up to {np.abs(checked).max():.3g} do not fit into {header.dtype}; make a store "
@@ -149,25 +149,24 @@ def _names(metadata: Metadata | None, where: str) -> list[str]:
 def _column(values: Any, name: str, where: str, kind: Any = None) -> Any:
     if isinstance(values, pa.Array | pa.ChunkedArray):
         return values
-    try:
+    with _storing(f"{where}: column {name!r}"):
         return pa.array(values, type=kind)
-    except (pa.ArrowException, UnicodeEncodeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise StoreError(
-            f"{where}: column {name!r} cannot be stored ({reason}); make it plain values"
-        ) from error
 
 
 def _parquet(table: pa.Table, where: str) -> Any:
     sink = pa.BufferOutputStream()
-    try:
+    with _storing(f"{where}: the metadata"):
         pq.write_table(table, sink)
-    except pa.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise StoreError(
-            f"{where}: the metadata cannot be stored ({reason}); make it plain values"
-        ) from error
     return sink.getvalue()
+
+
+@contextmanager
+def _storing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, UnicodeEncodeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise StoreError(f"{what} cannot be stored ({reason}); make it plain values") from error
 
 
 def _write_npy(sink: Sink, rows: NDArray[np.floating]) -> None:
