@@ -39,7 +39,10 @@ def banned_words(text: str) -> list[str]:
 def test_code_uses_the_words_of_the_field():
     found = []
     for path in CODE:
-        code = io.StringIO(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not banned_words(text):  # most files, and tokens take long
+            continue
+        code = io.StringIO(text)
         before = ["", ""]
         for token in tokenize.generate_tokens(code.readline):
             if token.type in (tokenize.NAME, tokenize.COMMENT, tokenize.STRING):
