@@ -34,7 +34,8 @@ from xbt.vectors import unit_rows
 Objective = Callable[[Tensor], float]
 """(n_queries,) ranks, from 0 for the best, → what is to be as large as possible."""
 
-_SCORE_BYTES = 64 * 2**20
+_RANK_BYTES = 2 * 2**20
+"""Scores of a block of queries: what stays in the processor's cache is added up and compared faster."""
 _TENTHS = tuple(tenth / 10 for tenth in range(11))
 _BIASES = (-3.0, -1.5, 0.0, 1.5, 3.0)
 _SIMILARITIES = (-3.0, 0.0, 3.0, 6.0)
@@ -299,7 +300,7 @@ def rank_combinations(
     if rows is not None:
         old, answers, new = old[rows], answers[rows], new[rows]
         confidence_gap = None if confidence_gap is None else confidence_gap[rows]
-    step = max(1, _SCORE_BYTES // (gallery.element_size() * len(gallery)))
+    step = max(1, _RANK_BYTES // (gallery.element_size() * len(gallery)))
     ranks: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(old), step):
         part = slice(start, start + step)
@@ -318,7 +319,7 @@ def rank_combinations(
             scores = torch.addcmul(first * of_old, second.expand(len(u), 1), of_new)
             if isinstance(candidate, Linear) and added is not None:
                 scores += added
-            found.append(_count(scores, own, answers[part] >= 0, copies))
+            found.append(count_better(scores, own, answers[part] >= 0, copies))
     return [torch.cat(found) for found in ranks]
 
 
@@ -339,8 +340,18 @@ def _folds_of(pairs: PairVectors, seed: int) -> NDArray[np.int64]:
     return fold_of_clusters(clusters, min(_FOLDS, len(np.unique(clusters))), seed)
 
 
-def _count(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor) -> Tensor:
-    """Wrong gallery rows that score at least as high as the best answer; see ``best_positive_ranks``."""
+def count_better(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor) -> Tensor:
+    """Wrong gallery rows that score at least as high as the best answer; see ``best_positive_ranks``.
+
+    Args:
+        scores: (n, u) scores with the distinct rows of the gallery.
+        own: (n, most answers) int64 distinct rows of the answers.
+        is_answer: (n, most answers) booleans; false where a query has fewer answers.
+        copies: (u,) number of items of each row.
+
+    Returns:
+        (n,) int64 ranks, from 0 for the best.
+    """
     own_scores = scores.gather(1, own).masked_fill(~is_answer, -torch.inf)
     best = own_scores.amax(dim=1, keepdim=True)
     as_high = scores >= best
