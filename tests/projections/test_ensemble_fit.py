@@ -158,7 +158,7 @@ def test_equal_vectors_get_the_worst_rank():
 def test_counted_in_parts_of_the_queries(monkeypatch):
     pairs, projection = world()
     whole = fit_ensemble(pairs, projection, ALL)
-    monkeypatch.setattr("xbt.projections.ensemble_fit.SCORE_BYTES", 4 * 60 * 7)
+    monkeypatch.setattr("xbt.projections.ensemble_fit._RANK_BYTES", 4 * 60 * 7)
     for direction, found in fit_ensemble(pairs, projection, ALL).candidates.items():
         scores = torch.tensor(
             [[each.score for each in found], [e.score for e in whole.candidates[direction]]]

@@ -100,8 +100,10 @@ def test_a_heavy_penalty_keeps_it_near_the_start():
 def test_the_loss_is_the_documented_one():
     train, _, projection = world(24)
     a, b = (0.1 * torch.randn(16, 16) for _ in range(2))
-    matrices = [b.clone().requires_grad_(), a.clone().requires_grad_()]
-    expected = 0.0
+    matrices = [b.clone(), a.clone()]
+    for each in matrices:
+        each.grad = torch.zeros(16, 16)
+    expected, slope = 0.0, [each.double().requires_grad_() for each in matrices]
     for direction in train.directions:
         new, u = (each.double().numpy() for each in (projection(train.queries(direction)[0]).detach(),
                                                      train.queries(direction)[1]))  # fmt: skip
@@ -120,7 +122,16 @@ def test_the_loss_is_the_documented_one():
         for direction in train.directions
     )  # fmt: skip
     assert float(found) == pytest.approx(expected, rel=1e-4)
-    assert all(each.grad is not None for each in matrices)
+    for direction in train.directions:
+        new, u = (each.double() for each in (projection(train.queries(direction)[0]).detach(),
+                                             train.queries(direction)[1]))  # fmt: skip
+        q = unit(0.5 * u + 0.5 * new + new @ slope[0].T + u @ slope[1].T)
+        logits = q @ train.gallery(direction).double().T / 0.05
+        answers = zip(logits, train.positives(direction), strict=True)
+        right = torch.stack([row[own].logsumexp(0) for row, own in answers])
+        (logits.logsumexp(1) - right).mean().backward()
+    for each, wanted in zip(matrices, slope, strict=True):
+        torch.testing.assert_close(each.grad, wanted.grad.float(), rtol=1e-4, atol=1e-5)
 
 
 def test_many_pairs_are_added_up_piece_by_piece(monkeypatch):

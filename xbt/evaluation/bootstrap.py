@@ -8,8 +8,9 @@ bootstrap; Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from xbt.errors import ConfigError, DataError
 
 _DRAWS_AT_ONCE = 16 * 2**20
 """Maximum number of counts in memory while groups are drawn."""
+_DRAWS_KEPT = 4 * 2**20
 
 
 class Interval(NamedTuple):
@@ -218,25 +220,68 @@ def bootstrap_means(
         DataError: If there are no values, one is NaN, or ``groups`` is not of their length.
         ConfigError: If ``samples`` is less than 1.
     """
+    if values.ndim != 1:
+        raise DataError(f"the bootstrap needs one value per query, got the shape {tuple(values.shape)}")
+    return _means(values[:, None], groups, samples, seed)[:, 0]
+
+
+def bootstrap_intervals(
+    values: Tensor,
+    groups: Tensor | None = None,
+    confidence: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> list[Interval]:
+    """Intervals of :func:`bootstrap_interval` for every column of (n, m) values, drawn once for all."""
+    tail = (1 - confidence) / 2
+    ends = np.quantile(_means(values, groups, samples, seed), [tail, 1 - tail], axis=0)
+    means = values.double().mean(dim=0).tolist()
+    return [Interval(mean, *map(float, end)) for mean, end in zip(means, ends.T, strict=True)]
+
+
+def _means(values: Tensor, groups: Tensor | None, samples: int, seed: int) -> NDArray[np.float64]:
+    """(samples, m) means of (n, m) values; see :func:`bootstrap_means`."""
     rows = values.double().numpy()
-    if rows.ndim != 1 or len(rows) == 0:
+    if len(rows) == 0:
         raise DataError(f"the bootstrap needs one value per query, got the shape {tuple(values.shape)}")
     if not np.isfinite(rows).all():
-        raise DataError(f"value {int(np.argmin(np.isfinite(rows)))} of the bootstrap is NaN or infinite")
+        raise DataError(
+            f"value {int(np.argmin(np.isfinite(rows).all(axis=1)))} of the bootstrap is NaN or infinite"
+        )
     if samples < 1:
         raise ConfigError(f"samples is {samples}, but the bootstrap needs at least 1")
-    if groups is not None and groups.shape != values.shape:
+    if groups is not None and groups.shape != values.shape[:1]:
         raise DataError(f"there are {len(groups)} groups for {len(rows)} queries; give one group per query")
     group_ids = np.arange(len(rows)) if groups is None else np.unique(groups.numpy(), return_inverse=True)[1]
-    totals = np.bincount(group_ids, weights=rows)
+    totals = np.stack([np.bincount(group_ids, weights=column) for column in rows.T], axis=1)
     sizes = np.bincount(group_ids).astype(np.float64)
-    rng, count = np.random.default_rng(seed), len(totals)
-    means = np.empty(samples)
-    step = max(1, _DRAWS_AT_ONCE // count)
-    for start in range(0, samples, step):
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(step, samples - start))
-        means[start : start + step] = (drawn @ totals) / (drawn @ sizes)
+    count = len(totals)
+    means = np.empty((samples, rows.shape[1]))
+    first = 0
+    for drawn in _draws(count, samples, seed):
+        part = slice(first, first + len(drawn))
+        means[part] = (drawn @ totals) / (drawn @ sizes)[:, None]
+        first = part.stop
     return means
+
+
+def _draws(count: int, samples: int, seed: int) -> Iterable[NDArray[np.float64]]:
+    """How often each of some groups is drawn, in blocks of samples; few are kept for the next call."""
+    return (
+        _kept_draws(count, samples, seed) if samples * count <= _DRAWS_KEPT else _drawn(count, samples, seed)
+    )
+
+
+@lru_cache(maxsize=2)
+def _kept_draws(count: int, samples: int, seed: int) -> tuple[NDArray[np.float64], ...]:
+    return tuple(_drawn(count, samples, seed))
+
+
+def _drawn(count: int, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    rng, step = np.random.default_rng(seed), max(1, _DRAWS_AT_ONCE // count)
+    for start in range(0, samples, step):
+        size = min(step, samples - start)
+        yield rng.multinomial(count, np.full(count, 1 / count), size=size).astype(np.float64)
 
 
 def hits_at(ranks: Tensor, ks: tuple[int, ...]) -> Tensor:

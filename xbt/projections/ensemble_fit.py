@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.evaluation.retrieval import SCORE_BYTES, Positives, count_before_best
 from xbt.projections.base import Modality, Projection
 from xbt.projections.combinations import (
     MAX_REFERENCE,
@@ -35,6 +34,8 @@ from xbt.vectors import unit_rows
 Objective = Callable[[Tensor], float]
 """(n_queries,) ranks, from 0 for the best, → what is to be as large as possible."""
 
+_RANK_BYTES = 2 * 2**20
+"""Scores of a block of queries: what stays in the processor's cache is added up and compared faster."""
 _TENTHS = tuple(tenth / 10 for tenth in range(11))
 _BIASES = (-3.0, -1.5, 0.0, 1.5, 3.0)
 _SIMILARITIES = (-3.0, 0.0, 3.0, 6.0)
@@ -299,7 +300,7 @@ def rank_combinations(
     if rows is not None:
         old, answers, new = old[rows], answers[rows], new[rows]
         confidence_gap = None if confidence_gap is None else confidence_gap[rows]
-    step = max(1, SCORE_BYTES // (gallery.element_size() * len(gallery)))
+    step = max(1, _RANK_BYTES // (gallery.element_size() * len(gallery)))
     ranks: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(old), step):
         part = slice(start, start + step)
@@ -310,9 +311,7 @@ def rank_combinations(
         if matrices:
             extra = v @ matrices["new_matrix"].T
             added = (extra + u @ matrices["old_matrix"].T if "old_matrix" in matrices else extra) @ gallery.T
-        is_answer = answers[part] >= 0
-        starts = np.concatenate([[0], is_answer.sum(dim=1).cumsum(dim=0).numpy()])
-        positives = Positives(starts, row_of_item[answers[part][is_answer]].numpy())
+        own = row_of_item[answers[part].clamp_min(0)]
         for found, candidate in zip(ranks, candidates, strict=True):
             first, second = _score_weights(
                 candidate, u, a, cosines, None if confidence_gap is None else confidence_gap[part]
@@ -320,9 +319,7 @@ def rank_combinations(
             scores = torch.addcmul(first * of_old, second.expand(len(u), 1), of_new)
             if isinstance(candidate, Linear) and added is not None:
                 scores += added
-            found.append(
-                torch.from_numpy(count_before_best(scores.numpy(), positives, copies=copies.numpy()))
-            )
+            found.append(count_better(scores, own, answers[part] >= 0, copies))
     return [torch.cat(found) for found in ranks]
 
 
@@ -341,3 +338,22 @@ def _score_weights(
 def _folds_of(pairs: PairVectors, seed: int) -> NDArray[np.int64]:
     clusters = clusters_of(pairs, min(_FOLDS, len(pairs)))
     return fold_of_clusters(clusters, min(_FOLDS, len(np.unique(clusters))), seed)
+
+
+def count_better(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor) -> Tensor:
+    """Wrong gallery rows that score at least as high as the best answer; see ``best_positive_ranks``.
+
+    Args:
+        scores: (n, u) scores with the distinct rows of the gallery.
+        own: (n, most answers) int64 distinct rows of the answers.
+        is_answer: (n, most answers) booleans; false where a query has fewer answers.
+        copies: (u,) number of items of each row.
+
+    Returns:
+        (n,) int64 ranks, from 0 for the best.
+    """
+    own_scores = scores.gather(1, own).masked_fill(~is_answer, -torch.inf)
+    best = own_scores.amax(dim=1, keepdim=True)
+    as_high = scores >= best
+    counts = as_high.sum(dim=1) if len(copies) == int(copies.sum()) else (as_high * copies).sum(dim=1)
+    return counts - (own_scores == best).sum(dim=1)

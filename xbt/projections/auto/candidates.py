@@ -13,15 +13,20 @@ from torch import Tensor
 
 from xbt.errors import DataError
 from xbt.projections.base import Projection
-from xbt.projections.combinations import Adaptive, Combination, Linear, Nlerp
+from xbt.projections.combinations import Combination, Linear, Nlerp
 from xbt.projections.fitting import CLOSED_FORMS, fit_projection, grouped_options
 from xbt.projections.near_duplicates import TextFinder
+from xbt.projections.pair_tuning import tune_matrices
 from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source, paired_chunks, random_access
 from xbt.projections.statistics import TERMS, PairStatistics
 
+MAX_ANCHORS = 32_768
+"""Most texts of the corpus that a caption forward map keeps."""
+
 _BETAS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 1.0)
 _TUNED_BETAS = (0.5, 0.4, 0.6, 0.3, 0.7)
+_TUNING_STEPS = 8
 
 OLD_ALONE = Nlerp(0.0)
 NEW_ALONE = Nlerp(1.0)
@@ -81,10 +86,10 @@ def default_candidates(pairs: PairVectors | None, thorough: bool = False) -> lis
         return found
     images = pairs.new_images is not None
     if images:
-        found += [Candidate("procrustes", {"pairs_weight": weight}) for weight in (0.1, 0.33, 0.6)]
+        found.append(Candidate("procrustes", {"pairs_weight": 0.33}))
         found.append(Candidate("procrustes", {"centring": "modality", "pairs_weight": 0.33}))
     base = {"pairs_weight": 0.33} if images else {}
-    found += [Candidate("procrustes", base, penalty) for penalty in (100.0, 30.0)]
+    found.append(Candidate("procrustes", base, 30.0))
     if thorough and images:
         found.append(Candidate("xbt", {"pairs_weight": 0.33}))
     return found
@@ -96,11 +101,30 @@ def settings_of(candidate: Candidate, use_old: bool) -> list[Combination]:
         return [Linear(beta) for beta in _TUNED_BETAS] if use_old else [Linear(1.0, with_old=False)]
     if not use_old:
         return [NEW_ALONE]
-    return [
-        *(Nlerp(beta) for beta in _BETAS),
-        *(Adaptive(bias, 0.0, 0.7) for bias in (0.0, -0.5, 0.5)),
-        *(Adaptive(bias, similarity) for bias, similarity in ((-1.8, 3.0), (1.8, -3.0))),
-    ]
+    return [Nlerp(beta) for beta in _BETAS]
+
+
+class _Sample:
+    """Rows drawn from a stream, each with the same chance; all of them while they are few."""
+
+    def __init__(self) -> None:
+        self._rng = np.random.default_rng(0)
+        self._keys = np.empty(0)
+        self._sides: list[Tensor] = []
+
+    def add(self, new: Tensor, old: Tensor) -> None:
+        """Draw from the next (k, new_dim) and (k, old_dim) rows."""
+        keys = np.concatenate([self._keys, self._rng.random(len(new))])
+        blocks = [side.float() for side in (old, new)]
+        sides = [torch.cat(both) for both in zip(self._sides, blocks, strict=True)] if self._sides else blocks
+        if len(keys) > MAX_ANCHORS:
+            kept = np.sort(np.argpartition(keys, MAX_ANCHORS)[:MAX_ANCHORS])
+            keys, sides = keys[kept], [side[torch.from_numpy(kept)] for side in sides]
+        self._keys, self._sides = keys, sides
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """The old and the new rows that were drawn, in the order they came."""
+        return self._sides[0], self._sides[1]
 
 
 class Fitter:
@@ -130,7 +154,9 @@ class Fitter:
         self.left_out: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._corpus: PairStatistics | None = None
         self._of_pairs: tuple[PairVectors, dict[str, PairStatistics]] | None = None
-        self._fitted: dict[str, Projection] = {}
+        self._fitted: dict[tuple[str, int], tuple[Projection, PairVectors | None]] = {}
+        self._tuned: dict[tuple[str, int, bool], tuple[dict[str, Tensor], PairVectors]] = {}
+        self._sample = _Sample()
 
     def looks_at_pairs(self, candidate: Candidate) -> bool:
         """True if the candidate's fit depends on the pairs, its tuning included."""
@@ -150,18 +176,41 @@ class Fitter:
         grouped_options(candidate.method, options)
         images = pairs if candidate.needs_image_vectors else None
         depends = pairs is not None and (self.pair_texts or images is not None)
-        key = f"{candidate.method} {sorted(options.items())}"
-        if not depends and key in self._fitted:
-            return self._fitted[key]
+        key = f"{candidate.method} {sorted(options.items())}", id(pairs) if depends else 0
+        if key in self._fitted:
+            return self._fitted[key][0]
         if candidate.method in CLOSED_FORMS:
             # Not every closed form knows of images.
             of_images = [] if images is None else [self._statistics_of(images, "images")]
             fitted: Projection = CLOSED_FORMS[candidate.method](self._texts(pairs), *of_images, **options)
         else:
             fitted = fit_projection(*self._sources(pairs), candidate.method, pairs=images, **options)
-        if not depends:
-            self._fitted[key] = fitted
+        # The pairs are kept, so that their id is not that of others.
+        self._fitted[key] = fitted, pairs if depends else None
         return fitted
+
+    def tune(self, candidate: Candidate, pairs: PairVectors | None, use_old: bool) -> dict[str, Tensor]:
+        """Matrices that the pairs teach the candidate on top of its projection; none if it is not tuned."""
+        if candidate.tune_penalty is None or pairs is None:
+            return {}
+        key = str(candidate), id(pairs), use_old
+        if key not in self._tuned:
+            projection = self.fit(candidate, pairs)
+            made = tune_matrices(
+                projection, pairs, use_old=use_old, penalty=candidate.tune_penalty, steps=_TUNING_STEPS
+            )
+            self._tuned[key] = made, pairs
+        return self._tuned[key][0]
+
+    def sample(self) -> tuple[Tensor, Tensor] | None:
+        """(m, old_dim) and (m, new_dim) rows of the corpus, at most :data:`MAX_ANCHORS`, in its order.
+
+        ``None`` if there is no corpus. Texts that fits are judged on are not among them.
+        """
+        if self._new is None:
+            return None
+        self._texts(None)
+        return self._sample.rows()
 
     def _texts(self, pairs: PairVectors | None) -> PairStatistics:
         """Statistics of the texts to fit to."""
@@ -182,10 +231,12 @@ class Fitter:
                 (known := self._texts_judged.known(left, right)).any()
             ):
                 found.append(count + torch.nonzero(known).flatten().numpy())
-                yield left[~known], right[~known]
+                left, right, seen = left[~known], right[~known], len(left)
             else:
-                yield left, right
-            count += len(left)
+                seen = len(left)
+            self._sample.add(left, right)
+            yield left, right
+            count += seen
         self.left_out = np.concatenate([np.empty(0, dtype=np.int64), *found])
         if len(self.left_out) == count:
             raise DataError(

@@ -11,7 +11,7 @@ the gain over the old query with images on one side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,25 @@ from torch import Tensor
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation.cells import DIRECTIONS
 from xbt.projections.auto.candidates import NEW_ALONE, Candidate, Fitter, default_candidates
-from xbt.projections.auto.cross_validation import CrossValidation
-from xbt.projections.auto.decision import Decision, Evidence
-from xbt.projections.auto.selection import GainTest, SelectionOptions, best_by_texts
+from xbt.projections.auto.cross_validation import CrossValidation, Deployed
+from xbt.projections.auto.decision import Decision, Evidence, StepTests
+from xbt.projections.auto.selection import (
+    CandidateRanks,
+    GainTest,
+    Selection,
+    SelectionOptions,
+    best_by_texts,
+)
+from xbt.projections.auto.step_choice import choose_steps, deployed_steps, unverified_steps
+from xbt.projections.auto.steps import Items
 from xbt.projections.combinations import Nlerp
 from xbt.projections.fitting import space_of
+from xbt.projections.gallery_steps import GallerySteps
 from xbt.projections.near_duplicates import clusters_of
 from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source, random_access
 from xbt.space import EmbeddingSpace
-from xbt.vectors import Vectors
+from xbt.vectors import Vectors, as_vectors
 
 MIN_IMAGES = 20
 """Fewest images (or groups of texts) to judge on: fewer could not show any gain."""
@@ -46,6 +55,7 @@ def choose_projection(
     *,
     pairs: PairVectors | None = None,
     text_groups: Sequence[int] | Tensor | None = None,
+    images: tuple[Vectors, Vectors] | None = None,
     candidates: Sequence[Candidate] | None = None,
     new_space: EmbeddingSpace | None = None,
     old_space: EmbeddingSpace | None = None,
@@ -71,6 +81,8 @@ def choose_projection(
             out of the fits: a map would be judged on what it was fitted to.
         text_groups: Per row of the corpus a number; rows with the same one say the same (captions of one
             image). Their vectors must be in memory or in stores.
+        images: New and old vectors of unlabelled images, 100 or more; without pairs they are the bank of the
+            hubness bias of image queries.
         candidates: What to try; by default :func:`~xbt.projections.auto.candidates.default_candidates`.
         new_space: The space of ``new``.
         old_space: The space of ``old``.
@@ -116,10 +128,12 @@ def choose_projection(
         selection = best_by_texts(ranked, setting, rules.ks, trial.groups, rules.confidence, rules.seed)
         gain_tests = {direction: _unverified(direction, rules) for direction in DIRECTIONS}
     chosen = next(candidate for candidate in candidates if str(candidate) == selection.candidate)
-    projection, ensemble = trial.deploy(chosen, selection, gain_tests)
+    deployed, ensemble = trial.deploy(chosen, selection, gain_tests)
+    projection = deployed.projection
     projection.method = chosen.method
     projection.set_spaces(*spaces)
     ensemble.old_space = spaces[1]
+    steps, step_tests = _steps(trial, ranked, selection, gain_tests, deployed, images)
     sizes = np.bincount(clusters)
     return Decision(
         projection,
@@ -134,7 +148,41 @@ def choose_projection(
         folds=rules.folds,
         n_joined=int(sizes[sizes > 1].sum()),
         n_left_out=len(fitter.left_out),
+        steps=steps,
+        step_tests=step_tests,
     )
+
+
+def _steps(
+    trial: CrossValidation,
+    ranked: Sequence[CandidateRanks],
+    selection: Selection,
+    gain_tests: Mapping[str, GainTest],
+    deployed: Deployed,
+    images: tuple[Vectors, Vectors] | None,
+) -> tuple[GallerySteps | None, dict[str, StepTests]]:
+    """The gallery-side steps to deploy, and the evidence."""
+    rules = trial.options
+    if not rules.steps:
+        return None, {}
+    if trial.learns:
+        choice = choose_steps(trial, ranked, gain_tests)
+        return deployed_steps(trial, deployed, selection, choice.settings), choice.tests
+    if not rules.accept_unverified:
+        return None, {}
+    bank = None if images is None else _images(images, trial.pairs.dims)
+    return unverified_steps(trial, deployed, bank, rules.use_old), {}
+
+
+def _images(images: tuple[Vectors, Vectors], dims: tuple[int, int]) -> Items:
+    """Unlabelled images under both models, checked."""
+    new, old = (
+        as_vectors(rows, f"{side} vectors of the images", dim).float()
+        for rows, side, dim in zip(images, ("new", "old"), dims, strict=True)
+    )
+    if len(new) != len(old):
+        raise DataError(f"there are {len(new)} new and {len(old)} old vectors of images; give both of each")
+    return Items.of(old, new)
 
 
 def _evidence(

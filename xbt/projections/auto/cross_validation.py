@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from xbt.evaluation import Interval, best_positive_ranks, bootstrap_interval
+from xbt.evaluation import best_positive_ranks, hits_at
+from xbt.evaluation.bootstrap import bootstrap_intervals
 from xbt.evaluation.cells import DIRECTIONS
 from xbt.projections.auto.candidates import NEW_ALONE, OLD_ALONE, Candidate, Fitter, settings_of
 from xbt.projections.auto.decision import CandidateScore
@@ -19,22 +20,47 @@ from xbt.projections.auto.selection import (
     GainTest,
     Selection,
     SelectionOptions,
+    choices_by_fold,
     choose,
     out_of_fold_ranks,
     run_gain_test,
 )
-from xbt.projections.base import LinearProjection, Projection
-from xbt.projections.combinations import Adaptive, Combination, Linear, Nlerp
+from xbt.projections.auto.steps import BEST, OLD
+from xbt.projections.base import LinearProjection, Modality, Projection
+from xbt.projections.combinations import Combination, Linear, Nlerp
 from xbt.projections.ensemble import QueryEnsemble
-from xbt.projections.ensemble_fit import (
-    confidence_by_folds,
-    gallery_reference,
-    projected_queries,
-    rank_combinations,
-)
+from xbt.projections.ensemble_fit import projected_queries, rank_combinations
 from xbt.projections.near_duplicates import fold_of_clusters
-from xbt.projections.pair_tuning import folded, tune_matrices
+from xbt.projections.pair_tuning import folded
 from xbt.projections.pairs import PairVectors
+from xbt.vectors import unit_rows
+
+
+class Deployed(NamedTuple):
+    """The chosen candidate, fitted to everything.
+
+    Attributes:
+        projection: Its map.
+        matrices: What pairs taught it on top of that.
+        is_folded: Whether the matrices are part of the map, so that nothing has to be added.
+    """
+
+    projection: Projection
+    matrices: dict[str, Tensor]
+    is_folded: bool
+
+    def rule(self, combination: Combination) -> Combination:
+        """A combination as it is deployed."""
+        return NEW_ALONE if self.is_folded and isinstance(combination, Linear) else combination
+
+    def ensemble(self, combinations: Mapping[str, Combination]) -> QueryEnsemble:
+        """The query ensemble of some directions."""
+        rules = {direction: self.rule(each) for direction, each in combinations.items()}
+        tensors = {
+            direction: {name: self.matrices[name] for name in rule.tensors(self.projection.old_dim)}
+            for direction, rule in rules.items()
+        }
+        return QueryEnsemble(self.projection.old_dim, rules, tensors, self.projection.old_space)
 
 
 class CrossValidation:
@@ -67,8 +93,8 @@ class CrossValidation:
             for direction in pairs.directions
         }
         self.settings: dict[str, dict[str, Combination]] = {}
+        self.clusters, self._candidates = clusters, dict[str, Candidate]()
         self.fold_of = fold_of_clusters(clusters, options.folds, options.seed)
-        self._old_confidence: dict[str, Tensor] = {}
         # Made once: the fitter knows a fold's statistics by its pairs.
         self.seen = [
             pairs.subset(torch.from_numpy(np.flatnonzero(self.fold_of != fold)))
@@ -79,6 +105,7 @@ class CrossValidation:
         """Rank every query with every setting, by fits that have not seen the query."""
         settings = settings_of(candidate, self.options.use_old)
         self.settings[str(candidate)] = {str(each): each for each in settings}
+        self._candidates[str(candidate)] = candidate
         fold_of = torch.from_numpy(self.fold_of)
         ranks = {
             direction: {str(each): torch.zeros(len(owner), dtype=torch.int64) for each in settings}
@@ -89,38 +116,17 @@ class CrossValidation:
             held_out = fold_of == fold if learns else torch.ones_like(fold_of, dtype=torch.bool)
             seen = self.seen[fold] if learns else None
             projection = self.fitter.fit(candidate, seen)
-            matrices = self.matrices(candidate, projection, seen)
+            matrices = self.fitter.tune(candidate, seen, self.options.use_old)
             for direction, owner in self.groups.items():
                 # A cluster is named after one of its images, and lies in one fold.
                 rows = held_out[owner]
                 new = projected_queries(projection, self.pairs, direction)
-                gap = self._confidence_gap(direction, new, settings, rows)
-                by_setting = rank_combinations(self.pairs, direction, new, settings, gap, matrices, rows)
+                by_setting = rank_combinations(
+                    self.pairs, direction, new, settings, matrices=matrices, rows=rows
+                )
                 for setting, of_setting in zip(settings, by_setting, strict=True):
                     ranks[direction][str(setting)][rows] = of_setting
         return CandidateRanks(str(candidate), ranks)
-
-    def _confidence_gap(
-        self, direction: str, new: Tensor, settings: Sequence[Combination], rows: Tensor
-    ) -> Tensor | None:
-        """Confidence of some new queries less that of the old ones, where a setting asks for it."""
-        if not any(isinstance(each, Adaptive) and each.confidence for each in settings):
-            return None
-
-        def confidence(queries: Tensor, rows: Tensor | None) -> Tensor:
-            return confidence_by_folds(self.pairs, direction, queries, self.fold_of, self.seed, rows)
-
-        if direction not in self._old_confidence:
-            self._old_confidence[direction] = confidence(self.pairs.queries(direction)[1], None)
-        return confidence(normalize(new, dim=-1), rows) - self._old_confidence[direction]
-
-    def matrices(
-        self, candidate: Candidate, projection: Projection, pairs: PairVectors | None
-    ) -> dict[str, Tensor]:
-        """Matrices that pairs teach the candidate on top of its projection."""
-        if candidate.tune_penalty is None or pairs is None:
-            return {}
-        return tune_matrices(projection, pairs, use_old=self.options.use_old, penalty=candidate.tune_penalty)
 
     def select(self, ranked: Sequence[CandidateRanks]) -> Selection:
         """Choose the candidate and its settings by all queries."""
@@ -146,37 +152,55 @@ class CrossValidation:
             )
         return tests
 
+    def fold_choices(self, ranked: Sequence[CandidateRanks]) -> list[Selection]:
+        """Per fold what is chosen by the ranks of the other folds' queries."""
+        return [
+            choice
+            for choice, _ in choices_by_fold(ranked, self.old_ranks, self.ks, self.groups, self.fold_of)
+        ]
+
+    def combination(self, selection: Selection, query: str, direction: str) -> Combination:
+        """The combination that a query of :mod:`~xbt.projections.auto.steps` names."""
+        if query == OLD:
+            return OLD_ALONE
+        if query == BEST:
+            return self.settings[selection.candidate][selection.settings[direction]]
+        return Nlerp(float(query))
+
+    def mixed(
+        self, selection: Selection, fold: int, query: str, direction: str, new: Tensor, old: Tensor
+    ) -> Tensor:
+        """(n, old_dim) unit queries of a selection whose fit has not seen a fold."""
+        combination = self.combination(selection, query, direction)
+        candidate = self._candidates[selection.candidate]
+        seen = self.seen[fold] if self.fitter.looks_at_pairs(candidate) else None
+        projection = self.fitter.fit(candidate, seen)
+        matrices = self.fitter.tune(candidate, seen, self.options.use_old)
+        modality: Modality = "text" if direction == "T2I" else "image"
+        with torch.no_grad():
+            return unit_rows(combination.combine(old, projection.project(new, modality).float(), matrices))
+
     def deploy(
         self, candidate: Candidate, selection: Selection, gain_tests: Mapping[str, GainTest]
-    ) -> tuple[Projection, QueryEnsemble]:
+    ) -> tuple[Deployed, QueryEnsemble]:
         """Fit the selected candidate to everything; its ensemble uses it where a gain is shown."""
         pairs = self.pairs if self.learns else None
         projection = self.fitter.fit(candidate, pairs)
-        matrices = self.matrices(candidate, projection, pairs)
+        matrices = self.fitter.tune(candidate, pairs, self.options.use_old)
+        folds = not self.options.use_old and isinstance(projection, LinearProjection) and projection.foldable
+        is_folded = bool(matrices) and folds
+        if is_folded:
+            assert isinstance(projection, LinearProjection)
+            projection = folded(projection, matrices["new_matrix"])
+        deployed = Deployed(projection, matrices, is_folded)
         combinations: dict[str, Combination] = dict.fromkeys(DIRECTIONS, OLD_ALONE)
         for direction, test in gain_tests.items():
             if test.met:
-                combinations[direction] = self.settings[selection.candidate][selection.settings[direction]]
+                setting = self.settings[selection.candidate][selection.settings[direction]]
+                combinations[direction] = deployed.rule(setting)
             elif self.options.accept_unverified and test.pooled is None:
                 combinations[direction] = Nlerp(0.5) if self.options.use_old else NEW_ALONE
-        foldable = isinstance(projection, LinearProjection) and projection.foldable
-        if not self.options.use_old and matrices and foldable:
-            assert isinstance(projection, LinearProjection)
-            projection = folded(projection, matrices["new_matrix"])
-            combinations = {
-                direction: NEW_ALONE if isinstance(each, Linear) else each
-                for direction, each in combinations.items()
-            }
-        tensors = {
-            direction: {
-                name: matrices[name]
-                if name in matrices
-                else gallery_reference(self.pairs.gallery(direction), self.seed)
-                for name in combination.tensors(projection.old_dim)
-            }
-            for direction, combination in combinations.items()
-        }
-        return projection, QueryEnsemble(projection.old_dim, combinations, tensors)
+        return deployed, deployed.ensemble(combinations)
 
     def scores(
         self, ranked: Sequence[CandidateRanks], selection: Selection, setting: str | None = None
@@ -184,20 +208,14 @@ class CrossValidation:
         """Recall of the old query and of every candidate: each at its best, or all with one setting."""
         scores = []
         for direction, owner in self.groups.items():
-            old = self._recall(self.old_ranks[direction], owner)
-            scores.append(CandidateScore("old query", direction, None, old))
-            for candidate in ranked:
-                shown = setting or self.select([candidate]).settings[direction]
-                scores.append(
-                    CandidateScore(
-                        candidate.name,
-                        direction,
-                        self.settings[candidate.name][shown],
-                        self._recall(candidate.ranks[direction][shown], owner),
-                        candidate.name == selection.candidate,
-                    )
-                )
+            shown = {each.name: setting or self.select([each]).settings[direction] for each in ranked}
+            ranks = [self.old_ranks[direction]]
+            ranks += [each.ranks[direction][shown[each.name]] for each in ranked]
+            hits = torch.cat([hits_at(each, self.ks) for each in ranks], dim=1).double()
+            intervals = iter(bootstrap_intervals(hits, owner, samples=1000))
+            for name in ("old query", *shown):
+                combination = self.settings[name][shown[name]] if name in shown else None
+                recall = {k: next(intervals) for k in self.ks}
+                chosen = name == selection.candidate
+                scores.append(CandidateScore(name, direction, combination, recall, chosen))
         return scores
-
-    def _recall(self, ranks: Tensor, owner: Tensor) -> dict[int, Interval]:
-        return {k: bootstrap_interval((ranks < k).double(), owner, samples=1000) for k in self.ks}

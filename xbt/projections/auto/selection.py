@@ -13,7 +13,7 @@ that gap at ``folds`` times the cost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -47,6 +47,8 @@ class SelectionOptions:
     use_old: bool = True
     """Whether the old query tower may run at search time. If not, the choice is between the new query alone
     and, where that is not better, staying with the old model."""
+    steps: bool = True
+    """Whether gallery-side steps (caption forward map, hubness bias) are tried too."""
     pair_texts: bool = False
     """Whether the texts of the pairs join the corpus, fold by fold. It helps where the corpus is small, and
     takes a fit per fold for every candidate."""
@@ -252,16 +254,27 @@ def out_of_fold_ranks(
     """
     by_name = {candidate.name: candidate for candidate in candidates}
     result = {direction: torch.zeros(len(owner), dtype=torch.int64) for direction, owner in groups.items()}
+    for choice, own in choices_by_fold(candidates, old_ranks, ks, groups, fold_of):
+        for direction, rows in own.items():
+            ranks = by_name[choice.candidate].ranks[direction][choice.settings[direction]]
+            result[direction][rows] = ranks[rows]
+    return result
+
+
+def choices_by_fold(
+    candidates: Sequence[CandidateRanks],
+    old_ranks: Mapping[str, Tensor],
+    ks: tuple[int, ...],
+    groups: Mapping[str, Tensor],
+    fold_of: NDArray[np.int64],
+) -> Iterator[tuple[Selection, dict[str, Tensor]]]:
+    """Per fold the choice by the other folds' queries, and booleans of its own queries; see above."""
     for fold in np.unique(fold_of):
         own = {
             direction: torch.from_numpy(fold_of[owner.numpy()] == fold) for direction, owner in groups.items()
         }
         others = {direction: ~rows for direction, rows in own.items()}
-        choice = choose(candidates, old_ranks, ks, groups, others)
-        for direction, rows in own.items():
-            ranks = by_name[choice.candidate].ranks[direction][choice.settings[direction]]
-            result[direction][rows] = ranks[rows]
-    return result
+        yield choose(candidates, old_ranks, ks, groups, others), own
 
 
 def run_gain_test(

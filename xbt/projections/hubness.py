@@ -1,0 +1,128 @@
+"""Hubness bias: one number a row that keeps hubs of the gallery from being found by everything.
+
+A hub is a row that lies near most queries and so is found by many that it does not answer. With a bank B of
+queries (corpus captions for text queries, at least 100 unlabelled images for image queries)
+
+    h(g) = mean of the k highest score(b, g), b ∈ B
+    score(q, g) − c · h(g)
+
+With c = ½ it ranks the rows for a query as CSLS does (Conneau et al., "Word Translation Without Parallel
+Data", ICLR 2018), whose term of the query is the same for all rows; NNN (Chowdhury et al., "Nearest Neighbor
+Normalization Improves Multimodal Retrieval", EMNLP 2024) has c as a number to choose. A bank is scored with
+the same steps as the queries. It holds neither the queries nor what belongs to a row: a row whose own
+caption is in the bank would be pushed down by the query that it answers. :func:`qb_norm` is a baseline.
+
+Cost: 2 · rows · bank · dim floating-point operations, once per row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from xbt.errors import ConfigError, SpaceMismatchError
+from xbt.projections.neighbours import highest, nearest
+
+
+def hubness(
+    rows: Tensor, bank: Tensor, k: int = 10, own: Tensor | None = None, owners: Tensor | None = None
+) -> Tensor:
+    """Mean of the k highest scores of every row with a bank of queries.
+
+    Args:
+        rows: (m, d) rows as they are scored.
+        bank: (b, d) queries as they are scored.
+        k: How many count; all of the bank if it has fewer.
+        own: (m,) or (m, e) int64 owners of every row, -1 for none.
+        owners: (b,) int64 owners of the bank's queries; those that a row owns do not count for it.
+
+    Returns:
+        (m,) hubness; 0 for a row that owns the whole bank.
+    """
+    return _mean_of_finite(nearest(rows, bank, k, own, owners)[0])
+
+
+def mean_of_highest(scores: Tensor, k: int = 10) -> Tensor:
+    """(m,) means of the k highest of (m, b) scores; what is -∞ does not count."""
+    return _mean_of_finite(highest(scores, k)[0])
+
+
+def _mean_of_finite(values: Tensor) -> Tensor:
+    counted = torch.isfinite(values)
+    return values.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp_min(1)
+
+
+class HubnessBias(nn.Module):
+    """The bias c · h of gallery rows, with the bank it is measured on.
+
+    Args:
+        dim: Dimension of rows and queries as they are scored.
+        count: Queries of the bank.
+        weight: c.
+        k: How many of the highest scores count.
+
+    Attributes:
+        bank: (count, dim) queries.
+        owners: (count,) int64, what each query belongs to, -1 for nothing.
+
+    Raises:
+        ConfigError: If a number cannot be used.
+    """
+
+    def __init__(self, dim: int, count: int, weight: float = 0.5, k: int = 10) -> None:
+        super().__init__()
+        if count < 1 or k < 1 or not 0 <= weight < float("inf"):
+            raise ConfigError(
+                f"the hubness bias was given a bank of {count} queries, k={k} and weight={weight}; bank and "
+                "k must be at least 1, and the weight a number of at least 0"
+            )
+        self.weight, self.k = weight, k
+        self.bank: Tensor
+        self.owners: Tensor
+        self.register_buffer("bank", torch.zeros(count, dim))
+        self.register_buffer("owners", torch.full((count,), -1, dtype=torch.int64))
+
+    @classmethod
+    def from_bank(
+        cls, bank: Tensor, weight: float = 0.5, k: int = 10, owners: Tensor | None = None
+    ) -> HubnessBias:
+        """Keep a (b, dim) bank and maybe its (b,) owners."""
+        made = cls(bank.shape[1], len(bank), weight, k)
+        made.bank.copy_(bank.detach())
+        if owners is not None:
+            made.owners.copy_(owners)
+        return made
+
+    def forward(self, rows: Tensor, own: Tensor | None = None) -> Tensor:
+        """(m,) numbers to subtract from every score of (m, dim) rows; ``own`` as in :func:`hubness`.
+
+        Raises:
+            SpaceMismatchError: If the dimension is not that of the bank.
+        """
+        if rows.ndim != 2 or rows.shape[1] != self.bank.shape[1]:
+            raise SpaceMismatchError(
+                f"the bank's queries have dimension {self.bank.shape[1]}, but the rows have the shape "
+                f"{tuple(rows.shape)}; give rows as they are scored"
+            )
+        return self.weight * hubness(rows, self.bank.to(rows.dtype), self.k, own, self.owners)
+
+
+def qb_norm(scores: Tensor, bank_scores: Tensor, beta: float = 20.0, k: int = 1) -> Tensor:
+    """Dynamic inverted softmax of QB-Norm (Bogolin et al., CVPR 2022), a baseline.
+
+    A query whose first row is among the first k of any query of the bank gets exp(β s(q, g)) / Σ_b exp(β
+    s(b, g)) in place of its scores; the rows are ranked in the same way by the logarithm of it.
+
+    Args:
+        scores: (n, m) scores of the queries.
+        bank_scores: (b, m) scores of the bank.
+        beta: β, the inverse temperature.
+        k: How many rows a query of the bank activates.
+
+    Returns:
+        (n, m) scores, comparable within a query only.
+    """
+    active = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+    active[bank_scores.topk(min(k, scores.shape[1]), dim=1).indices.flatten()] = True
+    normalised = beta * scores - torch.logsumexp(beta * bank_scores, dim=0)
+    return torch.where(active[scores.argmax(dim=1)][:, None], normalised, scores)
