@@ -284,12 +284,13 @@ def test_two_parquet_columns_of_one_name_are_refused(tmp_path):
         read_captions(str(tmp_path / "c.parquet"))
 
 
-def test_a_parquet_file_that_unpacks_beyond_the_limit_is_refused(tmp_path):
-    blank = pa.array([" " * (1 << 20)] * 80)
+def test_a_parquet_file_that_unpacks_beyond_the_limit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("xbt.data.files.FREE_UNPACKED", 1 << 20)
+    blank = pa.array([" " * (1 << 20)] * 3)
     pq.write_table(
         pa.table({"caption": blank}), tmp_path / "c.parquet", compression="zstd", use_dictionary=False
     )
-    with pytest.raises(DataError, match=r"unpacks to more than 67,108,864 bytes"):
+    with pytest.raises(DataError, match=r"unpacks to more than 1,048,576 bytes"):
         read_captions(str(tmp_path / "c.parquet"))
 
 

@@ -353,3 +353,10 @@ def test_labels_are_independent_of_numpy(tmp_path):
     images = LabelledImages(["a", "b"], [flat(0), flat(1)], np.array([1, 0], dtype=np.int32), ["x", "y"])
     assert images.labels.tolist() == [1, 0]
     assert images.labels.dtype == torch.int64
+
+
+def test_a_column_of_huge_numbers_is_no_column_of_classes(tmp_path):
+    table = datasets.Dataset.from_dict({"image": [b"x"], "label": [2**40]})
+    table.to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row 0: the class in the column 'label' is 1099511627776"):
+        load_labelled(f"hf:{tmp_path}")

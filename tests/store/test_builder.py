@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,7 @@ class Killed(BaseException):
 
 def test_a_kill_while_rows_are_left_out_loses_nothing(tmp_path, space, unit_rows, monkeypatch):
     whole = with_repetitions(tmp_path / "whole", space, unit_rows)
+    shutil.copytree(whole.path, tmp_path / "repeated")
     whole.leave_out_repeated(note)
     whole.finish(map(str, range(5)))
     rename, number, ended = Path.replace, 0, False
@@ -220,7 +222,9 @@ def test_a_kill_while_rows_are_left_out_loses_nothing(tmp_path, space, unit_rows
             return rename(self, target)
 
         path = tmp_path / str(number)
-        builder = with_repetitions(path, space, unit_rows)
+        shutil.copytree(tmp_path / "repeated", path)
+        builder = builder_at(path, space, dtype="float32")
+        builder.prepare()
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", replace)
             try:

@@ -1,4 +1,8 @@
-"""Captions without images: the text corpora for training projections, and the readers of caption files."""
+"""Captions without images: the text corpora for training projections, and the readers of caption files.
+
+Published results on Flickr30k and COCO use Karpathy's split files, ``dataset_{flickr8k,flickr30k,coco}.json``
+with ``raw`` sentences. COCO's images have five, six or seven captions, and all of them count.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,8 +24,10 @@ from xbt.data.files import (
     check_is_file,
     check_source,
     check_unpacked,
+    choose_splits,
     is_unicode,
     kind_of,
+    name_within,
     parse_json,
     read_json,
     read_text,
@@ -32,7 +38,6 @@ from xbt.data.files import (
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import check_column, open_dataset, read_column, read_ids
 from xbt.data.items import choose_subset, require_unique
-from xbt.data.karpathy import is_karpathy, parse_karpathy
 from xbt.data.scenes import scene_captions
 from xbt.errors import DataError
 
@@ -125,6 +130,81 @@ def _read_json(path: Path, split: str | None) -> Iterator[Row]:
             raise DataError(f"{where} lacks the key 'caption'; give the captions_*.json file")
         name = str(annotation.get("id", f"row-{position}"))
         yield from named_rows(annotation["caption"], name, where, "fix the record")
+
+
+class KarpathyImage(NamedTuple):
+    """One record of a split file: file name with its folder if there is one, split, and stripped captions."""
+
+    name: str
+    split: str
+    sentences: tuple[str, ...]
+
+
+def is_karpathy(content: Any) -> bool:
+    """Return True for Karpathy's format: an object with images but without COCO's annotations."""
+    return isinstance(content, dict) and "images" in content and "annotations" not in content
+
+
+def read_karpathy(path: Path, split: str | None = None, root: Path | None = None) -> list[KarpathyImage]:
+    """Read a Karpathy split file, plain or gzipped; see :func:`parse_karpathy`."""
+    content = read_json(path)
+    if not is_karpathy(content):
+        raise DataError(
+            f"{path} is not in Karpathy's format, an object with the key 'images'; give a dataset_*.json file"
+        )
+    return parse_karpathy(content, path, split, root)
+
+
+def parse_karpathy(
+    content: Any, path: Path, split: str | None = None, root: Path | None = None
+) -> list[KarpathyImage]:
+    """Parse the JSON content of a split file.
+
+    Args:
+        content: The content; see :func:`is_karpathy`.
+        path: The file, for error messages.
+        split: Name of a split; ``+`` joins several; ``all`` or None takes all of them. COCO's train set is
+            ``train+restval``.
+        root: Base folder of the names, which a name may not leave; ``None`` if no image will be read.
+    """
+    records = content["images"]
+    if not isinstance(records, list) or not records:
+        raise DataError(f"{path} is empty: its 'images' hold no record; give a complete split file")
+    images = [_parse_record(record, position, path, root) for position, record in enumerate(records)]
+    if split is None:
+        return images
+    wanted = choose_splits(split, sorted({image.split for image in images}), str(path))
+    return [image for image in images if image.split in wanted]
+
+
+def _parse_record(record: Any, position: int, path: Path, root: Path | None) -> KarpathyImage:
+    where = f"{path}: record {position} of 'images'"
+    filename = _field(record, "filename", str, where)
+    folder = _field(record, "filepath", str, where) if "filepath" in record else ""
+    name = f"{folder}/{filename}" if folder else filename
+    if root is not None:
+        name_within(root, name, where)
+    sentences = _field(record, "sentences", list, where)
+    raw = [
+        _field(sentence, "raw", str, f"{where}, sentence {number}")
+        for number, sentence in enumerate(sentences)
+    ]
+    return KarpathyImage(
+        name=name,
+        split=_field(record, "split", str, where),
+        sentences=tuple(text.strip() for text in raw),
+    )
+
+
+def _field(record: Any, key: str, kind: type, where: str) -> Any:
+    if not isinstance(record, dict) or key not in record:
+        raise DataError(f"{where} lacks the key {key!r}; give a file in Karpathy's format")
+    if not isinstance(record[key], kind):
+        raise DataError(
+            f"{where} has a {type(record[key]).__name__} under {key!r} instead of a {kind.__name__}; "
+            "give a file in Karpathy's format"
+        )
+    return record[key]
 
 
 def _read_parquet(path: Path, column: str) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xbt.data.captions import CaptionSource, read_caption_rows
+from xbt.data.captions import CaptionSource, read_caption_rows, read_karpathy
 from xbt.data.files import DEFAULT_COUNT, check_is_file, check_source, find_file, kind_of, refuse_options
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import HubImages, open_dataset, read_ids, stream_images
@@ -20,7 +20,6 @@ from xbt.data.items import (
     choose_subset,
     require_unique,
 )
-from xbt.data.karpathy import read_karpathy
 from xbt.data.scenes import make_scenes
 from xbt.data.tars import TarCaptions, TarImages, find_tars, is_tar, tar_names
 from xbt.errors import ConfigError, DataError

@@ -26,6 +26,10 @@ SPLIT_FOLDERS = frozenset(["train", "training", "val", "valid", "validation", "t
 """Folder names that are read as splits if a directory holds no other folders."""
 
 
+_MAX_CLASSES = 1 << 20
+"""Number of classes above which a column of numbers is no column of classes."""
+
+
 class LabelledImages(ImagesWithIds):
     """Images with one class each; images are read on access.
 
@@ -177,11 +181,8 @@ def _column(dataset: Any, chosen: str | None, kind: type, usual: str, source: st
         return matches[0]
     if usual in dataset.column_names:
         return usual
-    what = (
-        f"the columns {_listed(matches)}"
-        if matches
-        else "no such column among " + _listed(dataset.column_names)
-    )
+    none = f"no such column among {_listed(dataset.column_names)}"
+    what = f"the columns {_listed(matches)}" if matches else none
     raise DataError(f"{source} has {what} for the {usual}; choose one with {usual}_column")
 
 
@@ -201,21 +202,15 @@ def _labels(dataset: Any, column: str, source: str) -> tuple[NDArray[np.int64], 
         return np.array([number[value] for value in values], dtype=np.int64), names
     if "int" not in dtype:
         raise DataError(f"{source}: the column {column!r} holds {dtype}, not classes; name the label column")
-    labels = np.array(values, dtype=np.int64)
-    has_names = isinstance(feature, datasets.ClassLabel)
-    names = list(feature.names) if has_names else [str(number) for number in range(int(labels.max()) + 1)]
-    _check_range(labels, len(names), column, source)
-    return labels, names
-
-
-def _check_range(labels: NDArray[np.int64], count: int, column: str, source: str) -> None:
-    outside = np.flatnonzero((labels < 0) | (labels >= count))
-    if len(outside):
-        row = int(outside[0])
+    class_names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+    count = _MAX_CLASSES if class_names is None else len(class_names)
+    row = next((row for row, value in enumerate(values) if not 0 <= value < count), None)
+    if row is not None:  # checked as Python's numbers, before anything is allocated by them
         raise DataError(
-            f"{source}, row {row}: the class in the column {column!r} is {labels[row]}, but classes go from "
+            f"{source}, row {row}: the class in the column {column!r} is {values[row]}, but classes go from "
             f"0 to {max(count - 1, 0)}; read a split that has labels, or leave such rows out"
         )
+    return np.array(values, dtype=np.int64), class_names or [str(number) for number in range(max(values) + 1)]
 
 
 PRESETS: dict[str, tuple[str, HubColumns]] = {

@@ -20,6 +20,7 @@ import fsspec  # type: ignore[import-untyped]
 from huggingface_hub import snapshot_download
 
 from xbt.data.caption_tables import TABLE_KINDS, read_table
+from xbt.data.captions import is_karpathy, parse_karpathy
 from xbt.data.files import (
     ALL_SPLITS,
     as_captions,
@@ -34,7 +35,6 @@ from xbt.data.files import (
     unpacked,
 )
 from xbt.data.items import LazyImages, RawPairs, readable
-from xbt.data.karpathy import is_karpathy, parse_karpathy
 from xbt.data.tars import DAMAGE, missing, read_samples
 from xbt.errors import DataError
 

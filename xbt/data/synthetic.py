@@ -75,16 +75,8 @@ def make_class_world(
     Raises:
         ConfigError: If a number is too small.
     """
-    counts = {
-        "n_classes": n_classes,
-        "train_per_class": train_per_class,
-        "test_per_class": test_per_class,
-        "dim": dim,
-        "latent_dim": latent_dim,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ConfigError(f"{name} is {count}, but must be at least 1")
+    _require_counts(n_classes=n_classes, train_per_class=train_per_class, test_per_class=test_per_class)
+    _require_counts(dim=dim, latent_dim=latent_dim)
     for name, size in (("spread", spread), ("noise", noise)):
         if not 0 <= size < float("inf"):
             raise ConfigError(f"{name} is {size}, but must be a number of at least 0")
@@ -103,6 +95,12 @@ def make_class_world(
 
     train_inputs, train_labels = draw(train_per_class)
     return ClassWorld(train_inputs, train_labels, *draw(test_per_class))
+
+
+def _require_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ConfigError(f"{name} is {count}, but must be at least 1")
 
 
 _LATENT = 64
@@ -213,9 +211,7 @@ def make_vector_world(
     Raises:
         ConfigError: If a count is below 1, or a model's reach is not between 1 and 64.
     """
-    for name, count in (("n_corpus", n_corpus), ("n_support", n_support), ("n_test", n_test)):
-        if count < 1:
-            raise ConfigError(f"{name} is {count}, but must be at least 1")
+    _require_counts(n_corpus=n_corpus, n_support=n_support, n_test=n_test)
     for side, quality in (("old", old), ("new", new)):
         if not 1 <= quality.reach <= _LATENT:
             raise ConfigError(f"the {side} model's reach is {quality.reach}, but must lie in 1 to {_LATENT}")

@@ -22,7 +22,7 @@ from xbt.data.items import choose_subset
 from xbt.errors import ConfigError, DataError, StoreError, UnverifiedSpaceWarning, XbtError
 from xbt.files import open_regular
 from xbt.projections import PairVectors
-from xbt.projections.sources import PairedRows, Source, random_access
+from xbt.projections.sources import Source, random_access
 from xbt.report.config import UpgradeReportConfig, VectorSource
 from xbt.report.sample import Sample, Shown, Side, texts_of
 from xbt.space import EmbeddingSpace
@@ -50,7 +50,11 @@ def read_sample(config: UpgradeReportConfig) -> Sample:
         notes.append(f"{len(images) - len(described):,} images have no text and were left out of the draw.")
     drawn = [described[number] for number in choose_subset(len(described), config.sample, config.seed)]
     drawn_texts = texts_of(owner, drawn)
-    pairs = _pairs(images, texts, owner, drawn, drawn_texts, new_images is not None)
+    drawn_new, drawn_old = images.take(np.array(drawn))
+    new_texts, old_texts = texts.take(np.array(drawn_texts))
+    image_of_text = torch.searchsorted(torch.tensor(drawn), owner[drawn_texts])
+    both = None if new_images is None else drawn_new
+    pairs = PairVectors(new_texts, old_texts, drawn_old, image_of_text, both)
     corpus = _corpus(read, pairs.old_texts, notes)
     shown, why_not = _shown(config.pairs, read["old_images"], len(images), len(texts))
     sides = {
@@ -200,20 +204,6 @@ def _owner(source: VectorSource, n_texts: int, n_images: int) -> Tensor:
             f"--vectors.image_of_text names image {int(outside[0])}, but their rows are 0 to {n_images - 1}"
         )
     return rows
-
-
-def _pairs(
-    images: PairedRows,
-    texts: PairedRows,
-    owner: Tensor,
-    drawn: list[int],
-    drawn_texts: list[int],
-    both: bool,
-) -> PairVectors:
-    new_images, old_images = images.take(np.array(drawn))
-    new_texts, old_texts = texts.take(np.array(drawn_texts))
-    image_of_text = torch.searchsorted(torch.tensor(drawn), owner[drawn_texts])
-    return PairVectors(new_texts, old_texts, old_images, image_of_text, new_images if both else None)
 
 
 def _corpus(read: dict[str, Rows], sample: Tensor, notes: list[str]) -> tuple[Source, Source] | None:

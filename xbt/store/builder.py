@@ -31,30 +31,8 @@ from xbt.files import (
     writing_to,
 )
 from xbt.space import EmbeddingSpace
-from xbt.store.layout import (
-    EXTRA,
-    FOLDERS,
-    HEADER,
-    ID,
-    IN_PROGRESS,
-    MANIFEST,
-    METADATA,
-    Header,
-    Manifest,
-    ShardRecord,
-    has_manifest,
-    is_shard_name,
-    metadata_file,
-    read_header,
-    read_manifest,
-    read_shard_record,
-    require_distinct,
-    shard_files,
-    shard_key,
-    shard_name,
-    store_path,
-    vectors_file,
-)
+from xbt.store import layout
+from xbt.store.layout import Header, Manifest, ShardRecord
 from xbt.store.lock import WriterLock
 from xbt.store.metadata import ColumnTypes, Repetition, read_columns, repeated_ids, require_unique
 from xbt.store.rows import NpyRows
@@ -77,13 +55,13 @@ class CommittedShards(Mapping[str, ShardRecord]):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        names = {path.stem for path in folder.glob("*.json") if is_shard_name(path.stem)}
-        self._names = dict.fromkeys(sorted(names, key=lambda name: (shard_key(name), name)))
+        names = {path.stem for path in folder.glob("*.json") if layout.is_shard_name(path.stem)}
+        self._names = dict.fromkeys(sorted(names, key=lambda name: (layout.shard_key(name), name)))
 
     def __getitem__(self, name: str) -> ShardRecord:
         if name not in self._names:
             raise KeyError(name)
-        return read_shard_record(self._folder / f"{name}.json")
+        return layout.read_shard_record(self._folder / f"{name}.json")
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -101,26 +79,26 @@ def drop_rows(
     """Rewrite a committed shard without some rows, with a new note; the main process calls this."""
     keep = np.ones(shard.count, bool)
     keep[rows] = False
-    table = read_columns(path / metadata_file(shard.name), None).filter(pa.array(keep))
-    vectors = NpyRows([path / vectors_file(header.modality, shard.name)], [shard.count], header.dim)
+    table = read_columns(path / layout.metadata_file(shard.name), None).filter(pa.array(keep))
+    vectors = NpyRows([path / layout.vectors_file(header.modality, shard.name)], [shard.count], header.dim)
     kept = vectors.slice(0, shard.count)[keep]
-    ids = table[ID].to_pylist()
-    new = path / IN_PROGRESS / _NEW
-    record = write_shard(new, header, shard.name, kept, ids, table.drop([ID]), extra)
-    write_record(path / IN_PROGRESS / f"{shard.name}.json", record.to_dict())
+    ids = table[layout.ID].to_pylist()
+    new = path / layout.IN_PROGRESS / _NEW
+    record = write_shard(new, header, shard.name, kept, ids, table.drop([layout.ID]), extra)
+    write_record(path / layout.IN_PROGRESS / f"{shard.name}.json", record.to_dict())
     complete_replacements(path, header.modality)
 
 
 def complete_replacements(path: Path, modality: str) -> None:
     """Finish the move of rewritten files that match their record, and remove the others."""
-    new = path / IN_PROGRESS / _NEW
+    new = path / layout.IN_PROGRESS / _NEW
     if not new.is_dir():
         return
-    for folder in (FOLDERS[modality], METADATA):
-        for name, file in shard_files(new, folder).items():
-            record, target = path / IN_PROGRESS / f"{name}.json", f"{folder}/{file.name}"
+    for folder in (layout.FOLDERS[modality], layout.METADATA):
+        for name, file in layout.shard_files(new, folder).items():
+            record, target = path / layout.IN_PROGRESS / f"{name}.json", f"{folder}/{file.name}"
             actual = FileRecord(file.stat().st_size, checksum(file))
-            if record.is_file() and read_shard_record(record).files.get(target) == actual:
+            if record.is_file() and layout.read_shard_record(record).files.get(target) == actual:
                 with writing_to(path / target, 0):
                     file.replace(path / target)
         sync_directory(path / folder)
@@ -155,14 +133,14 @@ class StoreBuilder:
     def __init__(
         self, path: str | Path, *, modality: str, space: EmbeddingSpace, dtype: str = "float16"
     ) -> None:
-        self.path = store_path(path)
+        self.path = layout.store_path(path)
         self.header = Header(modality, space, dtype, space.dim)
         self._lock = WriterLock(self.path, reentrant=True)
 
     @property
     def finished(self) -> bool:
         """True once the store has its manifest."""
-        return has_manifest(self.path)
+        return layout.has_manifest(self.path)
 
     def prepare(self) -> None:
         """Create the directories, or continue in those of an earlier run of the same job.
@@ -178,18 +156,21 @@ class StoreBuilder:
         """
         make_directory(self.path)
         self._lock.acquire()
-        header = self.path / IN_PROGRESS / HEADER
+        header = self.path / layout.IN_PROGRESS / layout.HEADER
         complete_replacements(self.path, self.header.modality)
         if self.finished:
-            read_manifest(self.path / MANIFEST).header.require(self.header, self.path)
+            layout.read_manifest(self.path / layout.MANIFEST).header.require(self.header, self.path)
         elif header.is_file():
-            read_header(header).require(self.header, self.path)
+            layout.read_header(header).require(self.header, self.path)
         else:
             self._refuse_foreign_files()
-        folders = [self.path / name for name in (FOLDERS[self.header.modality], METADATA, IN_PROGRESS)]
+        folders = [
+            self.path / name
+            for name in (layout.FOLDERS[self.header.modality], layout.METADATA, layout.IN_PROGRESS)
+        ]
         remove_leftovers(self.path, *folders)
         if self.finished:
-            shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
+            shutil.rmtree(self.path / layout.IN_PROGRESS, ignore_errors=True)
             self._lock.release()  # nothing is left to build, so others may append
             return
         for folder in folders:
@@ -207,7 +188,7 @@ class StoreBuilder:
             notes = dict(store.extra())
             records = (replace(shard, extra=notes.get(shard.name, {})) for shard in store.shards)
             return {record.name: record for record in records}
-        return CommittedShards(self.path / IN_PROGRESS)
+        return CommittedShards(self.path / layout.IN_PROGRESS)
 
     def write(
         self,
@@ -239,12 +220,12 @@ class StoreBuilder:
             StoreError: If the store is not prepared or already finished, ids or metadata do not fit, or the
                 disk is full; shards already written are kept.
         """
-        shard_name(name)
+        layout.shard_name(name)
         if self.finished:
             raise StoreError(
                 f"{self.path} is a finished store; open it and append, or choose another directory"
             )
-        if not (self.path / IN_PROGRESS / HEADER).is_file():
+        if not (self.path / layout.IN_PROGRESS / layout.HEADER).is_file():
             raise StoreError(f"{self.path} is not prepared; let the main process call prepare() first")
         try:
             json.dumps(extra)
@@ -253,9 +234,9 @@ class StoreBuilder:
                 f"the note of shard {name!r} is not JSON ({error}); give plain values"
             ) from error
         # An old record must not commit new files.
-        (self.path / IN_PROGRESS / f"{name}.json").unlink(missing_ok=True)
+        (self.path / layout.IN_PROGRESS / f"{name}.json").unlink(missing_ok=True)
         record = write_shard(self.path, self.header, name, vectors, ids, metadata, extra)
-        write_record(self.path / IN_PROGRESS / f"{name}.json", record.to_dict())
+        write_record(self.path / layout.IN_PROGRESS / f"{name}.json", record.to_dict())
         return record
 
     def leave_out_repeated(self, note: NoteRepeated) -> int:
@@ -303,19 +284,21 @@ class StoreBuilder:
             if faults:
                 raise StoreError(f"{faults[0]} ({len(faults)} such files); remove it and run the job again")
             require_unique(self.path, records)
-            faults = ColumnTypes().add(self.path / metadata_file(record.name) for record in records)
+            faults = ColumnTypes().add(self.path / layout.metadata_file(record.name) for record in records)
             if faults:
                 raise StoreError(faults[0])
             remove_strays(self.path, self.header.modality, records)
             manifest = Manifest(self.header, tuple(records), self._write_extra())
-            write_record(self.path / MANIFEST, manifest.to_dict())
-        shutil.rmtree(self.path / IN_PROGRESS, ignore_errors=True)
+            write_record(self.path / layout.MANIFEST, manifest.to_dict())
+        shutil.rmtree(self.path / layout.IN_PROGRESS, ignore_errors=True)
         self._lock.release()
         return EmbeddingStore.open(self.path)
 
     def _all_records(self, names: list[str]) -> list[ShardRecord]:
         committed = self.committed()
-        expected = sorted({shard_name(name) for name in names}, key=lambda name: (shard_key(name), name))
+        expected = sorted(
+            {layout.shard_name(name) for name in names}, key=lambda name: (layout.shard_key(name), name)
+        )
         missing = [name for name in expected if name not in committed]
         if missing:
             raise StoreError(
@@ -328,18 +311,18 @@ class StoreBuilder:
                 f"{self.path} holds {len(surplus)} shards that are not this job's, first {surplus[0]!r}; "
                 "was it run with other shard settings? choose another directory, or remove that one"
             )
-        require_distinct(expected, self.path)
+        layout.require_distinct(expected, self.path)
         return [_without_note(committed[name]) for name in expected]
 
     def _write_extra(self) -> FileRecord | None:
         records = self.committed().values()
         notes = (json.dumps({"name": r.name, "extra": r.extra}) + "\n" for r in records if r.extra)
         first = next(notes, None)
-        return None if first is None else write_lines(self.path / EXTRA, chain([first], notes))
+        return None if first is None else write_lines(self.path / layout.EXTRA, chain([first], notes))
 
     def _refuse_foreign_files(self) -> None:
-        for folder in (*FOLDERS.values(), METADATA):
-            file = next(iter(shard_files(self.path, folder).values()), None)
+        for folder in (*layout.FOLDERS.values(), layout.METADATA):
+            file = next(iter(layout.shard_files(self.path, folder).values()), None)
             if file is not None:
                 raise StoreError(
                     f"{self.path} already holds {folder}/{file.name}, which does not belong to this job; "

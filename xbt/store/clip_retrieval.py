@@ -7,20 +7,8 @@ from pathlib import Path
 from xbt.errors import SpaceMismatchError, StoreError
 from xbt.files import FileRecord
 from xbt.space import EmbeddingSpace
-from xbt.store.layout import (
-    FOLDERS,
-    HEADER,
-    IN_PROGRESS,
-    METADATA,
-    Header,
-    Manifest,
-    ShardRecord,
-    metadata_file,
-    require_distinct,
-    shard_files,
-    shard_key,
-    vectors_file,
-)
+from xbt.store import layout
+from xbt.store.layout import Header, Manifest, ShardRecord
 from xbt.store.metadata import inspect_parquet
 from xbt.store.rows import NpyFile, inspect_npy
 
@@ -31,21 +19,23 @@ def scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) 
     The folder has ``img_emb/`` or ``text_emb/`` and optionally ``metadata/``; ``modality`` is needed only if
     it has both.
     """
-    if (path / IN_PROGRESS / HEADER).is_file():
-        records = [p for p in (path / IN_PROGRESS).glob("*.json") if p.name != HEADER and p.name[0] != "."]
+    if (path / layout.IN_PROGRESS / layout.HEADER).is_file():
+        names = [record.name for record in (path / layout.IN_PROGRESS).glob("*.json")]
+        count = sum(name != layout.HEADER and name[0] != "." for name in names)
         raise StoreError(
-            f"{path} is not finished: it has {len(records)} shards; run the job that writes it again to "
-            "continue"
+            f"{path} is not finished: it has {count} shards; run the job that writes it again to continue"
         )
     modality = _choose_modality(path, modality)
     vectors = _npy_files(path, modality)
-    metadata = shard_files(path, METADATA)
-    for name in sorted(metadata.keys() ^ vectors.keys() if metadata else (), key=shard_key):
+    metadata = layout.shard_files(path, layout.METADATA)
+    for name in sorted(metadata.keys() ^ vectors.keys() if metadata else (), key=layout.shard_key):
         if name in vectors:
-            raise StoreError(f"{path} lacks {metadata_file(name)}, which other shards have; copy it again")
+            raise StoreError(
+                f"{path} lacks {layout.metadata_file(name)}, which other shards have; copy it again"
+            )
         raise StoreError(
-            f"{metadata[name]} belongs to no shard: there is no {vectors_file(modality, name)} beside it; "
-            "copy that file again, or remove this one"
+            f"{metadata[name]} belongs to no shard: there is no {layout.vectors_file(modality, name)} beside "
+            "it; copy that file again, or remove this one"
         )
     shards = [_shard(path, name, npy, metadata.get(name)) for name, npy in vectors.items()]
     first = next(iter(vectors.values()))
@@ -69,7 +59,9 @@ def scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) 
 
 
 def _choose_modality(path: Path, modality: str | None) -> str:
-    present = [name for name, folder in FOLDERS.items() if any((path / folder).glob(f"{folder}_*.npy"))]
+    present = [
+        name for name, folder in layout.FOLDERS.items() if any((path / folder).glob(f"{folder}_*.npy"))
+    ]
     if not present:
         raise StoreError(
             f"{path} holds no store: there is neither a manifest.json nor img_emb/img_emb_*.npy or "
@@ -85,12 +77,12 @@ def _choose_modality(path: Path, modality: str | None) -> str:
 
 
 def _npy_files(path: Path, modality: str) -> dict[str, NpyFile]:
-    folder = FOLDERS[modality]
-    names = sorted(shard_files(path, folder), key=shard_key)
-    require_distinct(names, path)
+    folder = layout.FOLDERS[modality]
+    names = sorted(layout.shard_files(path, folder), key=layout.shard_key)
+    layout.require_distinct(names, path)
     if not names:
         raise StoreError(f"{path / folder} holds no {folder}_<number>.npy; check the path")
-    numbers = [shard_key(name)[0] for name in names]
+    numbers = [layout.shard_key(name)[0] for name in names]
     if all("_" not in name for name in names) and numbers != list(range(len(names))):
         missing = next(expected for expected, number in enumerate(numbers) if expected != number)
         raise StoreError(
@@ -109,5 +101,5 @@ def _shard(path: Path, name: str, npy: NpyFile, metadata: Path | None) -> ShardR
                 f"shard {name!r} of {path} has {npy.count} vectors but {rows} rows of metadata; copy both "
                 "files again"
             )
-        files[metadata_file(name)] = FileRecord(metadata.stat().st_size, "")
+        files[layout.metadata_file(name)] = FileRecord(metadata.stat().st_size, "")
     return ShardRecord(name, npy.count, files)

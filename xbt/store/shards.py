@@ -15,16 +15,8 @@ from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
 from xbt.files import Sink, write_whole
-from xbt.store.layout import (
-    FOLDERS,
-    ID,
-    METADATA,
-    Header,
-    ShardRecord,
-    metadata_file,
-    shard_files,
-    vectors_file,
-)
+from xbt.store import layout
+from xbt.store.layout import Header, ShardRecord
 from xbt.vectors import Vectors, as_vectors, lengths_of, not_unit
 
 Metadata = Any
@@ -39,8 +31,8 @@ def remove_strays(path: Path, modality: str, records: Iterable[ShardRecord]) -> 
     Other readers of this layout list the folders and ignore the manifest.
     """
     recorded = {path / name for record in records for name in record.files}
-    for folder in (FOLDERS[modality], METADATA):
-        for file in shard_files(path, folder).values():
+    for folder in (layout.FOLDERS[modality], layout.METADATA):
+        for file in layout.shard_files(path, folder).values():
             if file not in recorded:
                 file.unlink(missing_ok=True)
 
@@ -62,7 +54,7 @@ def write_shard(
     rows = as_rows(vectors, header, where)
     table = as_table(ids, metadata, len(rows), where)
     data = _parquet(table, where)
-    vectors_path, metadata_path = vectors_file(header.modality, name), metadata_file(name)
+    vectors_path, metadata_path = layout.vectors_file(header.modality, name), layout.metadata_file(name)
     files = {
         vectors_path: write_whole(
             path / vectors_path, rows.nbytes + 128, lambda sink: _write_npy(sink, rows)
@@ -110,9 +102,9 @@ def as_table(ids: Sequence[str], metadata: Metadata | None, count: int, where: s
         if name in seen:
             raise StoreError(f"{where}: the id {name!r} is there twice; ids must be unique")
         seen.add(name)
-    columns = {ID: _column(names, ID, where, pa.string())}
+    columns = {layout.ID: _column(names, layout.ID, where, pa.string())}
     for column in _names(metadata, where):
-        if column == ID:
+        if column == layout.ID:
             raise StoreError(f"{where}: the metadata has a column 'id', which is reserved; rename it")
         assert metadata is not None
         values = _column(metadata[column], column, where)

@@ -23,25 +23,9 @@ from xbt.files import (
     write_record,
 )
 from xbt.space import EmbeddingSpace
+from xbt.store import layout
 from xbt.store.clip_retrieval import scan_folder
-from xbt.store.layout import (
-    EXTRA,
-    FOLDERS,
-    ID,
-    IN_PROGRESS,
-    MANIFEST,
-    METADATA,
-    Header,
-    Manifest,
-    ShardRecord,
-    has_manifest,
-    is_shard_name,
-    metadata_file,
-    read_manifest,
-    shard_key,
-    store_path,
-    vectors_file,
-)
+from xbt.store.layout import Header, Manifest, ShardRecord
 from xbt.store.lock import WriterLock
 from xbt.store.metadata import ColumnTypes, KnownIds, MetadataColumns, choose_id_column, read_columns
 from xbt.store.rows import AGAIN, NpyRows
@@ -64,17 +48,17 @@ def find_faults(
     Returns:
         A sentence for each fault, with the file and the fix; empty if there are none.
     """
-    directory = store_path(path)
+    directory = layout.store_path(path)
     try:
-        if has_manifest(directory):
-            manifest = read_manifest(directory / MANIFEST)
+        if layout.has_manifest(directory):
+            manifest = layout.read_manifest(directory / layout.MANIFEST)
         else:
             manifest = scan_folder(directory, modality, space)
     except (StoreError, SpaceMismatchError) as error:
         return [str(error)]
     faults = _shard_faults(directory, manifest)
     if manifest.extra is not None:
-        faults.append(_file_fault(directory / EXTRA, manifest.extra, "the writers' notes"))
+        faults.append(_file_fault(directory / layout.EXTRA, manifest.extra, "the writers' notes"))
     return [fault for fault in faults if fault]
 
 
@@ -102,7 +86,7 @@ def _shard_faults(path: Path, manifest: Manifest) -> list[str]:
             fault = _file_fault(path / name, file, f"shard {shard.name!r}")
             dtype = manifest.header.numpy_dtype if file.sha256 else None
             faults.append(fault or _content_fault(path / name, shard, manifest.header, dtype))
-            if not faults[-1] and name.startswith(f"{METADATA}/"):
+            if not faults[-1] and name.startswith(f"{layout.METADATA}/"):
                 faults += types.add([path / name])
     return [fault for fault in faults if fault]
 
@@ -122,7 +106,7 @@ def _file_fault(path: Path, file: FileRecord, of: str) -> str:
 def _size_fault(path: Path, file: FileRecord, of: str) -> str:
     try:
         size = path.stat().st_size
-        refuse_irregular(path, path.parent if path.name == EXTRA else path.parent.parent)
+        refuse_irregular(path, path.parent if path.name == layout.EXTRA else path.parent.parent)
     except OSError:
         return f"{path} of {of} is missing: {AGAIN}"
     except StoreError as error:
@@ -133,7 +117,7 @@ def _size_fault(path: Path, file: FileRecord, of: str) -> str:
 def _content_fault(path: Path, shard: ShardRecord, header: Header, dtype: np.dtype[Any] | None) -> str:
     """Describe a fault in a file's content, such as NaN, which a checksum does not show; empty if none."""
     try:
-        if path.parent.name == METADATA:
+        if path.parent.name == layout.METADATA:
             read_columns(path, None, rows=shard.count)
             return ""
         rows = NpyRows([path], [shard.count], header.dim, dtype, header.unit)
@@ -171,12 +155,12 @@ class EmbeddingStore:
         self._manifest = manifest
         shards, modality = manifest.shards, manifest.header.modality
         counts = [shard.count for shard in shards]
-        files = [self.path / vectors_file(modality, shard.name) for shard in shards]
+        files = [self.path / layout.vectors_file(modality, shard.name) for shard in shards]
         # A clip-retrieval folder records no dtype; the scan has checked that its shards agree.
-        dtype = manifest.header.numpy_dtype if has_manifest(self.path) else None
+        dtype = manifest.header.numpy_dtype if layout.has_manifest(self.path) else None
         self._rows = NpyRows(files, counts, self.dim, dtype, manifest.header.unit)
-        metadata = [self.path / metadata_file(shard.name) for shard in shards]
-        with_metadata = bool(shards) and metadata_file(shards[0].name) in shards[0].files
+        metadata = [self.path / layout.metadata_file(shard.name) for shard in shards]
+        with_metadata = bool(shards) and layout.metadata_file(shards[0].name) in shards[0].files
         self._columns = MetadataColumns(metadata, counts) if with_metadata else None
         vars(self).pop("ids", None)
         vars(self).pop("_id_column", None)
@@ -200,16 +184,16 @@ class EmbeddingStore:
             StoreError: If the path holds vectors already, is a file or cannot be written, or modality or
                 dtype are unknown.
         """
-        directory = store_path(path)
+        directory = layout.store_path(path)
         manifest = Manifest(Header(modality, space, dtype, space.dim), ())
-        for name in (MANIFEST, IN_PROGRESS, *FOLDERS.values(), METADATA):
+        for name in (layout.MANIFEST, layout.IN_PROGRESS, *layout.FOLDERS.values(), layout.METADATA):
             if (directory / name).exists():
                 raise StoreError(
                     f"{directory} already holds {name}; open that store, or choose another directory"
                 )
         make_directory(directory)
         with WriterLock(directory):
-            write_record(directory / MANIFEST, manifest.to_dict())
+            write_record(directory / layout.MANIFEST, manifest.to_dict())
         return cls(directory, manifest)
 
     @classmethod
@@ -229,12 +213,12 @@ class EmbeddingStore:
             StoreError: If there is no store, it is not finished, or a file is missing, cut or too long.
             SpaceMismatchError: If the vectors belong to another space.
         """
-        directory = store_path(path)
+        directory = layout.store_path(path)
         if not directory.is_dir():
             raise StoreError(f"there is no store at {directory}; check the path")
-        if not has_manifest(directory):
+        if not layout.has_manifest(directory):
             return cls(directory, scan_folder(directory, modality, space))
-        manifest = read_manifest(directory / MANIFEST)
+        manifest = layout.read_manifest(directory / layout.MANIFEST)
         if modality not in (None, manifest.header.modality):
             raise StoreError(
                 f"{directory} is a store of {manifest.header.modality} vectors, not of {modality!r}"
@@ -354,7 +338,7 @@ class EmbeddingStore:
     @property
     def columns(self) -> list[str]:
         """Names of the metadata columns beside the ids."""
-        return [] if self._columns is None else [name for name in self._columns.names() if name != ID]
+        return [] if self._columns is None else [name for name in self._columns.names() if name != layout.ID]
 
     def metadata(
         self, columns: Sequence[str] | None = None, start: int = 0, stop: int | None = None
@@ -377,7 +361,7 @@ class EmbeddingStore:
         existing = self.columns
         selected = existing if columns is None else list(columns)
         for name in selected:
-            if name not in existing and not (name == ID and self._columns is not None):
+            if name not in existing and not (name == layout.ID and self._columns is not None):
                 listed = ", ".join(existing) or "none"
                 raise StoreError(f"{self.path} has no column {name!r}; it has {listed}")
         if self._columns is None or start == stop:
@@ -391,7 +375,7 @@ class EmbeddingStore:
             StoreError: If the file is damaged; the message names the line.
         """
         if self._manifest.extra is not None:
-            path = self.path / EXTRA
+            path = self.path / layout.EXTRA
             try:
                 with open_regular(path, self.path) as file:
                     for number, line in enumerate(file, 1):
@@ -425,7 +409,7 @@ class EmbeddingStore:
             StoreError: If an id exists already, ids or metadata do not fit (a column has one type over the
                 whole store), another process is writing, the disk is full, or the folder has no manifest.
         """
-        if not has_manifest(self.path):
+        if not layout.has_manifest(self.path):
             raise StoreError(
                 f"{self.path} has no manifest and is read-only; copy its batches into a new store and append "
                 "there"
@@ -439,15 +423,17 @@ class EmbeddingStore:
             self._remove_leftovers()
             ids = as_ids(ids, str(self.path))
             self._known.refuse(ids, self.shards)
-            name = str(max((shard_key(s.name)[0] for s in self.shards), default=-1) + 1).zfill(6)
+            name = str(max((layout.shard_key(s.name)[0] for s in self.shards), default=-1) + 1).zfill(6)
             where = f"shard {name!r} of {self.path}"
             table = as_table(ids, metadata, len(vectors), where)
             # A column of the wrong type could never be removed.
-            self._types.add(self.path / metadata_file(shard.name) for shard in self.shards)
+            self._types.add(self.path / layout.metadata_file(shard.name) for shard in self.shards)
             self._types.require(table, where)
-            record = write_shard(self.path, self._manifest.header, name, vectors, ids, table.drop([ID]))
+            record = write_shard(
+                self.path, self._manifest.header, name, vectors, ids, table.drop([layout.ID])
+            )
             grown = Manifest(self._manifest.header, (*self.shards, record), self._manifest.extra)
-            write_record(self.path / MANIFEST, grown.to_dict())
+            write_record(self.path / layout.MANIFEST, grown.to_dict())
         self._adopt(grown)
         return record
 
@@ -457,8 +443,8 @@ class EmbeddingStore:
         Raises:
             StoreError: See :meth:`open`.
         """
-        if has_manifest(self.path):
-            manifest = read_manifest(self.path / MANIFEST)
+        if layout.has_manifest(self.path):
+            manifest = layout.read_manifest(self.path / layout.MANIFEST)
             refuse_wrong_sizes(self.path, manifest)
             self._adopt(manifest)
 
@@ -476,8 +462,8 @@ class EmbeddingStore:
 
     @cached_property
     def _id_column(self) -> str | None:
-        if self._columns is None or has_manifest(self.path):
-            return None if self._columns is None else ID
+        if self._columns is None or layout.has_manifest(self.path):
+            return None if self._columns is None else layout.ID
         return choose_id_column(self._columns, [shard.count for shard in self.shards])
 
     def _range(self, start: int, stop: int | None) -> tuple[int, int]:
@@ -487,7 +473,9 @@ class EmbeddingStore:
         return start, end
 
     def _remove_leftovers(self) -> None:
-        remove_leftovers(self.path, *(self.path / name for name in (FOLDERS[self.modality], METADATA)))
+        remove_leftovers(
+            self.path, *(self.path / name for name in (layout.FOLDERS[self.modality], layout.METADATA))
+        )
         remove_strays(self.path, self.modality, self.shards)
 
     def __repr__(self) -> str:
@@ -499,7 +487,7 @@ def _note(line: bytes, where: str) -> tuple[str, dict[str, Any]]:
     try:
         note = json.loads(line.decode("utf-8"))
         name, extra = note["name"], note["extra"]
-        if not is_shard_name(name) or not isinstance(extra, dict):
+        if not layout.is_shard_name(name) or not isinstance(extra, dict):
             raise ValueError("it is not the note of a shard")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StoreError(f"{where} is damaged ({error!r:.100}); copy the file again") from error
