@@ -17,6 +17,10 @@ RESULTS_NAME = "retrieval.json"
 """Results of an evaluation; found in the run's directory unless given."""
 _SKIPPED_FOLDERS = ("checkpoints", "vectors", "images", "projection", "ensemble", "lora")
 _MAX_DEPTH = 3
+_ARTIFACTS: dict[str, type[HubArtifact]] = {
+    artifact.format_name: artifact
+    for artifact in (Projection, QueryEnsemble, CompatibleEncoder, CompatibleBackbone, CompatibleHead)
+}
 
 
 @dataclass
@@ -159,16 +163,8 @@ def _kind(directory: Path) -> type[HubArtifact] | None:
         config = read_json(directory / CONFIG_NAME)
     except SavedPartError:
         return None
-    form, kind = config.get("format"), config.get("kind")
-    if form == "compatible_encoder":
-        return CompatibleEncoder
-    if form == "compatible_backbone":
-        return CompatibleBackbone
-    if kind == "query_ensemble":
-        return QueryEnsemble
-    if kind in Projection._kinds and "new_dim" in config:
-        return Projection
-    return CompatibleHead if kind in CompatibleHead._kinds else None
+    form = config.get("format")
+    return _ARTIFACTS.get(form) if isinstance(form, str) else None
 
 
 def _results_beside(directory: Path, artifact: Path) -> str | None:

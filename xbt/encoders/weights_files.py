@@ -91,7 +91,7 @@ def load_weights_file(module: nn.Module, path: Path) -> None:
         _load_numpy(module, path)
         return
     if _is_safetensors(path):
-        # The decoder of CoCa writes captions and embeds nothing; open_clip leaves a weight of it uninitialised.
+        # The decoder of CoCa writes captions, embeds nothing, and open_clip leaves a weight uninitialised.
         state: Any = read_tensors(path, unused=("text_decoder.",))
     else:
         _require_checkpoint(path, names)

@@ -6,20 +6,24 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, SpaceMismatchError
-from xbt.heads import saving
 from xbt.heads.folded import FoldedHead
-from xbt.hub import CardData, CardFacts, HubArtifact, Naming
+from xbt.hub import CardData, CardFacts, HubArtifact, Naming, SavedConfig
 
 Space = Literal["old", "new"]
 """Space of a head's vectors: ``"old"`` is comparable with the old model, ``"new"`` is its own."""
+
+_SNIPPET = """import torch
+from xbt.heads import CompatibleHead
+
+head = CompatibleHead.from_pretrained({{source}})
+vectors = head.embed(torch.randn(2, {in_dim}))  # (2, {out_dim}) unit rows of a backbone's features"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,11 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
         ConfigError: If a number is too small.
     """
 
+    format_name = "compatible_head"
+    config_keys = ("kind", "options")
     kind: ClassVar[str]
+    paper: ClassVar[str]
+    """Name and source of the method, for a model card."""
     no_decay: ClassVar[tuple[str, ...]] = ("parametrizations",)
     """Parts of the names of parameters without weight decay: those of orthogonal matrices. Decay would pull
     the matrix back to its start, and destroy its Householder form."""
@@ -141,15 +149,27 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
             )
         return normalize(self(features).full[:, :dims], dim=1)
 
-    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        saving.save(self, directory)
-
-    def _facts(self, card: CardData) -> CardFacts:
-        return saving.facts(self)
+    def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
+        return described_head(self)
 
     @classmethod
-    def _read(cls, directory: Path, device: str | torch.device) -> Self:
-        return saving.load(directory, cls).to(device)
+    def _build(cls, config: SavedConfig) -> CompatibleHead:
+        return build_head(config, config.values)
+
+    def _facts(self, card: CardData) -> CardFacts:
+        return CardFacts(
+            title=f"A head of the kind {self.kind}",
+            summary=(
+                f"The last part of a model, made with xbt: from {self.in_dim}-d features of a backbone to "
+                f"{self.out_dim}-d vectors, of which the leading {self.old_dim} are compatible with an older "
+                "model's."
+            ),
+            snippet=_SNIPPET.format(in_dim=self.in_dim, out_dim=self.out_dim),
+            method=self.paper,
+            limits=("It is of use only behind the backbone that it was trained with.",),
+            tags=("representation-learning",),
+            pipeline_tag="feature-extraction",
+        )
 
 
 def make_head(kind: str, options: Mapping[str, Any]) -> CompatibleHead:
@@ -172,10 +192,37 @@ def make_head(kind: str, options: Mapping[str, Any]) -> CompatibleHead:
         raise ConfigError(f"the options of the {kind} head cannot be used: {error}") from error
 
 
-def option_names(kind: object) -> tuple[str, ...]:
-    """Names of the keyword arguments of a kind of head; empty for an unknown kind."""
+def described_head(head: CompatibleHead) -> dict[str, Any]:
+    """The section of a config from which :func:`build_head` builds the head."""
+    return {"kind": head.kind, "options": head.options()}
+
+
+def build_head(config: SavedConfig, section: Mapping[str, Any], where: str = "options") -> CompatibleHead:
+    """Build the head that a section of a config describes; its weights are random.
+
+    Args:
+        config: The config.
+        section: What :func:`described_head` returned.
+        where: Name of the section's options.
+
+    Raises:
+        SavedPartError: If an option is unknown and no newer xbt wrote it.
+        ConfigError: As :func:`make_head`.
+    """
+    kind, options = section["kind"], section["options"]
+    return make_head(kind, known_options(config, kind, options, where))
+
+
+def known_options(config: SavedConfig, kind: object, options: Any, where: str) -> Any:
+    """A head's options without those of newer versions of xbt; :func:`make_head` refuses what is no mapping.
+
+    Raises:
+        SavedPartError: If an option is unknown and no newer xbt wrote it.
+    """
     head = CompatibleHead._kinds.get(kind) if isinstance(kind, str) else None
-    return () if head is None else tuple(inspect.signature(head).parameters)
+    if head is None or not isinstance(options, dict):
+        return options
+    return config.only(options, inspect.signature(head).parameters, where)
 
 
 def require_at_least(name: str, value: int, minimum: int) -> None:

@@ -61,6 +61,10 @@ class BT2Head(CompatibleHead):
     """
 
     kind = "bt2"
+    paper = (
+        'BT² (Zhou et al., "BT²: Backward-compatible training with basis transformation", ICCV 2023, '
+        "[arXiv 2211.03989](https://arxiv.org/abs/2211.03989))."
+    )
 
     def __init__(
         self,

@@ -45,6 +45,10 @@ class OCAHead(CompatibleHead):
     """
 
     kind = "oca"
+    paper = (
+        'OCA (Ricci et al., "Backward-compatible aligned representations via an orthogonal transformation '
+        'layer", ECCV 2024 workshops, [arXiv 2408.08793](https://arxiv.org/abs/2408.08793)).'
+    )
 
     def __init__(
         self,

@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -49,6 +51,17 @@ class HubAccess:
     def at(self, revision: str | None) -> HubAccess:
         """The same options with another revision."""
         return replace(self, revision=revision)
+
+
+class LoadOptions(TypedDict, total=False):
+    """Options of :meth:`~xbt.hub.HubArtifact.from_pretrained`, which describes them."""
+
+    device: str | torch.device
+    revision: str | None
+    cache_dir: str | Path | None
+    token: str | bool | None
+    force_download: bool
+    local_files_only: bool
 
 
 def is_repository(name: str) -> bool:
