@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from xbt.backbones import CompatibleBackbone
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.heads import CompatibleHead
 from xbt.hub import CARD_NAME, CONFIG_NAME, CardData, HubArtifact, SavedPartError, is_pickled, read_json
-from xbt.projections import Projection, QueryEnsemble
+from xbt.projections.base import Projection
+from xbt.projections.ensemble import QueryEnsemble
 
 RESULTS_NAME = "retrieval.json"
 """Results of an evaluation; found in the run's directory unless given."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from xbt.encoders import DualEncoder, has_lora, load_encoder, save_lora
-from xbt.encoders.loading import hub_repository
+from xbt.encoders.configs import hub_repository
 from xbt.encoders.lora_loading import CONFIG_FILE, WEIGHTS_FILE
 from xbt.errors import EncoderError
 from xbt.hub import (

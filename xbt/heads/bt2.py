@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError
-from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
-from xbt.heads.folded import FoldedHead
+from xbt.heads.base import CompatibleHead, FoldedHead, HeadOutput, require_at_least
 from xbt.heads.losses import (
     HeadLoss,
     Prototypes,

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
-from xbt.heads.folded import FoldedHead
+from xbt.heads.base import CompatibleHead, FoldedHead, HeadOutput, require_at_least
 from xbt.heads.losses import (
     HeadLoss,
     Prototypes,

@@ -14,7 +14,7 @@ from xbt.hub.files import (
     read_json,
     require_file,
 )
-from xbt.hub.names import LOCAL, Naming, public_name, require_loadable, resolved_name
+from xbt.hub.names import LOCAL, Naming, is_repository, public_name, require_loadable, resolved_name
 from xbt.hub.sharing import HubArtifact, warn_about_local_models
 from xbt.hub.transfer import (
     SAFE_PATTERNS,
@@ -24,7 +24,6 @@ from xbt.hub.transfer import (
     fetch,
     fetch_repository,
     is_commit,
-    is_repository,
     split_revision,
 )
 from xbt.hub.weights import (

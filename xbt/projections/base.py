@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xbt.encoders.loading import hub_repository
+from xbt.encoders.configs import hub_repository
 from xbt.errors import DataError, SavedPartError, SpaceMismatchError
 from xbt.hub import (
     CONFIG_NAME,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xbt.errors import ConfigError
-from xbt.projections import Decision
+from xbt.projections.auto.decision import Decision
 from xbt.report.measure import Measured
 from xbt.report.sample import Sample
 

@@ -5,24 +5,32 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import fields
+from typing import Any
 
 from xbt.errors import ConfigError, DataError
-from xbt.projections.auto.choose import MIN_IMAGES
+from xbt.evaluation import Cell, best_positive_ranks
+from xbt.evaluation.cells import DIRECTIONS
+from xbt.projections.auto.candidates import NEW_ALONE
+from xbt.projections.auto.choose import choose_projection
+from xbt.projections.auto.decision import Decision
+from xbt.projections.auto.selection import MIN_IMAGES, GainTest
+from xbt.projections.ensemble import QueryEnsemble
+from xbt.projections.fitting import fit_projection
 from xbt.report.config import FailUnder, UpgradeReportConfig
 from xbt.report.cost import measure_cost
-from xbt.report.curve import expect_curve
+from xbt.report.curve import MIN_ITEMS, expect_curve
 from xbt.report.examples import find_flips
 from xbt.report.from_vectors import read_sample
-from xbt.report.limits import find_limits
-from xbt.report.measure import measure
+from xbt.report.measure import ALONE, NEW, OLD, UPGRADED, Measured, Queries
 from xbt.report.page import render_page
 from xbt.report.result import UpgradeReport
-from xbt.report.sample import embed_sample
+from xbt.report.sample import Sample, embed_sample
 from xbt.report.verdict import check_thresholds, give_verdict
 from xbt.run_dir import RunDirectory
 
 HTML, JSON = "report.html", "report.json"
 _MIN_SAMPLE = 4
+_TAKEN = "procrustes"
 _MAY_CHANGE = ("device", *(f"fail_under.{key.name}" for key in fields(FailUnder)))
 """Settings that may differ when a report is made again in the same directory; they change no number."""
 
@@ -72,3 +80,192 @@ def write_upgrade_report(config: UpgradeReportConfig) -> UpgradeReport:
     run.write_json(JSON, report.to_dict())
     (run.path / HTML).write_text(render_page(report), encoding="utf-8")
     return report
+
+
+class Untried(Decision):
+    """A method that was not compared with others, because the sample is too small.
+
+    ``n_texts`` is the number of texts that it was fitted to.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form: that of a decision, with ``"none"`` as evidence."""
+        return {**super().to_dict(), "evidence": "none"}
+
+    def __str__(self) -> str:
+        combinations = (f"{name}: {self.ensemble.combination(name)}" for name in DIRECTIONS)
+        return "\n".join(
+            [
+                f"{self.name} was taken without a choice: {self.n_images} images are too small a sample to "
+                f"choose by, for fewer than {MIN_IMAGES} cannot show a gain",
+                f"fitted to {self.n_texts:,} texts",
+                *combinations,
+            ]
+        )
+
+
+def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) -> Decision:
+    """Choose a method on one part of the sample.
+
+    Args:
+        chosen: That part. With fewer than :data:`~xbt.projections.auto.choose.MIN_IMAGES` images, Procrustes
+            is fitted to the corpus (or else to the texts of this part), and its query is mixed in equal
+            parts with the old one.
+        config: Cut-offs, confidence and candidates.
+        use_old: Whether the old model may run at search time; if not, only the new query is used.
+
+    Raises:
+        DataError: If the vectors cannot be used.
+    """
+    new, old = chosen.corpus or (None, None)
+    if len(chosen) >= MIN_IMAGES:
+        return choose_projection(
+            new,
+            old,
+            pairs=chosen.pairs,
+            thorough=config.thorough,
+            use_old=use_old,
+            ks=config.ks,
+            confidence=config.confidence,
+            seed=config.seed,
+            new_space=chosen.new.space,
+            old_space=chosen.old.space,
+        )
+    if new is None or old is None:
+        new, old = chosen.pairs.new_texts, chosen.pairs.old_texts
+    spaces = chosen.new.space, chosen.old.space
+    projection = fit_projection(new, old, _TAKEN, new_space=spaces[0], old_space=spaces[1])
+    ensemble = QueryEnsemble.midpoint(projection.old_dim, projection.old_space)
+    if not use_old:
+        ensemble = QueryEnsemble(
+            projection.old_dim, dict.fromkeys(DIRECTIONS, NEW_ALONE), old_space=projection.old_space
+        )
+    return Untried(
+        projection,
+        ensemble,
+        _TAKEN,
+        "own captions",
+        {name: GainTest.unknown(name, "the sample is too small to choose by") for name in DIRECTIONS},
+        (),
+        len(chosen),
+        len(new),  # type: ignore[arg-type]  # a sample's corpus is never a stream
+        config.confidence,
+        0,
+    )
+
+
+def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Measured:
+    """Choose a method on one part of the sample and measure it on the other.
+
+    Args:
+        chosen: The part that chooses. With too few images, the mean of the old query and that of Procrustes
+            is used without a comparison.
+        measured: The other part.
+        config: Cut-offs, confidence and candidates.
+
+    Raises:
+        DataError: If the vectors cannot be used.
+    """
+    decision = choose_method(chosen, config, config.use_old)
+    alone = None
+    if len(chosen) >= MIN_IMAGES and any(decision.ensemble.needs_old(d) and decision.deployed(d)
+                                         for d in measured.pairs.directions):  # fmt: skip
+        alone = choose_method(chosen, config, use_old=False)
+    pairs = measured.pairs
+    queries: dict[str, Queries] = {
+        OLD: {direction: pairs.queries(direction)[1] for direction in pairs.directions}
+    }
+    for name, made in ((UPGRADED, decision), (ALONE, alone)):
+        if made is not None:
+            queries[name] = {
+                direction: made.queries(*pairs.queries(direction), direction)
+                for direction in pairs.directions
+            }
+    if pairs.new_images is not None:
+        queries[NEW] = {direction: pairs.queries(direction)[0] for direction in pairs.directions}
+    result = Measured(decision, alone, pairs, {}, queries, len(chosen))
+    for name in queries:
+        result.cells[name] = _cell(result, name, config.ks)
+    return result
+
+
+def _cell(measured: Measured, name: str, ks: list[int]) -> Cell:
+    pairs = measured.pairs
+    ranks = {
+        direction: best_positive_ranks(queries, measured.gallery(name, direction), pairs.positives(direction))
+        for direction, queries in measured.queries[name].items()
+    }
+    recall = {
+        direction: {k: int((rank < k).sum()) / len(rank) for k in ks} for direction, rank in ranks.items()
+    }
+    n_images, n_texts = len(pairs), len(pairs.image_of_text)
+    return Cell(name, recall["T2I"], recall.get("I2T", {}), n_images, n_texts, ranks)
+
+
+def find_limits(sample: Sample, measured: Measured, gallery_size: int) -> list[str]:
+    """List the limits of a report as sentences, the most important first.
+
+    Args:
+        sample: The whole sample.
+        measured: Method and cells.
+        gallery_size: Items of the gallery.
+    """
+    limits = [*_limits_of_size(sample, measured, gallery_size), *sample.notes]
+    if sample.corpus is None:
+        limits.append(
+            "No text corpus was given: projections were fitted only to the texts of the sample, and more "
+            "captions may improve them."
+        )
+    if measured.pairs.new_images is None:
+        limits.append(
+            "The images have no vectors of the new model: image queries and the result of re-embedding the "
+            "gallery are unknown."
+        )
+    elif min(measured.n_chosen, len(measured.pairs)) < MIN_ITEMS:
+        limits.append(f"Fewer than {MIN_ITEMS} images on a side: no backfill curve was drawn.")
+    if sample.skipped:
+        listed = ", ".join(name for name, _ in sample.skipped[:5])
+        more = f" and {len(sample.skipped) - 5} more" if len(sample.skipped) > 5 else ""
+        limits.append(f"{len(sample.skipped)} images could not be read and were left out: {listed}{more}.")
+    if sample.old.encoder is None:
+        limits.append("No encoder was given: the time to embed an image or a query was not measured.")
+    return [*limits, *_ALWAYS]
+
+
+_ALWAYS = (
+    "An image counts as wrong unless the text was written for it, even if the text describes it too.",
+    "If either model was trained on these images or texts, its results are too optimistic.",
+    "The texts of the sample represent the queries of your users. If users ask differently, measure with "
+    "their queries.",
+)
+
+
+def _limits_of_size(sample: Sample, measured: Measured, gallery_size: int) -> list[str]:
+    n_images = len(measured.pairs)
+    limits = []
+    if min(measured.n_chosen, n_images) < MIN_IMAGES:
+        limits.append(
+            f"The sample is too small for intervals: {measured.n_chosen} images to choose by and {n_images} "
+            f"to measure with, and fewer than {MIN_IMAGES} show nothing. Use a larger sample."
+        )
+        if measured.n_chosen < MIN_IMAGES:
+            limits.append(
+                "The method was not chosen by comparison: it is a map fitted to texts, mixed in equal parts "
+                "with the old query where the old model may run."
+            )
+    half_width = max(
+        (interval[2] - interval[1]) / 2
+        for interval in (
+            measured.interval(OLD, direction, k) for direction in measured.directions for k in measured.ks
+        )
+    )
+    limits.append(
+        f"Measured on {n_images:,} images and {len(measured.pairs.image_of_text):,} texts, drawn from "
+        f"{sample.available:,} images; R@k is known to within ±{100 * half_width:.1f} points at worst."
+    )
+    if gallery_size > n_images:
+        limits.append(
+            f"R@k was measured among {n_images:,} images. Among the {gallery_size:,} images of the gallery "
+            "R@k is lower for every model, and the differences change."
+        )
+    return limits

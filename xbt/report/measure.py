@@ -1,4 +1,4 @@
-"""Choice of a method on one part of the sample, its cells on the other part, and the table of results."""
+"""Cells of a method on the part of the sample that did not choose it, and the table of results."""
 
 from __future__ import annotations
 
@@ -12,94 +12,13 @@ from xbt.evaluation import (
     Cell,
     Difference,
     Interval,
-    best_positive_ranks,
     bootstrap_interval,
     criterion,
     differences,
     recovered_gain,
 )
-from xbt.evaluation.cells import DIRECTIONS
-from xbt.projections import Decision, PairVectors, QueryEnsemble, choose_projection, fit_projection
-from xbt.projections.auto.candidates import NEW_ALONE
-from xbt.projections.auto.choose import MIN_IMAGES
-from xbt.projections.auto.selection import GainTest
-from xbt.report.config import UpgradeReportConfig
-from xbt.report.sample import Sample
-
-_TAKEN = "procrustes"
-
-
-class Untried(Decision):
-    """A method that was not compared with others, because the sample is too small.
-
-    ``n_texts`` is the number of texts that it was fitted to.
-    """
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form: that of a decision, with ``"none"`` as evidence."""
-        return {**super().to_dict(), "evidence": "none"}
-
-    def __str__(self) -> str:
-        combinations = (f"{name}: {self.ensemble.combination(name)}" for name in DIRECTIONS)
-        return "\n".join(
-            [
-                f"{self.name} was taken without a choice: {self.n_images} images are too small a sample to "
-                f"choose by, for fewer than {MIN_IMAGES} cannot show a gain",
-                f"fitted to {self.n_texts:,} texts",
-                *combinations,
-            ]
-        )
-
-
-def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) -> Decision:
-    """Choose a method on one part of the sample.
-
-    Args:
-        chosen: That part. With fewer than :data:`~xbt.projections.auto.choose.MIN_IMAGES` images, Procrustes
-            is fitted to the corpus (or else to the texts of this part), and its query is mixed in equal
-            parts with the old one.
-        config: Cut-offs, confidence and candidates.
-        use_old: Whether the old model may run at search time; if not, only the new query is used.
-
-    Raises:
-        DataError: If the vectors cannot be used.
-    """
-    new, old = chosen.corpus or (None, None)
-    if len(chosen) >= MIN_IMAGES:
-        return choose_projection(
-            new,
-            old,
-            pairs=chosen.pairs,
-            thorough=config.thorough,
-            use_old=use_old,
-            ks=config.ks,
-            confidence=config.confidence,
-            seed=config.seed,
-            new_space=chosen.new.space,
-            old_space=chosen.old.space,
-        )
-    if new is None or old is None:
-        new, old = chosen.pairs.new_texts, chosen.pairs.old_texts
-    spaces = chosen.new.space, chosen.old.space
-    projection = fit_projection(new, old, _TAKEN, new_space=spaces[0], old_space=spaces[1])
-    ensemble = QueryEnsemble.midpoint(projection.old_dim, projection.old_space)
-    if not use_old:
-        ensemble = QueryEnsemble(
-            projection.old_dim, dict.fromkeys(DIRECTIONS, NEW_ALONE), old_space=projection.old_space
-        )
-    return Untried(
-        projection,
-        ensemble,
-        _TAKEN,
-        "own captions",
-        {name: GainTest.unknown(name, "the sample is too small to choose by") for name in DIRECTIONS},
-        (),
-        len(chosen),
-        len(new),  # type: ignore[arg-type]  # a sample's corpus is never a stream
-        config.confidence,
-        0,
-    )
-
+from xbt.projections.auto.decision import Decision
+from xbt.projections.pairs import PairVectors
 
 OLD, UPGRADED, ALONE, NEW = "old/old", "new/old", "new/old (without the old model)", "new/new"
 
@@ -195,54 +114,6 @@ class Measured:
             }
             for direction in self.directions
         }
-
-
-def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Measured:
-    """Choose a method on one part of the sample and measure it on the other.
-
-    Args:
-        chosen: The part that chooses. With too few images, the mean of the old query and that of Procrustes
-            is used without a comparison.
-        measured: The other part.
-        config: Cut-offs, confidence and candidates.
-
-    Raises:
-        DataError: If the vectors cannot be used.
-    """
-    decision = choose_method(chosen, config, config.use_old)
-    alone = None
-    if len(chosen) >= MIN_IMAGES and any(decision.ensemble.needs_old(d) and decision.deployed(d)
-                                         for d in measured.pairs.directions):  # fmt: skip
-        alone = choose_method(chosen, config, use_old=False)
-    pairs = measured.pairs
-    queries: dict[str, Queries] = {
-        OLD: {direction: pairs.queries(direction)[1] for direction in pairs.directions}
-    }
-    for name, made in ((UPGRADED, decision), (ALONE, alone)):
-        if made is not None:
-            queries[name] = {
-                direction: made.queries(*pairs.queries(direction), direction)
-                for direction in pairs.directions
-            }
-    if pairs.new_images is not None:
-        queries[NEW] = {direction: pairs.queries(direction)[0] for direction in pairs.directions}
-    result = Measured(decision, alone, pairs, {}, queries, len(chosen))
-    for name in queries:
-        result.cells[name] = _cell(result, name, config.ks)
-    return result
-
-
-def _cell(measured: Measured, name: str, ks: list[int]) -> Cell:
-    pairs = measured.pairs
-    ranks = {
-        direction: best_positive_ranks(queries, measured.gallery(name, direction), pairs.positives(direction))
-        for direction, queries in measured.queries[name].items()
-    }
-    recall = {
-        direction: {k: int((rank < k).sum()) / len(rank) for k in ks} for direction, rank in ranks.items()
-    }
-    n_images, n_texts = len(pairs), len(pairs.image_of_text)
-    return Cell(name, recall["T2I"], recall.get("I2T", {}), n_images, n_texts, ranks)
 
 
 def _keyed(by_direction: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:

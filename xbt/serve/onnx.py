@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import parametrize
 
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.errors import ConfigError, XbtError
 from xbt.files import whole_file, write_record
 from xbt.optional import optional
-from xbt.projections import HeadProjection, Projection
-from xbt.projections.base import Modality
+from xbt.projections.base import Modality, Projection
 from xbt.projections.combinations import Adaptive, Combination
 from xbt.projections.ensemble import QueryEnsemble, direction_of
 from xbt.projections.forward import ForwardMap
+from xbt.projections.head_projection import HeadProjection
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 

@@ -24,7 +24,7 @@ from xbt.evaluation.cells import DIRECTIONS
 from xbt.projections.auto.candidates import NEW_ALONE, Candidate, Fitter, default_candidates
 from xbt.projections.auto.cross_validation import CrossValidation
 from xbt.projections.auto.decision import Decision, Evidence
-from xbt.projections.auto.selection import GainTest, SelectionOptions, best_by_texts
+from xbt.projections.auto.selection import MIN_IMAGES, GainTest, SelectionOptions, best_by_texts
 from xbt.projections.combinations import Nlerp
 from xbt.projections.fitting import space_of
 from xbt.projections.near_duplicates import clusters_of
@@ -32,9 +32,6 @@ from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source, random_access
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors
-
-MIN_IMAGES = 20
-"""Fewest images (or groups of texts) to judge on: fewer could not show any gain."""
 
 MAX_GROUPS = 1000
 """Most groups, or most texts without groups, that are held out of the fit."""
