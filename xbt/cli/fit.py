@@ -232,8 +232,8 @@ def _method_options(config: FitConfig) -> dict[str, Any]:
     """The method's options, with the config's seed where the method has one."""
     method, options = config.chosen_method, dict(config.options)
     if method not in METHODS:
-        known = ", ".join(sorted([AUTO, *METHODS]))
-        raise ConfigError(f"--method {method!r} is not known; use one of {known}")
+        names = ", ".join(sorted([AUTO, *METHODS]))
+        raise ConfigError(f"--method {method!r} is not known; use one of {names}")
     grouped_options(method, options)
     if "seed" in option_names(method):
         options.setdefault("seed", config.seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from xbt.data.files import (
 )
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import check_column, open_dataset, read_column, read_ids
-from xbt.data.items import choose_subset
+from xbt.data.items import choose_subset, require_unique
 from xbt.data.karpathy import is_karpathy, parse_karpathy
 from xbt.data.scenes import scene_captions
 from xbt.errors import ConfigError, DataError
@@ -282,21 +282,6 @@ def read_caption_rows(source: CaptionSource) -> tuple[list[str], list[str | None
     ids = [name for name, _ in rows]
     require_unique(ids, source.source)
     return ids, [caption for _, caption in rows]
-
-
-def require_unique(ids: Sequence[str], source: str) -> None:
-    """Check that no id occurs twice.
-
-    Raises:
-        DataError: If an id occurs twice; the message names it.
-    """
-    if len(set(ids)) == len(ids):
-        return
-    seen: set[str] = set()
-    for name in ids:
-        if name in seen:
-            raise DataError(f"{source}: the id {name!r} occurs more than once; ids must be unique")
-        seen.add(name)
 
 
 def _refuse_empty(source: CaptionSource, total: int, usable: int) -> None:

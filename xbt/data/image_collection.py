@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from xbt.data.captions import CaptionSource, read_caption_rows, require_unique
+from xbt.data.captions import CaptionSource, read_caption_rows
 from xbt.data.files import DEFAULT_COUNT, check_is_file, check_source, find_file, kind_of
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import HubImages, open_dataset, read_ids, stream_images
 from xbt.data.image_folder import JoinedPaths, list_images, refuse_urls
-from xbt.data.items import ItemSource, ListedImages, ListedTexts, SelectedImages, SourceShard, choose_subset
+from xbt.data.items import (
+    ItemSource,
+    ListedImages,
+    ListedTexts,
+    SelectedImages,
+    SourceShard,
+    choose_subset,
+    require_unique,
+)
 from xbt.data.karpathy import read_karpathy
 from xbt.data.scenes import make_scenes
 from xbt.data.tars import TarCaptions, TarImages, find_tars, is_tar, tar_names

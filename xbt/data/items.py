@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, overload
 
 import numpy as np
 
-from xbt.errors import ConfigError
+from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource
 
 
@@ -207,3 +207,18 @@ def digest_of(*columns: Sequence[str]) -> str:
             digest.update(text.encode("utf-8", "surrogatepass"))
             digest.update(b"\0")
     return digest.hexdigest()
+
+
+def require_unique(ids: Sequence[str], source: str) -> None:
+    """Check that no id occurs twice.
+
+    Raises:
+        DataError: If an id occurs twice; the message names it.
+    """
+    if len(set(ids)) == len(ids):
+        return
+    seen: set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise DataError(f"{source}: the id {name!r} occurs more than once; ids must be unique")
+        seen.add(name)

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from xbt.data.captions import require_unique
 from xbt.data.files import check_source
 from xbt.data.hf_folders import HUB_PREFIX
 from xbt.data.huggingface import HubImages, check_column, open_dataset, read_column, read_ids
 from xbt.data.image_folder import JoinedPaths, is_hidden, list_images
-from xbt.data.items import SelectedImages, choose_subset
+from xbt.data.items import SelectedImages, choose_subset, require_unique
 from xbt.data.pairs import as_listed, image_at, require_lengths
 from xbt.errors import ConfigError, DataError
 from xbt.images import ImageSource, load_image

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from xbt.data.files import check_source, kind_of
 from xbt.data.hf_folders import HUB_PREFIX
-from xbt.data.items import Rejected, SelectedImages, choose_subset
+from xbt.data.items import Rejected, SelectedImages, choose_subset, require_unique
 from xbt.errors import ConfigError, DataError, ImageError
 from xbt.images import ImageSource, load_image
 
@@ -61,10 +61,7 @@ class ImageTextPairs:
         if len(ids) == 0:
             raise DataError("there are no image–text pairs: give at least one image with a caption")
         ids = as_listed(ids, "ids")
-        if len(set(ids)) != len(ids):
-            seen: set[str] = set()
-            twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise DataError(f"the image id {twice!r} occurs more than once; ids must be unique")
+        require_unique(ids, "image–text pairs")
         captions = as_listed(captions, "captions")
         for name, texts in zip(ids, captions, strict=True):
             if isinstance(texts, str) or not texts:

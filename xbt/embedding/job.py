@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from xbt.data.captions import CaptionSource, require_unique
+from xbt.data.captions import CaptionSource
 from xbt.data.image_collection import ImageCollection, open_captions, open_images
-from xbt.data.items import ItemSource, ListedTexts
+from xbt.data.items import ItemSource, ListedTexts, require_unique
 from xbt.embedding.checks import (
     clear,
     describe,

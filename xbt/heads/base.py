@@ -140,12 +140,7 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
             ConfigError: If there is no such space.
             SpaceMismatchError: If the dimension is not ``in_dim``.
         """
-        dims = {"new": self.out_dim, "old": self.old_dim}.get(space, 0)
-        if not dims:
-            raise ConfigError(
-                f"the {self.kind} head does not embed into the space {space!r}; "
-                f"choose {'new, old' if self.old_dim else 'new'}"
-            )
+        dims = _dims_of(space, self)
         return normalize(self(features).full[:, :dims], dim=1)
 
     def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
@@ -224,6 +219,15 @@ def known_options(config: SavedConfig, kind: object, options: Any, where: str) -
     return config.only(options, inspect.signature(head).parameters, where)
 
 
+def _dims_of(space: str, head: CompatibleHead | FoldedHead) -> int:
+    dims = {"new": head.out_dim, "old": head.old_dim}.get(space, 0)
+    if not dims:
+        raise ConfigError(
+            f"the head has no space {space!r} to embed into; choose {'new, old' if head.old_dim else 'new'}"
+        )
+    return dims
+
+
 def require_at_least(name: str, value: int, minimum: int) -> None:
     """Check a whole number.
 
@@ -274,12 +278,7 @@ class FoldedHead(nn.Module):
             ConfigError: If there is no such space.
             SpaceMismatchError: If the dimension is not ``in_dim``.
         """
-        dims = {"new": self.out_dim, "old": self.old_dim}.get(space, 0)
-        if not dims:
-            raise ConfigError(
-                f"this folded head does not embed into the space {space!r}; "
-                f"choose {'new, old' if self.old_dim else 'new'}"
-            )
+        dims = _dims_of(space, self)
         if features.ndim != 2 or features.shape[1] != self.in_dim:
             raise SpaceMismatchError(
                 f"the folded head takes features of the shape (n, {self.in_dim}), got {tuple(features.shape)}"

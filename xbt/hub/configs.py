@@ -82,12 +82,12 @@ class SavedConfig:
             )
         self.values = self.only(self.values, {*COMMON_KEYS, *keys, *optional, DIGESTS_KEY})
 
-    def only(self, values: Mapping[str, Any], known: Collection[str], where: str = "") -> dict[str, Any]:
+    def only(self, values: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
         """A section of the config without the keys that only a newer xbt knows.
 
         Args:
             values: The section.
-            known: Every key it may have.
+            keys: Every key it may have.
             where: Name of the section, such as ``"options"``.
 
         Raises:
@@ -97,10 +97,10 @@ class SavedConfig:
             raise SavedPartError(
                 f"{self.file} lacks or misnames a key: {where or 'it'} must be an object, got {values!r:.80}"
             )
-        unknown = [f"{where}.{key}" if where else key for key in sorted(set(values) - set(known))]
+        unknown = [f"{where}.{key}" if where else key for key in sorted(set(values) - set(keys))]
         if unknown:
             self._drop(unknown)
-        return {key: value for key, value in values.items() if key in known}
+        return {key: value for key, value in values.items() if key in keys}
 
     def space(self, name: str) -> EmbeddingSpace | None:
         """Read a space from the config; ``None`` for null.

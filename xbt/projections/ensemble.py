@@ -83,7 +83,7 @@ class QueryEnsemble(nn.Module, HubArtifact):
             )
         self.old_dim = old_dim
         self.old_space = old_space
-        self.directions = {each: directions[each] for each in DIRECTIONS if each in directions}
+        self.directions = {name: directions[name] for name in DIRECTIONS if name in directions}
         given = tensors or {}
         for direction in sorted(set(given) - set(self.directions)):
             raise DataError(f"there are tensors for {direction!r}, but no combination; leave them out")

@@ -31,6 +31,7 @@ from xbt.run_dir import RunDirectory
 HTML, JSON = "report.html", "report.json"
 _MIN_SAMPLE = 4
 _TAKEN = "procrustes"
+"""Method of a sample that is too small to choose one by."""
 _MAY_CHANGE = ("device", *(f"fail_under.{key.name}" for key in fields(FailUnder)))
 """Settings that may differ when a report is made again in the same directory; they change no number."""
 
