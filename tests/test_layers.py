@@ -13,7 +13,6 @@ PACKAGE = Path(__file__).parents[1] / "xbt"
 LAYERS = [
     {
         "batches",
-        "bench",
         "config",
         "config_files",
         "errors",

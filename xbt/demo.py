@@ -6,22 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_pairs
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.evaluation import RetrievalReport, format_table
 from xbt.evaluation.job import EvaluationConfig, run_evaluation
 from xbt.index import Gallery
-from xbt.report import draw_recall_bars, draw_search_comparison
-from xbt.training import (
-    ClipConfig,
-    LoraFinetuningConfig,
-    TextProjectionConfig,
-    TrainArgs,
-    finetune_lora,
-    pretrain_text_projection,
-    train_clip,
-)
+from xbt.report.figures import draw_recall_bars, draw_search_comparison
+from xbt.training.args import TrainArgs
+from xbt.training.clip import ClipConfig, train_clip
+from xbt.training.lora_finetuning import LoraFinetuningConfig, finetune_lora
+from xbt.training.text_projection import TextProjectionConfig, pretrain_text_projection
 
 # Offsets of the seeds, so far apart that no two steps share a seed.
 _NEW, _STAGE1, _STAGE2 = 100_000, 200_000, 300_000

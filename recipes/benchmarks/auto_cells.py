@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from bench import write_report
 from projection_splits import Asked, Split, asked_of, class_folds, halves, without_folders
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from xbt.bench import write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.evaluation import best_positive_ranks

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from backfill_orders import Areas, interval
 from backfill_worlds import OURS, merge_of, orders, worlds
+from bench import write_report
 from projection_splits import ScenesConfig, without_folders
 from torch import Tensor
 
 from xbt.backfill.curve import backfill_curve
-from xbt.bench import write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.report import draw_backfill_curve

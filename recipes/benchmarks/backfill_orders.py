@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from backfill_worlds import KINDS, ORDERS, OURS, World, merge_of, orders, worlds
+from bench import write_report
 from projection_splits import ScenesConfig, without_folders
 from torch import Tensor
 
 from xbt.backfill.curve import BackfillCurve, backfill_curve, stopping_point
 from xbt.backfill.orders import random_order
-from xbt.bench import write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.evaluation import Interval, bootstrap_interval

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
 from xbt.bench import write_report
+
 from xbt.config import config_to_dict, run_recipe
 from xbt.data import PairSource, load_readable_pairs
 from xbt.encoders import load_encoder

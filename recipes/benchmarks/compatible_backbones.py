@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import write_report
 from compatible_clips import ClipsConfig, clip_cells
 from compatible_images import ImagesConfig, image_cells
 from compatible_worlds import CHAIN, CLASSES, OLD_CLASSES, WorldsConfig, chain, one_step, sweep
 from tqdm import tqdm
 
-from xbt.bench import write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.evaluation import CompatibilityMatrix, over_seeds

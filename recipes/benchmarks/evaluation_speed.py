@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import torch
+from bench import Spread, write_report
 from numpy.typing import NDArray
 from streaming_fit import peak_mib
 from torch import Tensor
 
-from xbt.bench import Spread, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation import evaluate_cell

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import Spread, Timings, ratio, side_by_side, write_report
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from xbt.bench import Spread, Timings, ratio, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.index import Gallery

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import Spread
 from torch import Tensor
 
-from xbt.bench import Spread
 from xbt.index import Gallery
 from xbt.space import EmbeddingSpace
 

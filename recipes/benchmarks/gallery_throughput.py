@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import Spread, write_report
 from gallery_sizing import IndexCost, measure_index, sizing_notes, sizing_rows
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from xbt.backfill.orders import distance_to_mean_order, query_log_order, random_order
-from xbt.bench import Spread, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.index import AffineMerge, Gallery

@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import Timings, autocast, machine_rates, ratio, side_by_side, write_report
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Dataset
 
-from xbt.bench import Timings, autocast, machine_rates, ratio, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.encoders import DualEncoder
 from xbt.encoders.open_clip import OpenClipEncoder

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import Spread, Timings, side_by_side, write_report
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from xbt.batches import SeededBatches
-from xbt.bench import Spread, Timings, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.losses import RELATIONAL_ROWS

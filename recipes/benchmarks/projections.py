@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from bench import write_report
 from projection_splits import ScenesConfig, Split, class_folds, halves, scenes, without_folders
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from xbt.bench import write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.evaluation import Interval, best_positive_ranks, bootstrap_interval

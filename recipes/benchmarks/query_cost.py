@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from bench import Spread, Timings, side_by_side, write_report
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from xbt.bench import Spread, Timings, side_by_side, write_report
 from xbt.compatible import CompatibleEncoder
 from xbt.config import config_to_dict, run_recipe
 from xbt.encoders.open_clip import OpenClipEncoder

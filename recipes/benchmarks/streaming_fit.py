@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from bench import Spread, write_report
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from xbt.bench import Spread, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.space import EmbeddingSpace

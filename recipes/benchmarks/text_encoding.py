@@ -17,11 +17,11 @@ from typing import Any, Literal, NamedTuple
 
 import open_clip
 import torch
+from bench import Timings, autocast, machine_rates, ratio, side_by_side, write_report
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from xbt.bench import Timings, autocast, machine_rates, ratio, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.data import CaptionSource, read_captions
 from xbt.encoders.hf_transformers import TransformersEncoder, pooled

@@ -18,12 +18,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from bench import Spread, side_by_side, write_report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from xbt.batches import SeededBatches
-from xbt.bench import Spread, side_by_side, write_report
 from xbt.config import config_to_dict, run_recipe
 from xbt.data import CaptionSource, read_captions
 from xbt.encoders import DualEncoder

@@ -14,7 +14,7 @@ from PIL import Image
 from xbt.backbones import CompatibleBackbone, ImagePreprocessing, load_backbone
 from xbt.compatible import CompatibleEncoder
 from xbt.encoders import load_encoder
-from xbt.encoders.loading import hub_repository
+from xbt.encoders.configs import hub_repository
 from xbt.errors import ConfigError
 from xbt.evaluation.cells import Cell, RetrievalReport
 from xbt.heads import OCAHead, make_head

@@ -241,14 +241,14 @@ def test_loading_is_strict(full, tmp_path):
     for change, words in (
         ({**config, "extra": 1}, "extra is not known to xbt"),
         ({key: config[key] for key in config if key != "old_dim"}, "'old_dim' is missing"),
-        ({**config, "kind": "linear"}, "kind 'linear', not a query ensemble"),
+        ({**config, "format": "projection"}, "query ensemble: its format is 'projection'"),
         (entry(**{**linear, "mode": "lerp"}), "no ensemble mode 'lerp'"),
         (entry(**linear, gamma=1), "I2T.gamma is not known"),
         (entry(**{**linear, "beta": 2}), r"must lie in \[0, 1\]"),
-        (entry(mode="nlerp"), "does not describe a query ensemble: 'tensors'"),
+        (entry(mode="nlerp"), "lacks or misnames a key: 'tensors'"),
         (entry(**{**linear, "tensors": {"old_matrix": [12, 12]}}), "needs the tensors"),
         ({**config, "old_dim": 13, "old_space": None}, r"reference of T2I has the shape \(7, 12\)"),
-        ({**config, "directions": []}, "does not describe a query ensemble"),
+        ({**config, "directions": []}, "lacks or misnames a key"),
     ):
         file.write_text(json.dumps(change))
         with pytest.raises(SavedPartError, match=words):

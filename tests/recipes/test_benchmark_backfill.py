@@ -18,8 +18,6 @@ BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))  # where the script finds what it shares
-
     def call(*flags):
         name = "backfill_orders.py"
         monkeypatch.setattr(sys, "argv", [name, *flags, "--results", str(tmp_path / "r")])
@@ -75,7 +73,6 @@ def test_nothing_to_measure_on_is_one_sentence(run, capsys):
 
 
 def test_the_curves_begin_at_new_old_and_end_at_new_new(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
     world = make_vector_world(*WORLDS["much better"], n_corpus=300, n_support=1, n_test=80)
     test = {name: rows.numpy() for name, rows in world.test.items()}
     pair = {f"val_{name.removesuffix('s')}": rows for name, rows in test.items() if name != "image_of_text"}

@@ -23,7 +23,6 @@ OFF = {
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))  # where the scripts find what they share
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
     return importlib.import_module("compatible_backbones")
 

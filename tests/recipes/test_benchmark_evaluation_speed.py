@@ -18,7 +18,6 @@ SCRIPT = BENCHMARKS / "evaluation_speed.py"
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))  # where the scripts find what they share
     return runpy.run_path(str(SCRIPT))
 
 

@@ -17,7 +17,6 @@ SCRIPT = BENCHMARKS / "gallery_throughput.py"
 
 @pytest.fixture
 def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))  # where the scripts find what they share
     return runpy.run_path(str(SCRIPT))
 
 

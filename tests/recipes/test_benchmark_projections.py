@@ -24,8 +24,6 @@ BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))  # where the scripts find what they share
-
     def call(script, *flags):
         monkeypatch.setattr(sys, "argv", [script, *flags, "--results", str(tmp_path / "r")])
         runpy.run_path(str(BENCHMARKS / script), run_name="__main__")

@@ -11,8 +11,8 @@ import pytest
 import tiny
 import torch
 
-from xbt.bench import Spread
 from xbt.encoders.open_clip import OpenClipEncoder
+from xbt.report.cost import Spread
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "benchmarks" / "upgrade_cost.py"
 WIDTH, LAYERS, DIM = 32, 2, 16

@@ -11,7 +11,7 @@ import pytest
 from xbt.errors import ConfigError, DataError, StoreError
 from xbt.index import Gallery
 from xbt.serve import PgvectorTable, export_pgvector
-from xbt.serve.pgvector import vector_text
+from xbt.serve.export import vector_text
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 

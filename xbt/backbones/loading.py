@@ -108,16 +108,16 @@ class SmallResNet(nn.Module):
 
     def __init__(self, width: int = 1) -> None:
         super().__init__()
-        channels = [width * each for each in CHANNELS]
+        channels = [width * factor for factor in CHANNELS]
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(channels[0]),
             nn.ReLU(inplace=True),
         )
         blocks, before = [], channels[0]
-        for number, each in enumerate(channels):
-            blocks.append(_block(before, each, stride=1 if number == 0 else 2))
-            before = each
+        for number, width_out in enumerate(channels):
+            blocks.append(_block(before, width_out, stride=1 if number == 0 else 2))
+            before = width_out
         self.stages = nn.Sequential(*blocks)
         self.feature_dim = channels[-1]
         for module in self.modules():
@@ -246,12 +246,12 @@ def _load_timm(
         "img_size",
         image_size,
     )
-    own: dict[str, Any] = dict(network.pretrained_cfg)
-    size = image_size or int(own["input_size"][-1])
+    defaults: dict[str, Any] = dict(network.pretrained_cfg)
+    size = image_size or int(defaults["input_size"][-1])
     if not pretrained:
         return network, size, None
-    kept = {key: own[key] for key in ("mean", "std", "interpolation")}
-    return network, size, ImagePreprocessing(size, **kept, crop_fraction=float(own["crop_pct"]))
+    kept = {key: defaults[key] for key in ("mean", "std", "interpolation")}
+    return network, size, ImagePreprocessing(size, **kept, crop_fraction=float(defaults["crop_pct"]))
 
 
 def _load_torchvision(

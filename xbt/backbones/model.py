@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Literal, Self
+from dataclasses import asdict, fields
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from xbt.backbones import saving
-from xbt.backbones.loading import ImageBackbone
+from xbt.backbones.loading import ImageBackbone, rebuild_backbone
 from xbt.backbones.preprocessing import ImagePreprocessing
 from xbt.encoders.checks import as_images, not_finite, numbered, require_positive
 from xbt.encoders.image_batching import decode_batches
 from xbt.errors import ConfigError, DataError, ImageError, SpaceMismatchError
 from xbt.heads import CompatibleHead, HeadOutput
-from xbt.hub import CardData, CardFacts, HubArtifact, Naming
+from xbt.heads.base import build_head, described_head
+from xbt.hub import (
+    WEIGHTS_NAME,
+    CardData,
+    CardFacts,
+    HubArtifact,
+    Naming,
+    SavedConfig,
+    described_space,
+    public_name,
+    quoted,
+    read_header,
+)
 from xbt.images import ImageSource
 from xbt.space import PROBE_TEXTS, EmbeddingSpace, draw_probe_images
 
 Side = Literal["new", "old"]
+MAX_IMAGE_SIZE = 2048
+"""Maximum side in pixels in a saved config; loading allocates a blank image of this size."""
+
+_SNIPPET = """from xbt import CompatibleBackbone
+
+model = CompatibleBackbone.from_pretrained({{source}})
+vectors = model.encode_images(["photo.jpg"])  # (1, {dim}) unit rows, for a gallery of its own"""
+
+_OLD_SNIPPET = """
+queries = model.encode_images(["photo.jpg"], space="old")  # (1, {old_dim}) unit rows, for the old gallery"""
+
+_LIMITS = (
+    "It has no text tower: it searches images with images.",
+    "It was trained on the classes that its config lists; how far it carries to other images was not "
+    "measured unless Results says so.",
+    "Compatible means that both models' vectors can be compared, not that the old gallery becomes better "
+    "than its own vectors allow.",
+)
 
 
 class CompatibleBackbone(nn.Module, HubArtifact):
@@ -46,6 +75,10 @@ class CompatibleBackbone(nn.Module, HubArtifact):
         >>> model = CompatibleBackbone.from_pretrained("runs/bt2/model")
         >>> gallery.search(model.encode_images(["query.jpg"], space="old"), k=5, space=model.old_space)
     """
+
+    format_name = "compatible_backbone"
+    config_keys = ("backbone", "head", "preprocessing", "class_names", "old_space")
+    spare_bytes = 256 * 2**20  # a blank image, and the small text tower that open_clip builds besides
 
     def __init__(
         self,
@@ -211,12 +244,69 @@ class CompatibleBackbone(nn.Module, HubArtifact):
             for module in training:
                 module.training = True
 
-    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        saving.save(self, directory, naming)
-
-    def _facts(self, card: CardData) -> CardFacts:
-        return saving.facts(self)
+    def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
+        described = self.backbone.description()
+        return {
+            "backbone": described | {"spec": naming(described["spec"])},
+            "head": described_head(self.head),
+            "preprocessing": asdict(self.preprocessing),
+            "class_names": self.class_names,
+            "old_space": described_space(self.old_space, naming),
+        }
 
     @classmethod
-    def _read(cls, directory: Path, device: str | torch.device) -> Self:
-        return saving.load(directory, cls).to(device)
+    def _build(cls, config: SavedConfig) -> CompatibleBackbone:
+        values = config.values
+        backbone = config.only(values["backbone"], ("spec", "image_size", "architecture"), "backbone")
+        settings = [field.name for field in fields(ImagePreprocessing)]
+        preprocessing = ImagePreprocessing(**config.only(values["preprocessing"], settings, "preprocessing"))
+        for what, size in (
+            ("backbone", backbone["image_size"]),
+            ("preprocessing", preprocessing.image_size),
+        ):
+            if int(size) > MAX_IMAGE_SIZE:
+                raise ConfigError(f"image_size of the {what} is {size}, but may be at most {MAX_IMAGE_SIZE}")
+        _require_depth(backbone, len(read_header(config.file.parent / WEIGHTS_NAME)))
+        head = build_head(config, config.only(values["head"], ("kind", "options"), "head"), "head.options")
+        names = [str(name) for name in values["class_names"]]
+        return cls(rebuild_backbone(backbone), head, preprocessing, names, config.space("old_space"))
+
+    def _facts(self, card: CardData) -> CardFacts:
+        space = self.old_space
+        compatible = ""
+        if self.old_dim:
+            old = quoted(public_name(space.model)) if space is not None else "an older model"
+            compatible = (
+                f" Their first {self.old_dim} coordinates can be searched in a gallery that {old} embedded: "
+                "nothing in that gallery needs to be embedded again."
+            )
+        spec = quoted(public_name(self.backbone.spec))
+        snippet = _SNIPPET + (_OLD_SNIPPET if self.old_dim else "")
+        return CardFacts(
+            title=f"A {self.head.kind} image model on {spec}",
+            summary=(
+                f"An image model made with xbt: the backbone {spec} with the head {quoted(self.head.kind)}, "
+                f"{self.dim}-d vectors.{compatible}"
+            ),
+            snippet=snippet.format(dim=self.dim, old_dim=self.old_dim),
+            method=self.head.paper,
+            limits=_LIMITS,
+            spaces={"old": space},
+            tags=("image-retrieval",),
+            pipeline_tag="image-feature-extraction",
+            packages=("timm", "torchvision"),
+        )
+
+
+def _require_depth(described: object, n_tensors: int, key: str = "backbone") -> None:
+    """Refuse a network with more layers than saved tensors, before the layers are built."""
+    if isinstance(described, Mapping):
+        for name, value in described.items():
+            _require_depth(value, n_tensors, str(name))
+    elif isinstance(described, list):
+        for value in described:
+            _require_depth(value, n_tensors, key)
+    elif ("layers" in key or "depth" in key) and isinstance(described, int) and described > n_tensors:
+        raise ConfigError(
+            f"{key} is {described}, but the weights have {n_tensors} tensors; save or download it again"
+        )

@@ -73,8 +73,8 @@ class ImagePreprocessing:
             )
         for name, kind in _CHOICES.items():
             if getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; choose one of {known}")
+                names = ", ".join(get_args(kind))
+                raise ConfigError(f"{name} {getattr(self, name)!r} is not known; choose one of {names}")
 
     def evaluation(self) -> EvaluationTransform:
         """The deterministic transform, for vectors."""
@@ -156,7 +156,7 @@ def _middle(image: Image.Image, how: ImagePreprocessing) -> Image.Image:
 
 def _shifted(image: Image.Image, size: int, random: np.random.Generator) -> Image.Image:
     padding = max(1, size // PADDING)
-    top, left = (int(each) for each in random.integers(0, 2 * padding + 1, size=2))
+    top, left = (int(offset) for offset in random.integers(0, 2 * padding + 1, size=2))
     shifted: Image.Image = F.crop(F.pad(image, [padding]), top, left, size, size)
     return shifted
 

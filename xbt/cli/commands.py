@@ -1,12 +1,16 @@
-"""Table of all commands. Their modules are imported only when a command runs."""
+"""The commands: a table of all, and the functions that run a job and describe its result.
+
+The modules of a job are imported only when its command runs.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xbt.cli.output import CommandResult
 from xbt.errors import ConfigError
@@ -61,7 +65,7 @@ COMMANDS = (
         "embed",
         "embed images or captions into a store, in any number of processes",
         "xbt.embedding:EmbedConfig",
-        "xbt.cli.jobs:embed",
+        "xbt.cli.commands:embed",
         "xbt embed --encoder open_clip:ViT-B-32-quickgelu/openai --images.source photos/ \\\n"
         "  --output_dir stores/photos_b32",
         processes=True,
@@ -71,7 +75,7 @@ COMMANDS = (
         "fit",
         "fit a projection, or choose one (if any helps) on held-out pairs",
         "xbt.cli.fit:FitConfig",
-        "xbt.cli.jobs:fit",
+        "xbt.cli.commands:fit",
         "xbt fit --old_store stores/captions_b32 --new_store stores/captions_l14 --output_dir runs/fit\n"
         "xbt fit --old open_clip:ViT-B-32-quickgelu/openai \\\n"
         "  --new transformers:openai/clip-vit-large-patch14 --captions.source captions.txt \\\n"
@@ -81,7 +85,7 @@ COMMANDS = (
         "evaluate",
         "measure old/old, new/old and new/new retrieval on image-text pairs",
         "xbt.evaluation.job:EvaluationConfig",
-        "xbt.cli.jobs:evaluate",
+        "xbt.cli.commands:evaluate",
         "xbt evaluate --old open_clip:ViT-B-32-quickgelu/openai \\\n"
         "  --new transformers:openai/clip-vit-large-patch14 --upgraded.chosen runs/choice/compatible \\\n"
         "  --pairs.source dataset_flickr8k.json --pairs.split test --output_dir runs/evaluation",
@@ -90,7 +94,7 @@ COMMANDS = (
         "report",
         "say whether an upgrade is worth it, with numbers and pictures",
         "xbt.report:UpgradeReportConfig",
-        "xbt.cli.jobs:report",
+        "xbt.cli.commands:report",
         "xbt report --old open_clip:ViT-B-32-quickgelu/openai \\\n"
         "  --new transformers:openai/clip-vit-large-patch14 --captions.source captions.txt \\\n"
         "  --pairs.source dataset_flickr8k.json --pairs.split test --output_dir runs/report",
@@ -99,7 +103,7 @@ COMMANDS = (
         "search",
         "search a gallery with texts or pictures",
         "xbt.cli.search:SearchConfig",
-        "xbt.cli.jobs:search",
+        "xbt.cli.commands:search",
         'xbt search --gallery gallery --encoder runs/choice/compatible "a dog on a beach" "a red car"',
         words="queries.texts",
     ),
@@ -107,7 +111,7 @@ COMMANDS = (
         "backfill",
         "re-embed a gallery while it serves, the most urgent items first",
         "xbt.backfill:BackfillConfig",
-        "xbt.cli.jobs:backfill",
+        "xbt.cli.commands:backfill",
         "xbt backfill --gallery gallery --encoder transformers:openai/clip-vit-large-patch14 \\\n"
         "  --images.source photos/ --output_dir runs/backfill --max_hours 8",
         processes=True,
@@ -117,7 +121,7 @@ COMMANDS = (
         "push",
         "upload a compatible encoder or a projection to the Hugging Face Hub",
         "xbt.cli.push:PushConfig",
-        "xbt.cli.jobs:push",
+        "xbt.cli.commands:push",
         "xbt push runs/choice --repo me/l14-speaks-b32 --license apache-2.0",
         first="directory",
     ),
@@ -218,3 +222,99 @@ def overview(prefix: str = "") -> str:
         "you can fix; 70 for a bug; 130 after an interrupt",
     ]
     return "\n".join(lines)
+
+
+if TYPE_CHECKING:
+    from xbt.backfill import BackfillConfig, BackfillResult
+    from xbt.cli.fit import FitConfig
+    from xbt.cli.push import PushConfig
+    from xbt.cli.search import SearchConfig
+    from xbt.embedding import EmbedConfig
+    from xbt.evaluation.job import EvaluationConfig
+    from xbt.report.config import UpgradeReportConfig
+
+
+def embed(config: EmbedConfig) -> CommandResult:
+    """Embed, and describe the store."""
+    from xbt.cli.gallery import describe_store
+    from xbt.embedding import embed as run
+    from xbt.embedding.rejected import NOTES, REJECTED
+
+    store = run(config)
+    document = describe_store(store)
+    for name in (REJECTED, NOTES):
+        document[Path(name).stem] = (store.path / name).read_bytes().count(b"\n")
+    left_out = f"; {document['rejected']} rejected, see {REJECTED}" if document["rejected"] else ""
+    text = f"{store.path}: {len(store)} {store.modality} vectors of {store.space}{left_out}"
+    return CommandResult(document, text)
+
+
+def fit(config: FitConfig) -> CommandResult:
+    """Fit or choose a projection."""
+    from xbt.cli.fit import run_fit
+
+    result = run_fit(config)
+    return CommandResult(result.to_dict(), str(result))
+
+
+def evaluate(config: EvaluationConfig) -> CommandResult:
+    """Evaluate; a published value that is not reproduced is an error after the table."""
+    from xbt.errors import DataError
+    from xbt.evaluation import CheckedReport, format_table
+    from xbt.evaluation.job import run_evaluation
+
+    measured: list[CheckedReport] = []
+    mismatch = None
+    try:
+        run_evaluation(config, measured.append)
+    except DataError as error:
+        if not measured:
+            raise
+        mismatch = error
+    return CommandResult(measured[0].to_dict(), format_table(measured[0]), error=mismatch)
+
+
+def report(config: UpgradeReportConfig) -> CommandResult:
+    """Write the upgrade report; the status is its verdict."""
+    from xbt.report.job import write_upgrade_report
+
+    result = write_upgrade_report(config)
+    return CommandResult(result.to_dict(), result.format(), 0 if result.passed else 1)
+
+
+def search(config: SearchConfig) -> CommandResult:
+    """Search a gallery."""
+    from xbt.cli.search import run_search
+
+    answer = run_search(config)
+    return CommandResult(answer.to_dict(), str(answer))
+
+
+def backfill(config: BackfillConfig) -> CommandResult:
+    """Backfill, and draw the measured curve."""
+    result = backfill_and_draw(config)
+    return CommandResult(result.to_dict(), str(result))
+
+
+def backfill_and_draw(config: BackfillConfig) -> BackfillResult:
+    """Backfill, and draw the measured recall over the fraction backfilled as ``curve.png``."""
+    from xbt.backfill import run_backfill
+    from xbt.processes import is_main_process
+    from xbt.report.figures import draw_backfill_curve
+
+    result = run_backfill(config)
+    points = result.curve
+    if points and is_main_process():
+        stop = next((point.fraction for point in points if point.position == result.stopping_position), None)
+        recall = {f"R@{k}": [point.recall[k] for point in points] for k in points[0].recall}
+        path = Path(config.output_dir) / "curve.png"
+        draw_backfill_curve([point.fraction for point in points], recall, path, stop)
+    return result
+
+
+def push(config: PushConfig) -> CommandResult:
+    """Upload to the Hub."""
+    from xbt.cli.push import push as run
+
+    result = run(config)
+    return CommandResult(result.to_dict(), result.format())

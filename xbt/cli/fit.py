@@ -10,23 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_readable_pairs, read_captions
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation.cells import LazyImages
-from xbt.projections import (
-    Decision,
-    PairVectors,
-    Projection,
-    SelectionOptions,
-    choose_projection,
-    fit_projection,
-)
-from xbt.projections.fitting import METHODS, grouped_options, option_names
+from xbt.projections.auto.choose import choose_projection
+from xbt.projections.auto.decision import Decision
+from xbt.projections.auto.selection import SelectionOptions
+from xbt.projections.base import Projection
+from xbt.projections.fitting import METHODS, fit_projection, grouped_options, option_names
+from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source
 from xbt.run_dir import RunDirectory
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 
 AUTO, CLOSED_FORM = "auto", "procrustes"
 _AUTO_ALONE = {
@@ -235,8 +232,8 @@ def _method_options(config: FitConfig) -> dict[str, Any]:
     """The method's options, with the config's seed where the method has one."""
     method, options = config.chosen_method, dict(config.options)
     if method not in METHODS:
-        known = ", ".join(sorted([AUTO, *METHODS]))
-        raise ConfigError(f"--method {method!r} is not known; use one of {known}")
+        names = ", ".join(sorted([AUTO, *METHODS]))
+        raise ConfigError(f"--method {method!r} is not known; use one of {names}")
     grouped_options(method, options)
     if "seed" in option_names(method):
         options.setdefault("seed", config.seed)

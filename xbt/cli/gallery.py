@@ -14,8 +14,8 @@ from xbt.errors import ConfigError, DataError, XbtError
 from xbt.index import Gallery
 from xbt.serve.export import open_source
 from xbt.space import EmbeddingSpace
-from xbt.store import EmbeddingStore, find_faults
 from xbt.store.layout import MANIFEST, read_record
+from xbt.store.store import EmbeddingStore, find_faults
 
 
 @dataclass

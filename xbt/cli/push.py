@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from xbt.backbones import CompatibleBackbone
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.heads import CompatibleHead
 from xbt.hub import CARD_NAME, CONFIG_NAME, CardData, HubArtifact, SavedPartError, is_pickled, read_json
-from xbt.projections import Projection, QueryEnsemble
+from xbt.projections.base import Projection
+from xbt.projections.ensemble import QueryEnsemble
 
 RESULTS_NAME = "retrieval.json"
 """Results of an evaluation; found in the run's directory unless given."""
 _SKIPPED_FOLDERS = ("checkpoints", "vectors", "images", "projection", "ensemble", "lora")
 _MAX_DEPTH = 3
+_ARTIFACTS: dict[str, type[HubArtifact]] = {
+    artifact.format_name: artifact
+    for artifact in (Projection, QueryEnsemble, CompatibleEncoder, CompatibleBackbone, CompatibleHead)
+}
 
 
 @dataclass
@@ -159,16 +164,8 @@ def _kind(directory: Path) -> type[HubArtifact] | None:
         config = read_json(directory / CONFIG_NAME)
     except SavedPartError:
         return None
-    form, kind = config.get("format"), config.get("kind")
-    if form == "compatible_encoder":
-        return CompatibleEncoder
-    if form == "compatible_backbone":
-        return CompatibleBackbone
-    if kind == "query_ensemble":
-        return QueryEnsemble
-    if kind in Projection._kinds and "new_dim" in config:
-        return Projection
-    return CompatibleHead if kind in CompatibleHead._kinds else None
+    form = config.get("format")
+    return _ARTIFACTS.get(form) if isinstance(form, str) else None
 
 
 def _results_beside(directory: Path, artifact: Path) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xbt.backfill import load_merge
 from xbt.cli.output import read_lines
-from xbt.compatible import CompatibleEncoder, load_upgraded
+from xbt.compatible.encoder import CompatibleEncoder, load_upgraded
 from xbt.data.files import is_unicode
 from xbt.data.image_folder import list_images
 from xbt.encoders import DualEncoder, load_encoder
@@ -19,8 +19,8 @@ from xbt.errors import ConfigError, DataError, EncoderError
 from xbt.hub import split_revision
 from xbt.index import Gallery, Hits, Merge, PartSummary, RankMerge, RawMerge, merge_from_dict
 from xbt.serve.export import open_source
-from xbt.store import EmbeddingStore
 from xbt.store.layout import read_record
+from xbt.store.store import EmbeddingStore
 
 
 @dataclass

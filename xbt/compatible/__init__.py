@@ -1,6 +1,5 @@
 """The compatible encoder that users save, load, push and serve."""
 
-from xbt.compatible.encoder import CompatibleEncoder
-from xbt.compatible.loading import load_upgraded
+from xbt.compatible.encoder import CompatibleEncoder, load_upgraded
 
 __all__ = ["CompatibleEncoder", "load_upgraded"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import tee
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,20 @@ from xbt.encoders.checks import as_images, as_texts
 from xbt.encoders.image_batching import NamedImage
 from xbt.encoders.text_batching import ShortContext, TextTransform
 from xbt.errors import ConfigError, DataError, EncoderError, SpaceMismatchError
-from xbt.hub import CardData, CardFacts, HubAccess, HubArtifact, Naming, combined_warning, fetch, is_snapshot
+from xbt.hub import (
+    CONFIG_NAME,
+    CardData,
+    CardFacts,
+    HubAccess,
+    HubArtifact,
+    LoadOptions,
+    Naming,
+    fetch,
+    is_snapshot,
+    read_json,
+)
 from xbt.images import ImageSource
-from xbt.projections import LinearProjection, Projection
-from xbt.projections.base import Modality
+from xbt.projections.base import LinearProjection, Modality, Projection
 from xbt.projections.ensemble import QueryEnsemble, Slerp, direction_of
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors, as_vectors
@@ -50,6 +60,8 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         ConfigError: If an old encoder is given without an ensemble.
     """
 
+    format_name = "compatible_encoder"
+    config_keys = ("base", "lora", "ensemble", "old", "new_space", "old_space")
     lora_targets: ClassVar[dict[str, str]] = {}
 
     def __init__(
@@ -341,8 +353,11 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         old = self.old._towers() if self.old is not None else []
         return (self._folded or self.new)._towers() + old
 
-    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        saving.save(self, directory, naming, card)
+    def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
+        return saving.described(self, naming, card)
+
+    def _write_files(self, directory: Path, naming: Naming, card: CardData) -> list[str]:
+        return saving.write_parts(self, directory, naming, card)
 
     def _facts(self, card: CardData) -> CardFacts:
         return saving.facts(self, card)
@@ -352,12 +367,13 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         cls,
         directory: Path,
         device: str | torch.device,
+        access: HubAccess,
         base: DualEncoder | str | None = None,
         old: DualEncoder | str | None = None,
         load_old: bool = True,
-        access: HubAccess | None = None,
     ) -> Self:
-        saved, foreign, access = saving.read(directory), is_snapshot(directory), access or HubAccess()
+        config = cls._open_config(directory)
+        saved, foreign = saving.read(config), is_snapshot(directory)
         if old is not None and saved.ensemble is None:
             raise ConfigError(f"{directory} has no ensemble to use an old encoder; leave out old=")
         what = f"the base model recorded in {directory}"
@@ -368,7 +384,7 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         saved.new_space.require(new.space, f"the base model given to {directory}")
         if saved.lora:
             load_lora(new, directory / saving.LORA_DIR, merge=True)
-        saving.check_unchanged(directory)
+        config.check_files()
         tower = None
         if saved.needs_old and (load_old or isinstance(old, DualEncoder)):
             what = f"the old model recorded in {directory}"
@@ -385,12 +401,7 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         base: DualEncoder | str | None = None,
         old: DualEncoder | str | None = None,
         load_old: bool = True,
-        device: str | torch.device = "cpu",
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        token: str | bool | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> Self:
         """Load a compatible encoder from a directory or a Hub repository, strictly.
 
@@ -401,12 +412,10 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
             old: The old encoder, or its specification on this machine, likewise; only for an ensemble.
             load_old: Whether to load the old encoder that the saved ensemble needs. Without it queries need
                 ``old_vectors``.
-            device: Device of the encoders; an encoder that is passed in stays on its device.
-            revision: Branch, tag or commit of the repository; the models have recorded revisions.
-            cache_dir: The Hub cache to use instead of the default one, also for the models.
-            token: Hub access token for private repositories, also for the models.
-            force_download: Download the files again; the models are not downloaded again.
-            local_files_only: Use the cache alone, also for the models.
+            **options: Device and options of the download, as for
+                :meth:`~xbt.hub.HubArtifact.from_pretrained`. An encoder that is passed in stays on its
+                device; ``revision`` and ``force_download`` apply to the files alone, because the models have
+                recorded revisions.
 
         Returns:
             The encoder, with LoRA merged, so that it costs nothing at search time.
@@ -418,17 +427,47 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
             SpaceMismatchError: If a model is not the one this was made for; the message names both.
             ConfigError: If an old encoder is given and there is no ensemble.
         """
-        directory = fetch(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            force_download=force_download,
-            local_files_only=local_files_only,
+        return super().from_pretrained(
+            pretrained_model_name_or_path, base=base, old=old, load_old=load_old, **options
         )
-        access = HubAccess(None, cache_dir, token, local_files_only)
-        with combined_warning():
-            return cls._read(directory, device, base, old, load_old, access)
+
+
+def load_upgraded(
+    source: str | Path,
+    new: str | None = None,
+    old: str | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> CompatibleEncoder:
+    """Load a compatible encoder as it was saved, or a projection alone behind its new encoder.
+
+    Args:
+        source: Directory or Hub repository of a compatible encoder, or of a projection (stage 1).
+        new: Specification of the new encoder, if the recorded one is not valid on this machine.
+        old: Specification of the old encoder, likewise; ignored if no ensemble needs it.
+        device: Device of the encoders.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        SavedPartError: If a file is missing, damaged, or of another kind.
+        EncoderError: If a model cannot be loaded.
+        SpaceMismatchError: If a model is not the one this was made for; the message names both.
+        ConfigError: If a projection does not record its new encoder, and ``new`` is not given.
+    """
+    directory = fetch(source, revision=revision)
+    if read_json(directory / CONFIG_NAME).get("format") != Projection.format_name:
+        needed = old if (directory / saving.ENSEMBLE_DIR).is_dir() else None
+        return CompatibleEncoder.from_pretrained(directory, base=new, old=needed, device=device)
+    projection = Projection.from_pretrained(directory)
+    recorded = None if projection.new_space is None else projection.new_space.model
+    if new is None and recorded is None:
+        raise ConfigError(
+            f"the projection {directory} does not say which encoder it was fitted for; give new= as well"
+        )
+    what = f"the new model recorded in {directory}"
+    access = HubAccess(saving.recorded_revision(recorded or "", projection.new_space))
+    base = saving.load_model(new, recorded or "", what, "new=", device, is_snapshot(directory), access)
+    return CompatibleEncoder(base, projection)
 
 
 class _Sides(NamedTuple):

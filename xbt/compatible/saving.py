@@ -5,64 +5,42 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from xbt.encoders import DualEncoder, has_lora, load_encoder, save_lora
-from xbt.encoders.loading import hub_repository
+from xbt.encoders.configs import hub_repository
 from xbt.encoders.lora_loading import CONFIG_FILE, WEIGHTS_FILE
 from xbt.errors import EncoderError
 from xbt.hub import (
     CARD_NAME,
-    CONFIG_NAME,
     LOCAL,
-    WEIGHTS_NAME,
     CardData,
     CardFacts,
     HubAccess,
     Naming,
     SavedConfig,
     SavedPartError,
-    check_digests,
-    digests,
+    described_space,
     is_commit,
     public_name,
     quoted,
     require_loadable,
     warn_about_local_models,
-    write_config,
 )
-from xbt.projections import Projection
-from xbt.projections.base import described_method
+from xbt.projections.base import Projection, described_method
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.space import EmbeddingSpace
-from xbt.version import __version__
 
 if TYPE_CHECKING:
     from xbt.compatible.encoder import CompatibleEncoder
 
 
-__all__ = [
-    "CONFIG_NAME",
-    "ENSEMBLE_DIR",
-    "LORA_DIR",
-    "PROJECTION_DIR",
-    "SavedEncoder",
-    "check_unchanged",
-    "load_model",
-    "read",
-    "recorded_revision",
-    "save",
-]
-
 PROJECTION_DIR = "projection"
 ENSEMBLE_DIR = "ensemble"
 LORA_DIR = "lora"
-_FORMAT = "compatible_encoder"
 _HERE = HubAccess()
-_KEYS = ("format", "base", "lora", "new_space", "old_space")
-_LATER = ("xbt_version", "ensemble", "old", "sha256")
 
 
 class SavedEncoder(NamedTuple):
@@ -90,70 +68,53 @@ class SavedEncoder(NamedTuple):
         return _needs_old(self.ensemble)
 
 
-def save(encoder: CompatibleEncoder, directory: Path, naming: Naming, card: CardData) -> None:
-    """Write config, projection, and LoRA and ensemble if there are any; remove stale folders first."""
+def write_parts(encoder: CompatibleEncoder, directory: Path, naming: Naming, card: CardData) -> list[str]:
+    """Write projection, and ensemble and LoRA if there are any, and return the names of their files."""
     for stale in (LORA_DIR, ENSEMBLE_DIR):
         shutil.rmtree(directory / stale, ignore_errors=True)
-    parts: list[tuple[str, Projection | QueryEnsemble]] = [(PROJECTION_DIR, encoder.projection)]
-    if encoder.ensemble is not None:
-        parts.append((ENSEMBLE_DIR, encoder.ensemble))
-    for name, part in parts:
-        (directory / name).mkdir(exist_ok=True)
-        part._write(directory / name, naming, card)
-        (directory / name / CARD_NAME).unlink(missing_ok=True)  # there is one card for all
-    names = [f"{name}/{file}" for name, _ in parts for file in (CONFIG_NAME, WEIGHTS_NAME)]
+    names = []
+    for folder, part in ((PROJECTION_DIR, encoder.projection), (ENSEMBLE_DIR, encoder.ensemble)):
+        if part is not None:
+            names += [f"{folder}/{name}" for name in part._write(directory / folder, naming, card)]
     if has_lora(encoder.new):
         save_lora(encoder.new, directory / LORA_DIR)
-        (directory / LORA_DIR / CARD_NAME).unlink(missing_ok=True)
-        names += [f"{LORA_DIR}/{file}" for file in (CONFIG_FILE, WEIGHTS_FILE)]
+        names += [f"{LORA_DIR}/{name}" for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    for folder in (PROJECTION_DIR, ENSEMBLE_DIR, LORA_DIR):
+        (directory / folder / CARD_NAME).unlink(missing_ok=True)  # there is one card for all
+    return names
+
+
+def described(encoder: CompatibleEncoder, naming: Naming, card: CardData) -> dict[str, Any]:
+    """Both models' specifications and spaces, and which parts there are, for the config."""
     base = card.base or encoder.new.name
     old = encoder.old.name if encoder.old is not None else encoder.space.model
     warn_about_local_models({"base": base} | ({"old": old} if _needs_old(encoder.ensemble) else {}), naming)
-    new_space = encoder.projection.new_space or encoder.new.space
-    config = {
-        "format": _FORMAT,
-        "xbt_version": __version__,
+    return {
         "base": naming(base),
         "lora": has_lora(encoder.new),
         "ensemble": encoder.ensemble is not None,
         "old": naming(old),
-        "new_space": new_space.to_dict() | {"model": naming(new_space.model)},
-        "old_space": encoder.space.to_dict() | {"model": naming(encoder.space.model)},
-        "sha256": digests(directory, names),
+        "new_space": described_space(encoder.projection.new_space or encoder.new.space, naming),
+        "old_space": described_space(encoder.space, naming),
     }
-    write_config(directory / CONFIG_NAME, config)
 
 
-def read(directory: Path) -> SavedEncoder:
-    """Read the files that :func:`save` wrote.
+def read(config: SavedConfig) -> SavedEncoder:
+    """Read what :func:`described` and :func:`write_parts` wrote.
 
     Raises:
         SavedPartError: If a file is missing, damaged, changed, or of another kind.
     """
-    file = directory / CONFIG_NAME
-    config = SavedConfig(file)
-    if config.values.get("format") != _FORMAT:
-        raise SavedPartError(f"{file} does not describe a compatible encoder")
-    values = config.known(_KEYS, _LATER)
-    projection = Projection.from_pretrained(directory / PROJECTION_DIR)
+    file, values = config.file, config.values
+    projection = Projection.from_pretrained(file.parent / PROJECTION_DIR)
     new_space, old_space = config.space("new_space"), config.space("old_space")
     if new_space is None or old_space is None:
         raise SavedPartError(f"{file} lacks or misnames a key: both spaces must be there; save it again")
-    base, old = values["base"], values.get("old") or old_space.model
+    base, old = values["base"], values["old"]
     if not isinstance(base, str) or not isinstance(old, str):
         raise SavedPartError(f"{file} lacks or misnames a key: base and old must be specifications of models")
-    with_ensemble = bool(values.get("ensemble", False))
-    ensemble = QueryEnsemble.from_pretrained(directory / ENSEMBLE_DIR) if with_ensemble else None
+    ensemble = QueryEnsemble.from_pretrained(file.parent / ENSEMBLE_DIR) if values["ensemble"] else None
     return SavedEncoder(base, bool(values["lora"]), new_space, projection, ensemble, old)
-
-
-def check_unchanged(directory: Path) -> None:
-    """Compare the files with the digests that the config records.
-
-    Raises:
-        SavedPartError: If a file is missing or was changed.
-    """
-    check_digests(directory, SavedConfig(directory / CONFIG_NAME).values.get("sha256"))
 
 
 def recorded_revision(spec: str, space: EmbeddingSpace | None) -> str | None:

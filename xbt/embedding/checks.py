@@ -15,7 +15,7 @@ from xbt.embedding.plan import even_shard_size
 from xbt.embedding.rejected import NOTES, REJECTED, RETRIED
 from xbt.errors import ConfigError, DataError
 from xbt.files import remove_leftovers, write_record
-from xbt.store import StoreBuilder
+from xbt.store.builder import StoreBuilder
 from xbt.store.layout import EXTRA, FOLDERS, IN_PROGRESS, MANIFEST, METADATA, read_record
 from xbt.store.shards import remove_strays
 

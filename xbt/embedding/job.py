@@ -37,7 +37,8 @@ from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.processes import Team, cores_per_process, start_processes
 from xbt.run_dir import RunDirectory
-from xbt.store import EmbeddingStore, StoreBuilder
+from xbt.store.builder import StoreBuilder
+from xbt.store.store import EmbeddingStore
 
 MAY_CHANGE = ("batch_size", "num_workers", "compile", "retry_rejected", "max_rejected")
 """Settings that may change when a job is continued. They affect at most the last digits of a vector, or the

@@ -18,8 +18,8 @@ from typing import Any
 from xbt.data.items import Entry, ItemSource, ListedImages, SourceShard
 from xbt.errors import ConfigError, DataError
 from xbt.files import write_lines
-from xbt.store import EmbeddingStore, ShardRecord
-from xbt.store.layout import MANIFEST, read_record
+from xbt.store.layout import MANIFEST, ShardRecord, read_record
+from xbt.store.store import EmbeddingStore
 
 REJECTED, NOTES = "rejected.jsonl", "notes.jsonl"
 _FIELDS = {REJECTED: ("rejected", "reason"), NOTES: ("notes", "note")}

@@ -17,7 +17,7 @@ from xbt.encoders import DualEncoder
 from xbt.errors import TruncationWarning
 from xbt.images import ImageSource
 from xbt.processes import Team
-from xbt.store import StoreBuilder
+from xbt.store.builder import StoreBuilder
 
 
 def embed_tasks(

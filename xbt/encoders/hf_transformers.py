@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from xbt.encoders.base import DualEncoder
-from xbt.encoders.image_processors import Pixels, describe, load_image_processor
-from xbt.encoders.loading import resolve_user_link
+from xbt.encoders.configs import resolve_user_link
 from xbt.encoders.text_batching import TextTransform, Tokenized, require_known
-from xbt.encoders.transformers_files import WEIGHTS, find_transformers, load_tokenizer
+from xbt.encoders.transformers_files import (
+    WEIGHTS,
+    Pixels,
+    describe,
+    find_transformers,
+    load_image_processor,
+    load_tokenizer,
+)
 from xbt.errors import EncoderError
 from xbt.hub import HubAccess, is_pickled, limit_allocations, read_json
 from xbt.space import PROBE_TEXTS

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from xbt.encoders.base import DualEncoder
-from xbt.encoders.loading import require_plain_transformers
+from xbt.encoders.configs import require_plain_transformers
 from xbt.encoders.quiet import brief, quiet
 from xbt.errors import EncoderError
 

@@ -21,7 +21,7 @@ from open_clip.pretrained import (
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import nn
 
-from xbt.encoders.loading import read_plain_transformers, require_plain_open_clip, resolve_user_link
+from xbt.encoders.configs import read_plain_transformers, require_plain_open_clip, resolve_user_link
 from xbt.encoders.weights_files import load_weights_file
 from xbt.errors import EncoderError
 from xbt.hub import (

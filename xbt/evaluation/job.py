@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from xbt.compatible import load_upgraded
+from xbt.compatible.encoder import load_upgraded
 from xbt.data import ImageTextPairs, PairSource, Rejected, load_pairs
 from xbt.data.load_pairs import keep_readable
 from xbt.encoders import load_encoder

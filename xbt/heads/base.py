@@ -6,20 +6,23 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from xbt.errors import ConfigError, SpaceMismatchError
-from xbt.heads import saving
-from xbt.heads.folded import FoldedHead
-from xbt.hub import CardData, CardFacts, HubArtifact, Naming
+from xbt.hub import CardData, CardFacts, HubArtifact, Naming, SavedConfig
 
 Space = Literal["old", "new"]
 """Space of a head's vectors: ``"old"`` is comparable with the old model, ``"new"`` is its own."""
+
+_SNIPPET = """import torch
+from xbt.heads import CompatibleHead
+
+head = CompatibleHead.from_pretrained({{source}})
+vectors = head.embed(torch.randn(2, {in_dim}))  # (2, {out_dim}) unit rows of a backbone's features"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,11 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
         ConfigError: If a number is too small.
     """
 
+    format_name = "compatible_head"
+    config_keys = ("kind", "options")
     kind: ClassVar[str]
+    paper: ClassVar[str]
+    """Name and source of the method, for a model card."""
     no_decay: ClassVar[tuple[str, ...]] = ("parametrizations",)
     """Parts of the names of parameters without weight decay: those of orthogonal matrices. Decay would pull
     the matrix back to its start, and destroy its Householder form."""
@@ -133,23 +140,30 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
             ConfigError: If there is no such space.
             SpaceMismatchError: If the dimension is not ``in_dim``.
         """
-        dims = {"new": self.out_dim, "old": self.old_dim}.get(space, 0)
-        if not dims:
-            raise ConfigError(
-                f"the {self.kind} head does not embed into the space {space!r}; "
-                f"choose {'new, old' if self.old_dim else 'new'}"
-            )
+        dims = _dims_of(space, self)
         return normalize(self(features).full[:, :dims], dim=1)
 
-    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        saving.save(self, directory)
-
-    def _facts(self, card: CardData) -> CardFacts:
-        return saving.facts(self)
+    def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
+        return described_head(self)
 
     @classmethod
-    def _read(cls, directory: Path, device: str | torch.device) -> Self:
-        return saving.load(directory, cls).to(device)
+    def _build(cls, config: SavedConfig) -> CompatibleHead:
+        return build_head(config, config.values)
+
+    def _facts(self, card: CardData) -> CardFacts:
+        return CardFacts(
+            title=f"A head of the kind {self.kind}",
+            summary=(
+                f"The last part of a model, made with xbt: from {self.in_dim}-d features of a backbone to "
+                f"{self.out_dim}-d vectors, of which the leading {self.old_dim} are compatible with an older "
+                "model's."
+            ),
+            snippet=_SNIPPET.format(in_dim=self.in_dim, out_dim=self.out_dim),
+            method=self.paper,
+            limits=("It is of use only behind the backbone that it was trained with.",),
+            tags=("representation-learning",),
+            pipeline_tag="feature-extraction",
+        )
 
 
 def make_head(kind: str, options: Mapping[str, Any]) -> CompatibleHead:
@@ -172,10 +186,46 @@ def make_head(kind: str, options: Mapping[str, Any]) -> CompatibleHead:
         raise ConfigError(f"the options of the {kind} head cannot be used: {error}") from error
 
 
-def option_names(kind: object) -> tuple[str, ...]:
-    """Names of the keyword arguments of a kind of head; empty for an unknown kind."""
+def described_head(head: CompatibleHead) -> dict[str, Any]:
+    """The section of a config from which :func:`build_head` builds the head."""
+    return {"kind": head.kind, "options": head.options()}
+
+
+def build_head(config: SavedConfig, section: Mapping[str, Any], where: str = "options") -> CompatibleHead:
+    """Build the head that a section of a config describes; its weights are random.
+
+    Args:
+        config: The config.
+        section: What :func:`described_head` returned.
+        where: Name of the section's options.
+
+    Raises:
+        SavedPartError: If an option is unknown and no newer xbt wrote it.
+        ConfigError: As :func:`make_head`.
+    """
+    kind, options = section["kind"], section["options"]
+    return make_head(kind, known_options(config, kind, options, where))
+
+
+def known_options(config: SavedConfig, kind: object, options: Any, where: str) -> Any:
+    """A head's options without those of newer versions of xbt; :func:`make_head` refuses what is no mapping.
+
+    Raises:
+        SavedPartError: If an option is unknown and no newer xbt wrote it.
+    """
     head = CompatibleHead._kinds.get(kind) if isinstance(kind, str) else None
-    return () if head is None else tuple(inspect.signature(head).parameters)
+    if head is None or not isinstance(options, dict):
+        return options
+    return config.only(options, inspect.signature(head).parameters, where)
+
+
+def _dims_of(space: str, head: CompatibleHead | FoldedHead) -> int:
+    dims = {"new": head.out_dim, "old": head.old_dim}.get(space, 0)
+    if not dims:
+        raise ConfigError(
+            f"the head has no space {space!r} to embed into; choose {'new, old' if head.old_dim else 'new'}"
+        )
+    return dims
 
 
 def require_at_least(name: str, value: int, minimum: int) -> None:
@@ -186,3 +236,60 @@ def require_at_least(name: str, value: int, minimum: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+
+
+class FoldedHead(nn.Module):
+    """A head without parametrisations, classifier or parameters, which embeds as the head did.
+
+    With f = unit(h[:d]) the full vector is f, or M [unit(A relu(h) + a); f] with a matrix M. For BT², M
+    combines both rotations and the scale.
+
+    Args:
+        in_dim: Dimension of the input features.
+        old_dim: Number of compatible leading dimensions; 0 for none.
+        feature_dim: d.
+        matrix: (out_dim, k + d) M, or ``None`` if the vectors are f.
+        code: (k, in_dim) A and (k,) a, or ``None`` for k = 0.
+    """
+
+    matrix: Tensor | None
+    code_weight: Tensor | None
+    code_bias: Tensor | None
+
+    def __init__(
+        self,
+        in_dim: int,
+        old_dim: int,
+        feature_dim: int,
+        matrix: Tensor | None = None,
+        code: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_dim, self.old_dim, self.feature_dim = in_dim, old_dim, feature_dim
+        self.out_dim = feature_dim if matrix is None else len(matrix)
+        self.register_buffer("matrix", None if matrix is None else matrix.detach().clone())
+        self.register_buffer("code_weight", None if code is None else code[0].detach().clone())
+        self.register_buffer("code_bias", None if code is None else code[1].detach().clone())
+
+    def embed(self, features: Tensor, space: Literal["old", "new"] = "new") -> Tensor:
+        """Embed as :meth:`xbt.heads.CompatibleHead.embed` does; computes only the requested dimensions.
+
+        Raises:
+            ConfigError: If there is no such space.
+            SpaceMismatchError: If the dimension is not ``in_dim``.
+        """
+        dims = _dims_of(space, self)
+        if features.ndim != 2 or features.shape[1] != self.in_dim:
+            raise SpaceMismatchError(
+                f"the folded head takes features of the shape (n, {self.in_dim}), got {tuple(features.shape)}"
+            )
+        vectors = normalize(features[:, : self.feature_dim], dim=1)
+        if self.code_weight is not None:
+            code = normalize(linear(features.relu(), self.code_weight, self.code_bias), dim=1)
+            vectors = torch.cat([code, vectors], dim=1)
+        vectors = vectors[:, :dims] if self.matrix is None else linear(vectors, self.matrix[:dims])
+        return normalize(vectors, dim=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (n, in_dim) features to full vectors, (n, out_dim) unit rows."""
+        return self.embed(features)

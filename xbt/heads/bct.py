@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError
-from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
-from xbt.heads.folded import FoldedHead
+from xbt.heads.base import CompatibleHead, FoldedHead, HeadOutput, require_at_least
 from xbt.heads.losses import (
     HeadLoss,
     Prototypes,
@@ -40,6 +39,10 @@ class BCTHead(CompatibleHead):
     """
 
     kind = "bct"
+    paper = (
+        'BCT (Shen et al., "Towards backward-compatible representation learning", CVPR 2020, '
+        "[arXiv 2003.11942](https://arxiv.org/abs/2003.11942))."
+    )
 
     def __init__(self, new_dim: int, old_dim: int, extra_dims: int = 0, n_classes: int | None = None) -> None:
         for name, value, minimum in (
@@ -134,6 +137,7 @@ class PlainHead(CompatibleHead):
     """
 
     kind = "independent"
+    paper = "A plain classifier's head, compatible with no other model."
 
     def __init__(self, dim: int, n_classes: int | None = None) -> None:
         require_at_least("dim", dim, 1)

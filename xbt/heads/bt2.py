@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError
-from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
-from xbt.heads.folded import FoldedHead
+from xbt.heads.base import CompatibleHead, FoldedHead, HeadOutput, require_at_least
 from xbt.heads.losses import (
     HeadLoss,
     Prototypes,
@@ -61,6 +60,10 @@ class BT2Head(CompatibleHead):
     """
 
     kind = "bt2"
+    paper = (
+        'BT² (Zhou et al., "BT²: Backward-compatible training with basis transformation", ICCV 2023, '
+        "[arXiv 2211.03989](https://arxiv.org/abs/2211.03989))."
+    )
 
     def __init__(
         self,

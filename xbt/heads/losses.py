@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from xbt.errors import ConfigError, DataError
 from xbt.heads.base import HeadOutput
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 from xbt.vectors import Vectors, as_vectors
 
 _BLOCK_ROWS = 8_192

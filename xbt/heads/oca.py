@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from xbt.heads.base import CompatibleHead, HeadOutput, require_at_least
-from xbt.heads.folded import FoldedHead
+from xbt.heads.base import CompatibleHead, FoldedHead, HeadOutput, require_at_least
 from xbt.heads.losses import (
     HeadLoss,
     Prototypes,
@@ -45,6 +44,10 @@ class OCAHead(CompatibleHead):
     """
 
     kind = "oca"
+    paper = (
+        'OCA (Ricci et al., "Backward-compatible aligned representations via an orthogonal transformation '
+        'layer", ECCV 2024 workshops, [arXiv 2408.08793](https://arxiv.org/abs/2408.08793)).'
+    )
 
     def __init__(
         self,

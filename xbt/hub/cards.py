@@ -17,8 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from xbt.errors import ConfigError
 from xbt.hub.files import read_json
-from xbt.hub.names import public_name
-from xbt.hub.transfer import is_repository
+from xbt.hub.names import is_repository, public_name
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 

@@ -12,7 +12,8 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from xbt.errors import SavedPartError
-from xbt.hub.files import read_json
+from xbt.hub.files import check_digests, read_json
+from xbt.hub.names import Naming
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
@@ -26,7 +27,16 @@ _SPACE_TYPES: dict[str, Any] = {
     "probe": str | None,
 }
 _SPACE_KEYS = (*_SPACE_TYPES, "probe_version")
+COMMON_KEYS = ("format", "xbt_version")
+"""Keys of every config: which kind of artifact it describes, and the version of xbt that wrote it."""
+DIGESTS_KEY = "sha256"
+"""Key of the digests of the files beside the config."""
 _dropped: ContextVar[dict[str, list[str]] | None] = ContextVar("dropped", default=None)
+
+
+def described_space(space: EmbeddingSpace | None, naming: Naming) -> dict[str, Any] | None:
+    """A space as :meth:`SavedConfig.space` reads it, with its model's name in the given form."""
+    return None if space is None else space.to_dict() | {"model": naming(space.model)}
 
 
 class NewerConfigWarning(UserWarning):
@@ -34,47 +44,50 @@ class NewerConfigWarning(UserWarning):
 
 
 class SavedConfig:
-    """The config of a saved artifact.
+    """The config of a saved artifact, with the keys of its format and no others.
 
     An unknown key is an error, because it may change the meaning of the vectors. If a newer xbt wrote the
     file, the key is ignored instead, with a warning; see :func:`combined_warning`.
 
+    Args:
+        file: The config's file.
+        form: Name of the format it must have, such as ``"compatible_backbone"``.
+        keys: Keys that the format requires, beside :data:`COMMON_KEYS`.
+        optional: Keys that the format may have.
+
     Attributes:
         file: The config's file.
-        values: Its whole content.
+        values: Its content, without the keys that only a newer xbt knows.
 
     Raises:
-        SavedPartError: If the file is missing or is not a JSON object.
+        SavedPartError: If the file is missing, is not a JSON object, is of another format, lacks a key, or
+            has an unknown one that no newer xbt wrote.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(
+        self, file: Path, form: str, keys: Collection[str] = (), optional: Collection[str] = ()
+    ) -> None:
         self.file = file
         self.values = read_json(file)
-
-    def known(self, keys: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:
-        """The config with these keys and no others.
-
-        Args:
-            keys: Required keys.
-            optional: Optional keys.
-
-        Raises:
-            SavedPartError: If a key is missing or unknown, and no newer xbt wrote an unknown one.
-        """
-        missing = sorted(set(keys) - set(self.values))
+        if self.values.get("format") != form:
+            raise SavedPartError(
+                f"{file} does not describe a {form.replace('_', ' ')}: its format is "
+                f"{self.values.get('format')!r:.80}; load another directory, or save it again"
+            )
+        missing = sorted({*COMMON_KEYS, *keys} - set(self.values))
         if missing:
             raise SavedPartError(
-                f"{self.file} lacks or misnames a key: {', '.join(map(repr, missing))} "
+                f"{file} lacks or misnames a key: {', '.join(map(repr, missing))} "
                 f"{'is' if len(missing) == 1 else 'are'} missing; save or download it again"
             )
-        return self.only(self.values, {*keys, *optional})
+        self.values = self.only(self.values, {*COMMON_KEYS, *keys, *optional, DIGESTS_KEY})
 
-    def only(self, values: Mapping[str, Any], known: Collection[str], where: str = "") -> dict[str, Any]:
+    def only(self, values: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
         """A section of the config without the keys that only a newer xbt knows.
 
         Args:
             values: The section.
-            known: Every key it may have.
+            keys: Every key it may have.
             where: Name of the section, such as ``"options"``.
 
         Raises:
@@ -84,10 +97,10 @@ class SavedConfig:
             raise SavedPartError(
                 f"{self.file} lacks or misnames a key: {where or 'it'} must be an object, got {values!r:.80}"
             )
-        unknown = [f"{where}.{key}" if where else key for key in sorted(set(values) - set(known))]
+        unknown = [f"{where}.{key}" if where else key for key in sorted(set(values) - set(keys))]
         if unknown:
             self._drop(unknown)
-        return {key: value for key, value in values.items() if key in known}
+        return {key: value for key, value in values.items() if key in keys}
 
     def space(self, name: str) -> EmbeddingSpace | None:
         """Read a space from the config; ``None`` for null.
@@ -115,6 +128,14 @@ class SavedConfig:
                 "may hold NaN; save or download it again"
             )
         return space
+
+    def check_files(self) -> None:
+        """Compare the files beside the config with the digests that it records, if it does.
+
+        Raises:
+            SavedPartError: If a file is missing or was changed.
+        """
+        check_digests(self.file.parent, self.values.get(DIGESTS_KEY))
 
     def _drop(self, unknown: list[str]) -> None:
         written = self.values.get("xbt_version")

@@ -1,4 +1,4 @@
-"""Model names: public ones, valid on every machine, and local paths."""
+"""Names: of Hub repositories, and of models, public or paths of this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ Naming = Callable[[str], str]
 
 LOCAL = "local:"
 """Prefix for models that were local paths on the uploader's machine."""
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+def is_repository(name: str) -> bool:
+    """True if a name has the form of a Hub repository, ``org/name``."""
+    return bool(_REPO_ID.fullmatch(name)) and not name.startswith(".") and ".." not in name
 
 
 def public_name(model: str) -> str:

@@ -6,43 +6,102 @@ import warnings
 from abc import abstractmethod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelHubMixin
+from torch import nn
 
+from xbt.errors import SavedPartError, XbtError
 from xbt.hub.cards import MARK, CardData, CardFacts, make_card
-from xbt.hub.configs import combined_warning
-from xbt.hub.files import CARD_NAME
+from xbt.hub.configs import DIGESTS_KEY, SavedConfig, combined_warning
+from xbt.hub.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, digests, write_config
 from xbt.hub.names import LOCAL, Naming, public_name, resolved_name
-from xbt.hub.transfer import fetch, require_repository, upload
+from xbt.hub.transfer import HubAccess, fetch, require_repository, upload
+from xbt.hub.weights import SPARE_BYTES, build_and_load, save_weights
+from xbt.version import __version__
 
 
 class HubArtifact(ModelHubMixin, library_name="xbt"):
     """Base class of everything that can be saved, loaded and pushed.
 
-    A subclass writes its files (:meth:`_write`), reads them (:meth:`_read`), and gives the facts for its
-    model card (:meth:`_facts`).
+    A subclass names its format and the keys of its config, describes itself (:meth:`_config`), builds an
+    instance from such a description (:meth:`_build`), and gives the facts for its model card
+    (:meth:`_facts`). Its weights are the ``state_dict`` of a module. Everything else happens here: files,
+    versions, digests, and the checks of names, shapes and sizes before memory is allocated.
+
+    Attributes:
+        format_name: Name of the format, which its config records.
+        config_keys: Keys that its config must have, beside :data:`~xbt.hub.configs.COMMON_KEYS`.
+        optional_keys: Keys that its config may have.
+        spare_bytes: Bytes that building it may allocate beyond eight times the size of its weights.
     """
 
+    format_name: ClassVar[str]
+    config_keys: ClassVar[tuple[str, ...]]
+    optional_keys: ClassVar[tuple[str, ...]] = ()
+    spare_bytes: ClassVar[int] = SPARE_BYTES
+
     @abstractmethod
-    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        """Write config and weights.
+    def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
+        """JSON-able description: a value for each of :attr:`config_keys`.
 
         Args:
-            directory: An existing directory.
             naming: Form of model names: with paths for this machine, or without for others.
-            card: The owner's content; the config only uses its ``base``.
+            card: The owner's content, of which only ``base`` matters here.
         """
 
     @classmethod
-    @abstractmethod
-    def _read(cls, directory: Path, device: str | torch.device) -> Self:
-        """Read what :meth:`_write` wrote."""
+    def _build(cls, config: SavedConfig) -> nn.Module:
+        """Build the module that :meth:`_config` described, with any weights; its errors become sentences."""
+        raise NotImplementedError(f"{cls.__name__} has no weights of its own and reads its files itself")
 
     @abstractmethod
     def _facts(self, card: CardData) -> CardFacts:
         """Facts for the model card."""
+
+    def _write_files(self, directory: Path, naming: Naming, card: CardData) -> list[str]:
+        """Write what belongs beside the config, here the weights, and return the names of the files."""
+        assert isinstance(self, nn.Module)
+        save_weights(self, directory / WEIGHTS_NAME)
+        return [WEIGHTS_NAME]
+
+    def _write(self, directory: Path, naming: Naming, card: CardData) -> list[str]:
+        """Write config and weights into a directory, and return the names of the files."""
+        directory.mkdir(parents=True, exist_ok=True)
+        names = self._write_files(directory, naming, card)
+        config = {
+            "format": self.format_name,
+            "xbt_version": __version__,
+            **self._config(naming, card),
+            DIGESTS_KEY: digests(directory, names),
+        }
+        write_config(directory / CONFIG_NAME, config)
+        return [CONFIG_NAME, *names]
+
+    @classmethod
+    def _open_config(cls, directory: Path) -> SavedConfig:
+        """Read the config in a directory and check its format and keys."""
+        return SavedConfig(directory / CONFIG_NAME, cls.format_name, cls.config_keys, cls.optional_keys)
+
+    @classmethod
+    def _read(cls, directory: Path, device: str | torch.device, access: HubAccess) -> Self:
+        """Read what :meth:`_write` wrote; ``access`` is for models that the config only names."""
+        config = cls._open_config(directory)
+        try:
+            artifact = build_and_load(
+                directory / WEIGHTS_NAME, lambda: cls._build(config), config.file, cls.spare_bytes
+            )
+        except SavedPartError:
+            raise
+        except XbtError as error:
+            raise SavedPartError(f"{config.file} cannot be used: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise SavedPartError(f"{config.file} lacks or misnames a key: {error}") from error
+        if not isinstance(artifact, cls):
+            raise SavedPartError(f"{directory} holds a {type(artifact).__name__}, not a {cls.__name__}")
+        config.check_files()
+        return artifact.to(device)
 
     def save_pretrained(
         self,
@@ -129,7 +188,7 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
             )
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -139,6 +198,7 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
         token: str | bool | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        **options: Any,
     ) -> Self:
         """Load a saved artifact, strictly, from a directory or a Hub repository.
 
@@ -153,6 +213,8 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
             token: Hub access token, for private repositories.
             force_download: Download again what the cache already holds.
             local_files_only: Use the cache alone; ``HF_HUB_OFFLINE=1`` does so everywhere.
+            **options: Further options of the class, such as ``base`` of a
+                :class:`~xbt.compatible.CompatibleEncoder`.
 
         Returns:
             The object in eval mode.
@@ -172,8 +234,9 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
             force_download=force_download,
             local_files_only=local_files_only,
         )
+        access = HubAccess(None, cache_dir, token, local_files_only)
         with combined_warning():
-            return cls._read(directory, device)
+            return cls._read(directory, device, access, **options)
 
     def generate_model_card(self, card: CardData | None = None, repo_id: str | None = None) -> ModelCard:
         """Make the card that is saved beside the weights; see :func:`~xbt.hub.cards.make_card`."""
@@ -195,7 +258,6 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
     def _save(self, directory: Path, naming: Naming, card: CardData, repo_id: str | None) -> None:
         # The card is made first, so that a report that cannot be read leaves nothing half-saved.
         page = self.generate_model_card(card, repo_id)
-        directory.mkdir(parents=True, exist_ok=True)
         self._write(directory, naming, card)
         _write_card(directory / CARD_NAME, page, card)
 

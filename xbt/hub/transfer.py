@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
+import torch
 from huggingface_hub import CommitInfo, HfApi, is_offline_mode, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,11 +22,11 @@ from huggingface_hub.errors import (
 
 from xbt.errors import SavedPartError
 from xbt.hub.files import CONFIG_NAME, PART_FILES, is_pickled
+from xbt.hub.names import is_repository
 
 SAFE_PATTERNS = ("*.json", "*.txt", "*.model")
 """Files that are downloaded from any model's repository besides its weights: configs and tokenizer files, no
 code and no pickles."""
-_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DEFAULT_BRANCH = "main"
 _LEGACY_ID = re.compile(r"\w[\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -51,9 +53,15 @@ class HubAccess:
         return replace(self, revision=revision)
 
 
-def is_repository(name: str) -> bool:
-    """True if a name has the form of a Hub repository, ``org/name``."""
-    return bool(_REPO_ID.fullmatch(name)) and not name.startswith(".") and ".." not in name
+class LoadOptions(TypedDict, total=False):
+    """Options of :meth:`~xbt.hub.HubArtifact.from_pretrained`, which describes them."""
+
+    device: str | torch.device
+    revision: str | None
+    cache_dir: str | Path | None
+    token: str | bool | None
+    force_download: bool
+    local_files_only: bool
 
 
 def fetch(
@@ -178,7 +186,7 @@ def first_line(error: Exception) -> str:
 def split_revision(source: str) -> tuple[str, str | None]:
     """Split ``org/name@revision``; a path of an existing directory is never split."""
     repo, at, revision = source.rpartition("@")
-    if not at or not revision or Path(source).expanduser().exists() or not _REPO_ID.fullmatch(repo):
+    if not at or not revision or Path(source).expanduser().exists() or not is_repository(repo):
         return source, None
     return repo, revision
 

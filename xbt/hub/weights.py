@@ -22,7 +22,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 MAX_HEADER = 4 * 2**20
 """Longest header of a safetensors file that is parsed, in bytes; 1,000 tensors need a 30th of it."""
-_SPARE_BYTES = 4 * 2**20
+SPARE_BYTES = 4 * 2**20
+"""Bytes that a build may allocate beyond :data:`_BUDGET_FACTOR` times the size of the saved weights."""
 _SPARE_TENSORS = 10_000
 _BUDGET_FACTOR = 8
 """A build may allocate this many times the size and number of the saved tensors."""
@@ -99,7 +100,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def build_and_load(
-    path: Path, build: Callable[[], ModuleT], config: Path, spare_bytes: int = _SPARE_BYTES
+    path: Path, build: Callable[[], ModuleT], config: Path, spare_bytes: int = SPARE_BYTES
 ) -> ModuleT:
     """Build the module that a config describes, and load its weights once both agree.
 
@@ -128,7 +129,7 @@ def build_and_load(
 
 
 @contextmanager
-def limit_allocations(files: Sequence[Path], config: Path, spare_bytes: int = _SPARE_BYTES) -> Iterator[None]:
+def limit_allocations(files: Sequence[Path], config: Path, spare_bytes: int = SPARE_BYTES) -> Iterator[None]:
     """Refuse tensors within the block that are far larger than the weights in the files.
 
     Args:

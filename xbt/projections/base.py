@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xbt.encoders.loading import hub_repository
-from xbt.errors import DataError, SpaceMismatchError, XbtError
-from xbt.heads.saving import known_head
+from xbt.encoders.configs import hub_repository
+from xbt.errors import DataError, SavedPartError, SpaceMismatchError
 from xbt.hub import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -24,18 +21,12 @@ from xbt.hub import (
     HubArtifact,
     Naming,
     SavedConfig,
-    SavedPartError,
-    build_and_load,
-    check_digests,
-    digests,
+    described_space,
     public_name,
     quoted,
-    save_weights,
-    write_config,
 )
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors, as_floating, require_finite, unit_rows
-from xbt.version import __version__
 
 Modality = Literal["text", "image"]
 
@@ -57,6 +48,8 @@ class Projection(nn.Module, HubArtifact):
         method: The name of the method that fitted it, if known; a model card names it.
     """
 
+    format_name = "projection"
+    config_keys = ("kind", "method", "new_dim", "old_dim", "options", "new_space", "old_space")
     kind: ClassVar[str]
     method: str | None = None
     _kinds: ClassVar[dict[str, type[Projection]]] = {}
@@ -157,15 +150,62 @@ class Projection(nn.Module, HubArtifact):
             require_finite(rows.reshape(-1, self.new_dim), _GIVEN)
         return rows
 
-    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        _write_projection(self, directory, naming)
-
-    def _facts(self, card: CardData) -> CardFacts:
-        return _card_facts(self, card)
+    def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "method": self.method,
+            "new_dim": self.new_dim,
+            "old_dim": self.old_dim,
+            "options": self.options(),
+            "new_space": described_space(self.new_space, naming),
+            "old_space": described_space(self.old_space, naming),
+        }
 
     @classmethod
-    def _read(cls, directory: Path, device: str | torch.device) -> Self:
-        return _read_projection(directory, cls, cls._kinds).to(device)
+    def _build(cls, config: SavedConfig) -> Projection:
+        values = config.values
+        kind = cls._kinds.get(values["kind"]) if isinstance(values["kind"], str) else None
+        if kind is None:
+            raise SavedPartError(
+                f"{config.file} is of kind {values['kind']!r}, not a projection; the known kinds are "
+                f"{', '.join(sorted(cls._kinds))}"
+            )
+        options = kind._options(config)
+        spaces = (config.space("new_space"), config.space("old_space"))
+        projection = kind(values["new_dim"], values["old_dim"], **options)
+        projection.set_spaces(*spaces)
+        projection.method = values["method"] if isinstance(values["method"], str) else None
+        return projection
+
+    @classmethod
+    def _options(cls, config: SavedConfig) -> dict[str, Any]:
+        """Options in a config, without those that only a newer xbt knows."""
+        names = [name for name in inspect.signature(cls.__init__).parameters if name not in _APART]
+        return config.only(config.values["options"], names, "options")
+
+    def _facts(self, card: CardData) -> CardFacts:
+        spaces = {"new": self.new_space, "old": self.old_space}
+        names = {
+            side: quoted(public_name(space.model)) if space else f"the {side} model"
+            for side, space in spaces.items()
+        }
+        base = card.base or (self.new_space.model if self.new_space else "")
+        return CardFacts(
+            title="A projection into the space of an older model",
+            summary=(
+                f"A {type(self).__name__} made with xbt: it maps vectors of {names['new']} "
+                f"({self.new_dim}-d) into the space of {names['old']} ({self.old_dim}-d), so that a gallery "
+                "which the old model embedded can be searched with the new one. Nothing in that gallery "
+                "needs to be embedded again. One map serves texts and images."
+            ),
+            snippet=_SNIPPET.format(new_dim=self.new_dim, old_dim=self.old_dim),
+            method=described_method(self.method, self.kind),
+            limits=_LIMITS,
+            spaces=spaces,
+            base=hub_repository(base),
+            tags=("clip", "projection"),
+            pipeline_tag="feature-extraction",
+        )
 
 
 def _is_extreme(rows: Tensor) -> bool:
@@ -249,10 +289,6 @@ class LinearProjection(Projection):
         return {"bias": self.bias is not None, "image_bias": self.image_bias is not None}
 
 
-ProjectionT = TypeVar("ProjectionT", bound="Projection")
-
-_KEYS = ("xbt_version", "kind", "new_dim", "old_dim", "options", "new_space", "old_space")
-_LATER = ("method", "sha256")
 _APART = ("self", "new_dim", "old_dim", "new_space", "old_space")
 
 _SNIPPET = """import torch
@@ -270,100 +306,6 @@ _LIMITS = (
     "It was judged, if at all, on the data named under Results; measure it on your own before you rely on "
     "it.",
 )
-
-
-def _write_projection(projection: Projection, directory: Path, naming: Naming) -> None:
-    """Write config and weights."""
-    save_weights(projection, directory / WEIGHTS_NAME)
-    spaces = {"new_space": projection.new_space, "old_space": projection.old_space}
-    config = {
-        "xbt_version": __version__,
-        "kind": projection.kind,
-        **({"method": projection.method} if projection.method else {}),
-        "new_dim": projection.new_dim,
-        "old_dim": projection.old_dim,
-        "options": projection.options(),
-        **{
-            key: each.to_dict() | {"model": naming(each.model)} if each else None
-            for key, each in spaces.items()
-        },
-        "sha256": digests(directory, [WEIGHTS_NAME]),
-    }
-    write_config(directory / CONFIG_NAME, config)
-
-
-def _read_projection(
-    directory: Path, asked: type[ProjectionT], kinds: Mapping[str, type[Projection]]
-) -> ProjectionT:
-    """Build the projection that :func:`_write_projection` wrote and load its weights, strictly.
-
-    Args:
-        directory: Where it was saved.
-        asked: The class it must be of.
-        kinds: Every class, by its kind.
-
-    Raises:
-        SavedPartError: If a file is missing, damaged, changed, of another kind, or does not fit the other.
-    """
-    file = directory / CONFIG_NAME
-    config = SavedConfig(file)
-    kind = config.values.get("kind")
-    if not isinstance(kind, str) or kind not in kinds:
-        raise SavedPartError(
-            f"{file} is of kind {kind!r}, not a projection; the known kinds are {', '.join(sorted(kinds))}"
-        )
-    chosen = kinds[kind]
-    if not issubclass(chosen, asked):
-        raise SavedPartError(f"{directory} holds a {chosen.__name__}, not a {asked.__name__}")
-    values = config.known(_KEYS, _LATER)
-    known = [name for name in inspect.signature(chosen.__init__).parameters if name not in _APART]
-    options = config.only(values["options"], known, "options")
-    if "head_options" in options:
-        _, options["head_options"] = known_head(
-            config, options.get("head", ""), options["head_options"], "options.head_options"
-        )
-    spaces = {key: config.space(key) for key in ("new_space", "old_space")}
-    new_dim, old_dim = values["new_dim"], values["old_dim"]
-    try:
-        projection = build_and_load(
-            directory / WEIGHTS_NAME, lambda: chosen(new_dim, old_dim, **options, **spaces), file
-        )
-    except SavedPartError:
-        raise
-    except XbtError as error:
-        raise SavedPartError(f"{file} cannot be used: {error}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise SavedPartError(f"{file} lacks or misnames a key: {error}") from error
-    check_digests(directory, values.get("sha256"))
-    method = values.get("method")
-    projection.method = method if isinstance(method, str) else None
-    return projection
-
-
-def _card_facts(projection: Projection, card: CardData) -> CardFacts:
-    """Facts for the model card of a projection."""
-    spaces = {"new": projection.new_space, "old": projection.old_space}
-    names = {
-        side: quoted(public_name(space.model)) if space else f"the {side} model"
-        for side, space in spaces.items()
-    }
-    base = card.base or (projection.new_space.model if projection.new_space else "")
-    return CardFacts(
-        title="A projection into the space of an older model",
-        summary=(
-            f"A {type(projection).__name__} made with xbt: it maps vectors of {names['new']} "
-            f"({projection.new_dim}-d) into the space of {names['old']} ({projection.old_dim}-d), so that a "
-            "gallery which the old model embedded can be searched with the new one. Nothing in that gallery "
-            "needs to be embedded again. One map serves texts and images."
-        ),
-        snippet=_SNIPPET.format(new_dim=projection.new_dim, old_dim=projection.old_dim),
-        method=described_method(projection.method, projection.kind),
-        limits=_LIMITS,
-        spaces=spaces,
-        base=hub_repository(base),
-        tags=("clip", "projection"),
-        pipeline_tag="feature-extraction",
-    )
 
 
 _METHODS = {

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from xbt.errors import ConfigError, DataError, SpaceMismatchError, XbtError
+from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation.cells import DIRECTIONS
 from xbt.hub import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
     CardData,
     CardFacts,
     HubArtifact,
     Naming,
     SavedConfig,
-    SavedPartError,
-    build_and_load,
-    check_digests,
-    digests,
+    described_space,
     public_name,
     quoted,
-    save_weights,
-    write_config,
 )
 from xbt.projections.base import Modality
 from xbt.projections.combinations import (
@@ -41,7 +33,6 @@ from xbt.projections.combinations import (
 )
 from xbt.space import EmbeddingSpace
 from xbt.vectors import unit_rows
-from xbt.version import __version__
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Direction → name → what a combination needs beyond its numbers."""
@@ -70,6 +61,9 @@ class QueryEnsemble(nn.Module, HubArtifact):
         SpaceMismatchError: If the space's dimension is not ``old_dim``.
     """
 
+    format_name = "query_ensemble"
+    config_keys = ("old_dim", "directions", "old_space")
+
     def __init__(
         self,
         old_dim: int,
@@ -89,7 +83,7 @@ class QueryEnsemble(nn.Module, HubArtifact):
             )
         self.old_dim = old_dim
         self.old_space = old_space
-        self.directions = {each: directions[each] for each in DIRECTIONS if each in directions}
+        self.directions = {name: directions[name] for name in DIRECTIONS if name in directions}
         given = tensors or {}
         for direction in sorted(set(given) - set(self.directions)):
             raise DataError(f"there are tensors for {direction!r}, but no combination; leave them out")
@@ -198,15 +192,45 @@ class QueryEnsemble(nn.Module, HubArtifact):
             )
         return vectors if vectors.dtype == torch.float64 else vectors.float()
 
-    def _write(self, directory: Path, naming: Naming, card: CardData) -> None:
-        _write_ensemble(self, directory, naming)
-
-    def _facts(self, card: CardData) -> CardFacts:
-        return _card_facts(self)
+    def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
+        directions = {
+            direction: {
+                **combination.to_dict(),
+                "tensors": {name: list(rows.shape) for name, rows in self.tensors(direction).items()},
+            }
+            for direction, combination in self.directions.items()
+        }
+        return {
+            "old_dim": self.old_dim,
+            "directions": directions,
+            "old_space": described_space(self.old_space, naming),
+        }
 
     @classmethod
-    def _read(cls, directory: Path, device: str | torch.device) -> Self:
-        return _read_ensemble(directory, cls).to(device)
+    def _build(cls, config: SavedConfig) -> QueryEnsemble:
+        directions = _saved_directions(config)
+        return cls(int(config.values["old_dim"]), *directions, config.space("old_space"))
+
+    def _facts(self, card: CardData) -> CardFacts:
+        space = self.old_space
+        old = quoted(public_name(space.model)) if space else "an older model"
+        rules = "; ".join(f"{direction}: {rule.mode}" for direction, rule in self.directions.items())
+        return CardFacts(
+            title="Old and new queries combined",
+            summary=(
+                f"A query ensemble made with xbt: it combines what {old} makes of a query with what a newer "
+                "model, projected into the same space, makes of it, and the gallery stays as it is."
+            ),
+            snippet=_SNIPPET.format(dim=self.old_dim, direction=next(iter(self.directions))),
+            method=(
+                f"The rule per direction is {rules}. Spherical and linear interpolation of old and new "
+                'queries follow "SLERP for backward-compatible multimodal retrieval" '
+                "([arXiv 2609.39836](https://arxiv.org/abs/2609.39836))."
+            ),
+            limits=_LIMITS,
+            spaces={"old": space},
+            tags=("clip", "query-ensemble"),
+        )
 
 
 def direction_of(modality: Modality) -> str:
@@ -229,12 +253,6 @@ __all__ = [
     "direction_of",
 ]
 
-
-EnsembleT = TypeVar("EnsembleT", bound="QueryEnsemble")
-
-_KIND = "query_ensemble"
-_KEYS = ("xbt_version", "kind", "old_dim", "directions", "old_space")
-
 _SNIPPET = """import torch
 from xbt import QueryEnsemble
 
@@ -251,91 +269,19 @@ _LIMITS = (
 )
 
 
-def _write_ensemble(ensemble: QueryEnsemble, directory: Path, naming: Naming) -> None:
-    """Write config and tensors."""
-    save_weights(ensemble, directory / WEIGHTS_NAME)
-    directions = {
-        direction: {
-            **combination.to_dict(),
-            "tensors": {name: list(each.shape) for name, each in ensemble.tensors(direction).items()},
-        }
-        for direction, combination in ensemble.directions.items()
-    }
-    space = ensemble.old_space
-    config = {
-        "xbt_version": __version__,
-        "kind": _KIND,
-        "old_dim": ensemble.old_dim,
-        "directions": directions,
-        "old_space": space.to_dict() | {"model": naming(space.model)} if space else None,
-        "sha256": digests(directory, [WEIGHTS_NAME]),
-    }
-    write_config(directory / CONFIG_NAME, config)
-
-
-def _read_ensemble(directory: Path, kind: type[EnsembleT]) -> EnsembleT:
-    """Build the ensemble that :func:`_write_ensemble` wrote and load its tensors, strictly.
-
-    Raises:
-        SavedPartError: If a file is missing, damaged, changed, of another kind, or does not fit the other.
-    """
-    file = directory / CONFIG_NAME
-    config = SavedConfig(file)
-    if config.values.get("kind") != _KIND:
-        raise SavedPartError(f"{file} is of kind {config.values.get('kind')!r}, not a query ensemble")
-    values = config.known(_KEYS, ["sha256"])
-    space = config.space("old_space")
-    try:
-        ensemble = build_and_load(
-            directory / WEIGHTS_NAME,
-            lambda: kind(int(values["old_dim"]), *_directions(config, values["directions"]), space),
-            file,
-        )
-    except SavedPartError:
-        raise
-    except (XbtError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        raise SavedPartError(f"{file} does not describe a query ensemble: {error}") from error
-    check_digests(directory, values.get("sha256"))
-    return ensemble
-
-
-def _directions(
-    config: SavedConfig, described: dict[str, Any]
+def _saved_directions(
+    config: SavedConfig,
 ) -> tuple[dict[str, Combination], dict[str, dict[str, Tensor]]]:
     """The combinations a config describes, and zeros where their tensors will be."""
     directions: dict[str, Combination] = {}
     tensors: dict[str, dict[str, Tensor]] = {}
-    for direction, entry in described.items():
+    for direction, entry in config.values["directions"].items():
         numbers = keys_of_mode(entry.get("mode"))
         # A mode that is not known is left for what follows to refuse.
-        known = {*numbers, "mode", "tensors"} if numbers else set(entry)
-        values = config.only(entry, known, f"directions.{direction}")
+        keys = {*numbers, "mode", "tensors"} if numbers else set(entry)
+        values = config.only(entry, keys, f"directions.{direction}")
         shapes = {name: tuple(map(int, shape)) for name, shape in values.pop("tensors").items()}
         directions[direction] = combination_from_dict(values)
         # Expanded zeros take no memory before the shape has been checked.
         tensors[direction] = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     return directions, tensors
-
-
-def _card_facts(ensemble: QueryEnsemble) -> CardFacts:
-    """Facts for the model card of an ensemble."""
-    space = ensemble.old_space
-    old = quoted(public_name(space.model)) if space else "an older model"
-    rules = "; ".join(f"{direction}: {each.mode}" for direction, each in ensemble.directions.items())
-    return CardFacts(
-        title="Old and new queries combined",
-        summary=(
-            f"A query ensemble made with xbt: it combines what {old} makes of a query with what a newer "
-            "model, projected into the same space, makes of it, and the gallery stays as it is."
-        ),
-        snippet=_SNIPPET.format(dim=ensemble.old_dim, direction=next(iter(ensemble.directions))),
-        method=(
-            f"The rule per direction is {rules}. Spherical and linear interpolation of old and new queries "
-            "follow "
-            '"SLERP for backward-compatible multimodal retrieval" '
-            "([arXiv 2609.39836](https://arxiv.org/abs/2609.39836))."
-        ),
-        limits=_LIMITS,
-        spaces={"old": space},
-        tags=("clip", "query-ensemble"),
-    )

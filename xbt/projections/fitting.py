@@ -18,7 +18,7 @@ from xbt.projections.ridge import fit_low_rank, fit_ridge, low_rank_from, ridge_
 from xbt.projections.sources import Source
 from xbt.projections.whitened import fit_whitened_procrustes, whitened_procrustes_from
 from xbt.space import EmbeddingSpace
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 
 _APART = ("new", "old", "pairs")
 

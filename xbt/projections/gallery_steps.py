@@ -22,19 +22,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from xbt.errors import ConfigError, DataError, XbtError
+from xbt.errors import ConfigError, DataError, SavedPartError, XbtError
 from xbt.evaluation.cells import DIRECTIONS
-from xbt.hub import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    SavedConfig,
-    SavedPartError,
-    build_and_load,
-    check_digests,
-    digests,
-    save_weights,
-    write_config,
-)
+from xbt.hub.configs import DIGESTS_KEY, SavedConfig
+from xbt.hub.files import CONFIG_NAME, WEIGHTS_NAME, digests, write_config
+from xbt.hub.weights import build_and_load, save_weights
 from xbt.projections.base import Modality
 from xbt.projections.caption_map import CaptionForwardMap, require_share
 from xbt.projections.ensemble import QueryEnsemble
@@ -42,8 +34,7 @@ from xbt.projections.hubness import HubnessBias
 from xbt.vectors import Vectors, as_vectors, unit_rows
 from xbt.version import __version__
 
-_KIND = "gallery_steps"
-_KEYS = ("xbt_version", "kind", "directions", "forward", "sha256")
+_FORMAT = "gallery_steps"
 
 
 class GallerySteps(nn.Module):
@@ -229,11 +220,11 @@ class GallerySteps(nn.Module):
             self.forward_map.save_pretrained(path / "forward")
         save_weights(self.bias, path / WEIGHTS_NAME)
         config = {
+            "format": _FORMAT,
             "xbt_version": __version__,
-            "kind": _KIND,
             "directions": self.to_dict(),
             "forward": self.forward_map is not None,
-            "sha256": digests(path, [WEIGHTS_NAME]),
+            DIGESTS_KEY: digests(path, [WEIGHTS_NAME]),
         }
         write_config(path / CONFIG_NAME, config)
         return path
@@ -246,10 +237,8 @@ class GallerySteps(nn.Module):
             SavedPartError: If a file is missing, damaged, changed, of another kind, or does not fit another.
         """
         path = Path(directory)
-        config = SavedConfig(path / CONFIG_NAME)
-        if config.values.get("kind") != _KIND:
-            raise SavedPartError(f"{config.file} is of kind {config.values.get('kind')!r}, not gallery steps")
-        values = config.known(_KEYS)
+        config = SavedConfig(path / CONFIG_NAME, _FORMAT, ("directions", "forward"))
+        values = config.values
         ensemble = QueryEnsemble.from_pretrained(path / "ensemble")
         forward_map = CaptionForwardMap.from_pretrained(path / "forward") if values["forward"] else None
         try:
@@ -265,5 +254,5 @@ class GallerySteps(nn.Module):
             raise
         except (XbtError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise SavedPartError(f"{config.file} does not describe gallery steps: {error}") from error
-        check_digests(path, values["sha256"])
+        config.check_files()
         return made.eval()

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from xbt.errors import ConfigError
 from xbt.heads import CompatibleHead, make_head
+from xbt.heads.base import known_options
+from xbt.hub import SavedConfig
 from xbt.projections.base import Modality, Projection
 from xbt.space import EmbeddingSpace
 
@@ -113,3 +115,11 @@ class HeadProjection(Projection):
     def options(self) -> dict[str, Any]:
         """Kind and options of the head, and which part of it goes out."""
         return {"head": self.head.kind, "head_options": self.head.options(), "output": self.output}
+
+    @classmethod
+    def _options(cls, config: SavedConfig) -> dict[str, Any]:
+        options = super()._options(config)
+        options["head_options"] = known_options(
+            config, options["head"], options["head_options"], "options.head_options"
+        )
+        return options

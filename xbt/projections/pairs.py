@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from xbt.errors import DataError
 from xbt.evaluation.cells import DIRECTIONS
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 from xbt.vectors import Vectors, as_vectors, unit_rows
 
 _ROUNDING = 1e-6

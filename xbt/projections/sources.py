@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 from xbt.vectors import Vectors, as_floating, require_dense, require_finite
 
 Source = Tensor | NDArray[np.floating] | EmbeddingStore | Iterable[Vectors]

@@ -1,19 +1,106 @@
-"""Cost of an upgrade per query, and cost of embedding the gallery again."""
+"""Cost of an upgrade per query, and cost of embedding the gallery again.
+
+On a shared machine the seconds of one run mean little. Alternatives are therefore timed in turns in one
+process and compared round by round, because a disturbance affects all alternatives of a round.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from xbt.bench import Spread, side_by_side
+import torch
+
+from xbt.errors import ConfigError
 from xbt.report.measure import Measured
 from xbt.report.sample import Sample
 
 ROUNDS = 9
 BYTES_PER_VALUE = 2
 _HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Values of all rounds: seconds, or ratios of seconds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def min(self) -> float:
+        """Minimum."""
+        return min(self.values)
+
+    @property
+    def median(self) -> float:
+        """Median."""
+        return statistics.median(self.values)
+
+    @property
+    def max(self) -> float:
+        """Maximum."""
+        return max(self.values)
+
+    def over(self, other: Spread) -> Spread:
+        """Divide by another spread, round by round."""
+        return Spread(tuple(a / b for a, b in zip(self.values, other.values, strict=True)))
+
+    def minus(self, other: Spread) -> Spread:
+        """Subtract another spread, round by round."""
+        return Spread(tuple(a - b for a, b in zip(self.values, other.values, strict=True)))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.min:.2f}, {self.max:.2f}]"
+
+
+Timings = dict[str, Spread]
+"""Seconds of every round, per contender."""
+
+
+def side_by_side(contenders: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1) -> Timings:
+    """Time contenders in turns; every round starts with the next one.
+
+    Args:
+        contenders: Functions by name. On CUDA the timer waits for each to finish.
+        rounds: Measured rounds; every contender runs once in each.
+        warmup: Rounds before them that are not measured.
+
+    Returns:
+        Seconds per contender and round.
+
+    Raises:
+        ConfigError: If there is no contender, or ``rounds`` is less than 1 or ``warmup`` negative.
+    """
+    if not contenders:
+        raise ConfigError("there is nothing to time; give at least one contender")
+    if rounds < 1 or warmup < 0:
+        raise ConfigError(f"rounds is {rounds} and warmup {warmup}, but must be at least 1 and 0")
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(-warmup, rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            taken = _seconds(contenders[name])
+            if number >= 0:
+                seconds[name].append(taken)
+    return {name: Spread(tuple(values)) for name, values in seconds.items()}
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    _wait()
+    start = time.perf_counter()
+    run()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import warnings
 from dataclasses import fields
 
 from xbt.errors import ConfigError, DataError
-from xbt.projections.auto.choose import MIN_IMAGES
+from xbt.projections.auto.selection import MIN_IMAGES
 from xbt.report.config import FailUnder, UpgradeReportConfig
 from xbt.report.cost import measure_cost
 from xbt.report.curve import MIN_ITEMS, expect_curve

@@ -21,8 +21,7 @@ from xbt.evaluation import (
 from xbt.evaluation.cells import DIRECTIONS
 from xbt.projections import Decision, PairVectors, QueryEnsemble, choose_projection, fit_projection
 from xbt.projections.auto.candidates import NEW_ALONE
-from xbt.projections.auto.choose import MIN_IMAGES
-from xbt.projections.auto.selection import GainTest
+from xbt.projections.auto.selection import MIN_IMAGES, GainTest
 from xbt.report.config import UpgradeReportConfig
 from xbt.report.sample import Sample
 

@@ -8,8 +8,7 @@ from typing import Literal
 
 from xbt.errors import ConfigError
 from xbt.evaluation import Interval, differences, recovered_gain
-from xbt.projections.auto.choose import MIN_IMAGES
-from xbt.projections.auto.selection import GainTest, run_gain_test
+from xbt.projections.auto.selection import MIN_IMAGES, GainTest, run_gain_test
 from xbt.report.config import FailUnder
 from xbt.report.measure import ALONE, NEW, OLD, UPGRADED, Measured
 

@@ -6,17 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from xbt.serve.export import PgvectorTable as PgvectorTable
     from xbt.serve.export import export_interchange as export_interchange
+    from xbt.serve.export import export_pgvector as export_pgvector
     from xbt.serve.onnx import export_onnx as export_onnx
-    from xbt.serve.pgvector import PgvectorTable as PgvectorTable
-    from xbt.serve.pgvector import export_pgvector as export_pgvector
 
 # Loaded at first use: each needs other optional packages.
 _MODULES = {
-    "PgvectorTable": "xbt.serve.pgvector",
+    "PgvectorTable": "xbt.serve.export",
     "export_interchange": "xbt.serve.export",
     "export_onnx": "xbt.serve.onnx",
-    "export_pgvector": "xbt.serve.pgvector",
+    "export_pgvector": "xbt.serve.export",
 }
 
 __all__ = sorted(_MODULES)

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.nn.utils import parametrize
 
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.errors import ConfigError, XbtError
 from xbt.files import whole_file, write_record
 from xbt.optional import optional
-from xbt.projections import HeadProjection, Projection
-from xbt.projections.base import Modality
+from xbt.projections.base import Modality, Projection
 from xbt.projections.combinations import Adaptive, Combination
 from xbt.projections.ensemble import QueryEnsemble, direction_of
 from xbt.projections.forward import ForwardMap
+from xbt.projections.head_projection import HeadProjection
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
@@ -270,12 +270,12 @@ def _side(name: str, dim: int, space: EmbeddingSpace | None) -> dict[str, Any]:
 
 def _compare(runtime: Any, file: Path, graph: QueryGraph, projection: Projection) -> None:
     session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [each.name for each in session.get_inputs()]
+    names = [node.name for node in session.get_inputs()]
     for rows in _ROWS:
         given = example_inputs(graph, projection.new_dim, projection.old_dim, rows)
         with torch.no_grad():
             wanted = graph(*given)
-        feed = {name: each.numpy() for name, each in zip(names, given, strict=True)}
+        feed = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
         got = torch.from_numpy(session.run(["queries"], feed)[0])
         difference = float((got - wanted).abs().max())
         if not difference <= TOLERANCE:

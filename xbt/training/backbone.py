@@ -24,7 +24,8 @@ from xbt.errors import ConfigError, DataError
 from xbt.evaluation import compatibility_tax, evaluate_labels, prefix_vectors, update_gain
 from xbt.heads import HeadLoss, Prototypes, Targets, class_prototypes
 from xbt.run_dir import RunDirectory, write_json
-from xbt.store import EmbeddingStore, StoreBuilder
+from xbt.store.builder import StoreBuilder
+from xbt.store.store import EmbeddingStore
 from xbt.training.args import BackboneTraining
 from xbt.training.batches import LabelledBatches, ids_digest, leave_out_unreadable
 from xbt.training.cached_vectors import embed_split

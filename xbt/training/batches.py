@@ -23,7 +23,7 @@ from xbt.data import ImageTextPairs, LabelledImages
 from xbt.encoders import DualEncoder
 from xbt.errors import DataError, ImageError
 from xbt.run_dir import write_json
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 
 CACHE_BYTES = 512 * 2**20
 """Preprocessed pixels kept in memory per process: small sets are decoded once, large ones as they come."""

@@ -28,7 +28,7 @@ from xbt.errors import DataError, StoreError, TruncationWarning
 from xbt.evaluation import recall_at_k
 from xbt.run_dir import write_json
 from xbt.space import PROBE_TEXTS, EmbeddingSpace
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 from xbt.vectors import as_vectors
 
 Item = TypeVar("Item")

@@ -14,13 +14,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
 from xbt.encoders import DualEncoder, LoraSettings, add_lora, check_lora, load_encoder, set_lora_mode
 from xbt.errors import ConfigError, TruncationWarning
 from xbt.heads import BT2Head, HeadOutput, make_head
 from xbt.losses import Temperature, contrastive_loss, cosine_loss
-from xbt.projections import HeadProjection, LinearProjection, fit_projection
+from xbt.projections.base import LinearProjection
+from xbt.projections.fitting import fit_projection
+from xbt.projections.head_projection import HeadProjection
 from xbt.run_dir import RunDirectory
 from xbt.space import PROBE_TEXTS, EmbeddingSpace, draw_probe_images
 from xbt.training.args import TrainArgs

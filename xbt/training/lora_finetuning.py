@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
 from xbt.encoders import DualEncoder, LoraSettings, add_lora, check_lora, load_encoder, set_lora_mode
 from xbt.errors import ConfigError
 from xbt.losses import Temperature, contrastive_loss, cosine_loss
-from xbt.projections import Projection
+from xbt.projections.base import Projection
 from xbt.run_dir import RunDirectory
 from xbt.training.args import TrainArgs
 from xbt.training.batches import PairBatches

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from xbt.data import CaptionSource, read_captions
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError
-from xbt.projections import Projection, ResidualProjection
+from xbt.projections.base import Projection
 from xbt.projections.objective import NoisyVectors, Stage1Options
-from xbt.projections.residual import STAGE1_SCHEDULE, fit_stage1
+from xbt.projections.residual import STAGE1_SCHEDULE, ResidualProjection, fit_stage1
 from xbt.projections.trainer import MIN_ROWS, NO_DECAY, FitSchedule, Score
 from xbt.run_dir import RunDirectory
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 from xbt.training.args import TrainArgs
 from xbt.training.cached_vectors import TextVectors, embed_texts_once, open_text_stores
 from xbt.training.loop import LoopState, TrainingLoop, make_accelerator

@@ -25,6 +25,7 @@ from xbt.projections.auto.candidates import NEW_ALONE, Candidate, Fitter, defaul
 from xbt.projections.auto.cross_validation import CrossValidation, Deployed
 from xbt.projections.auto.decision import Decision, Evidence, StepTests
 from xbt.projections.auto.selection import (
+    MIN_IMAGES,
     CandidateRanks,
     GainTest,
     Selection,
@@ -41,9 +42,6 @@ from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source, random_access
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors, as_vectors
-
-MIN_IMAGES = 20
-"""Fewest images (or groups of texts) to judge on: fewer could not show any gain."""
 
 MAX_GROUPS = 1000
 """Most groups, or most texts without groups, that are held out of the fit."""

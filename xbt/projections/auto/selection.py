@@ -27,6 +27,9 @@ from xbt.evaluation import Difference, Interval, bootstrap_interval, compare_ran
 from xbt.evaluation.bootstrap import cautious_interval, means_and_errors
 from xbt.evaluation.retrieval import check_ks
 
+MIN_IMAGES = 20
+"""Fewest images (or groups of texts) to judge on: fewer could not show any gain."""
+
 Setting = str
 """Names one way to combine the old and the new query."""
 
