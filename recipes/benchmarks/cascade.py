@@ -137,7 +137,13 @@ def main(config: CascadeBenchmark) -> None:
         f"A cascade of depth {depth}",
         rows,
         f"{describe(config, world)}\n\n```text\n{curve}\n```\n\n{deployed['text']}",
-        config={**config_to_dict(config), "vectors": Path(config.vectors).name},
+        config=config_to_dict(config)
+        | {
+            "vectors": Path(config.vectors).name,
+            "old": Path(config.old).name,
+            "new": Path(config.new).name,
+            "pairs": Path(config.pairs.source).name,
+        },
         curve=curve.to_dict(),
         deployed=deployed,
     )
