@@ -260,8 +260,8 @@ def deployed_recall(config: CascadeBenchmark, world: World, depth: int) -> dict[
     shown = ", ".join(f"{name} {value:.1f} (new/new {new[name]:.1f})" for name, value in recall.items())
     plain_ms = 1000 * float(np.median(plain))
     text = (
-        f"All queries through one gallery and a cascade of depth {depth}, 256 at once, where new vectors that "
-        f"earlier queries have stored are searched as well: {shown}. A search of the old vectors alone takes "
+        f"All queries through one gallery and a cascade of depth {depth}, 256 at once, where new vectors "
+        f"that earlier queries have stored are searched as well: {shown}. A search of the old vectors alone takes "
         f"{plain_ms:.2f} ms."
     )
     return {"recall": recall, "new": new, "plain_ms": plain_ms, "text": text}
