@@ -261,8 +261,8 @@ def deployed_recall(config: CascadeBenchmark, world: World, depth: int) -> dict[
     plain_ms = 1000 * float(np.median(plain))
     text = (
         f"All queries through one gallery and a cascade of depth {depth}, 256 at once, where new vectors "
-        f"that earlier queries have stored are searched as well: {shown}. A search of the old vectors alone takes "
-        f"{plain_ms:.2f} ms."
+        f"that earlier queries have stored are searched as well: {shown}. A search of the old vectors alone "
+        f"takes {plain_ms:.2f} ms."
     )
     return {"recall": recall, "new": new, "plain_ms": plain_ms, "text": text}
 
