@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, SpaceMismatchError, StoreError
-from xbt.index.exact_search import ExactRows
 from xbt.index.faiss_index import ApproximateIndex, IndexManager, IndexPlan
 from xbt.index.protocol import EXACT_SCORES, METADATA, IndexInfo, VectorInfo
 from xbt.index.segments import Change, PartRecord, Rows, Segment, damaged
-from xbt.index.views import PartView, require_space
+from xbt.index.views import MovedRows, PartView, require_space
 from xbt.space import EmbeddingSpace
 from xbt.store.shards import as_table
 
@@ -83,7 +82,7 @@ class Part:
         self._trusted: weakref.WeakSet[EmbeddingSpace] = weakref.WeakSet()
         self._view: PartView | None = None
         self._moved: list[PartView] | None = None
-        self._moved_groups: list[tuple[NDArray[np.int64], ExactRows | None]] = []
+        self._moved_rows = MovedRows()
 
     @property
     def count(self) -> int:
@@ -161,7 +160,7 @@ class Part:
     def unmask_moved(self) -> None:
         """Make moved rows searchable again, for a part that becomes the only one."""
         self.masked, self._view, self._moved = self.removed, None, None
-        self._manager_made, self._moved_groups = None, []
+        self._manager_made, self._moved_rows = None, MovedRows()
 
     @property
     def _manager(self) -> IndexManager:
@@ -241,33 +240,9 @@ class Part:
         return view
 
     def moved_views(self) -> list[PartView]:
-        """Build searchable views of the rows moved to the new part.
-
-        Rows that have moved since the last call make a group. Small groups are joined, so that a row is read
-        a logarithmic number of times.
-        """
+        """Build searchable views of the rows moved to the new part."""
         if self._moved is None:
-            hidden = self.removed | ~self.masked
-            fresh = ~hidden
-            for rows, _ in self._moved_groups:
-                fresh[rows] = False
-            groups = [*self._moved_groups, (np.flatnonzero(fresh), None)]
-            while len(groups) > 1 and len(groups[-2][0]) <= 8 * len(groups[-1][0]):
-                (first, _), (last, _) = groups[-2:]
-                both = np.sort(np.concatenate([first, last]))
-                groups[-2:] = [(both[~self.removed[both]], None)]
-            made = [
-                (rows, ExactRows(self.dim).grown(self.rows.gather(rows), rows) if exact is None else exact)
-                for rows, exact in groups
-                if len(rows)
-            ]
-            self._moved_groups = [*made]
-            kept = [exact.masked_by(hidden) for _, exact in made]
-            self._moved = [
-                replace(self.view(), masked=hidden, count=exact.count, exact=exact, index=None, due=False)
-                for exact in kept
-                if exact.count
-            ]
+            self._moved = self._moved_rows.views(self.view(), self.masked & ~self.removed)
         return self._moved
 
     def made_index(self, view: PartView) -> ApproximateIndex:

@@ -116,6 +116,43 @@ class PartView:
         return best_scores, best
 
 
+class MovedRows:
+    """Search structures for the rows of a part that have moved to the next one, extended as rows move.
+
+    Rows that have moved since the last call make a group. Small groups are joined, so that a row is read a
+    logarithmic number of times.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[tuple[NDArray[np.int64], ExactRows]] = []
+
+    def views(self, base: PartView, moved: NDArray[np.bool_]) -> list[PartView]:
+        """Build views of all moved rows.
+
+        Args:
+            base: A view of the part.
+            moved: (n,) bool: rows that have moved and are not removed.
+
+        Raises:
+            StoreError: If a segment cannot be read.
+        """
+        fresh = moved.copy()
+        for rows, _ in self._groups:
+            fresh[rows] = False
+        group = np.flatnonzero(fresh)
+        while self._groups and len(group) and len(self._groups[-1][0]) <= 8 * len(group):
+            both = np.sort(np.concatenate([self._groups.pop()[0], group]))
+            group = both[moved[both]]
+        if len(group):
+            self._groups.append((group, ExactRows(base.dim).grown(base.gather(group), group)))
+        kept = [exact.masked_by(~moved) for _, exact in self._groups]
+        return [
+            replace(base, masked=~moved, count=exact.count, exact=exact, index=None, due=False)
+            for exact in kept
+            if exact.count
+        ]
+
+
 def require_space(
     space: EmbeddingSpace,
     own: EmbeddingSpace | None,
