@@ -8,8 +8,8 @@ import os
 import datasets
 import pytest
 import yaml
-from fuzzing import damaged, damaged_json, dump, fuzzed, loads_or_refuses
-from hypothesis import given
+from fuzzing import EXAMPLES, damaged, damaged_json, dump, fuzzed, loads_or_refuses
+from hypothesis import given, settings
 from pictures import SCENES, encoded
 
 from xbt.data.captions import CaptionSource, read_captions
@@ -21,6 +21,10 @@ from xbt.errors import DataError, ImageError
 from xbt.images import read_image
 
 CARD = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "data/*.jsonl"}]}]}
+
+
+fewer = settings(fuzzed, max_examples=max(1, EXAMPLES // 3))
+"""For loaders that take a tenth of a second."""
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +176,7 @@ def test_fuzz_cards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz") / "set"
     write_folder(folder)
 
-    @fuzzed
+    @fewer
     @given(damaged_json({**CARD, "dataset_info": {"features": [{"name": "caption", "dtype": "string"}]}}))
     def check(card):
         (folder / "README.md").write_bytes(b"---\n" + dump(card) + b"\n---\n")
@@ -191,7 +195,7 @@ def test_fuzz_saved_data_sets(tmp_path_factory):
     arrow = next(folder.glob("*.arrow"))
     whole = arrow.read_bytes()
 
-    @fuzzed
+    @fewer
     @given(damaged_json({"state": state, "info": info}), damaged(whole))
     def check(records, data):
         both = isinstance(records, dict)
@@ -222,7 +226,7 @@ def test_fuzz_parquet(tmp_path_factory):
     table.to_parquet(folder / "a.parquet")
     whole = (folder / "a.parquet").read_bytes()
 
-    @fuzzed
+    @fewer
     @given(damaged(whole))
     def check(data):
         (folder / "a.parquet").write_bytes(data)
