@@ -266,7 +266,7 @@ def _means(values: Tensor, groups: Tensor | None, samples: int, seed: int) -> ND
 
 
 def _draws(count: int, samples: int, seed: int) -> Iterable[NDArray[np.float64]]:
-    """How often each of some groups is drawn, in blocks of samples; few are kept for the next call."""
+    """Counts of how often each group is drawn, in blocks of samples; few are kept for the next call."""
     return (
         _kept_draws(count, samples, seed) if samples * count <= _DRAWS_KEPT else _drawn(count, samples, seed)
     )

@@ -8,11 +8,14 @@ from xbt.projections.auto.decision import Decision
 from xbt.projections.auto.selection import SelectionOptions
 from xbt.projections.base import LinearProjection, Projection
 from xbt.projections.baselines import fit_identity, fit_mean_shift
+from xbt.projections.caption_map import CaptionForwardMap, Neighbours, fit_caption_map
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.projections.ensemble_fit import fit_ensemble
 from xbt.projections.fitting import fit_projection
 from xbt.projections.forward import ForwardMap, fit_forward
+from xbt.projections.gallery_steps import GallerySteps
 from xbt.projections.head_projection import HeadProjection
+from xbt.projections.hubness import HubnessBias, hubness, qb_norm
 from xbt.projections.lambda_orthogonal import fit_lambda_orthogonal
 from xbt.projections.objective import Stage1Options, TextLoss
 from xbt.projections.pair_tuning import tune_on_pairs
@@ -27,11 +30,15 @@ from xbt.projections.whitened import fit_whitened_procrustes
 
 __all__ = [
     "Candidate",
+    "CaptionForwardMap",
     "Decision",
     "FitSchedule",
     "ForwardMap",
+    "GallerySteps",
     "HeadProjection",
+    "HubnessBias",
     "LinearProjection",
+    "Neighbours",
     "PairStatistics",
     "PairVectors",
     "Projection",
@@ -43,6 +50,7 @@ __all__ = [
     "TextLoss",
     "choose_projection",
     "default_candidates",
+    "fit_caption_map",
     "fit_ensemble",
     "fit_forward",
     "fit_identity",
@@ -56,7 +64,9 @@ __all__ = [
     "fit_score_scale",
     "fit_whitened_procrustes",
     "fit_xbt",
+    "hubness",
     "procrustes_rotation",
     "procrustes_rotation_of_chunks",
+    "qb_norm",
     "tune_on_pairs",
 ]

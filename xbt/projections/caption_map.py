@@ -15,9 +15,18 @@ image is embedded again, and no image–text pair is needed. The idea is that of
 1964; Watson 1964) with neighbours as in kNN-LM (Khandelwal et al., ICLR 2020). Anchors may be images that
 were embedded again, too: a backfill that is under way improves the estimate of what it has not yet reached.
 
-Cost: 2 · rows · anchors · old_dim floating-point operations, once per row, in blocks whose scores take 64
+Cost: 2 · rows · anchors · old_dim floating-point operations, once per row, in blocks whose scores take 16
 MiB; a million rows beside 30,000 anchors of 512 dimensions are 3·10¹³, about ten minutes of one CPU core.
-{measured}
+
+Measured on the 1,000 validation photos of Flickr8k with 30,000 captions, R@1/5/10 beside the mean of the old
+and the rotated new query (k = 50, τ = 0.05, plain):
+
+    a          T2I               I2T
+    0          11.6/30.2/41.6    11.5/32.5/42.4
+    0.2        12.5/31.4/43.2    12.5/32.7/44.7
+    0.5        11.6/30.8/42.5    15.5/35.6/46.8
+
+With few captions, below about 3,000 there, the plain form does harm. The photos are those a was chosen on.
 """
 
 from __future__ import annotations

@@ -208,3 +208,15 @@ def test_of_many_pairs_whole_clusters_are_drawn(monkeypatch):
     sizes = np.bincount(clusters)[clusters[places]]
     assert np.array_equal(np.bincount(kept.numpy(), minlength=len(few))[kept.numpy()], sizes)
     assert np.array_equal(folds.numpy(), fold_of[places])
+
+
+def test_of_many_texts_the_first_of_every_image_are_kept(monkeypatch):
+    monkeypatch.setattr(step_module, "MAX_TEXTS", 25)
+    owner = torch.cat([torch.arange(10), torch.arange(10), torch.arange(5), torch.arange(5)])
+    pairs = PairVectors(rows(30, 4, 5), rows(30, 4, 6), rows(10, 4, 7), owner)
+    few, clusters, _ = some_images(pairs, np.arange(10), np.arange(10) % 5, seed=0)
+    assert torch.equal(few.new_texts, pairs.new_texts[:25])
+    assert torch.equal(few.image_of_text, owner[:25])
+    assert torch.equal(clusters, torch.arange(10))
+    monkeypatch.setattr(step_module, "MAX_TEXTS", 5)
+    assert len(some_images(pairs, np.arange(10), np.arange(10) % 5, seed=0)[0].image_of_text) == 10

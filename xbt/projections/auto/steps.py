@@ -12,7 +12,7 @@ ones. What the new model brings is what it has beyond that.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -33,7 +33,7 @@ BEST, OLD = "best", "old"
 """Names of queries: that of the chosen candidate, and the old one alone."""
 
 MAX_IMAGES, MAX_TEXTS = 1_000, 3_000
-"""About the most images and texts of the pairs on which steps are chosen; of more pairs some are drawn."""
+"""Most images of the pairs on which steps are chosen, and most texts: of more, the first of every image."""
 
 MAX_BANK = 2_000
 """Most queries of a bank."""
@@ -302,13 +302,32 @@ def some_images(
     pairs: PairVectors, clusters: NDArray[np.int64], fold_of: NDArray[np.int64], seed: int
 ) -> tuple[PairVectors, Tensor, Tensor]:
     """Pairs, clusters and folds of some images, in whole clusters, which bounds time and memory."""
-    most = min(MAX_IMAGES, max(1, MAX_TEXTS * len(pairs) // len(pairs.image_of_text)))
-    if len(pairs) <= most:
-        return pairs, torch.from_numpy(clusters), torch.from_numpy(fold_of)
-    place = np.random.default_rng(seed).permutation(len(pairs))
-    order = np.argsort(place[clusters], kind="stable")  # clusters as wholes, in a random order
-    kept = np.sort(order[:most][clusters[order[:most]] != clusters[order[most]]])
-    moved = np.full(len(pairs), -1)
-    moved[kept] = np.arange(len(kept))
-    chosen = torch.from_numpy(kept)
-    return pairs.subset(chosen), torch.from_numpy(moved[clusters[kept]]), torch.from_numpy(fold_of[kept])
+    if len(pairs) > MAX_IMAGES:
+        place = np.random.default_rng(seed).permutation(len(pairs))
+        order = np.argsort(place[clusters], kind="stable")  # clusters as wholes, in a random order
+        first = order[:MAX_IMAGES]
+        kept = np.sort(first[clusters[first] != clusters[order[MAX_IMAGES]]])
+        moved = np.full(len(pairs), -1)
+        moved[kept] = np.arange(len(kept))
+        pairs, fold_of = pairs.subset(torch.from_numpy(kept)), fold_of[kept]
+        clusters = moved[clusters[kept]]
+    return _first_texts(pairs), torch.from_numpy(clusters), torch.from_numpy(fold_of)
+
+
+def _first_texts(pairs: PairVectors) -> PairVectors:
+    """The pairs with the first few texts of every image, so that there are at most :data:`MAX_TEXTS`."""
+    owner = pairs.image_of_text
+    order = torch.argsort(owner, stable=True)
+    starts = torch.cumsum(torch.bincount(owner), dim=0) - torch.bincount(owner)
+    number = torch.empty_like(owner)
+    number[order] = torch.arange(len(owner)) - starts[owner[order]]
+    up_to = torch.cumsum(torch.bincount(number), dim=0)
+    kept = number < max(1, int((up_to <= MAX_TEXTS).sum()))
+    if bool(kept.all()):
+        return pairs
+    return replace(
+        pairs,
+        new_texts=pairs.new_texts[kept],
+        old_texts=pairs.old_texts[kept],
+        image_of_text=owner[kept],
+    )
