@@ -11,7 +11,7 @@ from xbt.data import CaptionSource, ImageTextPairs, PairSource, load_pairs
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.evaluation import RetrievalReport, format_table
 from xbt.evaluation.job import EvaluationConfig, run_evaluation
-from xbt.index import Gallery
+from xbt.index.gallery import Gallery
 from xbt.report.figures import draw_recall_bars, draw_search_comparison
 from xbt.training.args import TrainArgs
 from xbt.training.clip import ClipConfig, train_clip

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from xbt.errors import DataError
-from xbt.projections import fit_ridge
+from xbt.projections.ridge import fit_ridge
 from xbt.vectors import Vectors, as_vectors
 
 FOLDS = 5

@@ -17,7 +17,7 @@ from xbt.backfill.fastfill import fastfill_order
 from xbt.backfill.measure import Questions
 from xbt.backfill.orders import distance_to_mean_order, oldest_first, query_log_order, random_order
 from xbt.backfill.rehearsal import fit_rehearsed_order
-from xbt.compatible import CompatibleEncoder
+from xbt.compatible.encoder import CompatibleEncoder
 from xbt.compatible.saving import ENSEMBLE_DIR
 from xbt.data import ImageTextPairs, PairSource, load_pairs, load_readable_pairs, read_captions
 from xbt.encoders import DualEncoder, load_encoder

@@ -20,7 +20,8 @@ from xbt.index.calibration import logistic_fit
 from xbt.index.mixed import Merge
 from xbt.index.neighbours import nearest_items
 from xbt.index.ranks import MixedScores
-from xbt.projections import Projection, fit_ridge
+from xbt.projections.base import Projection
+from xbt.projections.ridge import fit_ridge
 from xbt.vectors import Vectors, as_vectors
 
 SHARES = (0.002, 0.02, 0.1)

@@ -12,9 +12,10 @@ from typing import Any
 from xbt.embedding.checks import require_free_space
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
 from xbt.files import write_record
-from xbt.index import Gallery, QdrantIndex
+from xbt.index.gallery import Gallery
 from xbt.index.mixed import Merge, merge_from_dict
 from xbt.index.protocol import VectorIndex
+from xbt.index.qdrant import QdrantIndex
 from xbt.space import EmbeddingSpace
 from xbt.store.layout import read_record
 

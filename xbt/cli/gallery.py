@@ -11,7 +11,7 @@ from xbt.cli.output import CommandResult, read_lines
 from xbt.config import require_local
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, XbtError
-from xbt.index import Gallery
+from xbt.index.gallery import Gallery
 from xbt.serve.export import open_source
 from xbt.space import EmbeddingSpace
 from xbt.store.layout import MANIFEST, read_record

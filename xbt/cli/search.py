@@ -17,7 +17,10 @@ from xbt.data.image_folder import list_images
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError, EncoderError
 from xbt.hub import split_revision
-from xbt.index import Gallery, Hits, Merge, PartSummary, RankMerge, RawMerge, merge_from_dict
+from xbt.index.gallery import Gallery
+from xbt.index.mixed import Merge, RankMerge, RawMerge, merge_from_dict
+from xbt.index.parts import PartSummary
+from xbt.index.protocol import Hits
 from xbt.serve.export import open_source
 from xbt.store.layout import read_record
 from xbt.store.store import EmbeddingStore

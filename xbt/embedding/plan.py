@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from xbt.data.items import Entry, Item, ItemSource, Rejected, SourceShard
-from xbt.store import ShardRecord
+from xbt.store.layout import ShardRecord
 
 LAST = "last"
 """Key in the record of a stream's last shard."""

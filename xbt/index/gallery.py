@@ -23,8 +23,8 @@ from xbt.index.state import State
 from xbt.index.storage import DATABASE, StaleError, Storage
 from xbt.index.views import search_views
 from xbt.space import EmbeddingSpace
-from xbt.store import EmbeddingStore
 from xbt.store.layout import Header
+from xbt.store.store import EmbeddingStore
 from xbt.vectors import Vectors, as_ids, as_k, as_queries, as_rows
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from xbt.errors import ConfigError, DataError, StoreError
 from xbt.index.gallery import Gallery
 from xbt.space import EmbeddingSpace
-from xbt.store import EmbeddingStore
+from xbt.store.store import EmbeddingStore
 
 Source = EmbeddingStore | Gallery
 """A source of items."""

@@ -28,9 +28,9 @@ from xbt.index.segments import (
 from xbt.index.storage import DATABASE, FILE_ROWS, SEGMENTS, NewSegment, Storage, describe_digest, insert_part
 from xbt.index.store_segment import StoreRecord, StoreSegment, require_usable
 from xbt.space import EmbeddingSpace
-from xbt.store import EmbeddingStore
 from xbt.store.layout import Header, store_path
 from xbt.store.lock import WriterLock
+from xbt.store.store import EmbeddingStore
 
 MANY_FILES = 16
 """Number of files from which a part is rewritten even if no row is masked."""

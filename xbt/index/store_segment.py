@@ -19,10 +19,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from xbt.errors import DataError, StoreError
+from xbt.files import FileRecord
 from xbt.index.segments import PartRecord, Segment, damaged, require_finite, segment_name
-from xbt.store import EmbeddingStore, FileRecord, ShardRecord, find_faults
-from xbt.store.layout import ID, MANIFEST, metadata_file, read_manifest, vectors_file
+from xbt.store.layout import ID, MANIFEST, ShardRecord, metadata_file, read_manifest, vectors_file
 from xbt.store.metadata import read_columns, read_types
+from xbt.store.store import EmbeddingStore, find_faults
 
 _IDS_AT_ONCE = 65_536
 _UNIT_ERROR = 0.01

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from xbt.index import Gallery
+from xbt.index.gallery import Gallery
 from xbt.report.measure import OLD, UPGRADED, Measured
 
 TOP = 4

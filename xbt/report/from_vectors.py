@@ -21,13 +21,13 @@ from xbt.data import CaptionSource, PairSource, load_pairs, read_captions
 from xbt.data.items import choose_subset
 from xbt.errors import ConfigError, DataError, StoreError, UnverifiedSpaceWarning, XbtError
 from xbt.files import open_regular
-from xbt.projections import PairVectors
+from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source, random_access
 from xbt.report.config import UpgradeReportConfig, VectorSource
 from xbt.report.sample import Sample, Shown, Side, texts_of
 from xbt.space import EmbeddingSpace
-from xbt.store import EmbeddingStore
 from xbt.store.rows import MAX_HEADER, read_npy_header
+from xbt.store.store import EmbeddingStore
 from xbt.vectors import unit_rows
 
 Rows = NDArray[np.floating] | EmbeddingStore

@@ -19,9 +19,13 @@ from xbt.evaluation import (
     recovered_gain,
 )
 from xbt.evaluation.cells import DIRECTIONS
-from xbt.projections import Decision, PairVectors, QueryEnsemble, choose_projection, fit_projection
 from xbt.projections.auto.candidates import NEW_ALONE
+from xbt.projections.auto.choose import choose_projection
+from xbt.projections.auto.decision import Decision
 from xbt.projections.auto.selection import MIN_IMAGES, GainTest
+from xbt.projections.ensemble import QueryEnsemble
+from xbt.projections.fitting import fit_projection
+from xbt.projections.pairs import PairVectors
 from xbt.report.config import UpgradeReportConfig
 from xbt.report.sample import Sample
 

@@ -17,7 +17,7 @@ from xbt.data.items import choose_subset
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, ImageError
 from xbt.images import ImageSource, load_image
-from xbt.projections import PairVectors
+from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import Source
 from xbt.report.config import UpgradeReportConfig
 from xbt.space import EmbeddingSpace

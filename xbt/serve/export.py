@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
 from xbt.files import whole_file, write_record
-from xbt.index import Gallery
+from xbt.index.gallery import Gallery
 from xbt.index.items import Items, Portion, Source, portion
 from xbt.run_dir import RunDirectory
 from xbt.store.store import EmbeddingStore
