@@ -210,8 +210,11 @@ class GallerySteps(nn.Module):
         return " + ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers of the steps as JSON-able values."""
-        return {direction: self._numbers(direction) for direction in self.shares}
+        """The queries and numbers of the steps as JSON-able values."""
+        return {
+            direction: {"query": self.ensemble.combination(direction).to_dict(), **self._numbers(direction)}
+            for direction in self.shares
+        }
 
     def _numbers(self, direction: str) -> dict[str, Any]:
         bias = self.bias_of(direction)
@@ -231,7 +234,7 @@ class GallerySteps(nn.Module):
         config = {
             "xbt_version": __version__,
             "kind": _KIND,
-            "directions": self.to_dict(),
+            "directions": {direction: self._numbers(direction) for direction in self.shares},
             "forward": self.forward_map is not None,
             "sha256": digests(path, [WEIGHTS_NAME]),
         }
