@@ -201,8 +201,11 @@ class GallerySteps(nn.Module):
         return " + ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers of the steps as JSON-able values."""
-        return {direction: self._numbers(direction) for direction in self.shares}
+        """The queries and numbers of the steps as JSON-able values."""
+        return {
+            direction: {"query": self.ensemble.combination(direction).to_dict(), **self._numbers(direction)}
+            for direction in self.shares
+        }
 
     def _numbers(self, direction: str) -> dict[str, Any]:
         bias = self.bias_of(direction)
@@ -222,7 +225,7 @@ class GallerySteps(nn.Module):
         config = {
             "format": _FORMAT,
             "xbt_version": __version__,
-            "directions": self.to_dict(),
+            "directions": {direction: self._numbers(direction) for direction in self.shares},
             "forward": self.forward_map is not None,
             DIGESTS_KEY: digests(path, [WEIGHTS_NAME]),
         }

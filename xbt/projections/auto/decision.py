@@ -257,13 +257,7 @@ class Decision:
                 }
                 for direction, gain_test in self.gain_tests.items()
             },
-            "steps": {
-                direction: {
-                    "query": self.steps.ensemble.combination(direction).to_dict(),
-                    **numbers,
-                }
-                for direction, numbers in (self.steps.to_dict() if self.steps else {}).items()
-            },
+            "steps": {} if self.steps is None else self.steps.to_dict(),
             "step_tests": {
                 direction: {
                     "gain_over_old_with_steps": _evidence(tests.new),

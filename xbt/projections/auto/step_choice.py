@@ -102,8 +102,8 @@ def _control(judged: Judged, anchors: Items | None, bank: Items | None) -> StepT
     pairs = judged.pairs
     images = None if pairs.new_images is None else pairs.old_images
     same = replace(judged, pairs=replace(pairs, new_texts=pairs.old_texts, new_images=images))
-    old = [None if items is None else items.of_old() for items in (anchors, bank)]
-    return StepTrial(same, *old, lambda fold, query, new, old: old, (OLD,))
+    texts, asked = (None if items is None else items.of_old() for items in (anchors, bank))
+    return StepTrial(same, texts, asked, lambda fold, query, new, old: old, (OLD,))
 
 
 def _test(judged: Judged, trial: CrossValidation, ours: Tensor, theirs: Tensor) -> GainTest:

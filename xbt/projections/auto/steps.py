@@ -147,7 +147,8 @@ class Judged:
         """(u, most owners) int64 clusters that the distinct gallery rows belong to, filled up with -1."""
         other = "I2T" if self.direction == "T2I" else "T2I"
         row_of_item = self.pairs.searched(self.direction).row_of_item
-        both = torch.stack([row_of_item, self.clusters[self.pairs.groups(other)]], dim=1).unique(dim=0)
+        both = torch.stack([row_of_item, self.clusters[self.pairs.groups(other)]], dim=1)
+        both = torch.unique(both, dim=0)
         parts = both[:, 1].split(torch.bincount(both[:, 0]).tolist())
         return pad_sequence(list(parts), batch_first=True, padding_value=-1)
 
