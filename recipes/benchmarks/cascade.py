@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import write_report
 from numpy.typing import NDArray
 from torch import Tensor
-from xbt.bench import write_report
 
 from xbt.config import config_to_dict, run_recipe
 from xbt.data import PairSource, load_readable_pairs
