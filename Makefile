@@ -31,8 +31,7 @@ test: lint
 # `make test` itself runs it with all instructions and one thread. A test that fails here hangs on rounding, an order or a time.
 test-portable: install
 	MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
-	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 $(BIN)/pytest -m "not slow" -n auto --dist loadfile
-	OMP_NUM_THREADS=2 $(BIN)/pytest -m "not slow" -n auto --dist loadfile --random-order
+	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 $(BIN)/pytest -m "not slow" -n auto --dist loadfile --random-order
 
 # Thousands of damaged and hostile inputs for every loader; on demand, `make test` tries a few dozen.
 test-fuzz: install
