@@ -65,7 +65,7 @@ def test_plain_head_is_compatible_with_nothing():
     assert torch.equal(output.full, output.features)
     torch.testing.assert_close(output.full, features / features.norm(dim=1, keepdim=True))
     for each in (head, head.fold()):
-        with pytest.raises(ConfigError, match=r"the space 'old'; choose new$"):
+        with pytest.raises(ConfigError, match=r"no space 'old' to embed into; choose new$"):
             each.embed(features, "old")
 
 
@@ -142,7 +142,7 @@ def test_features_of_another_shape_are_refused(head):
         head(torch.zeros(2, 5))
     with pytest.raises(SpaceMismatchError, match="head takes features"):
         head(torch.zeros(2, head.in_dim, 1))
-    with pytest.raises(ConfigError, match="the space 'both'"):
+    with pytest.raises(ConfigError, match="no space 'both' to embed into"):
         head.embed(torch.zeros(2, head.in_dim), "both")
 
 

@@ -50,6 +50,7 @@ def backbone():
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_the_same_vectors(hub, hosted, projection, tmp_path):
     encoder = adapted(*hosted, tmp_path / "encoder")
     model, ensemble = backbone(), QueryEnsemble(8, {"T2I": Nlerp(0.3)})

@@ -167,7 +167,7 @@ def test_saved_and_loaded(made, tmp_path):
     with pytest.raises(SavedPartError):
         GallerySteps.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"kind": "projection"}))
-    with pytest.raises(SavedPartError, match="not gallery steps"):
+    with pytest.raises(SavedPartError, match="does not describe a set of gallery steps"):
         GallerySteps.load(tmp_path)
 
 

@@ -42,6 +42,7 @@ def read(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_worlds(run, tmp_path):
     run(
         "worlds",

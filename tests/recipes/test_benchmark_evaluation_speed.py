@@ -57,6 +57,7 @@ def test_contenders_are_given_the_same_and_find_the_same(script, config, tmp_pat
         script["counted_otherwise"](config, [wrong], found["xbt"])
 
 
+@pytest.mark.slow
 def test_the_whole_script(script, monkeypatch, tmp_path, capsys):
     # Large enough for its memory to show: CLIP_benchmark holds every score at once, and as many flags.
     flags = {"images": 600, "texts": 3000, "dim": 8, "ks": "[1,5]", "rounds": 1, "threads": 1}

@@ -179,6 +179,7 @@ def test_every_method_on_every_split(run, files, stores, tmp_path, capsys):
     assert "flickr8k T2I: tuned on pairs minus procrustes" in out
 
 
+@pytest.mark.slow
 def test_auto_cells(run, files):
     pair, classes, _ = files
     record = run(

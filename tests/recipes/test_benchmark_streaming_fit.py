@@ -61,6 +61,7 @@ def test_what_is_measured(script, config):
     assert script["measure"](script["PROCRUSTES"], config).error < 0.1
 
 
+@pytest.mark.slow
 def test_the_whole_script(config, tmp_path):
     flags = {"rows": 500, "new_dim": 12, "old_dim": 8, "folder": config.folder, "rounds": 1, "threads": 1}
     command = [sys.executable, str(SCRIPT), *(f"--{name}={value}" for name, value in flags.items())]

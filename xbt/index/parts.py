@@ -82,7 +82,7 @@ class Part:
         self._trusted: weakref.WeakSet[EmbeddingSpace] = weakref.WeakSet()
         self._view: PartView | None = None
         self._moved: list[PartView] | None = None
-        self._moved_rows = MovedRows()
+        self._moved_rows: MovedRows | None = None
 
     @property
     def count(self) -> int:
@@ -160,7 +160,7 @@ class Part:
     def unmask_moved(self) -> None:
         """Make moved rows searchable again, for a part that becomes the only one."""
         self.masked, self._view, self._moved = self.removed, None, None
-        self._manager_made, self._moved_rows = None, MovedRows()
+        self._manager_made, self._moved_rows = None, None
 
     @property
     def _manager(self) -> IndexManager:
@@ -242,6 +242,7 @@ class Part:
     def moved_views(self) -> list[PartView]:
         """Build searchable views of the rows moved to the new part."""
         if self._moved is None:
+            self._moved_rows = self._moved_rows or MovedRows()
             self._moved = self._moved_rows.views(self.view(), self.masked & ~self.removed)
         return self._moved
 

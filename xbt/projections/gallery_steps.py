@@ -34,7 +34,7 @@ from xbt.projections.hubness import HubnessBias
 from xbt.vectors import Vectors, as_vectors, unit_rows
 from xbt.version import __version__
 
-_FORMAT = "gallery_steps"
+_FORMAT = "set_of_gallery_steps"
 
 
 class GallerySteps(nn.Module):
