@@ -26,7 +26,8 @@ and the rotated new query (k = 50, τ = 0.05, plain):
     0.2        12.5/31.4/43.2    12.5/32.7/44.7
     0.5        11.6/30.8/42.5    15.5/35.6/46.8
 
-With few captions, below about 3,000 there, the plain form does harm. The photos are those a was chosen on.
+With few captions, below about 3,000 there, the plain form does harm. The photos are those a was chosen on,
+and no script of ``recipes/benchmarks/`` repeats the table yet.
 """
 
 from __future__ import annotations
