@@ -37,7 +37,7 @@ from xbt.store.lock import WriterLock
 from xbt.store.metadata import ColumnTypes, Repetition, read_columns, repeated_ids, require_unique
 from xbt.store.rows import NpyRows
 from xbt.store.shards import Metadata, remove_strays, write_shard
-from xbt.store.store import EmbeddingStore, wrong_sizes
+from xbt.store.store import EmbeddingStore
 from xbt.vectors import Vectors
 
 _NEW = "new"
@@ -48,9 +48,6 @@ class CommittedShards(Mapping[str, ShardRecord]):
     """Records of the committed shards of a store under construction, by name and in order.
 
     The names are listed once. A record is read on each access and not cached, because notes may be long.
-
-    Args:
-        folder: Directory of the records.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -280,7 +277,7 @@ class StoreBuilder:
         """
         records = self._all_records(list(names))
         if not self.finished:
-            faults = wrong_sizes(self.path, records)
+            faults = layout.wrong_sizes(self.path, records)
             if faults:
                 raise StoreError(f"{faults[0]} ({len(faults)} such files); remove it and run the job again")
             require_unique(self.path, records)

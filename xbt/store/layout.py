@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from xbt.errors import StoreError, XbtError
-from xbt.files import FileRecord, open_regular, parse_count
+from xbt.files import FileRecord, checksum, open_regular, parse_count, refuse_irregular
 from xbt.space import EmbeddingSpace
 
 ID = "id"
@@ -41,6 +42,7 @@ FORMAT, VERSION = "xbt-store", 1
 FOLDERS: dict[str, str] = {"image": "img_emb", "text": "text_emb"}
 DTYPES = ("float16", "float32")
 
+AGAIN = "copy it again, or embed its rows again"
 _CHECKSUM = "checksum"
 _FIX = "copy the file again or write the store again"
 _NAME = re.compile(r"[0-9]{1,18}(_[0-9]{1,18}){0,4}")
@@ -228,6 +230,49 @@ def shard_files(path: Path, folder: str) -> dict[str, Path]:
     pattern = re.compile(rf"{folder}_({_NAME.pattern})\.{ending}")
     files = (path / folder).iterdir() if (path / folder).is_dir() else ()
     return {match[1]: file for file in files if (match := pattern.fullmatch(file.name))}
+
+
+def file_spans(starts: NDArray[np.int64], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Split the rows ``start`` … ``stop − 1`` by file: its number, its first such row and the one after.
+
+    ``starts`` are the first row of each file and the number of all rows.
+    """
+    number = int(np.searchsorted(starts, start, side="right")) - 1
+    while start < stop:
+        first, end = int(starts[number]), min(stop, int(starts[number + 1]))
+        if start < end:
+            yield number, start - first, end - first
+        start, number = end, number + 1
+
+
+def wrong_sizes(path: Path, shards: Iterable[ShardRecord]) -> list[str]:
+    """A sentence for each file that is missing, cut or too long; contents are not read."""
+    files = ((shard, name, file) for shard in shards for name, file in shard.files.items())
+    faults = (_size_fault(path / name, file, f"shard {shard.name!r}") for shard, name, file in files)
+    return [fault for fault in faults if fault]
+
+
+def file_fault(path: Path, file: FileRecord, of: str) -> str:
+    """Describe a wrong size or checksum of a file; empty if both are right."""
+    fault = _size_fault(path, file, of)
+    if fault or not file.sha256:
+        return fault
+    try:
+        actual = checksum(path)
+    except OSError as error:
+        return f"{path} of {of} cannot be read ({error.strerror}): {AGAIN}"
+    return "" if actual == file.sha256 else f"{path} of {of} has other bytes than were written: {AGAIN}"
+
+
+def _size_fault(path: Path, file: FileRecord, of: str) -> str:
+    try:
+        size = path.stat().st_size
+        refuse_irregular(path, path.parent if path.name == EXTRA else path.parent.parent)
+    except OSError:
+        return f"{path} of {of} is missing: {AGAIN}"
+    except StoreError as error:
+        return str(error)
+    return "" if size == file.bytes else f"{path} of {of} has {size} bytes instead of {file.bytes}: {AGAIN}"
 
 
 def store_path(path: str | Path) -> Path:

@@ -35,14 +35,10 @@ else:
 
 
 class WriterLock:
-    """Exclusive right to write to a store, as a context manager.
+    """Exclusive right to write to a store's directory, as a context manager.
 
-    Args:
-        path: The store's directory, which must exist.
-        reentrant: Accept a lock that another object of this process holds.
-
-    Raises:
-        StoreError: On entering, if another writer holds the lock; the message names its process and host.
+    If another writer holds it, the error names that process and host. With ``reentrant``, a lock that another
+    object of this process holds is accepted.
     """
 
     def __init__(self, path: Path, reentrant: bool = False) -> None:

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from xbt.errors import StoreError
 from xbt.files import refuse_irregular
-from xbt.store.layout import ID, ShardRecord, metadata_file
-from xbt.store.rows import file_spans
+from xbt.store.layout import ID, ShardRecord, file_spans, metadata_file
 
 _PANDAS_INDEX = "__index_level_"
 _READ_ERRORS = (pa.ArrowException, ValueError, OverflowError, TypeError, KeyError, MemoryError)
@@ -29,12 +28,11 @@ def read_columns(path: Path, columns: Sequence[str] | None, rows: int | None = N
 
     ``rows`` is the required number of rows, checked before the values are read.
     """
-    with _opened(path) as file:
+    with _opened(path) as (file, names):
         if rows is not None and file.metadata.num_rows != rows:
             raise StoreError(
                 f"{path} has {file.metadata.num_rows} rows, but its shard has {rows} vectors; copy both again"
             )
-        names = column_names(file, path)
         table = file.read(columns=names if columns is None else [name for name in columns if name in names])
         for name in table.column_names:
             _require_valid(table[name], name, path)
@@ -43,9 +41,8 @@ def read_columns(path: Path, columns: Sequence[str] | None, rows: int | None = N
 
 def inspect_parquet(path: Path) -> tuple[int, dict[str, pa.DataType]]:
     """Number of rows and types of the columns of a parquet file, from its footer."""
-    with _opened(path) as file:
-        types = {name: file.schema_arrow.field(name).type for name in column_names(file, path)}
-        return int(file.metadata.num_rows), types
+    with _opened(path) as (file, names):
+        return int(file.metadata.num_rows), {name: file.schema_arrow.field(name).type for name in names}
 
 
 def read_types(path: Path) -> dict[str, pa.DataType]:
@@ -53,15 +50,6 @@ def read_types(path: Path) -> dict[str, pa.DataType]:
     # Without values a type means nothing: pandas invents one for empty columns.
     count, types = inspect_parquet(path)
     return types if count else {}
-
-
-def column_names(file: Any, path: Path) -> list[str]:
-    """Names of the columns of an open parquet file, without the index columns of pandas."""
-    names = list(file.schema_arrow.names)
-    if len(set(names)) < len(names):
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise StoreError(f"{path} has two columns of the name {repeated!r}; write it again with one of them")
-    return [name for name in names if not name.startswith(_PANDAS_INDEX)]
 
 
 def plain_values(values: Any, what: str) -> list[Any]:
@@ -81,12 +69,18 @@ def plain_values(values: Any, what: str) -> list[Any]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a parquet file, and translate the library's errors into a :class:`StoreError`."""
+def _opened(path: Path) -> Iterator[tuple[Any, list[str]]]:
+    """A parquet file and its columns without pandas' index; the library's errors become StoreErrors."""
     try:
         refuse_irregular(path, path.parent.parent)
         with pq.ParquetFile(path) as file:
-            yield file
+            names = list(file.schema_arrow.names)
+            repeated = next((name for name in names if names.count(name) > 1), None)
+            if repeated is not None:
+                raise StoreError(
+                    f"{path} has two columns of the name {repeated!r}; write it again with one of them"
+                )
+            yield file, [name for name in names if not name.startswith(_PANDAS_INDEX)]
     except StoreError:
         raise
     except (*_READ_ERRORS, OSError) as error:
@@ -125,10 +119,6 @@ class MetadataColumns:
     """Columns of several parquet files, read as one table.
 
     The last two tables are cached, so that ids and captions can be read in parallel.
-
-    Args:
-        paths: The files in order.
-        counts: Number of rows of each file.
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int]) -> None:
@@ -143,15 +133,18 @@ class MetadataColumns:
     def names(self) -> list[str]:
         """Columns that at least one file has, in order of appearance; the files are inspected once."""
         if self._names is None:
-            self._names = list(
-                dict.fromkeys(name for path in self._paths for name in inspect_parquet(path)[1])
-            )
+            names = (name for path in self._paths for name in inspect_parquet(path)[1])
+            self._names = list(dict.fromkeys(names))
         return self._names
 
     def read(self, columns: Sequence[str] | None, start: int, stop: int) -> pa.Table:
         """Columns of the rows ``start`` … ``stop − 1``; null for rows of files without a column."""
         parts = list(self._parts(columns, start, stop))
-        table = _concatenated(parts) if parts else pa.table({})
+        tables = [table for _, table in parts] or [pa.table({})]
+        try:
+            table = pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise StoreError(_describe_mismatch(parts)) from error
         for name in columns or []:
             if name not in table.column_names:
                 table = table.append_column(name, pa.nulls(table.num_rows))
@@ -181,13 +174,6 @@ class MetadataColumns:
                 table = pa.table({name: pa.nulls(count) for name in columns or []})
             self._cache = {**dict(list(self._cache.items())[-1:]), key: table}
         return self._cache[key]
-
-
-def _concatenated(parts: Sequence[tuple[Path, pa.Table]]) -> pa.Table:
-    try:
-        return pa.concat_tables([table for _, table in parts], promote_options="permissive")
-    except pa.ArrowException as error:
-        raise StoreError(_describe_mismatch(parts)) from error
 
 
 def _describe_mismatch(parts: Sequence[tuple[Path, pa.Table]]) -> str:
@@ -282,11 +268,7 @@ def read_ids(path: Path, record: ShardRecord) -> list[str]:
 
 
 def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | None:
-    """Choose the column of a clip-retrieval folder to use as ids: ``id``, else ``image_path``.
-
-    ``counts`` are the rows of each shard. The result is ``None`` if neither column exists without gaps and
-    repetitions.
-    """
+    """Choose the ids of a clip-retrieval folder: ``id`` or ``image_path``, without gap and repetition."""
     ranges = list(pairwise(accumulate(counts, initial=0)))
 
     def read(name: str) -> Iterator[list[str | None]]:
@@ -304,11 +286,7 @@ def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | N
 
 
 class KnownIds:
-    """Hashes of the ids of a store, 8 bytes each, to refuse ids that exist already.
-
-    Args:
-        path: The store's directory.
-    """
+    """Hashes of the ids of a store, 8 bytes each, to refuse ids that exist already."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -348,11 +326,7 @@ class ColumnTypes:
         self._files: dict[Path, None] = {}
 
     def add(self, files: Iterable[Path]) -> list[str]:
-        """Add new parquet files in the order of the shards.
-
-        Returns:
-            A sentence for each column whose type is incompatible with the files before.
-        """
+        """Add new parquet files in the order of the shards; each incompatible column gives a sentence."""
         faults = []
         for path in files:
             if path in self._files:
@@ -382,7 +356,8 @@ class ColumnTypes:
         old = self._types.get(name, dtype)
         if name == ID or old.equals(dtype):  # ids are read as strings, shard by shard
             return old
-        wider = _common_type(old, dtype)
+        schemas = [pa.schema([("column", kind)]) for kind in (old, dtype)]
+        wider = pa.unify_schemas(schemas, promote_options="permissive").field(0).type
         if not wider.equals(dtype):
             _require_exact(source, name, wider)
         if not wider.equals(old):
@@ -392,11 +367,6 @@ class ColumnTypes:
 
     def _mismatch(self, name: str, dtype: pa.DataType) -> str:
         return f"column {name!r} is {dtype}, which does not go together with {self._types[name]} before it"
-
-
-def _common_type(first: pa.DataType, second: pa.DataType) -> pa.DataType:
-    schemas = [pa.schema([("column", dtype)]) for dtype in (first, second)]
-    return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
 
 
 def _require_exact(source: Path | pa.Table, name: str, dtype: pa.DataType) -> None:

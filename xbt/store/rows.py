@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +18,9 @@ from torch import Tensor
 
 from xbt.errors import StoreError
 from xbt.files import open_regular
-from xbt.store.layout import DTYPES
+from xbt.store.layout import AGAIN, DTYPES, file_spans
 from xbt.vectors import lengths_of, not_unit
 
-AGAIN = "copy it again, or embed its rows again"
 MAX_HEADER = 12_000
 """Maximum bytes of a header: numpy refuses to parse more than 10,000."""
 _HEADERS: dict[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
@@ -38,51 +37,33 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class NpyFile:
-    """Header of an ``.npy`` file.
+    """An ``.npy`` file of (count, dim) rows.
 
     Attributes:
         path: The file.
-        shape: Shape of the array.
-        fortran: True if it is stored column by column.
+        count: Number of rows.
+        dim: Number of values per row.
         dtype: Type of the values.
         offset: The byte at which the values begin.
         status: Inode, size in bytes and modification time (ns) when the header was read.
     """
 
     path: Path
-    shape: tuple[int, ...]
-    fortran: bool
+    count: int
+    dim: int
     dtype: np.dtype[Any]
     offset: int
     status: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Size of the file in bytes."""
-        return self.status[1]
-
-    @property
-    def count(self) -> int:
-        """Number of rows."""
-        return self.shape[0]
-
-    @property
-    def dim(self) -> int:
-        """Number of values per row."""
-        return self.shape[1]
 
 
 def read_npy_header(head: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
     """Parse the header of an ``.npy`` file with numpy's safe reader.
 
-    Args:
-        head: The first bytes of the file; at most :data:`MAX_HEADER` of them are used.
+    ``head`` are the first bytes of the file, of which at most :data:`MAX_HEADER` are used. A damaged header
+    is a ``ValueError`` of one line.
 
     Returns:
         Shape, True if the values are stored column by column, dtype, and the byte at which they begin.
-
-    Raises:
-        ValueError: If the header is damaged; the message is one line.
     """
     file = io.BytesIO(head[:MAX_HEADER])
     try:
@@ -131,20 +112,7 @@ def inspect_npy(path: Path) -> NpyFile:
         raise StoreError(f"{path} has {size} bytes, but its {shape[0]} rows need {needed}; {AGAIN}")
     if not shape[1]:
         raise StoreError(f"{path} has rows without values (shape {shape}); {AGAIN}")
-    return NpyFile(path, shape, fortran, dtype, offset, status)
-
-
-def file_spans(starts: NDArray[np.int64], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """Split the rows ``start`` … ``stop − 1`` by file: its number, its first such row and the one after.
-
-    ``starts`` are the first row of each file and the number of all rows.
-    """
-    number = int(np.searchsorted(starts, start, side="right")) - 1
-    while start < stop:
-        first, end = int(starts[number]), min(stop, int(starts[number + 1]))
-        if start < end:
-            yield number, start - first, end - first
-        start, number = end, number + 1
+    return NpyFile(path, *shape, dtype, offset, status)
 
 
 class NpyRows:
@@ -154,12 +122,8 @@ class NpyRows:
     until the system takes them back, and a file that is cut while it is mapped kills the process. Reads by
     position use memory only for the result. No file stays open between two reads.
 
-    Args:
-        paths: The files in order.
-        counts: Number of rows of each file.
-        dim: Number of values per row.
-        dtype: Type of the values on disk, with byte order; ``None`` accepts the type of each file.
-        unit: Refuse rows that do not have length 1.
+    ``counts`` are the rows of each file. ``dtype`` is the type of the values on disk, with byte order, and
+    ``None`` accepts the type of each file. ``unit`` refuses rows that do not have length 1.
     """
 
     def __init__(
@@ -178,12 +142,7 @@ class NpyRows:
         return int(self._starts[-1])
 
     def take(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows by number, in the given order, as (n, dim) float32.
-
-        Raises:
-            StoreError: If a file is damaged, a value is NaN or infinite, or a unit row has another length;
-                the message names the file and the first such row.
-        """
+        """Rows by number, in the given order, as (n, dim) float32; damaged or unusable rows are refused."""
         result = np.empty((len(indices), self.dim), np.float32)
         order = np.argsort(indices, kind="stable")
         ascending = indices[order]

@@ -1,9 +1,12 @@
-"""Embedding store: vectors on disk with ids, metadata and their space, and checks for damage."""
+"""Embedding store: vectors on disk with ids, metadata and their space, and checks for damage.
+
+A folder that clip-retrieval wrote has the same layout without a manifest, and opens as a store too.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -13,22 +16,20 @@ import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 
 from xbt.errors import DataError, SpaceMismatchError, StoreError
-from xbt.files import (
-    FileRecord,
-    checksum,
-    make_directory,
-    open_regular,
-    refuse_irregular,
-    remove_leftovers,
-    write_record,
-)
+from xbt.files import FileRecord, make_directory, open_regular, remove_leftovers, write_record
 from xbt.space import EmbeddingSpace
 from xbt.store import layout
-from xbt.store.clip_retrieval import scan_folder
 from xbt.store.layout import Header, Manifest, ShardRecord
 from xbt.store.lock import WriterLock
-from xbt.store.metadata import ColumnTypes, KnownIds, MetadataColumns, choose_id_column, read_columns
-from xbt.store.rows import AGAIN, NpyRows
+from xbt.store.metadata import (
+    ColumnTypes,
+    KnownIds,
+    MetadataColumns,
+    choose_id_column,
+    inspect_parquet,
+    read_columns,
+)
+from xbt.store.rows import NpyFile, NpyRows, inspect_npy
 from xbt.store.shards import Metadata, as_ids, as_table, remove_strays, write_shard
 from xbt.vectors import Vectors
 
@@ -53,28 +54,21 @@ def find_faults(
         if layout.has_manifest(directory):
             manifest = layout.read_manifest(directory / layout.MANIFEST)
         else:
-            manifest = scan_folder(directory, modality, space)
+            manifest = _scan_folder(directory, modality, space)
     except (StoreError, SpaceMismatchError) as error:
         return [str(error)]
     faults = _shard_faults(directory, manifest)
     if manifest.extra is not None:
-        faults.append(_file_fault(directory / layout.EXTRA, manifest.extra, "the writers' notes"))
+        faults.append(layout.file_fault(directory / layout.EXTRA, manifest.extra, "the writers' notes"))
     return [fault for fault in faults if fault]
 
 
-def refuse_wrong_sizes(path: Path, manifest: Manifest) -> None:
+def _refuse_wrong_sizes(path: Path, manifest: Manifest) -> None:
     """Refuse a store with files that are missing, cut or too long; the message names the first."""
-    faults = wrong_sizes(path, manifest.shards)
+    faults = layout.wrong_sizes(path, manifest.shards)
     if faults:
         more = f" ({len(faults)} files are wrong: see xbt.store.find_faults)" if len(faults) > 1 else ""
         raise StoreError(f"{faults[0]}{more}")
-
-
-def wrong_sizes(path: Path, shards: Iterable[ShardRecord]) -> list[str]:
-    """A sentence for each file that is missing, cut or too long; contents are not read."""
-    files = ((shard, name, file) for shard in shards for name, file in shard.files.items())
-    faults = (_size_fault(path / name, file, f"shard {shard.name!r}") for shard, name, file in files)
-    return [fault for fault in faults if fault]
 
 
 def _shard_faults(path: Path, manifest: Manifest) -> list[str]:
@@ -83,35 +77,12 @@ def _shard_faults(path: Path, manifest: Manifest) -> list[str]:
     types = ColumnTypes()
     for shard in manifest.shards:
         for name, file in shard.files.items():
-            fault = _file_fault(path / name, file, f"shard {shard.name!r}")
+            fault = layout.file_fault(path / name, file, f"shard {shard.name!r}")
             dtype = manifest.header.numpy_dtype if file.sha256 else None
             faults.append(fault or _content_fault(path / name, shard, manifest.header, dtype))
             if not faults[-1] and name.startswith(f"{layout.METADATA}/"):
                 faults += types.add([path / name])
     return [fault for fault in faults if fault]
-
-
-def _file_fault(path: Path, file: FileRecord, of: str) -> str:
-    """Describe a wrong size or checksum of a file; empty if both are right."""
-    fault = _size_fault(path, file, of)
-    if fault or not file.sha256:
-        return fault
-    try:
-        actual = checksum(path)
-    except OSError as error:
-        return f"{path} of {of} cannot be read ({error.strerror}): {AGAIN}"
-    return "" if actual == file.sha256 else f"{path} of {of} has other bytes than were written: {AGAIN}"
-
-
-def _size_fault(path: Path, file: FileRecord, of: str) -> str:
-    try:
-        size = path.stat().st_size
-        refuse_irregular(path, path.parent if path.name == layout.EXTRA else path.parent.parent)
-    except OSError:
-        return f"{path} of {of} is missing: {AGAIN}"
-    except StoreError as error:
-        return str(error)
-    return "" if size == file.bytes else f"{path} of {of} has {size} bytes instead of {file.bytes}: {AGAIN}"
 
 
 def _content_fault(path: Path, shard: ShardRecord, header: Header, dtype: np.dtype[Any] | None) -> str:
@@ -217,7 +188,7 @@ class EmbeddingStore:
         if not directory.is_dir():
             raise StoreError(f"there is no store at {directory}; check the path")
         if not layout.has_manifest(directory):
-            return cls(directory, scan_folder(directory, modality, space))
+            return cls(directory, _scan_folder(directory, modality, space))
         manifest = layout.read_manifest(directory / layout.MANIFEST)
         if modality not in (None, manifest.header.modality):
             raise StoreError(
@@ -225,7 +196,7 @@ class EmbeddingStore:
             )
         if space is not None and manifest.header.space is not None:
             space.require(manifest.header.space, f"the vectors of {directory}")
-        refuse_wrong_sizes(directory, manifest)
+        _refuse_wrong_sizes(directory, manifest)
         return cls(directory, manifest)
 
     @property
@@ -420,7 +391,9 @@ class EmbeddingStore:
             raise DataError(f"there are 0 rows to append to {self.path}; give at least one")
         with WriterLock(self.path):
             self.reload()  # another process may have appended
-            self._remove_leftovers()
+            folders = (layout.FOLDERS[self.modality], layout.METADATA)
+            remove_leftovers(self.path, *(self.path / name for name in folders))
+            remove_strays(self.path, self.modality, self.shards)
             ids = as_ids(ids, str(self.path))
             self._known.refuse(ids, self.shards)
             name = str(max((layout.shard_key(s.name)[0] for s in self.shards), default=-1) + 1).zfill(6)
@@ -445,7 +418,7 @@ class EmbeddingStore:
         """
         if layout.has_manifest(self.path):
             manifest = layout.read_manifest(self.path / layout.MANIFEST)
-            refuse_wrong_sizes(self.path, manifest)
+            _refuse_wrong_sizes(self.path, manifest)
             self._adopt(manifest)
 
     def verify(self) -> None:
@@ -472,12 +445,6 @@ class EmbeddingStore:
             raise StoreError(f"{self.path} has {len(self)} rows; {start} to {end} is not a range of them")
         return start, end
 
-    def _remove_leftovers(self) -> None:
-        remove_leftovers(
-            self.path, *(self.path / name for name in (layout.FOLDERS[self.modality], layout.METADATA))
-        )
-        remove_strays(self.path, self.modality, self.shards)
-
     def __repr__(self) -> str:
         space = self.space or "no known space"
         return f"EmbeddingStore('{self.path}', {len(self)} {self.modality} vectors of {space})"
@@ -492,3 +459,91 @@ def _note(line: bytes, where: str) -> tuple[str, dict[str, Any]]:
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StoreError(f"{where} is damaged ({error!r:.100}); copy the file again") from error
     return name, extra
+
+
+def _scan_folder(path: Path, modality: str | None, space: EmbeddingSpace | None) -> Manifest:
+    """Build the manifest, without checksums, of a folder that clip-retrieval wrote."""
+    if (path / layout.IN_PROGRESS / layout.HEADER).is_file():
+        names = [record.name for record in (path / layout.IN_PROGRESS).glob("*.json")]
+        count = sum(name != layout.HEADER and name[0] != "." for name in names)
+        raise StoreError(
+            f"{path} is not finished: it has {count} shards; run the job that writes it again to continue"
+        )
+    modality = _choose_modality(path, modality)
+    vectors = _npy_files(path, modality)
+    metadata = layout.shard_files(path, layout.METADATA)
+    for name in sorted(metadata.keys() ^ vectors.keys() if metadata else (), key=layout.shard_key):
+        if name in vectors:
+            raise StoreError(
+                f"{path} lacks {layout.metadata_file(name)}, which other shards have; copy it again"
+            )
+        raise StoreError(
+            f"{metadata[name]} belongs to no shard: there is no {layout.vectors_file(modality, name)} beside "
+            "it; copy that file again, or remove this one"
+        )
+    shards = [_shard(path, name, npy, metadata.get(name)) for name, npy in vectors.items()]
+    first = next(iter(vectors.values()))
+    for name, npy in vectors.items():
+        if npy.dim != first.dim:
+            raise StoreError(
+                f"shard {name!r} of {path} has dimension {npy.dim}, but the first has {first.dim}; they come "
+                "from different models: keep them in different folders"
+            )
+        if npy.dtype != first.dtype:
+            raise StoreError(
+                f"shard {name!r} of {path} holds values of type {npy.dtype.str}, but the first has "
+                f"{first.dtype.str}; copy both again, or save all shards with one type"
+            )
+    if space is not None and first.dim != space.dim:
+        raise SpaceMismatchError(
+            f"the vectors of {path} have dimension {first.dim}, but those of {space} have {space.dim}; name "
+            "the space of the model that made them"
+        )
+    return Manifest(Header(modality, space, first.dtype.name, first.dim), tuple(shards))
+
+
+def _choose_modality(path: Path, modality: str | None) -> str:
+    present = [
+        name for name, folder in layout.FOLDERS.items() if any((path / folder).glob(f"{folder}_*.npy"))
+    ]
+    if not present:
+        raise StoreError(
+            f"{path} holds no store: there is neither a manifest.json nor img_emb/img_emb_*.npy or "
+            "text_emb/text_emb_*.npy; check the path"
+        )
+    if modality is None and len(present) > 1:
+        raise StoreError(f"{path} holds image and text vectors; choose with modality='image' or 'text'")
+    if modality is not None and modality not in present:
+        raise StoreError(
+            f"{path} holds {present[0]} vectors, not {modality!r}; leave modality out or name another path"
+        )
+    return modality or present[0]
+
+
+def _npy_files(path: Path, modality: str) -> dict[str, NpyFile]:
+    folder = layout.FOLDERS[modality]
+    names = sorted(layout.shard_files(path, folder), key=layout.shard_key)
+    layout.require_distinct(names, path)
+    if not names:
+        raise StoreError(f"{path / folder} holds no {folder}_<number>.npy; check the path")
+    numbers = [layout.shard_key(name)[0] for name in names]
+    if all("_" not in name for name in names) and numbers != list(range(len(names))):
+        missing = next(expected for expected, number in enumerate(numbers) if expected != number)
+        raise StoreError(
+            f"shard {missing} of {path} is missing, but there is {folder}_{names[-1]}.npy; copy it again, or "
+            "number the files from 0 without a gap"
+        )
+    return {name: inspect_npy(path / folder / f"{folder}_{name}.npy") for name in names}
+
+
+def _shard(path: Path, name: str, npy: NpyFile, metadata: Path | None) -> ShardRecord:
+    files = {npy.path.relative_to(path).as_posix(): FileRecord(npy.status[1], "")}
+    if metadata is not None:
+        rows, _ = inspect_parquet(metadata)
+        if rows != npy.count:
+            raise StoreError(
+                f"shard {name!r} of {path} has {npy.count} vectors but {rows} rows of metadata; copy both "
+                "files again"
+            )
+        files[layout.metadata_file(name)] = FileRecord(metadata.stat().st_size, "")
+    return ShardRecord(name, npy.count, files)
