@@ -17,7 +17,7 @@ from xbt.data.image_folder import JoinedPaths, find_images, is_hidden
 from xbt.data.labelled import LabelledImages, load_labelled
 from xbt.data.load_pairs import PairSource, load_pairs
 from xbt.data.pairs import ImageTextPairs
-from xbt.encoders.checks import as_images
+from xbt.encoders.image_batching import as_images
 from xbt.errors import DataError, ImageError
 from xbt.images import read_image
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from xbt.data import make_scenes
 from xbt.encoders import LoraSettings, add_lora, has_lora, load_encoder
-from xbt.encoders.base import fold_layers, has_path
 from xbt.encoders.open_clip import OpenClipEncoder
+from xbt.encoders.towers import at_path, fold_layers
 from xbt.errors import EncoderError, SpaceMismatchError
 
 TEXTS = ["a red circle", "two cats", "the dog on a square"]
@@ -81,7 +81,7 @@ def test_a_missing_layer_and_a_wrong_matrix(open_clip_spec):
     encoder.module.visual.proj = None
     with pytest.raises(EncoderError, match=r"ends in nothing at visual\.proj"):
         encoder.folded(torch.randn(10, 16))
-    assert not has_path(encoder.module, "visual.proj.weight")
+    assert at_path(encoder.module, "visual.proj.weight") is None
 
 
 def test_a_layer_under_lora_is_not_a_matrix(transformers_spec):

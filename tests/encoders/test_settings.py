@@ -11,8 +11,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from xbt.encoders import load_encoder
-from xbt.encoders.settings import activation, text_cleaning
-from xbt.encoders.text_batching import Tokenized
+from xbt.encoders.text_batching import Tokenized, text_cleaning
+from xbt.encoders.towers import activation
 from xbt.errors import UnverifiedSpaceWarning
 
 

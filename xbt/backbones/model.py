@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from xbt.backbones.loading import ImageBackbone, rebuild_backbone
 from xbt.backbones.preprocessing import ImagePreprocessing
-from xbt.encoders.checks import as_images, not_finite, numbered, require_positive
-from xbt.encoders.image_batching import decode_batches
+from xbt.encoders.image_batching import as_images, decode_batches, not_finite, numbered, require_positive
 from xbt.errors import ConfigError, DataError, ImageError, SpaceMismatchError
 from xbt.heads import CompatibleHead, HeadOutput
 from xbt.heads.base import build_head, described_head

@@ -14,9 +14,8 @@ from torch.nn.functional import normalize
 from xbt.compatible import saving
 from xbt.encoders import DualEncoder, EncodedImages, has_lora, load_lora
 from xbt.encoders.base import Precision
-from xbt.encoders.checks import as_images, as_texts
-from xbt.encoders.image_batching import NamedImage
-from xbt.encoders.text_batching import ShortContext, TextTransform
+from xbt.encoders.image_batching import NamedImage, as_images
+from xbt.encoders.text_batching import ShortContext, TextTransform, as_texts
 from xbt.errors import ConfigError, DataError, EncoderError, SpaceMismatchError
 from xbt.hub import (
     CONFIG_NAME,
@@ -242,16 +241,11 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         return self._query(sides.given, new, "image")
 
     def _encode_texts(
-        self,
-        texts: list[str],
-        batch_size: int,
-        progress: bool = False,
-        num_workers: int = 0,
-        precision: Precision = "fp32",
+        self, texts: list[str], batch_size: int, *options: Any, **named: Any
     ) -> tuple[Tensor, int]:
         if self.new.has_towers:
-            return super()._encode_texts(texts, batch_size, progress, num_workers, precision)
-        vectors, cut = self.new._encode_texts(texts, batch_size, progress, num_workers, precision)
+            return super()._encode_texts(texts, batch_size, *options, **named)
+        vectors, cut = self.new._encode_texts(texts, batch_size, *options, **named)
         return self._mapped(vectors, "text"), cut
 
     def _encode_batches(

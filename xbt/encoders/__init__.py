@@ -3,7 +3,7 @@
 from xbt.encoders.base import DualEncoder
 from xbt.encoders.clip_benchmark import ClipBenchmarkModel, as_clip_benchmark, register_clip_benchmark
 from xbt.encoders.image_batching import EncodedImages
-from xbt.encoders.loading import load_encoder
+from xbt.encoders.loading import load_encoder, wrap_encoder
 from xbt.encoders.lora import (
     LoraSettings,
     add_lora,
@@ -13,7 +13,6 @@ from xbt.encoders.lora import (
     save_lora,
     set_lora_mode,
 )
-from xbt.encoders.wrapped import wrap_encoder
 
 __all__ = [
     "ClipBenchmarkModel",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from typing import Any, ClassVar, Literal, NoReturn, Self
@@ -16,34 +16,32 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from xbt.encoders.checks import as_images, as_texts, not_finite, numbered, require_positive
 from xbt.encoders.image_batching import (
     EncodedImages,
     HostCopy,
     NamedImage,
     Transform,
+    as_images,
     decode_batches,
+    not_finite,
+    numbered,
+    require_positive,
     wait_for_copies,
 )
-from xbt.encoders.settings import describe_model
 from xbt.encoders.text_batching import (
     PROBES,
     TENSOR_CORES,
     DistinctTexts,
     ShortContext,
     TextTransform,
+    as_texts,
     batches_by_length,
     find_short_context,
+    text_cleaning,
     tokenize_windows,
 )
-from xbt.errors import (
-    ConfigError,
-    DataError,
-    EncoderError,
-    ImageError,
-    SpaceMismatchError,
-    TruncationWarning,
-)
+from xbt.encoders.towers import activation, fold_layers
+from xbt.errors import ConfigError, DataError, EncoderError, ImageError, SpaceMismatchError, TruncationWarning
 from xbt.images import ImageSource
 from xbt.space import PROBE_TEXTS, EmbeddingSpace, draw_probe_images
 
@@ -97,12 +95,9 @@ class DualEncoder(ABC):
                 f"'{name}' takes texts of {context_length} tokens, but at most {MAX_CONTEXT} are allowed; "
                 "check its config"
             )
-        self.name = name
-        self.module = module
-        self.dim = dim
-        self.context_length = context_length
-        self.preprocessing = preprocessing
-        self.image_transform = image_transform
+        self.name, self.module = name, module
+        self.dim, self.context_length = dim, context_length
+        self.preprocessing, self.image_transform = preprocessing, image_transform
         self._space: EmbeddingSpace | None = None
         self._short_context: tuple[ShortContext | None] | None = None
 
@@ -204,9 +199,19 @@ class DualEncoder(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Activations, cleaning of texts and context length, as JSON-able values; part of the space."""
+        """Activations, cleaning of texts and context length, as JSON-able values; part of the space.
+
+        A probe shows most differences, but not all: GELU instead of QuickGELU can change a small model's
+        vectors by less than rounding to half precision. So these settings are declared too. They are read
+        from the running model, so that a model has the same ones in open_clip and in transformers.
+        """
         image, text = self._towers()[:2]
-        return describe_model(text, image, self.text_transform, self.context_length)
+        return {
+            "text_activation": activation(text),
+            "image_activation": activation(image),
+            "text_cleaning": text_cleaning(self.text_transform),
+            "context_length": self.context_length,
+        }
 
     def invalidate_space(self) -> None:
         """Forget the probe and :attr:`short_context`; call this whenever the weights have changed."""
@@ -410,8 +415,9 @@ class DualEncoder(ABC):
         self, batches: Iterable[Sequence[NamedImage]], num_workers: int, precision: Precision
     ) -> Iterator[EncodedImages]:
         decoded = decode_batches(batches, self.image_transform, num_workers, pin_memory=self._on_cuda)
+        nothing = HostCopy(torch.zeros(0, self.dim))
         launched = (
-            (batch, self._launch(self.embed_pixels, batch.pixels, precision) if batch.kept else self._nothing)
+            (batch, self._launch(self.embed_pixels, batch.pixels, precision) if batch.kept else nothing)
             for batch in decoded
         )
         seen = 0
@@ -425,10 +431,6 @@ class DualEncoder(ABC):
         # Entered per batch, so that eval mode and autocast don't leak while the generator is suspended.
         with self._evaluating(), self._autocast(precision):
             return HostCopy(embed(batch))
-
-    @property
-    def _nothing(self) -> HostCopy:
-        return HostCopy(torch.zeros(0, self.dim))
 
     def _embed_whole(self, tokens: Tensor) -> Tensor:
         return normalize(self._text_features(self._moved(tokens)).float(), dim=-1)
@@ -491,71 +493,3 @@ def require_side(*sides: int) -> None:
                 f"the preprocessing makes images of {side} pixels a side, but at most {MAX_SIDE} are "
                 "allowed; check the model's config"
             )
-
-
-def fold_layers(module: nn.Module, layers: Mapping[str, str], weight: Tensor, name: str) -> nn.Module:
-    """Multiply a matrix into the last layer of each tower, so that mapping vectors costs nothing.
-
-    A tower ends in z ∝ P x. Mapped by W, its unit vectors are normalise(W z) = normalise((W P) x), so that
-    replacing P by W P gives the mapped vectors without another step.
-
-    Args:
-        module: The model, which is not changed.
-        layers: Tower → path of an ``nn.Linear``, or of an (in, dim) parameter that rows are multiplied with.
-        weight: (out_dim, dim) matrix to multiply each of them with.
-        name: Name of the model in errors.
-
-    Returns:
-        A module that shares all other weights with the model.
-
-    Raises:
-        EncoderError: If one of the layers is of another type.
-    """
-    folded = module
-    for tower, path in layers.items():
-        layer = _at(module, path)
-        if type(layer) is not nn.Linear and not (isinstance(layer, nn.Parameter) and layer.ndim == 2):
-            last = "nothing" if layer is None else f"a {type(layer).__name__}"
-            raise EncoderError(
-                f"the {tower} tower of {name} ends in {last} at {path}, not in a matrix, so the projection "
-                "cannot be folded into it; use it unfolded"
-            )
-        folded = _with_layer(folded, path, _composed(layer, weight))
-    return folded
-
-
-def has_path(module: nn.Module, path: str) -> bool:
-    """True if a module has an attribute at a dotted path."""
-    return _at(module, path) is not None
-
-
-def _at(module: Any, path: str) -> Any:
-    for step in path.split("."):
-        module = getattr(module, step, None)
-    return module
-
-
-def _composed(layer: nn.Linear | nn.Parameter, weight: Tensor) -> nn.Linear | nn.Parameter:
-    with torch.no_grad():
-        if isinstance(layer, nn.Parameter):
-            matrix = weight.to(layer.device, torch.float64)
-            return nn.Parameter((layer.double() @ matrix.T).to(layer.dtype), requires_grad=False)
-        old = layer.weight
-        matrix = weight.to(old.device, torch.float64)
-        bias = layer.bias is not None
-        product = nn.Linear(layer.in_features, len(weight), bias, device=old.device, dtype=old.dtype)
-        product.requires_grad_(False).train(layer.training)
-        product.weight.copy_(matrix @ old.double())
-        if bias:
-            product.bias.copy_(matrix @ layer.bias.double())
-        return product
-
-
-def _with_layer(module: nn.Module, path: str, layer: nn.Module | nn.Parameter) -> nn.Module:
-    """A copy with another layer at a path; modules outside of the path are shared."""
-    step, _, rest = path.partition(".")
-    view = copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        view.__dict__[registry] = dict(getattr(module, registry))
-    setattr(view, step, _with_layer(getattr(module, step), rest, layer) if rest else layer)
-    return view

@@ -44,21 +44,13 @@ class ClipBenchmarkModel(nn.Module):
             text_encoder.space.require(self.image_encoder.space, "the image encoder")
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(n, dim) float32 unit rows of (n, context_length) int64 tokens.
-
-        Raises:
-            EncoderError: If the encoder has an ensemble that needs the old model's vectors.
-        """
+        """(n, dim) float32 unit rows of (n, context_length) int64 tokens."""
         encoder = self.text_encoder
         with encoder._evaluating(), encoder._autocast(encoder.precision):
             return encoder.embed_tokens(tokens)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """(n, dim) float32 unit rows of (n, 3, height, width) float32 pixels.
-
-        Raises:
-            EncoderError: If the encoder has an ensemble that needs the old model's vectors.
-        """
+        """(n, dim) float32 unit rows of (n, 3, height, width) float32 pixels."""
         encoder = self.image_encoder
         with encoder._evaluating(), encoder._autocast(encoder.precision):
             return encoder.embed_pixels(pixels)
@@ -69,17 +61,13 @@ class ClipBenchmarkModel(nn.Module):
 
 
 class ClipBenchmarkParts(NamedTuple):
-    """The values that CLIP_benchmark's ``load_clip`` returns, in its order.
-
-    Attributes:
-        model: The model with ``encode_image`` and ``encode_text``.
-        transform: From a PIL image to pixels, for the data set; picklable, without weights.
-        tokenizer: From n texts to (n, context_length) int64 tokens.
-    """
+    """The values that CLIP_benchmark's ``load_clip`` returns, in its order."""
 
     model: ClipBenchmarkModel
     transform: Transform
+    """From a PIL image to pixels, for the data set; picklable, without weights."""
     tokenizer: _Tokenizer
+    """From n texts to (n, context_length) int64 tokens."""
 
 
 def as_clip_benchmark(

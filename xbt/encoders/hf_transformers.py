@@ -92,16 +92,13 @@ class _Texts:
     """A tokenizer as a function that pads to the whole context; picklable, without weights."""
 
     def __init__(self, name: str, tokenizer: Any, context_length: int, vocab_size: int) -> None:
-        self._name = name
-        self._tokenizer = tokenizer
-        self._context = context_length
-        self._vocab_size = vocab_size
+        self._name, self._tokenizer = name, tokenizer
+        self._context, self._vocab_size = context_length, vocab_size
 
     def __call__(self, texts: list[str]) -> Tokenized:
         if not texts:
-            return Tokenized(
-                torch.zeros(0, self._context, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)
-            )
+            tokens = torch.zeros(0, self._context, dtype=torch.int64)
+            return Tokenized(tokens, torch.zeros(0, dtype=torch.bool))
         encoded = self._tokenizer(
             texts,
             padding="max_length",
@@ -121,28 +118,15 @@ class _Texts:
 
 def pooled(output: Any) -> Tensor:
     """The projected vectors: transformers 5 returns an output object, 4 a tensor."""
-    if isinstance(output, Tensor):
-        return output
-    vectors: Tensor = output.pooler_output
+    vectors: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return vectors
 
 
 def load_transformers(source: str, name: str, access: HubAccess) -> TransformersEncoder:
-    """Load the model of a specification ``transformers:SOURCE``.
+    """Load the model of a specification ``transformers:SOURCE``, frozen, in fp32 and eval mode.
 
-    Args:
-        source: A directory, or a Hub repository ``org/name`` or ``org/name@revision``.
-        name: The whole specification.
-        access: Hub access; its revision overrides the one in the specification.
-
-    Returns:
-        A frozen fp32 encoder in eval mode.
-
-    Raises:
-        EncoderError: If the directory does not exist, the model is not a CLIP, weights are missing, the
-            config is refused, or the tokenizer does not fit the model.
-        SavedPartError: If a repository cannot be fetched or holds no safetensors, or the config describes a
-            model far larger than the weights.
+    SOURCE is a directory, or a Hub repository ``org/name`` or ``org/name@revision``. A revision of the access
+    overrides that one.
     """
     folder, commit = find_transformers(source, name, access)
     tokenizer, processor = load_tokenizer(folder, name), load_image_processor(folder, name)
@@ -154,18 +138,6 @@ def load_transformers(source: str, name: str, access: HubAccess) -> Transformers
     return encoder
 
 
-def _check_shards(folder: Path, names: set[str]) -> None:
-    """Refuse an index of shards that names files outside of the folder."""
-    if not (folder / WEIGHTS[1]).is_file():
-        return
-    shards = read_json(resolve_user_link(folder / WEIGHTS[1])).get("weight_map")
-    if not isinstance(shards, dict) or not set(map(str, shards.values())) <= names:
-        raise EncoderError(
-            f"the weight_map of {folder / WEIGHTS[1]} must name safetensors files of that folder, got "
-            f"{shards!r:.80}; download the model again"
-        )
-
-
 def _load_module(folder: Path, config: Any, name: str) -> nn.Module:
     weights = [resolve_user_link(file) for file in sorted(folder.glob("model*.safetensors"))]
     if not weights:
@@ -175,8 +147,14 @@ def _load_module(folder: Path, config: Any, name: str) -> nn.Module:
             f"'{name}' could not be loaded: {folder} has no {WEIGHTS[0]}{other}; save the model as "
             "safetensors (model.save_pretrained)"
         )
-    if not (folder / WEIGHTS[0]).is_file():
-        _check_shards(folder, {file.name for file in weights})
+    index = folder / WEIGHTS[1]
+    if not (folder / WEIGHTS[0]).is_file() and index.is_file():
+        shards = read_json(resolve_user_link(index)).get("weight_map")
+        if not isinstance(shards, dict) or not set(map(str, shards.values())) <= {f.name for f in weights}:
+            raise EncoderError(
+                f"the weight_map of {index} must name safetensors files of that folder, got "
+                f"{shards!r:.80}; download the model again"
+            )
     # Built once without memory, to refuse a config of a model far larger than the weights.
     with limit_allocations(weights, folder / "config.json"), torch.device("meta"):
         AutoModel.from_config(deepcopy(config), trust_remote_code=False)

@@ -56,26 +56,58 @@ class DecodedImages(NamedTuple):
     notes: dict[int, str]
 
 
+def as_images(images: Sequence[ImageSource]) -> Sequence[ImageSource]:
+    """The images as a sequence; a single image, or a Dataset without a right length, is refused."""
+    if isinstance(images, str | bytes | os.PathLike | Image.Image):
+        raise DataError(f"images must be a list, got a single {type(images).__name__}; write [image]")
+    # A sequence is not copied: it may read its images lazily.
+    if isinstance(images, Sequence) or not hasattr(images, "__getitem__"):
+        return images if isinstance(images, Sequence) else list(images)
+    # Iterating over a torch Dataset may never end, so its length is needed.
+    if not hasattr(images, "__len__"):
+        raise DataError(
+            f"images is a {type(images).__name__} without a length; give a list, or define __len__"
+        )
+    try:
+        return [images[row] for row in range(len(images))]
+    except IndexError as error:
+        raise DataError(
+            f"images has the length {len(images)}, but fewer entries; correct its __len__"
+        ) from error
+
+
+def numbered(images: Sequence[ImageSource], batch_size: int) -> Iterator[list[NamedImage]]:
+    """Batches of images; those without a path are named by their number."""
+    for start in range(0, len(images), batch_size):
+        batch: list[NamedImage] = []
+        for number in range(start, min(start + batch_size, len(images))):
+            source = images[number]
+            batch.append((source, None if isinstance(source, str | os.PathLike) else f"number {number}"))
+        yield batch
+
+
+def require_positive(batch_size: int) -> None:
+    """Refuse a batch size below 1 with a ConfigError."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, but it must be at least 1")
+
+
+def not_finite(vectors: Tensor) -> list[int]:
+    """Rows that hold NaN or infinite values."""
+    rows: list[int] = torch.nonzero(~torch.isfinite(vectors).all(dim=1)).flatten().tolist()
+    return rows
+
+
 def decode_batches(
     batches: Iterable[Sequence[NamedImage]],
     transform: Transform,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[DecodedImages]:
-    """Read and preprocesses batches of images, in order; see :func:`run_ahead`.
+    """Read and preprocess batches of images, in order, with :func:`run_ahead`.
 
-    Args:
-        batches: Consumed in the calling process, at most ``2 * num_workers`` batches ahead.
-        transform: The preprocessing; pickled where workers are spawned.
-        num_workers: Worker processes that decode; 0 decodes in this process.
-        pin_memory: Whether to put the pixels into page-locked memory.
-
-    Yields:
-        One result per batch, which lists images that cannot be read.
-
-    Raises:
-        DataError: If the system rather than an image is at fault, or a worker process dies.
-        EncoderError: If the preprocessing makes images of different sizes.
+    Each result lists images that cannot be read. It is an error if the system rather than an image is at
+    fault, or if the preprocessing makes images of different sizes.
     """
     tasks = ([_ready(source, name) for source, name in batch] for batch in batches)
     yield from run_ahead(_Decoder(transform), tasks, num_workers, pin_memory=pin_memory)
@@ -106,7 +138,9 @@ class _Decoder:
         decoded = DecodedImages(torch.zeros(0), [], {}, {})
         for position, item in enumerate(batch):
             try:
-                read = _read(item)
+                if isinstance(item, ImageError):
+                    raise item
+                read = item if isinstance(item, ReadImage) else read_image(*item)
                 pixels.append(self._preprocess(read.image, item))
             except ImageError as error:
                 decoded.rejected[position] = str(error)
@@ -141,12 +175,6 @@ def _size(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape[:0:-1]))
 
 
-def _read(item: _Ready) -> ReadImage:
-    if isinstance(item, ImageError):
-        raise item
-    return item if isinstance(item, ReadImage) else read_image(*item)
-
-
 def _label(item: _Ready, image: Image.Image) -> str:
     size = f"of {image.width} x {image.height} pixels"
     if isinstance(item, ReadImage | ImageError):
@@ -162,9 +190,6 @@ class HostCopy:
 
     On CUDA the copy is queued right after the computation, so that the next batch can be queued behind both.
     On other devices the copy happens in :meth:`wait`.
-
-    Args:
-        vectors: (n, dim) on any device.
     """
 
     def __init__(self, vectors: Tensor) -> None:
@@ -193,12 +218,8 @@ class HostCopy:
 def wait_for_copies(copies: Iterable[tuple[Label, HostCopy]]) -> Iterator[tuple[Label, Tensor]]:
     """Wait for each copy only after the next batch is queued, so that the device never idles.
 
-    Args:
-        copies: Labelled copies; taking the next one queues its computation.
-
-    Yields:
-        Every label with its vectors on the CPU, in order. An exception of ``copies`` is raised after the
-        results before it.
+    Taking the next of the labelled copies queues its computation. An exception of ``copies`` is raised after
+    the results before it.
     """
     previous: tuple[Label, HostCopy] | None = None
     failure: Exception | None = None
@@ -232,21 +253,15 @@ def run_ahead(
     """Run a job on tasks in worker processes and yield the results in order.
 
     The workers run while the caller handles a result. They end when the iterator is exhausted or closed.
+    Without workers the job runs in this process, with the same results.
 
     Args:
-        job: A picklable function; torch runs on one thread within it.
+        job: A picklable function; torch runs on one thread within it. Its xbt errors are raised unchanged.
         tasks: Consumed in the calling process, at most ``look_ahead * num_workers`` tasks ahead. An exception
             of this iterable is raised after the results of the tasks before it.
-        num_workers: Worker processes; 0 runs the job in this process, with the same results.
+        num_workers: Worker processes.
         look_ahead: Tasks per worker that may be running or waiting to be fetched.
         pin_memory: Whether to put tensors of the results into page-locked memory.
-
-    Yields:
-        One result per task.
-
-    Raises:
-        ConfigError: If ``num_workers`` is negative.
-        DataError: If a worker process dies. The job's own xbt errors are raised unchanged.
     """
     if num_workers < 0:
         raise ConfigError(f"num_workers is {num_workers}, but it must be at least 0")

@@ -16,14 +16,8 @@ from xbt.errors import EncoderError
 # The text tower of a rebuilt CLIP is discarded, so it is as small as the libraries allow.
 _OPEN_CLIP_TEXT = {"context_length": 32, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1}
 _TRANSFORMERS_TEXT = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "vocab_size": 8,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
+    **{"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1},
+    **{"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
 }
 
 
@@ -47,22 +41,14 @@ class ImageTower(nn.Module):
         """Embed (n, 3, height, width) pixels as (n, dim) vectors of any length."""
         output = self.parts["tower"](pixels)
         # open_clip returns vectors, CoCa a tuple of vectors and patches, transformers an output object.
-        vectors: Tensor = (
-            output.pooler_output
-            if hasattr(output, "pooler_output")
-            else output[0]
-            if isinstance(output, tuple)
-            else output
-        )
-        return self.parts["projection"](vectors) if "projection" in self.parts else vectors
+        first = output[0] if isinstance(output, tuple) else output
+        vectors: Any = getattr(output, "pooler_output", first)
+        embedded: Tensor = self.parts["projection"](vectors) if "projection" in self.parts else vectors
+        return embedded
 
 
 def take_image_tower(encoder: DualEncoder) -> ImageTower:
-    """Take the image tower from an encoder; it shares the encoder's weights.
-
-    Raises:
-        EncoderError: If the encoder is of another backend, or has LoRA.
-    """
+    """Take the image tower from an encoder without LoRA; it shares the encoder's weights."""
     clip: Any = encoder.module
     if hasattr(clip, "peft_config"):
         raise EncoderError(f"{encoder.name} has LoRA attached; give an encoder as it was loaded")
@@ -78,20 +64,11 @@ def take_image_tower(encoder: DualEncoder) -> ImageTower:
 
 
 def build_image_tower(architecture: dict[str, Any]) -> ImageTower:
-    """Build a tower from a description, without files and with random weights.
-
-    Args:
-        architecture: A value of :attr:`ImageTower.architecture`.
-
-    Raises:
-        EncoderError: If the description is malformed, or the library cannot build it.
-    """
+    """Build a tower from an :attr:`ImageTower.architecture`, without files and with random weights."""
     try:
-        builder = {"open_clip": _build_open_clip, "transformers": _build_transformers}[
-            architecture["library"]
-        ]
+        builders = {"open_clip": _build_open_clip, "transformers": _build_transformers}
         with quiet():
-            return builder(architecture["config"])
+            return builders[architecture["library"]](architecture["config"])
     except Exception as error:  # the libraries raise errors of many types
         raise EncoderError(
             f"cannot build an image tower from {architecture!r}: {type(error).__name__}: {brief(error)}"

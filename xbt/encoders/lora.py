@@ -76,16 +76,8 @@ def add_lora(encoder: DualEncoder, settings: LoraSettings) -> None:
     """
     from peft import LoraConfig
 
-    pattern = check_lora(encoder, settings)
-    _attach(
-        encoder,
-        LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=pattern,
-        ),
-    )
+    size = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+    _attach(encoder, LoraConfig(target_modules=check_lora(encoder, settings), **size))
 
 
 def check_lora(encoder: DualEncoder, settings: LoraSettings) -> str:
@@ -112,14 +104,10 @@ def check_lora(encoder: DualEncoder, settings: LoraSettings) -> str:
 
 
 def set_lora_mode(towers: nn.Module, training: bool) -> None:
-    """Set the mode of a frozen model that LoRA trains.
+    """Set the mode of a frozen model that LoRA trains: only the LoRA's dropout follows.
 
     The frozen layers stay in evaluation mode: their batch statistics do not change, and their own dropout,
-    which many text towers have, stays off. Only the LoRA's dropout follows.
-
-    Args:
-        towers: A model with LoRA, changed in place.
-        training: Whether LoRA's dropout is on.
+    which many text towers have, stays off.
     """
     towers.eval()
     for name, module in towers.named_modules():
@@ -143,7 +131,11 @@ def save_lora(encoder: DualEncoder, directory: str | Path) -> None:
         raise EncoderError(f"{encoder.name} has no LoRA to save; add one with add_lora")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.detach().cpu().contiguous() for key, value in _state(encoder.module).items()}
+    from peft import get_peft_model_state_dict
+
+    # By default peft would query the Hub to see if the vocabulary was resized.
+    weights = get_peft_model_state_dict(encoder.module, save_embedding_layers=False)
+    state = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     module: Any = encoder.module
     config = module.peft_config["default"]
@@ -286,11 +278,3 @@ def _examples(encoder: DualEncoder) -> str:
     linear = [name for name, m in encoder.module.named_modules() if type(m) is nn.Linear]
     names = attention[:1] + attention[-1:] + linear
     return ", ".join(names[:4])
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    from peft import get_peft_model_state_dict
-
-    # By default peft would query the Hub to see if the vocabulary was resized.
-    state: dict[str, Tensor] = get_peft_model_state_dict(module, save_embedding_layers=False)
-    return state

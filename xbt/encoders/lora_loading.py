@@ -46,41 +46,28 @@ _MAX_EXPRESSION = 1_000
 
 
 class Settings(NamedTuple):
-    """Settings of an adapter's config that change vectors.
-
-    Attributes:
-        rank: Rank of modules that no pattern in ``ranks`` matches.
-        alpha: Alpha of modules that no pattern in ``alphas`` matches.
-        dropout: Dropout probability during training.
-        rslora: Whether the update is scaled by ``alpha / sqrt(rank)``.
-        ranks: Pattern → rank.
-        alphas: Pattern → alpha.
-        targets: ``target_modules``, a list of name endings or a regular expression.
-        everywhere: Whether ``targets`` is complete: no other setting excludes modules.
-    """
+    """Settings of an adapter's config that change vectors."""
 
     rank: int
+    """Rank of modules that no pattern in ``ranks`` matches."""
     alpha: float
+    """Alpha of modules that no pattern in ``alphas`` matches."""
     dropout: float
     rslora: bool
+    """Whether the update is scaled by ``alpha / sqrt(rank)``."""
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     targets: str | list[str]
+    """``target_modules``, a list of name endings or a regular expression."""
     everywhere: bool
+    """Whether ``targets`` is complete: no other setting excludes modules."""
 
 
 def read_lora(encoder: DualEncoder, folder: Path) -> Any:
     """Read a saved LoRA's config and the header of its weights, and compare both with the encoder.
 
-    Args:
-        encoder: The encoder; it is not changed.
-        folder: A directory that peft wrote.
-
     Returns:
         The ``peft.LoraConfig`` of exactly the adapter that the weights belong to.
-
-    Raises:
-        EncoderError: If a file is missing or damaged, or the adapter is not a plain LoRA or does not fit.
     """
     from peft import LoraConfig
 
@@ -148,12 +135,7 @@ def adaptable(encoder: DualEncoder) -> dict[str, nn.Module]:
 
 
 def expected_weights(encoder: DualEncoder, ranks: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Name → shape for the weights of a LoRA.
-
-    Args:
-        encoder: The LoRA's encoder.
-        ranks: Full name of an adaptable module → rank.
-    """
+    """Name → shape for the weights of a LoRA with a rank for each full name of an adaptable module."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, rank in ranks.items():
         module: Any = encoder.module.get_submodule(name)
@@ -329,11 +311,7 @@ def _is_expression(pattern: str) -> bool:
 
 
 def _resolve(patterns: Mapping[str, Any], default: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Name → value of the first pattern that matches it, as peft chooses it.
-
-    Raises:
-        ValueError: If a pattern is a regular expression with more than names and wildcards.
-    """
+    """Name → value of the first pattern that matches it, as peft chooses it; no other expression is run."""
     matchers: list[tuple[re.Pattern[str], Any]] = []
     for pattern, value in patterns.items():
         globs = _globs(pattern)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy, deepcopy
-from functools import partial
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xbt.encoders.base import DualEncoder, has_path
+from xbt.encoders.base import DualEncoder
 from xbt.encoders.open_clip_loading import (
     WEIGHTS_FILE,
     build,
@@ -25,6 +24,7 @@ from xbt.encoders.open_clip_loading import (
 )
 from xbt.encoders.quiet import quiet
 from xbt.encoders.text_batching import TextTransform, Tokenized, require_known
+from xbt.encoders.towers import at_path, shared_copy
 from xbt.errors import EncoderError
 from xbt.hub import HubAccess
 from xbt.space import PROBE_TEXTS
@@ -144,25 +144,17 @@ class OpenClipEncoder(DualEncoder):
             "text": [f"{text}text_projection", f"{text}proj"],
             "image": ["visual.proj", "visual.attnpool.c_proj", "visual.head.proj", "visual.trunk.head"],
         }
-        return {tower: next(filter(partial(has_path, clip), ends[tower]), ends[tower][0]) for tower in ends}
+        return {
+            tower: next((path for path in paths if at_path(clip, path) is not None), paths[0])
+            for tower, paths in ends.items()
+        }
 
 
 def load_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipEncoder:
-    """Load the model of a specification ``open_clip:REST``.
+    """Load the model of a specification ``open_clip:REST``, frozen, in fp32 and eval mode.
 
-    Args:
-        rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
-        name: The whole specification.
-        access: Hub access; its revision overrides the one in the specification.
-
-    Returns:
-        A frozen fp32 encoder in eval mode.
-
-    Raises:
-        EncoderError: If the directory, architecture or tag does not exist, architecture and tag were trained
-            with different activations, or a config is refused.
-        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config describes a
-            model far larger than the weights. Errors of open_clip itself are passed through.
+    REST is ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``. A
+    revision of the access overrides that one. Errors of open_clip itself are passed through.
     """
     source = find_open_clip(rest, name, access)
     module = source.module()
@@ -173,18 +165,10 @@ def load_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipEncoder:
 
 
 class OpenClipTexts:
-    """An open_clip tokenizer as a function; picklable, without weights.
-
-    Args:
-        name: The encoder's name, for errors.
-        tokenizer: open_clip's tokenizer.
-        vocab_size: Number of tokens that the model embeds.
-    """
+    """An open_clip tokenizer as a function; picklable, without weights."""
 
     def __init__(self, name: str, tokenizer: Any, vocab_size: int) -> None:
-        self._name = name
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
+        self._name, self._tokenizer, self._vocab_size = name, tokenizer, vocab_size
 
     def __call__(self, texts: list[str]) -> Tokenized:
         """Tokenise n texts and find those that are cut."""
@@ -217,40 +201,19 @@ class OpenClipTexts:
 
 
 def encode_tokens(clip: Any, tokens: Tensor) -> Tensor:
-    """Call ``clip.encode_text`` on tokens that may be shorter than the context.
-
-    Args:
-        clip: A model of open_clip, without peft's wrapper.
-        tokens: (n, length) int64 on its device.
-
-    Returns:
-        (n, dim) vectors of any length, differentiable in all weights.
-    """
+    """Call ``clip.encode_text``, without peft's wrapper, on tokens that may be shorter than the context."""
     tower, length = getattr(clip, "text", clip), tokens.shape[1]
     # Text models of transformers handle positions themselves and take any length.
     if hasattr(tower, "positional_embedding") and length < tower.context_length:
         positions, mask = tower.positional_embedding, tower.attn_mask
-        short = _with(
+        short = shared_copy(
             tower,
             positional_embedding=positions[:length],
             attn_mask=None if mask is None else mask[:length, :length],
         )
-        clip = short if tower is clip else _with(clip, text=short)
+        clip = short if tower is clip else shared_copy(clip, text=short)
     features: Tensor = clip.encode_text(tokens)
     return features
-
-
-def _with(module: nn.Module, **attributes: Any) -> nn.Module:
-    """A copy of a module with other attributes, which shares everything else.
-
-    Unlike ``torch.func.functional_call`` this never changes the original, which other threads may be using.
-    """
-    view = copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        entries = getattr(module, registry)
-        view.__dict__[registry] = {name: entries[name] for name in entries if name not in attributes}
-    view.__dict__.update(attributes)
-    return view
 
 
 def _describe(config: dict[str, Any]) -> dict[str, Any]:

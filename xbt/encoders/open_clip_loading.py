@@ -45,31 +45,22 @@ _DEFAULT_ACCESS = HubAccess()
 
 @dataclass(frozen=True)
 class OpenClipSource:
-    """Everything that a model is built from.
-
-    Attributes:
-        config: open_clip's description of the architecture.
-        preprocess: Image preprocessing that differs from open_clip's default.
-        weights: The weights file.
-        folder: The directory of the config; ``None`` for a built-in config of open_clip.
-        access: Hub access for text models and tokenizers that a config names.
-        revision: The commit of the Hub repository, if it came from one.
-    """
+    """Everything that a model is built from."""
 
     config: dict[str, Any]
+    """open_clip's description of the architecture."""
     preprocess: dict[str, Any]
+    """Image preprocessing that differs from open_clip's default."""
     weights: Path
     folder: Path | None
+    """The directory of the config; ``None`` for a built-in config of open_clip."""
     access: HubAccess
+    """Hub access for text models and tokenizers that a config names."""
     revision: str | None
+    """The commit of the Hub repository, if it came from one."""
 
     def module(self) -> nn.Module:
-        """Build the model and load the weights strictly.
-
-        Raises:
-            EncoderError, SavedPartError: If the config is refused, or describes a model far larger than the
-                weights.
-        """
+        """Build the model, which must not be far larger than the weights, and load them strictly."""
         if self.folder is None:
             module = build(with_text_model(self.config, self.access), self.preprocess)
         else:
@@ -81,37 +72,19 @@ class OpenClipSource:
 
     def tokenizer(self) -> Any:
         """Make the tokenizer: from the directory's own files if there are any, else from the config."""
-        text = dict(self.config["text_cfg"])
+        text, folder = dict(self.config["text_cfg"]), self.folder
         name = text.get("hf_tokenizer_name")
-        if (
-            name
-            and self.folder is not None
-            and (
-                not is_snapshot(self.folder)
-                or any((self.folder / file).exists() for file in _TOKENIZER_FILES)
-            )
-        ):
-            text["hf_tokenizer_name"] = str(self.folder)
-        elif name:
-            text["hf_tokenizer_name"] = str(
-                fetch_repository(str(name), self.access, SAFE_PATTERNS, (*_TOKENIZER_FILES, "config.json"))
-            )
-        return make_tokenizer(text)
+        if not name:
+            return make_tokenizer(text)
+        has_files = folder is not None and any((folder / file).exists() for file in _TOKENIZER_FILES)
+        if folder is None or (is_snapshot(folder) and not has_files):
+            needed = (*_TOKENIZER_FILES, "config.json")
+            folder = fetch_repository(str(name), self.access, SAFE_PATTERNS, needed)
+        return make_tokenizer({**text, "hf_tokenizer_name": str(folder)})
 
 
 def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
-    """Find, and download if need be, the files of a specification ``open_clip:REST``.
-
-    Args:
-        rest: ``ARCH/PRETRAINED``, ``local-dir:PATH``, ``hf-hub:org/repo`` or ``hf-hub:org/repo@revision``.
-        name: The whole specification.
-        access: Hub access; its revision overrides the one in the specification.
-
-    Raises:
-        EncoderError: If the directory, architecture or tag does not exist, architecture and tag were trained
-            with different activations, or a config is refused.
-        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config is not JSON.
-    """
+    """Find, and download if need be, the files of a specification; see :func:`load_open_clip`."""
     if rest.startswith("local-dir:"):
         folder = Path(rest.removeprefix("local-dir:")).expanduser()
         if not folder.is_dir():
@@ -140,11 +113,7 @@ def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
 
 
 def check_tag(arch: str, tag: str) -> dict[str, Any]:
-    """The config of an architecture, after a check, before any download, that the weights fit it.
-
-    Raises:
-        EncoderError: If there is no such architecture or tag, or their activations differ.
-    """
+    """The config of an architecture, after a check, before any download, that the tag fits it."""
     config = builtin_config(arch)
     quick = bool(config.get("quick_gelu", False))
     trained = get_pretrained_cfg(arch, tag)
@@ -164,11 +133,7 @@ def check_tag(arch: str, tag: str) -> dict[str, Any]:
 
 
 def builtin_config(arch: str) -> dict[str, Any]:
-    """open_clip's built-in config of an architecture.
-
-    Raises:
-        EncoderError: If open_clip has no architecture of that name.
-    """
+    """open_clip's built-in config of an architecture."""
     # Checked here, because open_clip would also accept "hf-hub:...".
     if arch not in open_clip.list_models():
         close = difflib.get_close_matches(arch, open_clip.list_models(), n=3)
@@ -179,11 +144,7 @@ def builtin_config(arch: str) -> dict[str, Any]:
 
 
 def build(config: dict[str, Any], preprocess: dict[str, Any]) -> nn.Module:
-    """Build a model with random weights.
-
-    Raises:
-        EncoderError: If the config would run code or fetch a tower.
-    """
+    """Build a model with random weights, from a config that runs no code and fetches no tower."""
     require_plain_open_clip(config, "the open_clip model config")
     with TemporaryDirectory() as directory:
         write_config(Path(directory), config, preprocess)
@@ -198,14 +159,7 @@ def with_text_model(
 ) -> dict[str, Any]:
     """Replace the name of a transformers text model in a config by a local directory with its checked config.
 
-    Args:
-        config: An open_clip model config.
-        access: Hub access for the text model's config; its other files are not fetched.
-        foreign: Whether the config came from the Hub: then a path in it is not followed.
-
-    Raises:
-        EncoderError: If open_clip does not support the text model, or its config is refused.
-        SavedPartError: If the text model's config cannot be fetched.
+    No other file of the text model is fetched. A path in a ``foreign`` config, from the Hub, is not followed.
     """
     text = config.get("text_cfg")
     name = text.get("hf_model_name") if isinstance(text, dict) else None

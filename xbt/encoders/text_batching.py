@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from xbt.encoders.image_batching import run_ahead
-from xbt.errors import EncoderError
+from xbt.errors import DataError, EncoderError
 
 PROBES = ("", "a dog", "two children playing football in a park")
 """Texts that are encoded at the full and at a shorter context to test a tower."""
@@ -47,26 +47,16 @@ MIN_ROWS = 16
 
 @dataclass(frozen=True)
 class ShortContext:
-    """Padding that can be cut off without changing the vectors.
-
-    Attributes:
-        pad: The padding token.
-        keep: Padding tokens that must stay after a text: 1 if the first of them is the end token itself, as
-            in transformers' CLIP tokenizer, else 0.
-    """
+    """Padding that can be cut off without changing the vectors."""
 
     pad: int
+    """The padding token."""
     keep: int
+    """Padding tokens that must stay after a text: 1 if the first of them is the end token itself, as in
+    transformers' CLIP tokenizer, else 0."""
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        """Number of tokens that matter in each row.
-
-        Args:
-            tokens: (n, length) int64.
-
-        Returns:
-            (n,) int64, from 1 to ``length``.
-        """
+        """(n,) numbers of tokens that matter in each row of (n, length) tokens, from 1 to ``length``."""
         length = tokens.shape[1]
         positions = torch.arange(1, length + 1, device=tokens.device)
         used = torch.where(tokens != self.pad, positions, 0).amax(dim=1)
@@ -85,15 +75,10 @@ class ShortContext:
 
 
 def find_short_context(features: TextFeatures, probes: Tensor) -> ShortContext | None:
-    """Test if, and how far, a text tower's context can be cut.
+    """Test if, and how far, the context of a text tower in eval mode can be cut.
 
-    Args:
-        features: The text tower, in eval mode.
-        probes: Tokens of :data:`PROBES` at the full context, on the tower's device. The first row is the
-            empty text, whose last token is padding.
-
-    Returns:
-        The cut that changes no probe's unit vector by more than :data:`TOLERANCE`, or ``None``.
+    ``probes`` are the tokens of :data:`PROBES` at the full context, on the tower's device. The first row is
+    the empty text, whose last token is padding. No unit vector changes by more than :data:`TOLERANCE`.
     """
     with torch.no_grad(), _full_precision(probes.device):
         whole = normalize(features(probes).float(), dim=-1)
@@ -138,15 +123,12 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 class Tokenized(NamedTuple):
-    """Tokens of n texts.
-
-    Attributes:
-        tokens: (n, context_length) int64 on the CPU.
-        cut: (n,) bool, True for texts longer than the context.
-    """
+    """Tokens of n texts."""
 
     tokens: Tensor
+    """(n, context_length) int64 on the CPU."""
     cut: Tensor
+    """(n,) bool, True for texts longer than the context."""
 
 
 TextTransform = Callable[[list[str]], Tokenized]
@@ -154,11 +136,7 @@ TextTransform = Callable[[list[str]], Tokenized]
 
 
 def require_known(tokens: Tensor, vocab_size: int, name: str) -> Tensor:
-    """Return the tokens if the model has an embedding for each of them.
-
-    Raises:
-        EncoderError: If a token id is not below ``vocab_size``.
-    """
+    """Return the tokens if the model has an embedding for each of them."""
     highest = int(tokens.max())
     # Only tokens that occur are checked: vocabularies with spare ids at the end are common and harmless.
     if highest >= vocab_size:
@@ -169,13 +147,35 @@ def require_known(tokens: Tensor, vocab_size: int, name: str) -> Tensor:
     return tokens
 
 
-class TokenBatch(NamedTuple):
-    """Rows for one forward pass.
+def as_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as a list; a single string, or an item that is no valid text, is refused."""
+    if isinstance(texts, str | bytes):
+        raise DataError(f"texts must be a list of strings, got the single text {texts!r}; write [text]")
+    items = list(texts)
+    for number, text in enumerate(items):
+        if not isinstance(text, str):
+            raise DataError(f"texts[{number}] is {text!r}, a {type(text).__name__}, but must be a string")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"texts[{number}] is not valid Unicode: {text!r} has a lone surrogate") from error
+    return items
 
-    Attributes:
-        tokens: (m, length) int64 on the CPU.
-        rows: (m,) int64, the rows' positions among the distinct texts.
+
+def text_cleaning(transform: TextTransform) -> str:
+    """Test the cleaning of texts, in open_clip's words: ``"lower"``, ``"canonicalize"`` or ``"none"``.
+
+    Capitals make no difference in the first, nor punctuation in the second.
     """
+    texts = ["A Red DOG", "a red dog", "a dog, a cat.", "a dog a cat"]
+    rows = transform(texts).tokens.tolist()
+    if rows[0] != rows[1]:
+        return "none"
+    return "canonicalize" if rows[2] == rows[3] else "lower"
+
+
+class TokenBatch(NamedTuple):
+    """(m, length) tokens for one forward pass, on the CPU, and their (m,) rows among the distinct texts."""
 
     tokens: Tensor
     rows: Tensor
@@ -208,10 +208,9 @@ class DistinctTexts:
 def tokenize_windows(
     texts: list[str], transform: TextTransform, num_workers: int
 ) -> Iterator[tuple[int, Tokenized]]:
-    """Tokenise texts :data:`WINDOW` at a time; workers prepare the next window while this one is encoded.
+    """Tokenise texts :data:`WINDOW` at a time: the position of a window's first text, and its tokens.
 
-    Yields:
-        The position of a window's first text, and the window's tokens.
+    Workers prepare the next window while this one is encoded.
     """
     chunks = (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
     num_workers = min(num_workers, -(-len(texts) // CHUNK))  # no idle workers
@@ -242,9 +241,6 @@ def batches_by_length(
         multiple: The length of a batch is rounded up to a multiple of this.
         fill: Whether batches of shorter rows grow to the same number of tokens as a full batch. This is
             faster on a GPU, where small batches waste time, and slower on a CPU, because of its caches.
-
-    Yields:
-        Batches in which every row occurs once.
     """
     if short is None:
         for start in range(0, len(tokens), batch_size):

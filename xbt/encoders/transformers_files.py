@@ -38,22 +38,11 @@ _SUBFOLDER = re.compile(r"[\w-][\w.-]*")
 def find_transformers(source: str, name: str, access: HubAccess) -> tuple[Path, str | None]:
     """Find, and download if need be, the files of a specification ``transformers:SOURCE``.
 
-    The configs of a repository are fetched first, so that a model other than CLIP is refused before its
-    weights are downloaded.
-
-    Args:
-        source: A directory, or a Hub repository ``org/name`` or ``org/name@revision``. The model may have
-            been saved by sentence-transformers.
-        name: The whole specification.
-        access: Hub access; its revision overrides the one in the specification.
+    The model may have been saved by sentence-transformers. The configs of a repository are fetched first, so
+    that a model other than CLIP is refused before its weights are downloaded.
 
     Returns:
         The directory with the model's own ``config.json``, and the commit of the repository if it is one.
-
-    Raises:
-        EncoderError: If the directory does not exist, or the model is not a CLIP, needs its own code, or is
-            followed by other modules.
-        SavedPartError: If a repository cannot be fetched or holds no safetensors, or a config is not JSON.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -141,21 +130,13 @@ def _require_clip(folder: Path, name: str) -> Path:
 
 
 def load_tokenizer(folder: Path, name: str) -> Any:
-    """Load the tokenizer in a directory.
-
-    Raises:
-        EncoderError: If a package that it needs is not installed, it needs its own code, or its files are
-            missing or damaged.
-        SavedPartError: If ``tokenizer_config.json`` is not a JSON object.
-    """
+    """Load the tokenizer in a directory, without code of its repository."""
     file = folder / "tokenizer_config.json"
     config = read_json(resolve_user_link(file)) if file.is_file() else {}
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise errors of many types
-        raise EncoderError(_no_tokenizer(folder, name, config, error)) from error
-    except BaseException as error:  # panics of the Rust library are not Exceptions
-        if type(error).__name__ != "PanicException":
+    except BaseException as error:  # of many types; panics of the Rust library are not Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise EncoderError(_no_tokenizer(folder, name, config, error)) from error
 
@@ -200,12 +181,7 @@ class Pixels:
 
 
 def load_image_processor(folder: Path, name: str) -> Any:
-    """Load the image processor in a directory, always the variant that resizes with PIL.
-
-    Raises:
-        EncoderError: If there is none, or it needs its own code, or cannot be used.
-        SavedPartError: If its file is not a JSON object.
-    """
+    """Load the image processor in a directory, always the variant that resizes with PIL."""
     files = [file for file in map(folder.joinpath, CONFIG_FILES) if file.is_file()]
     contents = {file.name: read_json(resolve_user_link(file)) for file in files}
     if not any(file == CONFIG_FILES[0] or "image_processor" in contents[file] for file in contents):
@@ -227,19 +203,10 @@ def load_image_processor(folder: Path, name: str) -> Any:
 
 
 def describe(processor: Any, image_size: int, name: str) -> dict[str, Any]:
-    """Describe an image processor's settings, after a check that its images fit the model.
+    """Describe an image processor's settings, after a check that its images have the model's side in pixels.
 
-    Args:
-        processor: The image processor.
-        image_size: Side in pixels of the model's input.
-        name: The encoder's specification, for errors.
-
-    Returns:
-        JSON-able settings of the steps that are applied. Pixels are ``(x / 255 - mean) / std`` for values x.
-
-    Raises:
-        EncoderError: If its images have another size than the model's input, or different sizes, or pixels
-            that are not finite, or it cannot be used.
+    The result are JSON-able settings of the steps that are applied. Pixels are ``(x / 255 - mean) / std`` for
+    values x, and must be finite.
     """
     try:
         settings = _settings(processor)
@@ -262,11 +229,14 @@ def _settings(processor: Any) -> dict[str, Any]:
     edge = final.get("shortest_edge")
     sides = [edge, edge] if edge else [final.get("height"), final.get("width")]
     mean, std = _normalisation(processor)
+    mode = "shortest" if set(size) == {"shortest_edge"} else "bounded"
+    if {"height", "width"} <= set(size):
+        mode = "squash"
     settings: dict[str, Any] = {
         "backend": "pil",
         "size": sides,
         "interpolation": Image.Resampling(processor.resample).name.lower() if resized else None,
-        "resize_mode": _resize_mode(size) if resized else "none",
+        "resize_mode": mode if resized else "none",
         "mean": mean,
         "std": std,
     }
@@ -280,12 +250,6 @@ def _settings(processor: Any) -> dict[str, Any]:
 
 def _does(processor: Any, step: str) -> bool:
     return bool(getattr(processor, f"do_{step}", False))
-
-
-def _resize_mode(size: dict[str, Any]) -> str:
-    if "height" in size and "width" in size:
-        return "squash"
-    return "shortest" if set(size) == {"shortest_edge"} else "bounded"
 
 
 def _normalisation(processor: Any) -> tuple[list[float], list[float]]:

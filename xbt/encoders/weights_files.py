@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from open_clip.convert import convert_state_dict, load_big_vision_weights
@@ -49,23 +49,15 @@ class _Ignored:
         pass
 
 
-class _Kind(NamedTuple):
-    """A kind of file that holds no usable weights, recognised by its first bytes."""
-
-    start: bytes
-    sentence: str
-
-
-_KINDS = (
-    _Kind(
-        b"version https://git-lfs",
-        "is a git-lfs pointer, which only names the weights; run git lfs pull, or download the file itself",
-    ),
-    _Kind(b"<", "is a web page (HTML or XML) that was saved under this name; download the file itself"),
-    _Kind(b"{", "is a text file (JSON), which holds no weights; give the weights file"),
-    _Kind(b"\x89HDF", "is an HDF5 file of another library (such as Keras); save the weights as safetensors"),
-    _Kind(b"\x1f\x8b", "is a gzip archive; unpack it and give the weights file in it"),
-)
+_LFS = "is a git-lfs pointer, which only names the weights; run git lfs pull, or download the file itself"
+_KINDS = {
+    b"version https://git-lfs": _LFS,
+    b"<": "is a web page (HTML or XML) that was saved under this name; download the file itself",
+    b"{": "is a text file (JSON), which holds no weights; give the weights file",
+    b"\x89HDF": "is an HDF5 file of another library (such as Keras); save the weights as safetensors",
+    b"\x1f\x8b": "is a gzip archive; unpack it and give the weights file in it",
+}
+"""First bytes of files that hold no usable weights → end of the error."""
 
 
 def load_weights_file(module: nn.Module, path: Path) -> None:
@@ -73,15 +65,6 @@ def load_weights_file(module: nn.Module, path: Path) -> None:
 
     Safetensors, checkpoints of ``torch.save`` and Google's ``.npz`` files are recognised by their content.
     Usual wrapper keys and name prefixes of training loops are removed.
-
-    Args:
-        module: A model that open_clip built.
-        path: The file; its ending does not matter.
-
-    Raises:
-        EncoderError: If the file is missing, holds no weights, is damaged, holds objects of other libraries,
-            or its weights do not fit the model. The message names the kind of file and the fix.
-        SavedPartError: If it is a damaged safetensors file.
     """
     if not path.is_file():
         raise EncoderError(f"the weights file {path} does not exist; check the path")
@@ -100,11 +83,7 @@ def load_weights_file(module: nn.Module, path: Path) -> None:
 
 
 def _archive_names(path: Path) -> list[str] | None:
-    """The names of the files in a zip archive; ``None`` for other files.
-
-    Raises:
-        EncoderError: If the archive is damaged, holds code, or is compressed.
-    """
+    """The names of the files in a zip archive; ``None`` for other files."""
     with path.open("rb") as file:
         start = file.read(4)
     if start != b"PK\x03\x04":
@@ -147,7 +126,7 @@ def _kind_of(path: Path) -> str:
         if path.suffix == ".safetensors":
             return "is a checkpoint of torch.save, not safetensors; give it a name that ends in .pt"
         return ""
-    sentence = next((kind.sentence for kind in _KINDS if start.lstrip().startswith(kind.start)), "")
+    sentence = next((_KINDS[kind] for kind in _KINDS if start.lstrip().startswith(kind)), "")
     if not sentence and all(byte in _PRINTABLE for byte in start):
         return f"is a text file that begins with {start[:20].decode()!r}; download the weights file itself"
     return sentence
