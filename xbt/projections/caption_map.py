@@ -42,8 +42,8 @@ from torch.nn.functional import embedding_bag
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.projections.base import Modality, Projection
-from xbt.projections.neighbours import nearest
-from xbt.projections.procrustes import procrustes_rotation
+from xbt.projections.closed_form import procrustes_rotation
+from xbt.projections.hubness import nearest
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors, as_vectors, unit_rows
 

@@ -9,10 +9,10 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,10 +26,10 @@ from xbt.embedding import embed_texts_into_store
 from xbt.encoders import DualEncoder
 from xbt.errors import DataError, StoreError, TruncationWarning
 from xbt.evaluation import recall_at_k
+from xbt.projections.sources import PairedRows
 from xbt.run_dir import write_json
 from xbt.space import PROBE_TEXTS, EmbeddingSpace
 from xbt.store.store import EmbeddingStore
-from xbt.vectors import as_vectors
 
 Item = TypeVar("Item")
 
@@ -135,71 +135,16 @@ _ROWS_AT_ONCE = 8_192
 
 
 @dataclass(frozen=True)
-class TextVectors:
-    """The same texts under both models.
-
-    However many rows the stores have, only ``rows`` grows with them, 8 bytes a row.
+class TextVectors(PairedRows):
+    """The same texts under both models, (n, dim) float32 unit rows each, as tensors or stores.
 
     Attributes:
-        new: (n, new_dim) float32 unit rows, as a tensor or a store.
-        old: (n, old_dim) float32 unit rows, as a tensor or a store.
         new_space: The space of ``new``.
         old_space: The space of ``old``.
-        rows: (m,) int64, the rows to use; ``None`` uses all.
     """
 
-    new: Tensor | EmbeddingStore
-    old: Tensor | EmbeddingStore
     new_space: EmbeddingSpace | None = None
     old_space: EmbeddingSpace | None = None
-    rows: NDArray[np.int64] | None = None
-
-    def __len__(self) -> int:
-        return len(self.new) if self.rows is None else len(self.rows)
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        """Dimension of the new and of the old vectors."""
-        new, old = (
-            each.dim if isinstance(each, EmbeddingStore) else each.shape[1] for each in (self.new, self.old)
-        )
-        return new, old
-
-    def checked(self) -> Self:
-        """Check the vectors and return them; stores are checked during reads.
-
-        Raises:
-            DataError: If a tensor holds NaN, or the row counts differ.
-        """
-        new = self.new if isinstance(self.new, EmbeddingStore) else as_vectors(self.new, "new text vectors")
-        old = self.old if isinstance(self.old, EmbeddingStore) else as_vectors(self.old, "old text vectors")
-        if len(new) != len(old):
-            raise DataError(
-                f"new and old vectors must be of the same texts: there are {len(new)} new and {len(old)} "
-                "old rows"
-            )
-        return replace(self, new=new, old=old)
-
-    def take(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """New and old vectors of texts by row, in the given order.
-
-        Args:
-            positions: (k,) int64, from 0 to the length.
-
-        Returns:
-            (k, new_dim) and (k, old_dim) float32.
-
-        Raises:
-            DataError: If a store holds NaN there; the message names the row.
-        """
-        rows = positions if self.rows is None else self.rows[positions]
-        return _take(self.new, rows), _take(self.old, rows)
-
-    def chunks(self, positions: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-        """New and old vectors of texts in blocks of rows, in row order (sequential reads)."""
-        ordered = np.sort(positions)
-        for start in range(0, len(ordered), _ROWS_AT_ONCE):
-            yield self.take(ordered[start : start + _ROWS_AT_ONCE])
 
 
 def open_text_stores(new: str, old: str) -> TextVectors:
@@ -218,7 +163,7 @@ def open_text_stores(new: str, old: str) -> TextVectors:
         DataError: If the rows do not pair; the message names the first that differs.
     """
     first, second = _open(new, "new_store"), _open(old, "old_store")
-    return TextVectors(first, second, first.space, second.space, distinct_rows(first, second))
+    return TextVectors(first, second, distinct_rows(first, second), first.space, second.space)
 
 
 def _open(path: str, flag: str) -> EmbeddingStore:
@@ -272,16 +217,3 @@ def _require_same(
 def _hash(text: str) -> int:
     # Not Python's own, which differs between processes.
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
-
-
-def _take(source: Tensor | EmbeddingStore, rows: NDArray[np.int64]) -> Tensor:
-    if isinstance(source, Tensor):
-        return source[torch.from_numpy(rows)]
-    vectors = source.rows(rows)
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        raise DataError(
-            f"{source.path} has NaN or infinite values in row {rows[np.flatnonzero(~finite)[0]]}; check it "
-            "with its verify()"
-        )
-    return torch.from_numpy(vectors)
