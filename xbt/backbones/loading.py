@@ -1,9 +1,4 @@
-"""Backbones from specification strings.
-
-A network that turns pixels into pooled features, whichever library it comes from.
-
-A residual network for small images that a CPU can train.
-"""
+"""Backbones from specification strings, and a small residual network that a CPU can train."""
 
 from __future__ import annotations
 

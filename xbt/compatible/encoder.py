@@ -482,9 +482,6 @@ def _check_new(new: DualEncoder, projection: Projection) -> None:
     """Refuse an encoder that the projection was not made for.
 
     An encoder with LoRA is compared by its dimension only.
-
-    Raises:
-        SpaceMismatchError: If dimension or space differ, or the projection does not know its old space.
     """
     if projection.old_space is None:
         raise SpaceMismatchError(

@@ -41,8 +41,8 @@ class EpochSchedule:
     device: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
-        for name, minimum in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-            require_at_least(name, getattr(self, name), minimum)
+        require_at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        require_at_least(0, seed=self.seed)
         for name in ("lr", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a number of at least 0, got {getattr(self, name)}")

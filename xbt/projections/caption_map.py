@@ -271,10 +271,6 @@ def fit_caption_map(
 
 
 def require_share(share: float) -> None:
-    """Refuse a share of the forward scores outside [0, 1].
-
-    Raises:
-        ConfigError: If it is.
-    """
+    """Refuse a share of the forward scores outside [0, 1]."""
     if not 0 <= share <= 1:
         raise ConfigError(f"the share of the forward scores is {share}, but must lie in [0, 1]")

@@ -10,7 +10,6 @@ times its mean over the images, each photo under both models. ω = 0 leaves the 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -90,9 +89,7 @@ def prepare(
     """
     if centring not in get_args(Centring):
         raise ConfigError(f"centring {centring!r} is not known; use 'none', 'joint' or 'modality'")
-    weight = (0.0 if pairs is None else PAIRS_WEIGHT) if pairs_weight is None else pairs_weight
-    if not 0 <= weight < 1:
-        raise ConfigError(f"pairs_weight must be at least 0 and below 1, got {weight}")
+    weight = checked_share(pairs, pairs_weight)
     given = isinstance(new, PairStatistics)
     if (weight > 0 or centring == "modality") and (old if given else pairs) is None:
         wanted = f"pairs_weight={weight}" if weight > 0 else "centring='modality'"
@@ -107,13 +104,25 @@ def prepare(
         with_images = pairs is not None and (weight > 0 or centring == "modality")
         images = PairStatistics.of_images(pairs, terms) if with_images and pairs is not None else None
         texts = PairStatistics.of(new, old, terms)
-        if pairs is not None and pairs.dims != texts.dims:
-            raise SpaceMismatchError(
-                f"the pairs have vectors of {pairs.dims[0]} (new) and {pairs.dims[1]} (old) dimensions, but "
-                f"the vectors to fit have {texts.dims[0]} and {texts.dims[1]}; embed both with the same two "
-                "models"
-            )
+        require_same_models(pairs, texts.dims)
     return _centred(texts, images, weight, centring)
+
+
+def checked_share(pairs: PairVectors | None, weight: float | None) -> float:
+    """ω as given, or the default; a ConfigError if it is not in [0, 1)."""
+    weight = (0.0 if pairs is None else PAIRS_WEIGHT) if weight is None else weight
+    if not 0 <= weight < 1:
+        raise ConfigError(f"pairs_weight must be at least 0 and below 1, got {weight}")
+    return weight
+
+
+def require_same_models(pairs: PairVectors | None, dims: tuple[int, int]) -> None:
+    """Refuse pairs of other dimensions than the texts' with a SpaceMismatchError."""
+    if pairs is not None and pairs.dims != dims:
+        raise SpaceMismatchError(
+            f"the pairs have vectors of {pairs.dims[0]} (new) and {pairs.dims[1]} (old) dimensions, but the "
+            f"vectors to fit have {dims[0]} and {dims[1]}; embed both with the same two models"
+        )
 
 
 def _centred(
@@ -136,11 +145,7 @@ def _centred(
 
 
 def linear_map(weight: Tensor, problem: Problem, filled: int = 0) -> LinearProjection:
-    """The projection of an (old_dim, new_dim) matrix, with the offsets that take new means to old means.
-
-    Raises:
-        DataError: If the map is too large: beside such an offset, vectors of usual lengths are nothing.
-    """
+    """The projection of an (old_dim, new_dim) matrix, with the offsets that take new means to old means."""
 
     def offset(means: tuple[Tensor, Tensor] | None) -> Tensor | None:
         return None if means is None else means[1] - weight @ means[0]
@@ -328,8 +333,7 @@ def procrustes_rotation_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> Te
     return fit_procrustes(PairStatistics.from_chunks(chunks)).weight.detach()
 
 
-@dataclass(frozen=True)
-class ProcrustesStart:
+class ProcrustesStart(NamedTuple):
     """The Procrustes rotation, and the means it was taken about.
 
     Attributes:
@@ -339,7 +343,7 @@ class ProcrustesStart:
     """
 
     rotation: Tensor
-    means: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, Tensor]
 
 
 def procrustes_start(
@@ -367,9 +371,6 @@ def procrustes_start(
 
     Returns:
         The rotation and the means.
-
-    Raises:
-        DataError: If there are no rows, or new and old vectors say nothing of each other.
     """
     positions = np.arange(len(rows)) if positions is None else positions
     if len(positions) == 0:

@@ -264,11 +264,7 @@ def keys_of_mode(mode: object) -> tuple[str, ...]:
 
 
 def combination_from_dict(values: Mapping[str, Any]) -> Combination:
-    """The reverse of :meth:`Combination.to_dict`.
-
-    Raises:
-        ConfigError: If the mode is not known or a value does not fit it.
-    """
+    """The reverse of :meth:`Combination.to_dict`."""
     given = dict(values)
     mode = given.pop("mode", None)
     if mode not in _MODES:

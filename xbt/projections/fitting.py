@@ -125,11 +125,7 @@ def option_names(method: str) -> list[str]:
 
 
 def space_of(source: Source, given: EmbeddingSpace | None, side: str) -> EmbeddingSpace | None:
-    """The space of a source: as given, or that of a store; the two must not contradict each other.
-
-    Raises:
-        SpaceMismatchError: If they do.
-    """
+    """The space of a source: as given, or that of a store; the two must not contradict each other."""
     stored = source.space if isinstance(source, EmbeddingStore) else None
     if given is not None and stored is not None:
         given.require(stored, f"the {side} vectors")

@@ -155,9 +155,6 @@ class PairedRows:
 
         Returns:
             (k, new_dim) and (k, old_dim) float32 CPU tensors.
-
-        Raises:
-            DataError: If a store holds NaN or infinity there; the message names the row.
         """
         rows = positions if self.rows is None else self.rows[positions]
         return _take(self.new, rows, NEW), _take(self.old, rows, OLD)

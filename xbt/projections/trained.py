@@ -8,9 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from xbt.errors import ConfigError, SpaceMismatchError
+from xbt.errors import ConfigError
 from xbt.projections.base import LinearProjection, Modality, Projection
-from xbt.projections.closed_form import PAIRS_WEIGHT, procrustes_start
+from xbt.projections.closed_form import checked_share, procrustes_start, require_same_models
 from xbt.projections.objective import (
     JointObjective,
     LambdaOrthogonalObjective,
@@ -244,7 +244,10 @@ def fit_xbt(
         SpaceMismatchError: If the pairs' dimensions are not those of the texts.
     """
     rows = random_access(new, old)
-    weight = _checked_weight(pairs, pairs_weight, rows.dims)
+    if pairs is None and pairs_weight:
+        raise ConfigError(f"pairs_weight is {pairs_weight}, but there are no pairs to weigh; give pairs")
+    weight = checked_share(pairs, pairs_weight)
+    require_same_models(pairs, rows.dims)
     return fit_stage1(rows, stage1, schedule, pairs=pairs, pairs_weight=weight)
 
 
@@ -269,9 +272,6 @@ def fit_stage1(
 
     Returns:
         The map, on the CPU in evaluation mode.
-
-    Raises:
-        DataError: As :func:`fit_xbt`.
     """
 
     def start(positions: Positions | None, seen: PairVectors | None) -> ResidualProjection:
@@ -298,22 +298,6 @@ def fit_stage1(
     projection = fit_trained(rows, start, objective, schedule, pairs=pairs, data=data, run=run)
     projection.weight.requires_grad_(True)
     return projection
-
-
-def _checked_weight(pairs: PairVectors | None, weight: float | None, dims: tuple[int, int]) -> float:
-    if pairs is None:
-        if weight:
-            raise ConfigError(f"pairs_weight is {weight}, but there are no pairs to weigh; give pairs")
-        return 0.0
-    if pairs.dims != dims:
-        raise SpaceMismatchError(
-            f"the pairs map {pairs.dims[0]} → {pairs.dims[1]} dimensions, the texts {dims[0]} → {dims[1]}; "
-            "embed both with the same two models"
-        )
-    weight = PAIRS_WEIGHT if weight is None else weight
-    if not 0 <= weight < 1:
-        raise ConfigError(f"pairs_weight must lie in [0, 1), got {weight}")
-    return weight
 
 
 LAMBDA_LOSS, LAMBDA_SCHEDULE = TextLoss(contrastive_weight=0.0), FitSchedule(steps=500, weight_decay=0.0)

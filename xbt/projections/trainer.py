@@ -447,9 +447,6 @@ def split(count: int, held_out: int, seed: int, what: str = "rows") -> tuple[Pos
 
     Returns:
         Positions to train on and positions held out, int64.
-
-    Raises:
-        DataError: If there are fewer than five to draw from.
     """
     if count < MIN_ROWS:
         raise DataError(

@@ -10,7 +10,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,15 +21,17 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xbt.data import ImageTextPairs
+from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
 from xbt.embedding import embed_texts_into_store
 from xbt.encoders import DualEncoder
-from xbt.errors import DataError, StoreError, TruncationWarning
+from xbt.errors import ConfigError, DataError, StoreError, TruncationWarning
 from xbt.evaluation import recall_at_k
 from xbt.projections.sources import PairedRows
-from xbt.run_dir import write_json
+from xbt.run_dir import RunDirectory, write_json
 from xbt.space import PROBE_TEXTS, EmbeddingSpace
 from xbt.store.store import EmbeddingStore
+from xbt.training.args import TrainArgs
+from xbt.training.loop import make_accelerator
 
 Item = TypeVar("Item")
 
@@ -71,29 +73,38 @@ def embed_texts_once(
     Returns:
         The store of n float32 unit rows, with the texts' numbers as ids.
     """
-    record, key = path.with_suffix(".json"), _cache_key(encoder, texts)
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != key:
-            # In this order, so that a kill in between leaves no vectors that the record does not fit.
-            shutil.rmtree(path, ignore_errors=True)
-            write_json(record, key)
+        remove_other_vectors(path, _cache_key(encoder, texts))
     accelerator.wait_for_everyone()
     ids = [str(row) for row in range(len(texts))]
     return embed_texts_into_store(encoder, texts, ids, path, batch_size=batch_size, dtype="float32")
 
 
+def remove_other_vectors(path: Path, key: dict[str, Any]) -> None:
+    """Remove a store of other items or of another model than the record beside it is to name."""
+    record = path.with_suffix(".json")
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != key:
+        # In this order a kill in between leaves no vectors beside a record of others.
+        shutil.rmtree(path, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, key)
+
+
 def _cache_key(encoder: DualEncoder, texts: list[str]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8"))
-        digest.update(b"\0")
     # Not the space's: behind a projection that is the old model's, whatever the projection.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)  # cut texts tell models apart as well
         probe = encoder.encode_texts(PROBE_TEXTS).half().numpy().astype("<f2")
     fingerprint = hashlib.sha256(probe.tobytes()).hexdigest()
-    return {"texts": digest.hexdigest(), "count": len(texts), "encoder": encoder.name, "probe": fingerprint}
+    return {"texts": list_digest(texts), "count": len(texts), "encoder": encoder.name, "probe": fingerprint}
+
+
+def list_digest(texts: Sequence[str]) -> str:
+    """SHA-256 of texts or ids in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8") + b"\0")
+    return digest.hexdigest()
 
 
 class PairVectors(NamedTuple):
@@ -103,17 +114,40 @@ class PairVectors(NamedTuple):
     texts: Tensor
 
 
-def require_enough(pairs: ImageTextPairs, batch_size: int) -> None:
-    """Refuse a batch size that the pairs cannot fill.
+@dataclass(kw_only=True)
+class PairTraining:
+    """Settings of every training on image–text pairs."""
 
-    Raises:
-        DataError: If there are fewer pairs than the batch size.
-    """
-    if len(pairs) < batch_size:
+    pairs: PairSource
+    """The image–text pairs."""
+    output_dir: str
+    """Output directory of the run."""
+    training: TrainArgs = field(default_factory=TrainArgs)
+    """Settings of the training."""
+    held_out: float = 0.2
+    """Fraction of the pairs held out to choose the best step."""
+    overwrite: bool = False
+    """Replace another run in the output directory."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"--held_out must lie between 0 and 1, got {self.held_out}")
+
+
+def begin_on_pairs(
+    config: PairTraining, name: str
+) -> tuple[RunDirectory, Accelerator, ImageTextPairs, ImageTextPairs]:
+    """Open the run, and read its pairs and split them into those to train on and those held out."""
+    run = RunDirectory(config.output_dir, config, config.overwrite)
+    accelerator = make_accelerator(config.training, run, config, name)
+    pairs, _ = load_readable_pairs(config.pairs, progress=accelerator.is_main_process)
+    train, held_out = pairs.split(config.held_out, config.training.seed)
+    if len(train) < config.training.batch_size:
         raise DataError(
-            f"there are {len(pairs)} training pairs, fewer than --training.batch_size {batch_size}; "
-            "lower it or bring more pairs"
+            f"there are {len(train)} training pairs, fewer than --training.batch_size "
+            f"{config.training.batch_size}; lower it or bring more pairs"
         )
+    return run, accelerator, train, held_out
 
 
 def embed_pairs(accelerator: Accelerator, encoder: DualEncoder, pairs: ImageTextPairs) -> PairVectors:
@@ -157,10 +191,6 @@ def open_text_stores(new: str, old: str) -> TextVectors:
     Returns:
         The vectors; of texts that occur several times, where the stores know their captions, the first row.
         (Captions are compared by 64-bit hashes.)
-
-    Raises:
-        StoreError: If a store cannot be opened, is not of texts, or does not say its space.
-        DataError: If the rows do not pair; the message names the first that differs.
     """
     first, second = _open(new, "new_store"), _open(old, "old_store")
     return TextVectors(first, second, distinct_rows(first, second), first.space, second.space)

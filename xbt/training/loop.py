@@ -42,9 +42,6 @@ def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str)
 
     Batches are split, so ``batch_size`` is global. Precision, devices and processes come from
     ``accelerate launch``.
-
-    Raises:
-        ConfigError: If the batch cannot be split, or Accelerate is set to divide the loss.
     """
     accumulated = os.environ.get(_ACCUMULATION, "1").strip()
     if accumulated != "1":
@@ -122,9 +119,6 @@ class TrainingLoop:
 
         Returns:
             The final state; ``best_step`` says which step's weights were kept.
-
-        Raises:
-            DataError: If the loss becomes NaN or infinite.
         """
         self._resume()
         if self.state.step == 0:
@@ -348,9 +342,6 @@ class TrainedTensors:
         Args:
             values: By name.
             source: Where they come from, for the error.
-
-        Raises:
-            DataError: If one is missing or has another shape.
         """
         with torch.no_grad():
             for name, tensor in self._all.items():
