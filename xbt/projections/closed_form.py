@@ -185,19 +185,16 @@ def orthogonal_factor(cross: Tensor, rounding: float) -> tuple[Tensor, int]:
     known = int((values > rounding).sum())
     factor: Tensor = left[:, :known] @ right[:known]
     if known < len(values):
-        new_rest, old_rest = (_complement(side) for side in (left[:, :known], right[:known].T))
+        # Orthonormal bases of what the known columns leave.
+        new_rest, old_rest = (
+            torch.linalg.qr(side, mode="complete").Q[:, known:] for side in (left[:, :known], right[:known].T)
+        )
         generator = torch.Generator().manual_seed(0)
         generic = torch.randn(cross.shape, generator=generator, dtype=torch.float64)
         nearest = torch.eye(*cross.shape, dtype=torch.float64) + _GENERIC * generic
         left, _, right = torch.linalg.svd(new_rest.T @ nearest @ old_rest, full_matrices=False)
         factor = factor + new_rest @ left @ right @ old_rest.T
     return factor.T.contiguous(), len(values) - known
-
-
-def _complement(basis: Tensor) -> Tensor:
-    """An orthonormal basis of what (dim, k) orthonormal columns leave."""
-    complete: Tensor = torch.linalg.qr(basis, mode="complete").Q
-    return complete[:, basis.shape[1] :]
 
 
 def fit_identity(new: Data, old: Data | None = None) -> LinearProjection:

@@ -302,7 +302,10 @@ def train_compatible_backbone(config: CompatibleBackboneConfig) -> CompatibleBac
     if TEST in images:
         vectors = _test_vectors(accelerator, config, backbone, images[TEST], stores)
         if accelerator.is_main_process:  # the others have nothing left to do and do not wait
-            _write_report(run, measure_backbones(vectors, images[TEST]), result)
+            report = measure_backbones(vectors, images[TEST])
+            run.write_json("result.json", {**result, "evaluation": report.to_dict()})
+            (run.path / "report.md").write_text(report.format() + "\n", encoding="utf-8")
+            print(report.format())
     return backbone.cpu().eval()
 
 
@@ -394,9 +397,3 @@ def _test_vectors(
         if f"{name}_{TEST}" in stores:
             vectors[name] = torch.from_numpy(stores[f"{name}_{TEST}"].read())
     return vectors
-
-
-def _write_report(run: RunDirectory, report: BackboneReport, result: dict[str, Any]) -> None:
-    run.write_json("result.json", {**result, "evaluation": report.to_dict()})
-    (run.path / "report.md").write_text(report.format() + "\n", encoding="utf-8")
-    print(report.format())

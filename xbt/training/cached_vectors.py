@@ -222,7 +222,9 @@ def distinct_rows(new: EmbeddingStore, old: EmbeddingStore) -> NDArray[np.int64]
             captions = [each.metadata([CAPTION], start, stop)[CAPTION].to_pylist() for each in captioned]
             _require_same(new, old, CAPTION, captions[0], captions[-1], start)
             texts = [name if text is None else text for name, text in zip(ids, captions[0], strict=True)]
-            hashes[start:stop] = [_hash(text) for text in texts]
+            # Not Python's own hash, which differs between processes.
+            digests = (hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text in texts)
+            hashes[start:stop] = np.frombuffer(b"".join(digests), "<u8")
     if len(new) != len(old):
         raise DataError(
             f"--new_store {new.path} has {len(new)} rows and --old_store {old.path} has {len(old)}, but "
@@ -242,8 +244,3 @@ def _require_same(
         f"row {start + row} has the {what} {ours[row]!r} in --new_store {new.path} but {theirs[row]!r} in "
         f"--old_store {old.path}; embed the same captions with both models"
     )
-
-
-def _hash(text: str) -> int:
-    # Not Python's own, which differs between processes.
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
