@@ -286,6 +286,9 @@ _FP32_ROUNDING = 1e-6
 class PairStatistics:
     """Sums of products of paired vectors, in fp64 on the CPU.
 
+    Closed forms take them in place of vectors, to fit several maps in one pass over the data:
+    ``fit_ridge(of_texts)``, or ``fit_procrustes(of_texts, of_images, pairs_weight=0.33)``.
+
     The first :data:`EXACT_ROWS` rows of a pass, and fp64 vectors always, are multiplied in fp64. The rest are
     multiplied in fp32, which is faster, in blocks of at most 8,192 rows whose results are added up in fp64.
     Of fp16 vectors no single product is rounded. Tests hold the spectral norm of the error below
