@@ -107,8 +107,8 @@ def list_digest(texts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-class PairVectors(NamedTuple):
-    """Vectors of pairs: (n_images, dim) and (n_texts, dim) float32 unit rows."""
+class EncodedPairs(NamedTuple):
+    """Vectors of pairs under one encoder: (n_images, dim) and (n_texts, dim) float32 unit rows."""
 
     images: Tensor
     texts: Tensor
@@ -150,14 +150,14 @@ def begin_on_pairs(
     return run, accelerator, train, held_out
 
 
-def embed_pairs(accelerator: Accelerator, encoder: DualEncoder, pairs: ImageTextPairs) -> PairVectors:
+def embed_pairs(accelerator: Accelerator, encoder: DualEncoder, pairs: ImageTextPairs) -> EncodedPairs:
     """Embed the images and texts of pairs, split over the processes."""
     rows = list(range(len(pairs)))
     images = embed_split(accelerator, rows, lambda part: encoder.encode_images(pairs.select(part).images))
-    return PairVectors(images, embed_split(accelerator, pairs.texts, encoder.encode_texts))
+    return EncodedPairs(images, embed_split(accelerator, pairs.texts, encoder.encode_texts))
 
 
-def cross_recall(queries: PairVectors, gallery: PairVectors, pairs: ImageTextPairs) -> dict[str, float]:
+def cross_recall(queries: EncodedPairs, gallery: EncodedPairs, pairs: ImageTextPairs) -> dict[str, float]:
     """R@1 of T2I and I2T with queries of one encoder and a gallery of another; their mean is the score."""
     t2i = recall_at_k(queries.texts, gallery.images, pairs.positives_t2i, (1,))[1]
     i2t = recall_at_k(queries.images, gallery.texts, pairs.positives_i2t, (1,))[1]

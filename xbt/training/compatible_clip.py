@@ -23,7 +23,7 @@ from xbt.projections.fitting import fit_projection
 from xbt.projections.head_projection import HeadProjection
 from xbt.space import PROBE_TEXTS, EmbeddingSpace, draw_probe_images
 from xbt.training.batches import PairBatches
-from xbt.training.cached_vectors import PairVectors, begin_on_pairs, cross_recall, embed_pairs
+from xbt.training.cached_vectors import EncodedPairs, begin_on_pairs, cross_recall, embed_pairs
 from xbt.training.loop import TrainingLoop
 from xbt.training.lora_finetuning import LoraObjective, LoraTraining
 
@@ -130,7 +130,7 @@ class CrossModalObjective(LoraObjective):
 
 
 def head_at_procrustes(
-    method: str, new: PairVectors, old: PairVectors, extra_dims: int | None = None, scale: float = 2.0
+    method: str, new: EncodedPairs, old: EncodedPairs, extra_dims: int | None = None, scale: float = 2.0
 ) -> HeadProjection:
     """Create a head with its compatible part at the Procrustes fit to texts and images.
 
@@ -241,7 +241,7 @@ def train_compatible_clip(config: CompatibleClipConfig) -> CompatibleEncoder:
         vectors = embed_pairs(accelerator, new, held_out)
         with torch.no_grad():
             old_face, full = (
-                PairVectors(*(face(side.to(accelerator.device)).cpu() for side in vectors))
+                EncodedPairs(*(face(side.to(accelerator.device)).cpu() for side in vectors))
                 for face in (projection, projection.full())
             )
         across, itself = cross_recall(old_face, gallery, held_out), cross_recall(full, full, held_out)
