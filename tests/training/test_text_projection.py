@@ -225,7 +225,7 @@ def test_output_directory_of_another_run_is_refused(tmp_path):
 def test_nan_in_vectors_is_named(tmp_path):
     vectors = toy_vectors()
     vectors.new[17, 2] = float("nan")
-    with pytest.raises(DataError, match=r"new vectors has NaN.*1 of 1000 rows, first in row 17"):
+    with pytest.raises(DataError, match=r"new text vectors has NaN.*1 of 1000 rows, first in row 17"):
         train(settings(tmp_path), vectors)
 
 

@@ -66,8 +66,8 @@ class BCTLoss(HeadLoss):
         super().__init__(
             prototypes,
             label_smoothing,
-            classification_weight=classification_weight,
             influence_weight=influence_weight,
+            classification_weight=classification_weight,
         )
 
     def parts(self, output: HeadOutput, targets: Targets) -> dict[str, Tensor]:

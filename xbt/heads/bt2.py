@@ -196,8 +196,8 @@ class BT2Loss(HeadLoss):
             prototypes,
             0.0,
             classification_weight=classification_weight,
-            influence_weight=influence_weight,
             new_weight=new_weight,
+            influence_weight=influence_weight,
             old_weight=old_weight,
         )
         self.new_weight, self.old_weight = new_weight, old_weight

@@ -23,6 +23,7 @@ from xbt.store.store import EmbeddingStore
 from xbt.training.args import TrainArgs
 from xbt.training.cached_vectors import TextVectors, embed_texts_once, open_text_stores
 from xbt.training.loop import LoopState, TrainingLoop, make_accelerator
+from xbt.vectors import as_vectors
 
 _ENCODED, _STORED = ("old", "new", "captions"), ("old_store", "new_store")
 
@@ -157,7 +158,11 @@ def train_text_projection(
         DataError: If vectors hold NaN, are not paired, or are too few to train on.
     """
     if not (isinstance(vectors.new, EmbeddingStore) and isinstance(vectors.old, EmbeddingStore)):
-        random_access(vectors.new, vectors.old)  # stores are checked as they are opened and read
+        # Stores are checked as they are opened and read.
+        for side, name in ((vectors.new, "new text vectors"), (vectors.old, "old text vectors")):
+            if not isinstance(side, EmbeddingStore):
+                as_vectors(side, name)
+        random_access(vectors.new, vectors.old)
     if len(vectors) < MIN_ROWS:
         raise DataError(
             f"stage 1 needs at least {MIN_ROWS} distinct captions, got {len(vectors)}; bring more text"
