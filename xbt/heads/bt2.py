@@ -184,6 +184,9 @@ class BT2Loss(HeadLoss):
         ConfigError: If a weight cannot be used.
     """
 
+    new_weight: float
+    old_weight: float
+
     def __init__(
         self,
         prototypes: Prototypes,
@@ -200,7 +203,6 @@ class BT2Loss(HeadLoss):
             influence_weight=influence_weight,
             old_weight=old_weight,
         )
-        self.new_weight, self.old_weight = new_weight, old_weight
 
     def parts(self, output: HeadOutput, targets: Targets) -> dict[str, Tensor]:
         """The parts ``classification``, ``influence``, ``new`` and ``old``, the last two where they count."""

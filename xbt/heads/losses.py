@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -181,7 +180,7 @@ class Targets:
     new: Tensor | None = None
 
 
-class HeadLoss(nn.Module, ABC):
+class HeadLoss(nn.Module):
     """A loss over a head's output; ``loss(output, targets)`` returns (loss, its parts before weights).
 
     Args:
@@ -193,20 +192,22 @@ class HeadLoss(nn.Module, ABC):
         ConfigError: If a weight is negative or not finite, all are 0, or the smoothing is not in [0, 1).
     """
 
-    def __init__(self, prototypes: Prototypes | None, label_smoothing: float, **weights: float) -> None:
+    def __init__(
+        self, prototypes: Prototypes | None = None, label_smoothing: float = 0.0, **weights: float
+    ) -> None:
         super().__init__()
         for name, weight in weights.items():
             if not 0 <= weight < float("inf"):
                 raise ConfigError(f"{name} must be a number of at least 0, got {weight}")
             setattr(self, name, weight)
-        if not any(weights.values()):
+        if weights and not any(weights.values()):
             raise ConfigError(f"{', '.join(weights)} are all 0, so there is nothing to train for; raise one")
         check_smoothing(label_smoothing)
-        self.prototypes, self.label_smoothing, self._weights = prototypes, label_smoothing, weights
+        self.prototypes, self.label_smoothing = prototypes, label_smoothing
 
-    @abstractmethod
     def parts(self, output: HeadOutput, targets: Targets) -> dict[str, Tensor]:
-        """The parts of the loss by name, scalars before weights."""
+        """The parts of the loss by name, scalars before weights; a subclass gives them."""
+        raise NotImplementedError
 
     def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar, and its parts, detached scalars.
@@ -216,7 +217,7 @@ class HeadLoss(nn.Module, ABC):
             DataError: If the targets lack a value that the loss needs.
         """
         parts = self.parts(output, targets)
-        terms = [self._weights[f"{name}_weight"] * part for name, part in parts.items()]
+        terms = [getattr(self, f"{name}_weight") * part for name, part in parts.items()]
         return sum(terms[1:], terms[0]), {name: part.detach() for name, part in parts.items()}
 
     def classification(self, output: HeadOutput, labels: Tensor) -> Tensor:
