@@ -21,10 +21,10 @@ from xbt.batches import SeededBatches
 from xbt.config import config_to_dict, run_recipe
 from xbt.errors import ConfigError
 from xbt.losses import RELATIONAL_ROWS
-from xbt.projections.objective import NoisyVectors, TextLoss, TextProjectionObjective
-from xbt.projections.residual import STAGE1, ResidualProjection
+from xbt.projections.objective import TextLoss, TextProjectionObjective
 from xbt.projections.sources import random_access
-from xbt.projections.trainer import FitSchedule, train
+from xbt.projections.trained import STAGE1, ResidualProjection
+from xbt.projections.trainer import FitSchedule, NoisyVectors, train
 
 BARE, TRAINING = "matrix products", "training"
 LOSSES = {"": TextLoss(), ", relational loss too": TextLoss(relational_weight=100.0)}
@@ -161,7 +161,7 @@ def bare_products(config: ProjectionTrainingBenchmark, loss: TextLoss) -> Callab
 
 
 def training(config: ProjectionTrainingBenchmark, loss: TextLoss) -> Callable[[], object]:
-    """``steps`` steps as :func:`xbt.projections.residual.fit_xbt` makes them."""
+    """``steps`` steps as :func:`xbt.projections.trained.fit_xbt` makes them."""
     new, old = (normalize(torch.randn(config.rows, dim), dim=1) for dim in (config.new_dim, config.old_dim))
     schedule = FitSchedule(
         steps=config.steps,

@@ -30,7 +30,8 @@ from xbt.encoders import DualEncoder
 from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError, TruncationWarning
 from xbt.projections import ResidualProjection, Stage1Options
-from xbt.projections.objective import NoisyVectors, TextProjectionObjective
+from xbt.projections.objective import TextProjectionObjective
+from xbt.projections.trainer import NoisyVectors
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 from xbt.training import TrainArgs

@@ -23,8 +23,8 @@ from xbt.projections import (
     fit_projection,
 )
 from xbt.projections.fitting import CLOSED_FORMS, METHODS, grouped_options, option_names
-from xbt.projections.residual import MLP_SCHEDULE
-from xbt.projections.statistics import TERMS
+from xbt.projections.sources import TERMS
+from xbt.projections.trained import MLP_SCHEDULE
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 
@@ -124,7 +124,7 @@ def test_pairs_reach_the_method(method):
 @pytest.mark.parametrize("method", CLOSED_FORMS)
 def test_statistics_are_all_a_closed_form_needs(method):
     new, old = related(40, 10, 6)
-    found = CLOSED_FORMS[method](PairStatistics.of(new, old, TERMS))
+    found = CLOSED_FORMS[method](PairStatistics.of(new, old, TERMS), None)
     torch.testing.assert_close(found(new), fit_projection(new, old, method)(new), atol=1e-6, rtol=1e-5)
 
 

@@ -10,11 +10,7 @@ from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, DataError
 from xbt.projections import LinearProjection, Projection, fit_procrustes, fit_projection
-from xbt.projections.lambda_orthogonal import (
-    LambdaOrthogonalObjective,
-    distance_from_orthogonal,
-)
-from xbt.projections.objective import TextLoss
+from xbt.projections.objective import LambdaOrthogonalObjective, TextLoss, distance_from_orthogonal
 from xbt.projections.trainer import text_hits
 
 QUICK = {"batch_size": 256, "lr": 3e-3, "warmup_steps": 5, "eval_every": 25}

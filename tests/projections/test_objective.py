@@ -13,14 +13,9 @@ from xbt.batches import Draw
 from xbt.errors import ConfigError
 from xbt.losses import contrastive_loss, cosine_loss, relational_loss
 from xbt.projections import LinearProjection, ResidualProjection
-from xbt.projections.objective import (
-    NoisyVectors,
-    Stage1Options,
-    TextLoss,
-    TextProjectionObjective,
-    add_noise,
-)
-from xbt.projections.procrustes import ProcrustesStart
+from xbt.projections.closed_form import ProcrustesStart
+from xbt.projections.objective import Stage1Options, TextLoss, TextProjectionObjective
+from xbt.projections.trainer import NoisyVectors, add_noise
 
 WEIGHTS = ("cosine_weight", "contrastive_weight", "relational_weight")
 

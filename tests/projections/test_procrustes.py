@@ -17,7 +17,6 @@ from xbt.projections import (
     procrustes_rotation,
     procrustes_rotation_of_chunks,
 )
-from xbt.projections.procrustes import procrustes_from
 from xbt.space import EmbeddingSpace
 
 
@@ -185,7 +184,7 @@ DEFICIENT = {
 @pytest.mark.parametrize("blocks", [False, True])
 def test_rank_deficient_problems_have_one_orthonormal_answer(name, swapped, blocks, monkeypatch):
     if blocks:
-        monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 0)
+        monkeypatch.setattr("xbt.projections.sources.EXACT_ROWS", 0)
     new, old = DEFICIENT[name]() if not swapped else DEFICIENT[name]()[::-1]
     weight = procrustes_rotation(new, old)
     wide = weight if len(weight) <= weight.shape[1] else weight.T
@@ -264,13 +263,13 @@ def test_statistics_can_be_used_again():
     terms = ("cross", "sums", "new_gram")
     texts, images = PairStatistics.of(new, old, terms), PairStatistics.of_images(pairs, terms)
     for options in ({"pairs_weight": 0.2}, {"centring": "modality", "scale": True, "pairs_weight": 0.6}):
-        again = procrustes_from(texts, images, **options)
+        again = fit_procrustes(texts, images, **options)
         fitted = fit_procrustes(new, old, pairs=pairs, **options)
         torch.testing.assert_close(again.weight, fitted.weight)
-    mixed = procrustes_from(texts.mixed(images, 0.2))
-    assert torch.equal(mixed.weight, procrustes_from(texts, images, pairs_weight=0.2).weight)
+    mixed = fit_procrustes(texts.mixed(images, 0.2), None)
+    assert torch.equal(mixed.weight, fit_procrustes(texts, images, pairs_weight=0.2).weight)
     with pytest.raises(ConfigError, match=r"pairs_weight=0\.5 needs images"):
-        procrustes_from(texts, pairs_weight=0.5)
+        fit_procrustes(texts, None, pairs_weight=0.5)
 
 
 def test_numpy_and_half_precision():
@@ -285,8 +284,8 @@ def test_more_rows_than_are_multiplied_in_double_precision(monkeypatch):
     new, old = unit_rows(3000, 24), unit_rows(3000, 16, 1)
     new[:, :16] += old
     whole = procrustes_rotation(new, old)
-    monkeypatch.setattr("xbt.projections.statistics.BLOCK_ROWS", 128)
-    monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 256)
+    monkeypatch.setattr("xbt.projections.sources.BLOCK_ROWS", 128)
+    monkeypatch.setattr("xbt.projections.sources.EXACT_ROWS", 256)
     found = procrustes_rotation(new, old)
     assert 0 < (found - whole).abs().max() < 1e-6
 

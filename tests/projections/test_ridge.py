@@ -9,7 +9,7 @@ from sklearn.linear_model import Ridge
 
 from xbt.errors import ConfigError, DataError
 from xbt.projections import PairStatistics, PairVectors, fit_low_rank, fit_ridge
-from xbt.projections.ridge import DEFAULT_REGULARISATION, ridge_from
+from xbt.projections.ridge import DEFAULT_REGULARISATION
 
 
 def rows(n, dim, seed, offset=0.0):
@@ -93,9 +93,9 @@ def test_refusals():
         with pytest.raises(ConfigError, match="regularisation must be a number of at least 0"):
             fit_ridge(new, old, regularisation=amount)
     with pytest.raises(ConfigError, match="without new_gram"):
-        ridge_from(PairStatistics.of(new, old))
+        fit_ridge(PairStatistics.of(new, old), None)
     with pytest.raises(ConfigError, match="without new_sum"):
-        ridge_from(PairStatistics.of(new, old, ("cross", "new_gram")), intercept=True)
+        fit_ridge(PairStatistics.of(new, old, ("cross", "new_gram")), None, intercept=True)
 
 
 def plain_rows(n, dim, seed, offset=0.0):

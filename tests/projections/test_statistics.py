@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.projections.pairs import PairVectors
-from xbt.projections.statistics import TERMS, PairStatistics
+from xbt.projections.sources import TERMS, PairStatistics
 
 ATTRIBUTES = ("cross", "new_sum", "old_sum", "new_gram", "old_gram")
 
@@ -49,7 +49,7 @@ def test_equals_numpy(dims, dtype):
 @pytest.mark.parametrize("distinct", [1, 6, 20_000])
 @pytest.mark.parametrize("offset", [0, 1])
 def test_float32_blocks_stay_within_the_stated_error(monkeypatch, distinct, offset):
-    monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 0)
+    monkeypatch.setattr("xbt.projections.sources.EXACT_ROWS", 0)
     drawn = torch.arange(20_000) % distinct
     new = torch.nn.functional.normalize(torch.randn(20_000, 48) + offset, dim=1).half()[drawn]
     old = torch.nn.functional.normalize(torch.randn(20_000, 32) + offset, dim=1).half()[drawn]
@@ -68,8 +68,8 @@ def test_rounding_is_that_of_the_rows_in_single_precision(monkeypatch):
     exact = PairStatistics.of(new, old)
     assert exact.fp32_rows == 0
     assert exact.rounding < 1e-13
-    monkeypatch.setattr("xbt.projections.statistics.BLOCK_ROWS", 100)
-    monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 200)
+    monkeypatch.setattr("xbt.projections.sources.BLOCK_ROWS", 100)
+    monkeypatch.setattr("xbt.projections.sources.EXACT_ROWS", 200)
     partly = PairStatistics.of(new, old, ("cross", "sums"))
     assert partly.rounding == pytest.approx(1e-6 / 3)
     assert (partly + exact).rounding == pytest.approx(1e-6 / 6)
@@ -166,7 +166,7 @@ def test_two_processes_merge_to_one_pass(tmp_path):
 @pytest.mark.parametrize("side", ["new", "old"])
 @pytest.mark.parametrize("terms", [("cross",), ("sums",), TERMS])
 def test_chunks_that_are_not_finite_name_the_row(monkeypatch, side, terms):
-    monkeypatch.setattr("xbt.projections.statistics.BLOCK_ROWS", 4)
+    monkeypatch.setattr("xbt.projections.sources.BLOCK_ROWS", 4)
     vectors = {"new": torch.randn(30, 5), "old": torch.randn(30, 3)}
     vectors[side][21, 2] = float("nan")
     vectors[side][25, 2] = float("inf")
@@ -178,7 +178,7 @@ def test_chunks_that_are_not_finite_name_the_row(monkeypatch, side, terms):
 
 
 def test_values_too_large_for_float32_products(monkeypatch):
-    monkeypatch.setattr("xbt.projections.statistics.EXACT_ROWS", 0)
+    monkeypatch.setattr("xbt.projections.sources.EXACT_ROWS", 0)
     new, old = torch.full((3, 2), 1e30), torch.full((3, 2), 1e30)
     assert float(PairStatistics.of(new, old).term("cross")[0, 0]) == pytest.approx(3e60, rel=1e-6)
     with pytest.raises(DataError, match="too large for float64"):

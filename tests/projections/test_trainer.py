@@ -13,9 +13,16 @@ from torch.nn.functional import normalize
 from xbt.batches import Draw
 from xbt.errors import ConfigError, DataError
 from xbt.projections import LinearProjection
-from xbt.projections.objective import NoisyVectors
 from xbt.projections.pairs import PairVectors
-from xbt.projections.trainer import FitSchedule, fit_trained, pairs_score, split, text_hits, train
+from xbt.projections.trainer import (
+    FitSchedule,
+    NoisyVectors,
+    fit_trained,
+    pairs_score,
+    split,
+    text_hits,
+    train,
+)
 
 
 class Rows:

@@ -19,7 +19,7 @@ from xbt.evaluation.job import EvaluationConfig, run_evaluation
 from xbt.index import Gallery
 from xbt.projections import HeadProjection, fit_projection
 from xbt.training import CompatibleClipConfig, TrainArgs, train_compatible_clip
-from xbt.training.cached_vectors import PairVectors, cross_recall
+from xbt.training.cached_vectors import EncodedPairs, cross_recall
 from xbt.training.compatible_clip import (
     CrossModalObjective,
     CrossModalWeights,
@@ -102,9 +102,9 @@ def test_cells_of_both_faces_stand_in_one_table(specs, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_it_starts_at_the_procrustes_fit_to_both_modalities(method):
     generator = torch.Generator().manual_seed(0)
-    new = PairVectors(*(normalize(torch.randn(200, 20, generator=generator), dim=1) for _ in range(2)))
+    new = EncodedPairs(*(normalize(torch.randn(200, 20, generator=generator), dim=1) for _ in range(2)))
     mix = torch.randn(20, 12, generator=generator)
-    old = PairVectors(*(normalize(side @ mix, dim=1) for side in new))
+    old = EncodedPairs(*(normalize(side @ mix, dim=1) for side in new))
     projection = head_at_procrustes(method, new, old, extra_dims=0 if method == "bt2" else None)
     cross = np.concatenate(old).T @ np.concatenate(new)
     left, _, right = scipy.linalg.svd(cross.astype(np.float64), full_matrices=False)
@@ -114,9 +114,9 @@ def test_it_starts_at_the_procrustes_fit_to_both_modalities(method):
 
 def test_bt2_with_extra_dimensions_starts_close_to_it():
     generator = torch.Generator().manual_seed(0)
-    new = PairVectors(*(normalize(torch.randn(400, 20, generator=generator), dim=1) for _ in range(2)))
+    new = EncodedPairs(*(normalize(torch.randn(400, 20, generator=generator), dim=1) for _ in range(2)))
     mix = torch.linalg.qr(torch.randn(20, 12, generator=generator)).Q * torch.linspace(2, 0.1, 12)
-    old = PairVectors(*(normalize(side @ mix, dim=1) for side in new))
+    old = EncodedPairs(*(normalize(side @ mix, dim=1) for side in new))
     exact, extra = (head_at_procrustes("bt2", new, old, extra_dims=k) for k in (0, 3))
     cosine = (exact(new.images) * extra(new.images)).sum(dim=1).mean()
     assert cosine > 0.95
@@ -144,8 +144,8 @@ class Towers(torch.nn.Module):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_loss_is_the_formula(method):
     batch = random_batch()
-    new = PairVectors(batch["own_images"], batch["own_texts"])
-    old = PairVectors(batch["old_images"], batch["old_texts"])
+    new = EncodedPairs(batch["own_images"], batch["own_texts"])
+    old = EncodedPairs(batch["old_images"], batch["old_texts"])
     projection = head_at_procrustes(method, new, old)
     weights = {"contrastive": 0.7, "influence": 1.3, "old": 0.4, "own": 0.9 if method == "bt2" else 0.0}
     objective = CrossModalObjective(Towers(), projection, weights, 0.1)

@@ -17,10 +17,9 @@ from xbt.data import CaptionSource, read_captions
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.projections import Projection, fit_projection
-from xbt.projections.objective import NoisyVectors
-from xbt.projections.procrustes import procrustes_start
-from xbt.projections.residual import fit_xbt
-from xbt.projections.trainer import text_hits
+from xbt.projections.closed_form import procrustes_start
+from xbt.projections.trained import fit_xbt
+from xbt.projections.trainer import NoisyVectors, text_hits
 from xbt.run_dir import RunDirectory
 from xbt.store import EmbeddingStore
 from xbt.training import TextProjectionConfig, TrainArgs, pretrain_text_projection

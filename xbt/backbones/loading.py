@@ -1,9 +1,4 @@
-"""Backbones from specification strings.
-
-A network that turns pixels into pooled features, whichever library it comes from.
-
-A residual network for small images that a CPU can train.
-"""
+"""Backbones from specification strings, and a small residual network that a CPU can train."""
 
 from __future__ import annotations
 
@@ -176,7 +171,11 @@ def load_backbone(spec: str, image_size: int | None = None, pretrained: bool = F
     """
     kind, _, name = spec.partition(":")
     if kind == "small_resnet" and not pretrained:
-        backbone = _load_small_resnet(spec, name, image_size)
+        if spec != kind and not (name.isdecimal() and int(name)):
+            raise ConfigError(
+                f"{spec!r}: the width must be a whole number of at least 1, as in small_resnet:2"
+            )
+        backbone = ImageBackbone(spec, SmallResNet(int(name or 1)), image_size or SMALL_SIZE)
     elif kind in _LIBRARIES and name:
         network, size, preprocessing = _LIBRARIES[kind](name, image_size, pretrained)
         backbone = ImageBackbone(spec, network, size, preprocessing)
@@ -208,12 +207,6 @@ def rebuild_backbone(description: Mapping[str, Any]) -> ImageBackbone:
     from xbt.encoders.image_tower import build_image_tower
 
     return ImageBackbone(str(spec), build_image_tower(architecture), int(size), None, architecture)
-
-
-def _load_small_resnet(spec: str, width: str, image_size: int | None) -> ImageBackbone:
-    if spec != "small_resnet" and not (width.isdecimal() and int(width)):
-        raise ConfigError(f"{spec!r}: the width must be a whole number of at least 1, as in small_resnet:2")
-    return ImageBackbone(spec, SmallResNet(int(width or 1)), image_size or SMALL_SIZE)
 
 
 def _load_clip(spec: str, name: str, image_size: int | None) -> ImageBackbone:

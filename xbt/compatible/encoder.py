@@ -282,7 +282,12 @@ class CompatibleEncoder(DualEncoder, HubArtifact):
         if not self.ensemble.needs_old(direction):
             return _Sides(new, None, None)
         if old_vectors is not None:
-            return _Sides(new, None, _checked_old_vectors(old_vectors, count, self.dim))
+            if len(old_vectors) != count:
+                raise DataError(
+                    f"old_vectors has {len(old_vectors)} rows for {count} queries; give one for each"
+                )
+            empty = torch.zeros(0, self.dim)
+            return _Sides(new, None, as_vectors(old_vectors, "old_vectors", self.dim) if count else empty)
         if self.old is None:
             raise EncoderError(
                 f"{modality} queries of '{self.name}' are combined with the old model's "
@@ -476,9 +481,6 @@ def _check_new(new: DualEncoder, projection: Projection) -> None:
     """Refuse an encoder that the projection was not made for.
 
     An encoder with LoRA is compared by its dimension only.
-
-    Raises:
-        SpaceMismatchError: If dimension or space differ, or the projection does not know its old space.
     """
     if projection.old_space is None:
         raise SpaceMismatchError(
@@ -521,10 +523,3 @@ def _refuse_old_vectors(old_vectors: Vectors | None) -> None:
         raise ConfigError(
             "old vectors are only used with an ensemble; give the encoder one, or leave them out"
         )
-
-
-def _checked_old_vectors(old_vectors: Vectors, count: int, dim: int) -> Tensor:
-    """The caller's old vectors as a (count, dim) tensor, once number, dimension and values are checked."""
-    if len(old_vectors) != count:
-        raise DataError(f"old_vectors has {len(old_vectors)} rows for {count} queries; give one for each")
-    return torch.zeros(0, dim) if count == 0 else as_vectors(old_vectors, "old_vectors", dim)

@@ -100,11 +100,7 @@ def described(encoder: CompatibleEncoder, naming: Naming, card: CardData) -> dic
 
 
 def read(config: SavedConfig) -> SavedEncoder:
-    """Read what :func:`described` and :func:`write_parts` wrote.
-
-    Raises:
-        SavedPartError: If a file is missing, damaged, changed, or of another kind.
-    """
+    """Read what :func:`described` and :func:`write_parts` wrote."""
     file, values = config.file, config.values
     projection = Projection.from_pretrained(file.parent / PROJECTION_DIR)
     new_space, old_space = config.space("new_space"), config.space("old_space")
@@ -149,10 +145,6 @@ def load_model(
         device: Device of a loaded encoder.
         foreign: Whether the record came from the Hub: then a path in it is refused.
         access: Hub access; its revision applies to the recorded model only.
-
-    Raises:
-        EncoderError: If it cannot be loaded.
-        SavedPartError: If the record is a path that must not be followed.
     """
     if isinstance(given, DualEncoder):
         return given

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from xbt.heads.base import CompatibleHead, FoldedHead, HeadOutput, make_head
-from xbt.heads.bct import BCTHead, BCTLoss, ClassificationLoss, PlainHead
+from xbt.heads.bct_and_oca import BCTHead, BCTLoss, ClassificationLoss, OCAHead, OCALoss, PlainHead
 from xbt.heads.bt2 import BT2Head, BT2Loss
 from xbt.heads.fitting import EpochSchedule, fit_on_vectors
 from xbt.heads.losses import HeadLoss, Prototypes, Targets, class_prototypes
-from xbt.heads.oca import OCAHead, OCALoss
 
 __all__ = [
     "BCTHead",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, normalize
 
 from xbt.errors import ConfigError, SpaceMismatchError
+from xbt.heads.orthogonal import checked_map, stacked
 from xbt.hub import CardData, CardFacts, HubArtifact, Naming, SavedConfig
 
 Space = Literal["old", "new"]
@@ -43,11 +43,11 @@ class HeadOutput:
     logits: Tensor | None
 
 
-class CompatibleHead(nn.Module, HubArtifact, ABC):
+class CompatibleHead(nn.Module, HubArtifact):
     """Last part of a model: maps a backbone's features to vectors with compatible leading coordinates.
 
     It computes in float32 (or float64), also under autocast: in half precision an orthogonal matrix is not
-    orthogonal.
+    orthogonal. A subclass keeps every argument of its constructor as an attribute of that name.
 
     Args:
         in_dim: Dimension of the input features.
@@ -79,23 +79,23 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
     ) -> None:
         super().__init__()
         if n_classes is not None:
-            require_at_least("n_classes", n_classes, 1)
+            require_at_least(1, n_classes=n_classes)
         self.in_dim, self.old_dim, self.out_dim, self.n_classes = in_dim, old_dim, out_dim, n_classes
         self.classifier = nn.Linear(feature_dim, n_classes, bias=False) if n_classes else None
 
-    @abstractmethod
     def embedded(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Map (n, in_dim) to the classifier's input (n, feature dim) and to full vectors (n, out_dim)."""
+        unit = normalize(features, dim=1)
+        return unit, unit
 
-    @abstractmethod
     def options(self) -> dict[str, Any]:
         """JSON-able keyword arguments that rebuild this head."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
 
-    @abstractmethod
     def fold(self) -> FoldedHead:
         """Convert to an inference head: plain matrices, the same vectors (≤ 1e-5), no classifier."""
+        return FoldedHead(self.in_dim, self.old_dim, self.in_dim)
 
-    @abstractmethod
     def init_from(self, weight: Tensor, order: Tensor | None = None) -> Tensor:
         """Initialise the head so that ``compatible`` starts near the direction of ``weight @ x``.
 
@@ -110,6 +110,12 @@ class CompatibleHead(nn.Module, HubArtifact, ABC):
         Raises:
             ConfigError: If a shape does not fit, or the head is independent.
         """
+        if not self.old_dim:
+            raise ConfigError(
+                "an independent head has no old model, so it cannot be initialised from a map; "
+                "take a bct, bt2 or oca head"
+            )
+        return stacked(checked_map(weight, self.old_dim), self.in_dim)
 
     def forward(self, features: Tensor) -> HeadOutput:
         """Map (n, in_dim) features of a backbone to a :class:`HeadOutput`.
@@ -198,21 +204,13 @@ def build_head(config: SavedConfig, section: Mapping[str, Any], where: str = "op
         config: The config.
         section: What :func:`described_head` returned.
         where: Name of the section's options.
-
-    Raises:
-        SavedPartError: If an option is unknown and no newer xbt wrote it.
-        ConfigError: As :func:`make_head`.
     """
     kind, options = section["kind"], section["options"]
     return make_head(kind, known_options(config, kind, options, where))
 
 
 def known_options(config: SavedConfig, kind: object, options: Any, where: str) -> Any:
-    """A head's options without those of newer versions of xbt; :func:`make_head` refuses what is no mapping.
-
-    Raises:
-        SavedPartError: If an option is unknown and no newer xbt wrote it.
-    """
+    """A head's options without those of newer versions of xbt; :func:`make_head` refuses what is none."""
     head = CompatibleHead._kinds.get(kind) if isinstance(kind, str) else None
     if head is None or not isinstance(options, dict):
         return options
@@ -228,14 +226,22 @@ def _dims_of(space: str, head: CompatibleHead | FoldedHead) -> int:
     return dims
 
 
-def require_at_least(name: str, value: int, minimum: int) -> None:
-    """Check a whole number.
+def require_at_least(minimum: int, **values: object) -> None:
+    """Refuse what is not a whole number, or too small, with a ConfigError that names it."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ConfigError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
 
-    Raises:
-        ConfigError: If it is not a whole number, or too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ConfigError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+
+def require_dims(new_dim: int, old_dim: int, extra_dims: int) -> None:
+    """Refuse dimensions that are too small, or too few for the old vectors, with a ConfigError."""
+    require_at_least(1, new_dim=new_dim, old_dim=old_dim)
+    require_at_least(0, extra_dims=extra_dims)
+    if new_dim + extra_dims < old_dim:
+        raise ConfigError(
+            f"new_dim {new_dim} and extra_dims {extra_dims} make {new_dim + extra_dims} dimensions, but the "
+            f"old vectors have {old_dim}; raise extra_dims to at least {old_dim - new_dim}"
+        )
 
 
 class FoldedHead(nn.Module):

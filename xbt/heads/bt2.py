@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError
-from xbt.heads.base import CompatibleHead, FoldedHead, HeadOutput, require_at_least
-from xbt.heads.losses import (
-    HeadLoss,
-    Prototypes,
-    Targets,
-    check_weights,
-    classification,
-    compatible_direction,
-    influence,
-    matching,
-)
+from xbt.heads.base import CompatibleHead, FoldedHead, HeadOutput, require_dims
+from xbt.heads.losses import HeadLoss, Prototypes, Targets, matching
 from xbt.heads.orthogonal import (
     assign,
     checked_map,
@@ -74,7 +64,14 @@ class BT2Head(CompatibleHead):
         n_classes: int | None = None,
         orthogonal_map: str = "matrix_exp",
     ) -> None:
-        _check(new_dim, old_dim, extra_dims, scale)
+        require_dims(new_dim, old_dim, extra_dims)
+        if extra_dims > old_dim:
+            raise ConfigError(
+                f"extra_dims {extra_dims} is more than the {old_dim} dimensions of the old vectors; "
+                f"take at most {old_dim}"
+            )
+        if not 0 < scale < math.inf:
+            raise ConfigError(f"scale must be a number above 0, got {scale}")
         super().__init__(
             in_dim=new_dim + old_dim,
             old_dim=old_dim,
@@ -109,17 +106,6 @@ class BT2Head(CompatibleHead):
         first = full[:, : self.old_dim] @ self.old_rotation.weight
         mixed = torch.cat([first, full[:, self.old_dim :]], dim=1)
         return mixed[:, self.extra_dims :] @ self.new_rotation.weight / self.scale
-
-    def options(self) -> dict[str, Any]:
-        """See :meth:`CompatibleHead.options`."""
-        return {
-            "new_dim": self.new_dim,
-            "old_dim": self.old_dim,
-            "extra_dims": self.extra_dims,
-            "scale": self.scale,
-            "n_classes": self.n_classes,
-            "orthogonal_map": self.orthogonal_map,
-        }
 
     @torch.no_grad()
     def fold(self) -> FoldedHead:
@@ -198,6 +184,9 @@ class BT2Loss(HeadLoss):
         ConfigError: If a weight cannot be used.
     """
 
+    new_weight: float
+    old_weight: float
+
     def __init__(
         self,
         prototypes: Prototypes,
@@ -206,51 +195,20 @@ class BT2Loss(HeadLoss):
         influence_weight: float = 10.0,
         old_weight: float = 5.0,
     ) -> None:
-        super().__init__()
-        check_weights(
+        super().__init__(
+            prototypes,
+            0.0,
             classification_weight=classification_weight,
             new_weight=new_weight,
             influence_weight=influence_weight,
             old_weight=old_weight,
         )
-        self.prototypes = prototypes
-        self.classification_weight, self.new_weight = classification_weight, new_weight
-        self.influence_weight, self.old_weight = influence_weight, old_weight
 
-    def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`HeadLoss.forward`; parts ``classification``, ``influence``, ``new``, ``old``."""
-        direction = compatible_direction(output)
-        class_loss = classification(output, targets.labels, 0.0)
-        influence_loss = influence(direction, self.prototypes, targets.labels)
-        loss = self.classification_weight * class_loss + self.influence_weight * influence_loss
-        parts = {"classification": class_loss.detach(), "influence": influence_loss.detach()}
-        for name, weight, predicted, target in (
-            ("new", self.new_weight, output.features, targets.new),
-            ("old", self.old_weight, direction, targets.old),
-        ):
-            if weight:
-                distance = matching(predicted, target, name)
-                loss = loss + weight * distance
-                parts[name] = distance.detach()
-        return loss, parts
-
-
-def _check(new_dim: int, old_dim: int, extra_dims: int, scale: float) -> None:
-    for name, value, minimum in (
-        ("new_dim", new_dim, 1),
-        ("old_dim", old_dim, 1),
-        ("extra_dims", extra_dims, 0),
-    ):
-        require_at_least(name, value, minimum)
-    if extra_dims > old_dim:
-        raise ConfigError(
-            f"extra_dims {extra_dims} is more than the {old_dim} dimensions of the old vectors; "
-            f"take at most {old_dim}"
-        )
-    if new_dim + extra_dims < old_dim:
-        raise ConfigError(
-            f"new_dim {new_dim} and extra_dims {extra_dims} make {new_dim + extra_dims} dimensions, but the "
-            f"old vectors have {old_dim}; raise extra_dims to at least {old_dim - new_dim}"
-        )
-    if not 0 < scale < math.inf:
-        raise ConfigError(f"scale must be a number above 0, got {scale}")
+    def parts(self, output: HeadOutput, targets: Targets) -> dict[str, Tensor]:
+        """The parts ``classification``, ``influence``, ``new`` and ``old``, the last two where they count."""
+        direction, parts = self.old_parts(output, targets.labels)
+        if self.new_weight:
+            parts["new"] = matching(output.features, targets.new, "new")
+        if self.old_weight:
+            parts["old"] = matching(direction, targets.old, "old")
+        return parts

@@ -41,8 +41,8 @@ class EpochSchedule:
     device: str | torch.device = "cpu"
 
     def __post_init__(self) -> None:
-        for name, minimum in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
-            require_at_least(name, getattr(self, name), minimum)
+        require_at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        require_at_least(0, seed=self.seed)
         for name in ("lr", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
@@ -104,7 +104,8 @@ def fit_on_vectors(
         for number in range(per_epoch):
             rows = order[number * size : (number + 1) * size]
             features = inputs[rows] if module is None else module(inputs[rows])
-            value, _ = loss(head(features), _taken(targets, rows))
+            old, new = (None if side is None else side[rows] for side in (targets.old, targets.new))
+            value, _ = loss(head(features), Targets(targets.labels[rows], old, new))
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr_at(epoch * per_epoch + number, schedule.epochs * per_epoch)
             optimizer.zero_grad(set_to_none=True)
@@ -124,13 +125,11 @@ def _groups(whole: nn.Module, no_decay: tuple[str, ...], weight_decay: float) ->
     trained = [(name, weight) for name, weight in whole.named_parameters() if weight.requires_grad]
     if not trained:
         raise ConfigError("there is nothing to train: neither the head nor the module has trainable weights")
-    not_decayed = [weight for name, weight in trained if any(part in name for part in no_decay)]
-    decayed = [weight for name, weight in trained if not any(part in name for part in no_decay)]
-    groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": not_decayed, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    sides: dict[float, list[nn.Parameter]] = {}
+    for name, weight in trained:
+        decay = 0.0 if any(part in name for part in no_decay) else weight_decay
+        sides.setdefault(decay, []).append(weight)
+    return [{"params": weights, "weight_decay": decay} for decay, weights in sides.items()]
 
 
 def _moved(targets: Targets, rows: int, device: str | torch.device) -> Targets:
@@ -148,8 +147,3 @@ def _moved(targets: Targets, rows: int, device: str | torch.device) -> Targets:
             raise DataError(f"there are {rows} inputs but {len(side)} {name} vectors; give one per row")
         vectors[name] = as_vectors(side, f"the {name} vectors").to(device)
     return replace(targets, labels=targets.labels.long().to(device), **vectors)
-
-
-def _taken(targets: Targets, rows: Tensor) -> Targets:
-    old, new = (None if side is None else side[rows] for side in (targets.old, targets.new))
-    return Targets(targets.labels[rows], old, new)

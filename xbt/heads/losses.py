@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -181,10 +180,35 @@ class Targets:
     new: Tensor | None = None
 
 
-class HeadLoss(nn.Module, ABC):
-    """A loss over a head's output; ``loss(output, targets)`` returns (loss, its parts before weights)."""
+class HeadLoss(nn.Module):
+    """A loss over a head's output; ``loss(output, targets)`` returns (loss, its parts before weights).
 
-    @abstractmethod
+    Args:
+        prototypes: The old model's class means, where the loss needs them.
+        label_smoothing: Share of the target that is spread over all classes.
+        **weights: Weights of the parts, each ``PART_weight`` and kept as an attribute.
+
+    Raises:
+        ConfigError: If a weight is negative or not finite, all are 0, or the smoothing is not in [0, 1).
+    """
+
+    def __init__(
+        self, prototypes: Prototypes | None = None, label_smoothing: float = 0.0, **weights: float
+    ) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            if not 0 <= weight < float("inf"):
+                raise ConfigError(f"{name} must be a number of at least 0, got {weight}")
+            setattr(self, name, weight)
+        if weights and not any(weights.values()):
+            raise ConfigError(f"{', '.join(weights)} are all 0, so there is nothing to train for; raise one")
+        check_smoothing(label_smoothing)
+        self.prototypes, self.label_smoothing = prototypes, label_smoothing
+
+    def parts(self, output: HeadOutput, targets: Targets) -> dict[str, Tensor]:
+        """The parts of the loss by name, scalars before weights; a subclass gives them."""
+        raise NotImplementedError
+
     def forward(self, output: HeadOutput, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar, and its parts, detached scalars.
 
@@ -192,51 +216,32 @@ class HeadLoss(nn.Module, ABC):
             ConfigError: If the head lacks an output that the loss needs.
             DataError: If the targets lack a value that the loss needs.
         """
+        parts = self.parts(output, targets)
+        terms = [getattr(self, f"{name}_weight") * part for name, part in parts.items()]
+        return sum(terms[1:], terms[0]), {name: part.detach() for name, part in parts.items()}
 
+    def classification(self, output: HeadOutput, labels: Tensor) -> Tensor:
+        """Mean cross entropy of the classifier's logits, a scalar; a ConfigError without a classifier."""
+        if output.logits is None:
+            raise ConfigError("the head has no classifier to train; give it n_classes")
+        return cross_entropy(output.logits, labels, label_smoothing=self.label_smoothing)
 
-def check_weights(**weights: float) -> None:
-    """Check the weights of a loss by their names.
-
-    Raises:
-        ConfigError: If a weight is negative or not finite, or all are 0.
-    """
-    for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise ConfigError(f"{name} must be a number of at least 0, got {weight}")
-    if not any(weights.values()):
-        raise ConfigError(f"{', '.join(weights)} are all 0, so there is nothing to train for; raise one")
+    def old_parts(self, output: HeadOutput, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The compatible part as (n, old_dim) unit rows, and classification and influence loss."""
+        assert self.prototypes is not None
+        if output.compatible is None:
+            raise ConfigError("the head has no compatible part, so this loss cannot train it; give old_dim")
+        direction = normalize(output.compatible, dim=1)
+        return direction, {
+            "classification": self.classification(output, labels),
+            "influence": influence(direction, self.prototypes, labels, self.label_smoothing),
+        }
 
 
 def check_smoothing(label_smoothing: float) -> None:
-    """Check a label smoothing.
-
-    Raises:
-        ConfigError: If it does not lie in [0, 1).
-    """
+    """Check a label smoothing."""
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-
-
-def classification(output: HeadOutput, labels: Tensor, label_smoothing: float) -> Tensor:
-    """Mean cross entropy of the classifier's logits, a scalar.
-
-    Raises:
-        ConfigError: If the head has no classifier.
-    """
-    if output.logits is None:
-        raise ConfigError("the head has no classifier to train; give it n_classes")
-    return cross_entropy(output.logits, labels, label_smoothing=label_smoothing)
-
-
-def compatible_direction(output: HeadOutput) -> Tensor:
-    """The compatible part as (n, old_dim) unit rows.
-
-    Raises:
-        ConfigError: If the head is independent.
-    """
-    if output.compatible is None:
-        raise ConfigError("the head has no compatible part, so this loss cannot train it; give old_dim")
-    return normalize(output.compatible, dim=1)
 
 
 def influence(
@@ -256,10 +261,6 @@ def influence(
         prototypes: p.
         labels: (n,) int64 classes y.
         label_smoothing: Share of the target that is spread over the classes that have a prototype.
-
-    Raises:
-        ConfigError: If the dimensions differ.
-        DataError: If a label has no prototype.
     """
     if directions.shape[1] != prototypes.dim:
         raise ConfigError(
@@ -271,12 +272,7 @@ def influence(
 
 
 def matching(predicted: Tensor, target: Tensor | None, name: str) -> Tensor:
-    """1 − mean cos between unit rows and their targets, a scalar; no gradient flows into the targets.
-
-    Raises:
-        ConfigError: If the dimensions differ.
-        DataError: If there is no target.
-    """
+    """1 − mean cos between unit rows and their targets, a scalar; no gradient flows into the targets."""
     if target is None:
         raise DataError(f"the loss needs the {name} vectors of every row; give them as the targets' {name}")
     if target.shape != predicted.shape:

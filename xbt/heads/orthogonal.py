@@ -26,9 +26,6 @@ def orthogonal_linear(dim: int, orthogonal_map: str = "matrix_exp") -> nn.Linear
         dim: Size of the matrix.
         orthogonal_map: ``"matrix_exp"``: exp(A) of a skew-symmetric A; ``"cayley"``: (I + A/2)(I − A/2)⁻¹,
             one linear solve, by far the fastest on a CPU; ``"householder"``: a product of reflections.
-
-    Raises:
-        ConfigError: If the map is unknown.
     """
     if orthogonal_map not in ORTHOGONAL_MAPS:
         raise ConfigError(
@@ -40,11 +37,7 @@ def orthogonal_linear(dim: int, orthogonal_map: str = "matrix_exp") -> nn.Linear
 
 
 def assign(layer: nn.Linear, matrix: Tensor) -> None:
-    """Set the matrix of a layer of :func:`orthogonal_linear`.
-
-    Raises:
-        ConfigError: If the shape differs, or the matrix is not orthogonal; torch would silently change it.
-    """
+    """Set the matrix of a layer of :func:`orthogonal_linear`."""
     weight = layer.weight
     if matrix.shape != weight.shape:
         raise ConfigError(
@@ -75,12 +68,7 @@ def complement(rows: Tensor) -> Tensor:
 
 
 def checked_map(weight: Tensor, old_dim: int) -> Tensor:
-    """Check a map to the old space, and convert it to float64 on the CPU.
-
-    Raises:
-        ConfigError: If it does not map to ``old_dim`` dimensions.
-        DataError: If it is not a matrix of finite numbers.
-    """
+    """Check a map to the old space, and convert it to float64 on the CPU."""
     matrix = as_vectors(weight, "the initial map").double()
     if len(matrix) != old_dim:
         raise ConfigError(
@@ -111,9 +99,6 @@ def checked_order(order: Tensor | None, weight: Tensor) -> Tensor:
 
     The default is the coordinates, the last one first. If the image of the map does not fill the old space,
     the directions outside the image come first, then the image.
-
-    Raises:
-        ConfigError: If an order is given that is not an orthogonal matrix.
     """
     old_dim, new_dim = weight.shape
     if order is None:

@@ -7,8 +7,14 @@ from xbt.projections.auto.choose import choose_projection
 from xbt.projections.auto.decision import Decision
 from xbt.projections.auto.selection import SelectionOptions
 from xbt.projections.base import LinearProjection, Projection
-from xbt.projections.baselines import fit_identity, fit_mean_shift
 from xbt.projections.caption_map import CaptionForwardMap, Neighbours, fit_caption_map
+from xbt.projections.closed_form import (
+    fit_identity,
+    fit_mean_shift,
+    fit_procrustes,
+    procrustes_rotation,
+    procrustes_rotation_of_chunks,
+)
 from xbt.projections.ensemble import QueryEnsemble
 from xbt.projections.ensemble_fit import fit_ensemble
 from xbt.projections.fitting import fit_projection
@@ -16,17 +22,14 @@ from xbt.projections.forward import ForwardMap, fit_forward
 from xbt.projections.gallery_steps import GallerySteps
 from xbt.projections.head_projection import HeadProjection
 from xbt.projections.hubness import HubnessBias, hubness, qb_norm
-from xbt.projections.lambda_orthogonal import fit_lambda_orthogonal
 from xbt.projections.objective import Stage1Options, TextLoss
 from xbt.projections.pair_tuning import tune_on_pairs
 from xbt.projections.pairs import PairVectors
-from xbt.projections.procrustes import fit_procrustes, procrustes_rotation, procrustes_rotation_of_chunks
-from xbt.projections.residual import ResidualProjection, fit_mlp, fit_xbt
-from xbt.projections.ridge import fit_low_rank, fit_ridge
+from xbt.projections.ridge import fit_low_rank, fit_ridge, fit_whitened_procrustes
 from xbt.projections.score_scale import ScoreScale, fit_score_scale
-from xbt.projections.statistics import PairStatistics
+from xbt.projections.sources import PairStatistics
+from xbt.projections.trained import ResidualProjection, fit_lambda_orthogonal, fit_mlp, fit_xbt
 from xbt.projections.trainer import FitSchedule
-from xbt.projections.whitened import fit_whitened_procrustes
 
 __all__ = [
     "Candidate",

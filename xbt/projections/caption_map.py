@@ -42,8 +42,8 @@ from torch.nn.functional import embedding_bag
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.projections.base import Modality, Projection
-from xbt.projections.neighbours import nearest
-from xbt.projections.procrustes import procrustes_rotation
+from xbt.projections.closed_form import procrustes_rotation
+from xbt.projections.hubness import nearest
 from xbt.space import EmbeddingSpace
 from xbt.vectors import Vectors, as_vectors, unit_rows
 
@@ -271,10 +271,6 @@ def fit_caption_map(
 
 
 def require_share(share: float) -> None:
-    """Refuse a share of the forward scores outside [0, 1].
-
-    Raises:
-        ConfigError: If it is.
-    """
+    """Refuse a share of the forward scores outside [0, 1]."""
     if not 0 <= share <= 1:
         raise ConfigError(f"the share of the forward scores is {share}, but must lie in [0, 1]")

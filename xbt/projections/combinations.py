@@ -49,14 +49,19 @@ class Combination(ABC):
     mode: ClassVar[str]
 
     @property
+    def share(self) -> float:
+        """Share of the new query, where one number says it; at 0 or 1 one of the two is not needed."""
+        return 0.5
+
+    @property
     def needs_old(self) -> bool:
         """True if the old query counts, so that the old query tower has to run."""
-        return True
+        return self.share < 1
 
     @property
     def needs_new(self) -> bool:
         """True if the new query counts."""
-        return True
+        return self.share > 0
 
     def tensors(self, old_dim: int) -> dict[str, tuple[int | None, int]]:
         """Name → shape of what the rule needs beyond its numbers; ``None`` is any number of rows."""
@@ -119,14 +124,9 @@ class Nlerp(Combination):
         _require_share(self.mode, "beta", self.beta)
 
     @property
-    def needs_old(self) -> bool:
-        """True if the old query counts."""
-        return self.beta < 1
-
-    @property
-    def needs_new(self) -> bool:
-        """True if the new query counts."""
-        return self.beta > 0
+    def share(self) -> float:
+        """Share of the new query."""
+        return self.beta
 
     def shares(self, old: Tensor, new: Tensor, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Factors of both queries, (n, 1) or scalar each."""
@@ -151,14 +151,9 @@ class Slerp(Combination):
         _require_flag(self.mode, "padded", self.padded)
 
     @property
-    def needs_old(self) -> bool:
-        """True if the old query counts."""
-        return self.alpha < 1
-
-    @property
-    def needs_new(self) -> bool:
-        """True if the new query counts."""
-        return self.alpha > 0
+    def share(self) -> float:
+        """Share of the new query."""
+        return self.alpha
 
     def visible(self, new: Tensor) -> Tensor:
         """The new query as it enters the sum; with padding the rows as projected, of length 1 at most."""
@@ -264,11 +259,7 @@ def keys_of_mode(mode: object) -> tuple[str, ...]:
 
 
 def combination_from_dict(values: Mapping[str, Any]) -> Combination:
-    """The reverse of :meth:`Combination.to_dict`.
-
-    Raises:
-        ConfigError: If the mode is not known or a value does not fit it.
-    """
+    """The reverse of :meth:`Combination.to_dict`."""
     given = dict(values)
     mode = given.pop("mode", None)
     if mode not in _MODES:

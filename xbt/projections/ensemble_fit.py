@@ -149,11 +149,7 @@ def mean_recall(ranks: Tensor) -> float:
 
 
 def candidate_grid(modes: str | Sequence[str]) -> list[Combination]:
-    """The combinations that :func:`fit_ensemble` tries for some modes, those that win a tie first.
-
-    Raises:
-        ConfigError: If there is no mode or an unknown one.
-    """
+    """The combinations that :func:`fit_ensemble` tries for some modes, those that win a tie first."""
     names = [modes] if isinstance(modes, str) else list(modes)
     grids: dict[str, list[Combination]] = {
         "nlerp": [Nlerp(share) for share in _TENTHS],
@@ -173,11 +169,7 @@ def candidate_grid(modes: str | Sequence[str]) -> list[Combination]:
 def projected_queries(
     projected: Projection | Mapping[str, Tensor], pairs: PairVectors, direction: str
 ) -> Tensor:
-    """(n_queries, old_dim) float32 CPU vectors of the pairs' new queries, as projected, not normalised.
-
-    Raises:
-        DataError, SpaceMismatchError: As :func:`fit_ensemble`.
-    """
+    """(n_queries, old_dim) float32 CPU vectors of the pairs' new queries, as projected, not normalised."""
     queries, _ = pairs.queries(direction)
     if isinstance(projected, Projection):
         if pairs.dims != (projected.new_dim, projected.old_dim):
@@ -221,11 +213,7 @@ def _best(candidates: Sequence[TriedCombination]) -> TriedCombination:
 
 
 def gallery_reference(gallery: Tensor, seed: int = 0, dim: int | None = None) -> Tensor:
-    """At most 4,096 unit rows of a gallery, in its order, to estimate the confidence of queries.
-
-    Raises:
-        SpaceMismatchError: If the rows are not of the dimension ``dim``.
-    """
+    """At most 4,096 unit rows of a gallery, in its order, to estimate the confidence of queries."""
     rows = unit_rows(gallery.float().cpu())
     if rows.ndim != 2 or (dim is not None and rows.shape[1] != dim):
         raise SpaceMismatchError(

@@ -9,41 +9,33 @@ from typing import Any
 
 from xbt.errors import ConfigError
 from xbt.projections.base import LinearProjection, Projection
-from xbt.projections.baselines import fit_identity, fit_mean_shift, identity_from, mean_shift_from
-from xbt.projections.lambda_orthogonal import fit_lambda_orthogonal
+from xbt.projections.closed_form import fit_identity, fit_mean_shift, fit_procrustes
 from xbt.projections.pairs import PairVectors
-from xbt.projections.procrustes import fit_procrustes, procrustes_from
-from xbt.projections.residual import fit_mlp, fit_xbt
-from xbt.projections.ridge import fit_low_rank, fit_ridge, low_rank_from, ridge_from
+from xbt.projections.ridge import fit_low_rank, fit_ridge, fit_whitened_procrustes
 from xbt.projections.sources import Source
-from xbt.projections.whitened import fit_whitened_procrustes, whitened_procrustes_from
+from xbt.projections.trained import fit_lambda_orthogonal, fit_mlp, fit_xbt
 from xbt.space import EmbeddingSpace
 from xbt.store.store import EmbeddingStore
 
 _APART = ("new", "old", "pairs")
 
-METHODS: dict[str, Callable[..., Projection]] = {
+CLOSED_FORMS: dict[str, Callable[..., LinearProjection]] = {
     "identity": fit_identity,
     "mean_shift": fit_mean_shift,
     "procrustes": fit_procrustes,
     "ridge": fit_ridge,
     "low_rank": fit_low_rank,
     "whitened_procrustes": fit_whitened_procrustes,
+}
+"""Those that need the vectors' statistics alone, which may be given: of texts, and of images or ``None``."""
+
+METHODS: dict[str, Callable[..., Projection]] = {
+    **CLOSED_FORMS,
     "lambda_orthogonal": fit_lambda_orthogonal,
     "mlp": fit_mlp,
     "xbt": fit_xbt,
 }
 """Every method: a function from new and old vectors, ``pairs`` where it can use them, and its options."""
-
-CLOSED_FORMS: dict[str, Callable[..., LinearProjection]] = {
-    "identity": identity_from,
-    "mean_shift": mean_shift_from,
-    "procrustes": procrustes_from,
-    "ridge": ridge_from,
-    "low_rank": low_rank_from,
-    "whitened_procrustes": whitened_procrustes_from,
-}
-"""Those that need the vectors' statistics alone: functions from :class:`PairStatistics` and the options."""
 
 
 def fit_projection(
@@ -133,11 +125,7 @@ def option_names(method: str) -> list[str]:
 
 
 def space_of(source: Source, given: EmbeddingSpace | None, side: str) -> EmbeddingSpace | None:
-    """The space of a source: as given, or that of a store; the two must not contradict each other.
-
-    Raises:
-        SpaceMismatchError: If they do.
-    """
+    """The space of a source: as given, or that of a store; the two must not contradict each other."""
     stored = source.space if isinstance(source, EmbeddingStore) else None
     if given is not None and stored is not None:
         given.require(stored, f"the {side} vectors")

@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.projections.base import LinearProjection, Modality, Projection
+from xbt.projections.closed_form import fit_procrustes
 from xbt.projections.pairs import PairVectors
-from xbt.projections.procrustes import fit_procrustes
 from xbt.projections.ridge import fit_ridge
 from xbt.projections.sources import random_access
 from xbt.projections.trainer import FitSchedule, Positions, fit_trained

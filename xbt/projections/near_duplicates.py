@@ -53,7 +53,8 @@ def clusters_of(pairs: PairVectors, folds: int) -> NDArray[np.int64]:
     Warns:
         UserWarning: If something was left out.
     """
-    exact, near, texts = _exact_links(pairs), _near_links(pairs, folds), _text_links(pairs)
+    exact, near = _exact_links(pairs), _near_links(pairs, folds)
+    texts: Links = pairs.image_of_text.numpy()[TextFinder(pairs.new_texts, pairs.old_texts).links()]
     attempts = [("exact copies", exact)]
     if near is not None:
         near = np.concatenate([exact, near])
@@ -153,13 +154,6 @@ class TextFinder:
             place = place + 1
             active = active[(found[active] < 0) & (place[active] < stop[active])]
         return found
-
-
-def _text_links(pairs: PairVectors) -> Links:
-    """Images that share a text."""
-    links = pairs.image_of_text.numpy()[TextFinder(pairs.new_texts, pairs.old_texts).links()]
-    others: Links = links[links[:, 0] != links[:, 1]]
-    return others
 
 
 def _exact_links(pairs: PairVectors) -> Links:

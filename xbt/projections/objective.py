@@ -1,4 +1,4 @@
-"""Losses of the trained maps, and the noise that prepares a map of texts for images."""
+"""Losses of the trained maps, and their settings."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
-from torch.utils.data import Dataset
+from torch.nn.functional import cross_entropy
 
-from xbt.batches import Draw, gaussian_noise
 from xbt.errors import ConfigError
 from xbt.losses import Temperature, contrastive_loss, cosine_loss, relational_loss
-from xbt.projections.base import Projection
+from xbt.projections.base import LinearProjection, Projection
 from xbt.projections.pairs import PairVectors
-from xbt.projections.sources import PairedVectors
 
 NOISE_FAMILIES = ("gaussian", "uniform", "centred")
 
@@ -98,98 +93,6 @@ class Stage1Options(TextLoss):
     def centred(self) -> bool:
         """True if the projection subtracts means."""
         return self.noise_family == "centred"
-
-
-def add_noise(
-    vectors: Tensor,
-    gaussian: Tensor,
-    noise: float,
-    uniform: Tensor | None = None,
-    mean: Tensor | None = None,
-) -> Tensor:
-    """Perturbs the direction of vectors, in one of three ways.
-
-    With ε ~ N(0, I / dim), whose expected norm is 1, and σ the noise:
-
-    ========  =======================================================  =====================================
-    family    z̃                                                        after
-    ========  =======================================================  =====================================
-    gaussian  normalise(z + σ ε)                                       CapDec (Nukrai et al., EMNLP 2022)
-    uniform   normalise(z + σ u ε),  u ~ U(0, 1) for every vector      LinCIR (Gu et al., CVPR 2024)
-    centred   μ + ‖z − μ‖ · normalise((z − μ) / ‖z − μ‖ + σ ε)         C3 (Zhang et al., ICLR 2024)
-    ========  =======================================================  =====================================
-
-    LinCIR does not divide by √dim: its noise is σ = √dim here. C3 takes the mean text vector μ off, adds
-    noise and normalises, and takes the mean image vector off images when in use, so that the gap between the
-    modalities is not in the way. One map for both modalities must then take the means off by itself, as a
-    centred :class:`~xbt.projections.residual.ResidualProjection` does; this is why μ is added back here. And
-    because such a map adds the old mean afterwards, z − μ keeps its length, which C3 makes 1: only so is the
-    map before training the centred Procrustes rotation.
-
-    Args:
-        vectors: (n, dim) vectors z.
-        gaussian: (n, dim) draws of ε.
-        noise: σ; 0 returns the vectors as they are.
-        uniform: (n, 1) draws of u, for the family ``"uniform"``.
-        mean: (dim,) μ, for the family ``"centred"``.
-
-    Returns:
-        (n, dim) noisy vectors.
-    """
-    if noise == 0:
-        return vectors
-    shift = noise * gaussian if uniform is None else noise * uniform * gaussian
-    if mean is None:
-        return normalize(vectors + shift, dim=1)
-    centred = vectors - mean
-    lengths = centred.norm(dim=1, keepdim=True)
-    noisy: Tensor = mean + lengths * normalize(normalize(centred, dim=1) + shift, dim=1)
-    return noisy
-
-
-class NoisyVectors(Dataset[dict[str, Tensor]]):
-    """Pairs of text vectors, the new side with noise that depends on (seed, step, position) alone.
-
-    Any number of processes that take slices of a batch therefore see what one process sees alone.
-
-    Args:
-        rows: The texts' vectors.
-        positions: (n,) int64, which of them to train on.
-        seed: Fixes the noise.
-        noise: Expected norm of the noise.
-        noise_family: Which noise; see :func:`add_noise`.
-        mean: (new_dim,) the mean new vector, for the family ``"centred"``.
-    """
-
-    def __init__(
-        self,
-        rows: PairedVectors,
-        positions: NDArray[np.int64],
-        seed: int,
-        noise: float = 0.0,
-        noise_family: str = "gaussian",
-        mean: Tensor | None = None,
-    ) -> None:
-        self.rows, self.positions, self.noise, self.seed = rows, positions, noise, seed
-        self.uniform = noise_family == "uniform"
-        self.mean = mean.detach().cpu().clone() if mean is not None and noise_family == "centred" else None
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
-        """``{"new": (k, new_dim), "old": (k, old_dim)}`` float32 of a slice of a batch."""
-        new, old = self.rows.take(self.positions[[draw.item for draw in draws]])
-        return {"new": self._noisy(new, draws) if self.noise else new, "old": old}
-
-    def _noisy(self, new: Tensor, draws: list[Draw]) -> Tensor:
-        dim = new.shape[1]
-        if not self.uniform:
-            return add_noise(new, gaussian_noise(draws, dim, self.seed), self.noise, mean=self.mean)
-        # One more normal value per caption, through its distribution function, is uniform and seeded too.
-        normal = gaussian_noise(draws, dim + 1, self.seed) * (dim + 1) ** 0.5
-        uniform = torch.special.ndtr(normal[:, dim:])
-        return add_noise(new, normal[:, :dim] * dim**-0.5, self.noise, uniform)
 
 
 class TextProjectionObjective(nn.Module):
@@ -315,3 +218,40 @@ class JointObjective(nn.Module):
     def _draw(self, count: int, gallery: int) -> Tensor:
         size = max(1, min(self.batch_size, count, _LOGITS // gallery))
         return torch.randperm(count, generator=self._generator)[:size].to(self.owner.device)
+
+
+class LambdaOrthogonalObjective(nn.Module):
+    """The loss of a map W z + b with a hinge on how far W is from orthogonal.
+
+        L = λ_cos · mean(1 − cos) + λ_con · InfoNCE + λ_rel · relational + w · max(0, ‖G − I‖_F − λ)²
+
+    with G the Gram matrix W Wᵀ or Wᵀ W of W's smaller side. The first three terms are those of
+    :class:`~xbt.projections.objective.TextProjectionObjective`.
+
+    Args:
+        projection: The map.
+        settings: Weights of the losses.
+        lam: λ.
+        orthogonality_weight: w.
+    """
+
+    def __init__(
+        self, projection: LinearProjection, settings: TextLoss, lam: float, orthogonality_weight: float
+    ) -> None:
+        super().__init__()
+        self.text = TextProjectionObjective(projection, settings)
+        self.lam, self.orthogonality_weight = lam, orthogonality_weight
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss and its parts for a batch of paired vectors."""
+        loss, parts = self.text(batch)
+        weight = self.text.projection.get_parameter("weight")
+        excess = (distance_from_orthogonal(weight) - self.lam).clamp(min=0)
+        return loss + self.orthogonality_weight * excess.square(), {**parts, "excess": excess.detach()}
+
+
+def distance_from_orthogonal(weight: Tensor) -> Tensor:
+    """‖G − I‖_F of a matrix, G the Gram matrix of its smaller side; a scalar, 0 for orthonormal ones."""
+    gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
+    distance: Tensor = torch.linalg.norm(gram - torch.eye(len(gram), device=gram.device, dtype=gram.dtype))
+    return distance

@@ -1,30 +1,28 @@
-"""Ridge regression and its low-rank form: closed-form linear maps of least squared error."""
+"""Closed forms that invert covariances: ridge regression, its low-rank form, and whitened Procrustes."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from xbt.errors import ConfigError, DataError
 from xbt.projections.base import LinearProjection
-from xbt.projections.closed_form import Problem, gather, linear_map, prepare
+from xbt.projections.closed_form import Centring, Data, Problem, linear_map, orthogonal_factor, prepare
 from xbt.projections.pairs import PairVectors
-from xbt.projections.sources import Source
-from xbt.projections.statistics import PairStatistics, Term
+from xbt.projections.sources import Term
 
 DEFAULT_REGULARISATION = 0.3
 """λ, where none is given, in units of the mean diagonal element of NᵀN (n / new_dim for unit rows)."""
 
-TERMS: tuple[Term, ...] = ("cross", "new_gram")
-
-_SINGULAR = 1e-8
+_TERMS: tuple[Term, ...] = ("cross", "new_gram")
 
 
 def fit_ridge(
-    new: Source,
-    old: Source,
+    new: Data,
+    old: Data | None = None,
     *,
     pairs: PairVectors | None = None,
     pairs_weight: float | None = None,
@@ -58,68 +56,49 @@ def fit_ridge(
         DataError: If the vectors are empty, not paired, hold NaN or are all zero, or λ is too small for them.
         SpaceMismatchError: If the pairs have other dimensions.
     """
-    check_regularisation(regularisation)
-    terms: tuple[Term, ...] = (*TERMS, "sums") if intercept else TERMS
-    texts, images, weight = gather(new, old, terms, pairs, pairs_weight)
-    return ridge_from(texts, images, pairs_weight=weight, regularisation=regularisation, intercept=intercept)
+    solution, problem = _ridge(new, old, pairs, pairs_weight, regularisation, intercept)
+    return linear_map(solution.T, problem)
 
 
-def ridge_from(
-    texts: PairStatistics,
-    images: PairStatistics | None = None,
-    *,
-    pairs_weight: float = 0.0,
-    regularisation: float | None = None,
-    intercept: bool = False,
-) -> LinearProjection:
-    """Fit as :func:`fit_ridge`, from statistics: ``cross`` and ``new_gram``, with an intercept ``sums``.
-
-    With images, λ is beside the statistics scaled to the number of texts.
-
-    Raises:
-        ConfigError: If an option cannot be used, or the statistics lack what it needs.
-        DataError: If λ is too small for the vectors.
-    """
-    problem = prepare(texts, images, pairs_weight, "joint" if intercept else "none")
-    return linear_map(ridge_solution(problem, regularisation).T, problem)
-
-
-def ridge_solution(problem: Problem, regularisation: float | None) -> Tensor:
-    """(new_dim, old_dim) float64 (NᵀN + λI)⁻¹ NᵀO.
-
-    Raises:
-        ConfigError: If λ is negative or not a number.
-        DataError: If the matrix is singular.
-    """
-    check_regularisation(regularisation)
+def _ridge(
+    new: Data,
+    old: Data | None,
+    pairs: PairVectors | None,
+    pairs_weight: float | None,
+    regularisation: float | None,
+    intercept: bool,
+) -> tuple[Tensor, Problem]:
+    """(new_dim, old_dim) float64 (NᵀN + λI)⁻¹ NᵀO, and what it solves."""
+    if regularisation is not None and not (math.isfinite(regularisation) and regularisation >= 0):
+        raise ConfigError(f"regularisation must be a number of at least 0, got {regularisation}")
+    problem = prepare(new, old, _TERMS, pairs, pairs_weight, "joint" if intercept else "none")
     gram = problem.stats.term("new_gram").clone()
     amount = regularisation
     if amount is None:
         amount = DEFAULT_REGULARISATION * float(problem.raw.term("new_gram").diagonal().mean())
     gram.diagonal().add_(amount)
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    factor = _cholesky(
+        gram,
+        1e-8,
+        f"with regularisation={amount:g} the map is not determined by the {problem.stats.count} vectors "
+        f"of dimension {len(gram)}: some directions are hardly there; give a greater regularisation",
+    )
+    return torch.cholesky_solve(problem.stats.term("cross"), factor), problem
+
+
+def _cholesky(matrix: Tensor, singular: float, message: str) -> Tensor:
+    """Lower triangular L of a matrix L Lᵀ; a DataError where the smallest pivot is next to nothing."""
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
-    if int(failed) or float(pivots.min()) <= _SINGULAR * float(pivots.max()):
-        raise DataError(
-            f"with regularisation={amount:g} the map is not determined by the {problem.stats.count} vectors "
-            f"of dimension {len(gram)}: some directions are hardly there; give a greater regularisation"
-        )
-    return torch.cholesky_solve(problem.stats.term("cross"), factor)
-
-
-def check_regularisation(regularisation: float | None) -> None:
-    """Refuses what cannot be a λ.
-
-    Raises:
-        ConfigError: If it is negative or not a finite number.
-    """
-    if regularisation is not None and not (math.isfinite(regularisation) and regularisation >= 0):
-        raise ConfigError(f"regularisation must be a number of at least 0, got {regularisation}")
+    if int(failed) or float(pivots.min()) <= singular * float(pivots.max()):
+        raise DataError(message)
+    return factor
 
 
 def fit_low_rank(
-    new: Source,
-    old: Source,
+    new: Data,
+    old: Data | None = None,
     *,
     rank: int = 64,
     pairs: PairVectors | None = None,
@@ -146,7 +125,7 @@ def fit_low_rank(
         rank: At least 1; what is above both dimensions is the full map.
         pairs: Image–text pairs whose images take part in the fit.
         pairs_weight: Their share ω in [0, 1); ``None`` is 0.33 with pairs.
-        regularisation: λ as for :func:`~xbt.projections.ridge.fit_ridge`.
+        regularisation: λ as for :func:`fit_ridge`.
         intercept: Whether there is an offset, which is not penalised.
 
     Returns:
@@ -157,38 +136,9 @@ def fit_low_rank(
         DataError: If the vectors are empty, not paired, or hold NaN, or λ is too small for them.
         SpaceMismatchError: If the pairs have other dimensions.
     """
-    _check_rank(rank)
-    check_regularisation(regularisation)
-    terms: tuple[Term, ...] = (*TERMS, "sums") if intercept else TERMS
-    texts, images, weight = gather(new, old, terms, pairs, pairs_weight)
-    return low_rank_from(
-        texts,
-        images,
-        rank=rank,
-        pairs_weight=weight,
-        regularisation=regularisation,
-        intercept=intercept,
-    )
-
-
-def low_rank_from(
-    texts: PairStatistics,
-    images: PairStatistics | None = None,
-    *,
-    rank: int = 64,
-    pairs_weight: float = 0.0,
-    regularisation: float | None = None,
-    intercept: bool = True,
-) -> LinearProjection:
-    """Fit as :func:`fit_low_rank`, from statistics: ``cross`` and ``new_gram``, with an intercept ``sums``.
-
-    Raises:
-        ConfigError: If an option cannot be used, or the statistics lack what it needs.
-        DataError: If λ is too small for the vectors.
-    """
-    _check_rank(rank)
-    problem = prepare(texts, images, pairs_weight, "joint" if intercept else "none")
-    solution = ridge_solution(problem, regularisation)
+    if rank < 1:
+        raise ConfigError(f"rank must be at least 1, got {rank}")
+    solution, problem = _ridge(new, old, pairs, pairs_weight, regularisation, intercept)
     if rank < min(solution.shape):
         # Bᵀ(NᵀN + λI)B, because (NᵀN + λI)B = NᵀO.
         fitted = solution.T @ problem.stats.term("cross")
@@ -197,6 +147,65 @@ def low_rank_from(
     return linear_map(solution.T, problem)
 
 
-def _check_rank(rank: int) -> None:
-    if rank < 1:
-        raise ConfigError(f"rank must be at least 1, got {rank}")
+def fit_whitened_procrustes(
+    new: Data,
+    old: Data | None = None,
+    *,
+    pairs: PairVectors | None = None,
+    pairs_weight: float | None = None,
+    centring: Centring = "joint",
+    shrinkage: float = 0.3,
+) -> LinearProjection:
+    """Whitens both sides, turns the new one onto the old one, and gives the result the old covariance.
+
+    With Σ = (1 − γ) Σ̂ + γ (trace Σ̂ / dim) I the shrunk covariance of a side and C the one between both
+
+        Σ_n^(−½) C Σ_o^(−½) = P Σ Qᵀ,      Wᵀ = Σ_n^(−½) P Qᵀ Σ_o^(½)
+
+    (the whitening and de-whitening steps of Artetxe, Labaka & Agirre 2018, "Generalizing and Improving
+    Bilingual Word Embedding Mappings with a Multi-Step Framework of Linear Transformations"). Any roots of
+    both Σ give the same W (they differ by a rotation, which the solution takes along), so Cholesky factors
+    serve. With ``shrinkage=1``, or covariances that are the identity already, it is the rotation of
+    :func:`~xbt.projections.fit_procrustes` times the ratio of both sides' root mean squares. Rows
+    are used as they are given.
+
+    Args:
+        new: Vectors of the new model.
+        old: Vectors of the old model, row by row for the same items.
+        pairs: Image–text pairs whose images take part in the fit.
+        pairs_weight: Their share ω in [0, 1); ``None`` is 0.33 with pairs.
+        centring: As for :func:`~xbt.projections.fit_procrustes`; with ``"none"`` second moments
+            take the place of covariances.
+        shrinkage: γ, above 0 up to 1.
+
+    Returns:
+        A projection, with offsets if it is centred.
+
+    Raises:
+        ConfigError: If an option cannot be used.
+        DataError: If the vectors are empty, not paired, or hold NaN.
+        SpaceMismatchError: If the pairs have other dimensions.
+    """
+    if not 0 < shrinkage <= 1:
+        raise ConfigError(f"shrinkage must be above 0 and at most 1, got {shrinkage}")
+    problem = prepare(new, old, (*_TERMS, "old_gram"), pairs, pairs_weight, centring)
+    new_root, new_least = _root(problem, "new_gram", shrinkage)
+    old_root, old_least = _root(problem, "old_gram", shrinkage)
+    white = torch.linalg.solve_triangular(new_root, problem.stats.term("cross"), upper=False)
+    white = torch.linalg.solve_triangular(old_root.T, white, upper=True, left=False)
+    # Whitening makes rounding as much larger as the vectors.
+    weight, filled = orthogonal_factor(white, problem.cross_rounding / math.sqrt(new_least * old_least))
+    solution = torch.linalg.solve_triangular(new_root.T, weight.T @ old_root.T, upper=True)
+    return linear_map(solution.T, problem, filled)
+
+
+def _root(problem: Problem, term: Literal["new_gram", "old_gram"], shrinkage: float) -> tuple[Tensor, float]:
+    """L of Σ = L Lᵀ, and a lower bound of Σ's eigenvalues; those of the identity where there is no spread."""
+    gram = problem.stats.term(term)
+    spread = float(gram.diagonal().mean())
+    if spread <= problem.square_rounding(term):
+        return torch.eye(len(gram), dtype=torch.float64), 1.0
+    shrunk = (1 - shrinkage) * gram
+    shrunk.diagonal().add_(shrinkage * spread)
+    message = f"with shrinkage={shrinkage:g} the covariance is singular: some directions are hardly there; "
+    return _cholesky(shrunk, 1e-12, message + "give a greater shrinkage"), shrinkage * spread

@@ -1,5 +1,7 @@
 """Training of maps on vectors: one schedule, one rule for the step that is kept, one skeleton for every fit.
 
+A map of texts is prepared for images by noise on the texts (:func:`add_noise`).
+
 :func:`train` is a small loop: one process, one device, nothing written to disk. The recipes' loop
 (:mod:`xbt.training.loop`) adds several processes, checkpoints and a log. Both share the schedule, the groups
 of weight decay and the choice of the step, and give the same map.
@@ -16,14 +18,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.utils.data import Dataset
 
-from xbt.batches import SeededBatches
+from xbt.batches import Draw, SeededBatches, gaussian_noise
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation import best_positive_ranks, recall_at_k
 from xbt.projections.base import Projection
-from xbt.projections.objective import NoisyVectors
 from xbt.projections.pairs import PairVectors
-from xbt.projections.sources import PairedVectors
+from xbt.projections.sources import PairedRows
 
 Positions = NDArray[np.int64]
 Score = float | Tensor
@@ -272,13 +275,105 @@ def _require_finite(
         raise DataError(f"weights are NaN or infinite at step {step}; lower lr (now {schedule.lr})")
 
 
+def add_noise(
+    vectors: Tensor,
+    gaussian: Tensor,
+    noise: float,
+    uniform: Tensor | None = None,
+    mean: Tensor | None = None,
+) -> Tensor:
+    """Perturbs the direction of vectors, in one of three ways.
+
+    With ε ~ N(0, I / dim), whose expected norm is 1, and σ the noise:
+
+    ========  =======================================================  =====================================
+    family    z̃                                                        after
+    ========  =======================================================  =====================================
+    gaussian  normalise(z + σ ε)                                       CapDec (Nukrai et al., EMNLP 2022)
+    uniform   normalise(z + σ u ε),  u ~ U(0, 1) for every vector      LinCIR (Gu et al., CVPR 2024)
+    centred   μ + ‖z − μ‖ · normalise((z − μ) / ‖z − μ‖ + σ ε)         C3 (Zhang et al., ICLR 2024)
+    ========  =======================================================  =====================================
+
+    LinCIR does not divide by √dim: its noise is σ = √dim here. C3 takes the mean text vector μ off, adds
+    noise and normalises, and takes the mean image vector off images when in use, so that the gap between the
+    modalities is not in the way. One map for both modalities must then take the means off by itself, as a
+    centred :class:`~xbt.projections.trained.ResidualProjection` does; this is why μ is added back here. And
+    because such a map adds the old mean afterwards, z − μ keeps its length, which C3 makes 1: only so is the
+    map before training the centred Procrustes rotation.
+
+    Args:
+        vectors: (n, dim) vectors z.
+        gaussian: (n, dim) draws of ε.
+        noise: σ; 0 returns the vectors as they are.
+        uniform: (n, 1) draws of u, for the family ``"uniform"``.
+        mean: (dim,) μ, for the family ``"centred"``.
+
+    Returns:
+        (n, dim) noisy vectors.
+    """
+    if noise == 0:
+        return vectors
+    shift = noise * gaussian if uniform is None else noise * uniform * gaussian
+    if mean is None:
+        return normalize(vectors + shift, dim=1)
+    centred = vectors - mean
+    lengths = centred.norm(dim=1, keepdim=True)
+    noisy: Tensor = mean + lengths * normalize(normalize(centred, dim=1) + shift, dim=1)
+    return noisy
+
+
+class NoisyVectors(Dataset[dict[str, Tensor]]):
+    """Pairs of text vectors, the new side with noise that depends on (seed, step, position) alone.
+
+    Any number of processes that take slices of a batch therefore see what one process sees alone.
+
+    Args:
+        rows: The texts' vectors.
+        positions: (n,) int64, which of them to train on.
+        seed: Fixes the noise.
+        noise: Expected norm of the noise.
+        noise_family: Which noise; see :func:`add_noise`.
+        mean: (new_dim,) the mean new vector, for the family ``"centred"``.
+    """
+
+    def __init__(
+        self,
+        rows: PairedRows,
+        positions: NDArray[np.int64],
+        seed: int,
+        noise: float = 0.0,
+        noise_family: str = "gaussian",
+        mean: Tensor | None = None,
+    ) -> None:
+        self.rows, self.positions, self.noise, self.seed = rows, positions, noise, seed
+        self.uniform = noise_family == "uniform"
+        self.mean = mean.detach().cpu().clone() if mean is not None and noise_family == "centred" else None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitems__(self, draws: list[Draw]) -> dict[str, Tensor]:
+        """``{"new": (k, new_dim), "old": (k, old_dim)}`` float32 of a slice of a batch."""
+        new, old = self.rows.take(self.positions[[draw.item for draw in draws]])
+        return {"new": self._noisy(new, draws) if self.noise else new, "old": old}
+
+    def _noisy(self, new: Tensor, draws: list[Draw]) -> Tensor:
+        dim = new.shape[1]
+        if not self.uniform:
+            return add_noise(new, gaussian_noise(draws, dim, self.seed), self.noise, mean=self.mean)
+        # One more normal value per caption, through its distribution function, is uniform and seeded too.
+        normal = gaussian_noise(draws, dim + 1, self.seed) * (dim + 1) ** 0.5
+        uniform = torch.special.ndtr(normal[:, dim:])
+        return add_noise(new, normal[:, :dim] * dim**-0.5, self.noise, uniform)
+
+
 ProjectionT = TypeVar("ProjectionT", bound=Projection)
 Run = Callable[[nn.Module, NoisyVectors, Callable[[], Score]], int]
 """Trains an objective on data, scored by a function, keeps the best step's weights, and returns that step."""
 
 
 def fit_trained(
-    rows: PairedVectors,
+    rows: PairedRows,
     start: Callable[[Positions | None, PairVectors | None], ProjectionT],
     objective: Callable[[ProjectionT, PairVectors | None], nn.Module],
     schedule: FitSchedule,
@@ -331,7 +426,7 @@ def _in_memory(schedule: FitSchedule) -> Run:
 
 
 def _hold_out(
-    rows: PairedVectors,
+    rows: PairedRows,
     pairs: PairVectors | None,
     schedule: FitSchedule,
     score: Callable[[ProjectionT, Tensor, Tensor], Score],
@@ -352,9 +447,6 @@ def split(count: int, held_out: int, seed: int, what: str = "rows") -> tuple[Pos
 
     Returns:
         Positions to train on and positions held out, int64.
-
-    Raises:
-        DataError: If there are fewer than five to draw from.
     """
     if count < MIN_ROWS:
         raise DataError(

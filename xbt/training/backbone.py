@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,24 +22,20 @@ from xbt.data import LabelledImages, load_labelled
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation import compatibility_tax, evaluate_labels, prefix_vectors, update_gain
 from xbt.heads import HeadLoss, Prototypes, Targets, class_prototypes
-from xbt.run_dir import RunDirectory, write_json
+from xbt.run_dir import RunDirectory
 from xbt.store.builder import StoreBuilder
 from xbt.store.store import EmbeddingStore
 from xbt.training.args import BackboneTraining
-from xbt.training.batches import LabelledBatches, ids_digest, leave_out_unreadable
-from xbt.training.cached_vectors import embed_split
+from xbt.training.batches import LabelledBatches, leave_out_unreadable
+from xbt.training.cached_vectors import embed_split, list_digest, remove_other_vectors
 from xbt.training.loop import TrainingLoop, make_accelerator
-from xbt.training.methods import CompatibleBackboneConfig, make_method_head, make_method_loss
+from xbt.training.methods import CompatibleBackboneConfig
 
 TRAIN, TEST = "train", "test"
 
 
 def load_images(config: CompatibleBackboneConfig) -> dict[str, LabelledImages]:
-    """Open the training and the test images; none is decoded.
-
-    Raises:
-        DataError: If they cannot be read, or training and test classes differ.
-    """
+    """Open the training and the test images; none is decoded."""
     images = {TRAIN: load_labelled(config.data)}
     if config.test is not None:
         images[TEST] = load_labelled(config.test)
@@ -52,13 +47,7 @@ def load_images(config: CompatibleBackboneConfig) -> dict[str, LabelledImages]:
 
 
 def load_teachers(config: CompatibleBackboneConfig, train: LabelledImages) -> dict[str, CompatibleBackbone]:
-    """Load the teachers and baselines: ``"old"`` and ``"independent"``.
-
-    Raises:
-        SavedPartError: If a model is missing or damaged.
-        ConfigError: If the independent model does not have the new model's dimension (for BT²).
-        DataError: If its classes are not those of the training images.
-    """
+    """Load the teachers and baselines: ``"old"`` and ``"independent"``."""
     teachers: dict[str, CompatibleBackbone] = {}
     for name, source in (("old", config.old), ("independent", config.independent)):
         if source is not None:
@@ -80,22 +69,9 @@ def load_teachers(config: CompatibleBackboneConfig, train: LabelledImages) -> di
 def make_backbone(
     config: CompatibleBackboneConfig, train: LabelledImages, old: CompatibleBackbone | None
 ) -> CompatibleBackbone:
-    """Build the new model; its random weights depend only on the seed.
-
-    Raises:
-        XbtError: If the architecture is unknown, or its dimensions do not fit the old model's.
-    """
+    """Build the new model; its random weights depend only on the seed."""
     torch.manual_seed(config.training.seed)
-    head = make_method_head(
-        config.method,
-        n_classes=train.n_classes,
-        old_dim=0 if old is None else old.dim,
-        new_dim=config.new_dim,
-        extra_dims=config.extra_dims,
-        scale=config.scale,
-        orthogonal=config.orthogonal,
-        orthogonal_map=config.orthogonal_map,
-    )
+    head = config.make_head(train.n_classes, 0 if old is None else old.dim)
     trunk = load_backbone(config.backbone, config.preprocessing.image_size, pretrained=config.pretrained)
     return CompatibleBackbone(
         trunk,
@@ -107,11 +83,7 @@ def make_backbone(
 
 
 def require_enough(train: LabelledImages, args: BackboneTraining) -> None:
-    """Refuse a batch size that the images cannot fill.
-
-    Raises:
-        DataError: If there are fewer images than the batch size.
-    """
+    """Refuse a batch size that the images cannot fill."""
     if len(train) < args.batch_size:
         raise DataError(
             f"there are {len(train)} training images, fewer than --training.batch_size {args.batch_size}; "
@@ -191,9 +163,6 @@ def measure_backbones(vectors: Mapping[str, Tensor], images: LabelledImages) -> 
         vectors: ``"new"`` and optionally ``"old"`` and ``"independent"`` → (n, dim) full vectors of the test
             images.
         images: The n test images, for their labels.
-
-    Raises:
-        DataError: If no image has another image of its class.
     """
     cells: dict[str, dict[str, float]] = {}
     ids = range(len(images))
@@ -250,14 +219,13 @@ def embed_images_once(
 
     Returns:
         The store of n float32 unit rows, with the images' ids.
-
-    Raises:
-        ImageError: If an image cannot be read.
-        DataError: If the model gives NaN.
     """
     builder = StoreBuilder(path, modality="image", space=backbone.space, dtype="float32")
     if accelerator.is_main_process:
-        _remove_other_vectors(path, _cache_key(backbone, images))
+        space = json.dumps(backbone.space.to_dict(), sort_keys=True)
+        model = hashlib.sha256(space.encode("utf-8")).hexdigest()
+        key = {"images": list_digest(images.ids), "count": len(images), "model": model}
+        remove_other_vectors(path, key)
         builder.prepare()
     accelerator.wait_for_everyone()
     starts = range(0, len(images), SHARD_ROWS)
@@ -276,24 +244,6 @@ def embed_images_once(
         builder.finish(names)
     accelerator.wait_for_everyone()
     return EmbeddingStore.open(path)
-
-
-def _remove_other_vectors(path: Path, key: dict[str, Any]) -> None:
-    """Remove the vectors of other images or of another model."""
-    record = path.with_suffix(".json")
-    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != key:
-        # In this order a kill in between leaves no vectors beside a record of others.
-        shutil.rmtree(path, ignore_errors=True)
-        write_json(record, key)
-
-
-def _cache_key(backbone: CompatibleBackbone, images: LabelledImages) -> dict[str, Any]:
-    space = json.dumps(backbone.space.to_dict(), sort_keys=True)
-    return {
-        "images": ids_digest(images.ids),
-        "count": len(images),
-        "model": hashlib.sha256(space.encode("utf-8")).hexdigest(),
-    }
 
 
 _WHAT = {TRAIN: "training images", TEST: "test images"}
@@ -352,7 +302,10 @@ def train_compatible_backbone(config: CompatibleBackboneConfig) -> CompatibleBac
     if TEST in images:
         vectors = _test_vectors(accelerator, config, backbone, images[TEST], stores)
         if accelerator.is_main_process:  # the others have nothing left to do and do not wait
-            _write_report(run, measure_backbones(vectors, images[TEST]), result)
+            report = measure_backbones(vectors, images[TEST])
+            run.write_json("result.json", {**result, "evaluation": report.to_dict()})
+            (run.path / "report.md").write_text(report.format() + "\n", encoding="utf-8")
+            print(report.format())
     return backbone.cpu().eval()
 
 
@@ -397,8 +350,7 @@ def _train(
     prototypes: Prototypes | None = None
     if "old_train" in stores:
         prototypes = class_prototypes(stores["old_train"], train.labels, train.n_classes)
-    loss = make_method_loss(config.method, config.weights, config.label_smoothing, prototypes)
-    objective: nn.Module = BackboneObjective(backbone, loss)
+    objective: nn.Module = BackboneObjective(backbone, config.make_loss(prototypes))
     if config.sync_batchnorm and accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         objective = nn.SyncBatchNorm.convert_sync_batchnorm(objective)  # type: ignore[no-untyped-call]
     named = {"old": "old_train", "new": "independent_train"} if config.method == "bt2" else {}
@@ -445,9 +397,3 @@ def _test_vectors(
         if f"{name}_{TEST}" in stores:
             vectors[name] = torch.from_numpy(stores[f"{name}_{TEST}"].read())
     return vectors
-
-
-def _write_report(run: RunDirectory, report: BackboneReport, result: dict[str, Any]) -> None:
-    run.write_json("result.json", {**result, "evaluation": report.to_dict()})
-    (run.path / "report.md").write_text(report.format() + "\n", encoding="utf-8")
-    print(report.format())

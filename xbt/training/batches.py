@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from xbt.encoders import DualEncoder
 from xbt.errors import DataError, ImageError
 from xbt.run_dir import write_json
 from xbt.store.store import EmbeddingStore
+from xbt.training.cached_vectors import list_digest
 
 CACHE_BYTES = 512 * 2**20
 """Preprocessed pixels kept in memory per process: small sets are decoded once, large ones as they come."""
@@ -167,13 +167,10 @@ def leave_out_unreadable(
     Returns:
         The readable images.
 
-    Raises:
-        DataError: If none can be read, or the system fails to read files.
-
     Warns:
         UserWarning: If images are left out; the message gives their number and the first ones.
     """
-    key = {"images": ids_digest(images.ids), "count": len(images)}
+    key = {"images": list_digest(images.ids), "count": len(images)}
     checked = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     if {name: checked.get(name) for name in key} != key:
         checked = {**key, "unreadable": _find_unreadable(accelerator, images)}
@@ -217,11 +214,3 @@ def _problem(images: LabelledImages, row: int) -> str | None:
     except ImageError as error:
         return str(error)
     return None
-
-
-def ids_digest(ids: list[str]) -> str:
-    """SHA-256 of a list of ids in their order."""
-    digest = hashlib.sha256()
-    for name in ids:
-        digest.update(name.encode("utf-8") + b"\0")
-    return digest.hexdigest()

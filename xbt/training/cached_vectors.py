@@ -9,10 +9,10 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,15 +21,17 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xbt.data import ImageTextPairs
+from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
 from xbt.embedding import embed_texts_into_store
 from xbt.encoders import DualEncoder
-from xbt.errors import DataError, StoreError, TruncationWarning
+from xbt.errors import ConfigError, DataError, StoreError, TruncationWarning
 from xbt.evaluation import recall_at_k
-from xbt.run_dir import write_json
+from xbt.projections.sources import PairedRows
+from xbt.run_dir import RunDirectory, write_json
 from xbt.space import PROBE_TEXTS, EmbeddingSpace
 from xbt.store.store import EmbeddingStore
-from xbt.vectors import as_vectors
+from xbt.training.args import TrainArgs
+from xbt.training.loop import make_accelerator
 
 Item = TypeVar("Item")
 
@@ -71,59 +73,91 @@ def embed_texts_once(
     Returns:
         The store of n float32 unit rows, with the texts' numbers as ids.
     """
-    record, key = path.with_suffix(".json"), _cache_key(encoder, texts)
     if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != key:
-            # In this order, so that a kill in between leaves no vectors that the record does not fit.
-            shutil.rmtree(path, ignore_errors=True)
-            write_json(record, key)
+        remove_other_vectors(path, _cache_key(encoder, texts))
     accelerator.wait_for_everyone()
     ids = [str(row) for row in range(len(texts))]
     return embed_texts_into_store(encoder, texts, ids, path, batch_size=batch_size, dtype="float32")
 
 
+def remove_other_vectors(path: Path, key: dict[str, Any]) -> None:
+    """Remove a store of other items or of another model than the record beside it is to name."""
+    record = path.with_suffix(".json")
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != key:
+        # In this order a kill in between leaves no vectors beside a record of others.
+        shutil.rmtree(path, ignore_errors=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(record, key)
+
+
 def _cache_key(encoder: DualEncoder, texts: list[str]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode("utf-8"))
-        digest.update(b"\0")
     # Not the space's: behind a projection that is the old model's, whatever the projection.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TruncationWarning)  # cut texts tell models apart as well
         probe = encoder.encode_texts(PROBE_TEXTS).half().numpy().astype("<f2")
     fingerprint = hashlib.sha256(probe.tobytes()).hexdigest()
-    return {"texts": digest.hexdigest(), "count": len(texts), "encoder": encoder.name, "probe": fingerprint}
+    return {"texts": list_digest(texts), "count": len(texts), "encoder": encoder.name, "probe": fingerprint}
 
 
-class PairVectors(NamedTuple):
-    """Vectors of pairs: (n_images, dim) and (n_texts, dim) float32 unit rows."""
+def list_digest(texts: Sequence[str]) -> str:
+    """SHA-256 of texts or ids in their order."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8") + b"\0")
+    return digest.hexdigest()
+
+
+class EncodedPairs(NamedTuple):
+    """Vectors of pairs under one encoder: (n_images, dim) and (n_texts, dim) float32 unit rows."""
 
     images: Tensor
     texts: Tensor
 
 
-def require_enough(pairs: ImageTextPairs, batch_size: int) -> None:
-    """Refuse a batch size that the pairs cannot fill.
+@dataclass(kw_only=True)
+class PairTraining:
+    """Settings of every training on image–text pairs."""
 
-    Raises:
-        DataError: If there are fewer pairs than the batch size.
-    """
-    if len(pairs) < batch_size:
+    pairs: PairSource
+    """The image–text pairs."""
+    output_dir: str
+    """Output directory of the run."""
+    training: TrainArgs = field(default_factory=TrainArgs)
+    """Settings of the training."""
+    held_out: float = 0.2
+    """Fraction of the pairs held out to choose the best step."""
+    overwrite: bool = False
+    """Replace another run in the output directory."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"--held_out must lie between 0 and 1, got {self.held_out}")
+
+
+def begin_on_pairs(
+    config: PairTraining, name: str
+) -> tuple[RunDirectory, Accelerator, ImageTextPairs, ImageTextPairs]:
+    """Open the run, and read its pairs and split them into those to train on and those held out."""
+    run = RunDirectory(config.output_dir, config, config.overwrite)
+    accelerator = make_accelerator(config.training, run, config, name)
+    pairs, _ = load_readable_pairs(config.pairs, progress=accelerator.is_main_process)
+    train, held_out = pairs.split(config.held_out, config.training.seed)
+    if len(train) < config.training.batch_size:
         raise DataError(
-            f"there are {len(pairs)} training pairs, fewer than --training.batch_size {batch_size}; "
-            "lower it or bring more pairs"
+            f"there are {len(train)} training pairs, fewer than --training.batch_size "
+            f"{config.training.batch_size}; lower it or bring more pairs"
         )
+    return run, accelerator, train, held_out
 
 
-def embed_pairs(accelerator: Accelerator, encoder: DualEncoder, pairs: ImageTextPairs) -> PairVectors:
+def embed_pairs(accelerator: Accelerator, encoder: DualEncoder, pairs: ImageTextPairs) -> EncodedPairs:
     """Embed the images and texts of pairs, split over the processes."""
     rows = list(range(len(pairs)))
     images = embed_split(accelerator, rows, lambda part: encoder.encode_images(pairs.select(part).images))
-    return PairVectors(images, embed_split(accelerator, pairs.texts, encoder.encode_texts))
+    return EncodedPairs(images, embed_split(accelerator, pairs.texts, encoder.encode_texts))
 
 
-def cross_recall(queries: PairVectors, gallery: PairVectors, pairs: ImageTextPairs) -> dict[str, float]:
+def cross_recall(queries: EncodedPairs, gallery: EncodedPairs, pairs: ImageTextPairs) -> dict[str, float]:
     """R@1 of T2I and I2T with queries of one encoder and a gallery of another; their mean is the score."""
     t2i = recall_at_k(queries.texts, gallery.images, pairs.positives_t2i, (1,))[1]
     i2t = recall_at_k(queries.images, gallery.texts, pairs.positives_i2t, (1,))[1]
@@ -135,71 +169,16 @@ _ROWS_AT_ONCE = 8_192
 
 
 @dataclass(frozen=True)
-class TextVectors:
-    """The same texts under both models.
-
-    However many rows the stores have, only ``rows`` grows with them, 8 bytes a row.
+class TextVectors(PairedRows):
+    """The same texts under both models, (n, dim) float32 unit rows each, as tensors or stores.
 
     Attributes:
-        new: (n, new_dim) float32 unit rows, as a tensor or a store.
-        old: (n, old_dim) float32 unit rows, as a tensor or a store.
         new_space: The space of ``new``.
         old_space: The space of ``old``.
-        rows: (m,) int64, the rows to use; ``None`` uses all.
     """
 
-    new: Tensor | EmbeddingStore
-    old: Tensor | EmbeddingStore
     new_space: EmbeddingSpace | None = None
     old_space: EmbeddingSpace | None = None
-    rows: NDArray[np.int64] | None = None
-
-    def __len__(self) -> int:
-        return len(self.new) if self.rows is None else len(self.rows)
-
-    @property
-    def dims(self) -> tuple[int, int]:
-        """Dimension of the new and of the old vectors."""
-        new, old = (
-            each.dim if isinstance(each, EmbeddingStore) else each.shape[1] for each in (self.new, self.old)
-        )
-        return new, old
-
-    def checked(self) -> Self:
-        """Check the vectors and return them; stores are checked during reads.
-
-        Raises:
-            DataError: If a tensor holds NaN, or the row counts differ.
-        """
-        new = self.new if isinstance(self.new, EmbeddingStore) else as_vectors(self.new, "new text vectors")
-        old = self.old if isinstance(self.old, EmbeddingStore) else as_vectors(self.old, "old text vectors")
-        if len(new) != len(old):
-            raise DataError(
-                f"new and old vectors must be of the same texts: there are {len(new)} new and {len(old)} "
-                "old rows"
-            )
-        return replace(self, new=new, old=old)
-
-    def take(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """New and old vectors of texts by row, in the given order.
-
-        Args:
-            positions: (k,) int64, from 0 to the length.
-
-        Returns:
-            (k, new_dim) and (k, old_dim) float32.
-
-        Raises:
-            DataError: If a store holds NaN there; the message names the row.
-        """
-        rows = positions if self.rows is None else self.rows[positions]
-        return _take(self.new, rows), _take(self.old, rows)
-
-    def chunks(self, positions: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-        """New and old vectors of texts in blocks of rows, in row order (sequential reads)."""
-        ordered = np.sort(positions)
-        for start in range(0, len(ordered), _ROWS_AT_ONCE):
-            yield self.take(ordered[start : start + _ROWS_AT_ONCE])
 
 
 def open_text_stores(new: str, old: str) -> TextVectors:
@@ -212,13 +191,9 @@ def open_text_stores(new: str, old: str) -> TextVectors:
     Returns:
         The vectors; of texts that occur several times, where the stores know their captions, the first row.
         (Captions are compared by 64-bit hashes.)
-
-    Raises:
-        StoreError: If a store cannot be opened, is not of texts, or does not say its space.
-        DataError: If the rows do not pair; the message names the first that differs.
     """
     first, second = _open(new, "new_store"), _open(old, "old_store")
-    return TextVectors(first, second, first.space, second.space, distinct_rows(first, second))
+    return TextVectors(first, second, distinct_rows(first, second), first.space, second.space)
 
 
 def _open(path: str, flag: str) -> EmbeddingStore:
@@ -247,7 +222,9 @@ def distinct_rows(new: EmbeddingStore, old: EmbeddingStore) -> NDArray[np.int64]
             captions = [each.metadata([CAPTION], start, stop)[CAPTION].to_pylist() for each in captioned]
             _require_same(new, old, CAPTION, captions[0], captions[-1], start)
             texts = [name if text is None else text for name, text in zip(ids, captions[0], strict=True)]
-            hashes[start:stop] = [_hash(text) for text in texts]
+            # Not Python's own hash, which differs between processes.
+            digests = (hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest() for text in texts)
+            hashes[start:stop] = np.frombuffer(b"".join(digests), "<u8")
     if len(new) != len(old):
         raise DataError(
             f"--new_store {new.path} has {len(new)} rows and --old_store {old.path} has {len(old)}, but "
@@ -267,21 +244,3 @@ def _require_same(
         f"row {start + row} has the {what} {ours[row]!r} in --new_store {new.path} but {theirs[row]!r} in "
         f"--old_store {old.path}; embed the same captions with both models"
     )
-
-
-def _hash(text: str) -> int:
-    # Not Python's own, which differs between processes.
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
-
-
-def _take(source: Tensor | EmbeddingStore, rows: NDArray[np.int64]) -> Tensor:
-    if isinstance(source, Tensor):
-        return source[torch.from_numpy(rows)]
-    vectors = source.rows(rows)
-    finite = np.isfinite(vectors).all(axis=1)
-    if not finite.all():
-        raise DataError(
-            f"{source.path} has NaN or infinite values in row {rows[np.flatnonzero(~finite)[0]]}; check it "
-            "with its verify()"
-        )
-    return torch.from_numpy(vectors)

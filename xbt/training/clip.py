@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xbt.data import PairSource, load_readable_pairs
 from xbt.encoders.open_clip import OpenClipEncoder
 from xbt.errors import ConfigError
 from xbt.losses import contrastive_loss
-from xbt.run_dir import RunDirectory
 from xbt.training.args import TrainArgs
 from xbt.training.batches import PairBatches
-from xbt.training.cached_vectors import cross_recall, embed_pairs, require_enough
-from xbt.training.loop import TrainingLoop, make_accelerator
+from xbt.training.cached_vectors import PairTraining, begin_on_pairs, cross_recall, embed_pairs
+from xbt.training.loop import TrainingLoop
 
 
-@dataclass
-class ClipConfig:
+@dataclass(kw_only=True)
+class ClipConfig(PairTraining):
     """Train a CLIP from scratch on image–text pairs, with open_clip's models.
 
     Writes the model to the output directory's ``model/``; ``open_clip:local-dir:OUTPUT_DIR/model`` loads it.
@@ -31,24 +29,12 @@ class ClipConfig:
 
     model: str
     """A built-in open_clip architecture, or a JSON file with an open_clip model config."""
-    pairs: PairSource
-    """The image–text pairs."""
-    output_dir: str
-    """Output directory of the run."""
-    training: TrainArgs = field(
-        default_factory=lambda: TrainArgs(steps=1000, batch_size=256, lr=1e-3, weight_decay=0.1)
-    )
+    training: TrainArgs = field(default_factory=lambda: TrainArgs(weight_decay=0.1))
     """Settings of the training."""
     preprocess: dict[str, Any] = field(default_factory=dict)
     """Overrides of open_clip's image preprocessing: mean, std, interpolation, resize_mode."""
     held_out: float = 0.02
     """Fraction of the pairs held out to choose the best step."""
-    overwrite: bool = False
-    """Replace another run in the output directory."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"--held_out must lie between 0 and 1, got {self.held_out}")
 
 
 class ClipObjective(nn.Module):
@@ -79,12 +65,8 @@ def train_clip(config: ClipConfig) -> OpenClipEncoder:
     Raises:
         XbtError: If the model config, the pairs or a setting cannot be used.
     """
-    run = RunDirectory(config.output_dir, config, config.overwrite)
     model = read_model_config(config.model)
-    accelerator = make_accelerator(config.training, run, config, "train_clip")
-    pairs, _ = load_readable_pairs(config.pairs, progress=accelerator.is_main_process)
-    train, held_out = pairs.split(config.held_out, config.training.seed)
-    require_enough(train, config.training.batch_size)
+    run, accelerator, train, held_out = begin_on_pairs(config, "train_clip")
     name = f"open_clip:local-dir:{run.path / 'model'}"
     encoder = OpenClipEncoder.create(model, config.preprocess or None, name).to(accelerator.device)
 
@@ -115,11 +97,7 @@ def train_clip(config: ClipConfig) -> OpenClipEncoder:
 
 
 def read_model_config(model: str) -> dict[str, Any] | str:
-    """Read an open_clip model config from a JSON file; returns the name of a built-in architecture unchanged.
-
-    Raises:
-        ConfigError: If the file is missing or is not a JSON object.
-    """
+    """Read an open_clip model config from a JSON file; the name of a built-in architecture stays as it is."""
     if not model.endswith(".json"):
         return model
     try:

@@ -10,25 +10,22 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from xbt.compatible.encoder import CompatibleEncoder
-from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
-from xbt.encoders import DualEncoder, LoraSettings, add_lora, check_lora, load_encoder, set_lora_mode
+from xbt.encoders import DualEncoder, add_lora, check_lora, load_encoder
 from xbt.errors import ConfigError, TruncationWarning
 from xbt.heads import BT2Head, HeadOutput, make_head
-from xbt.losses import Temperature, contrastive_loss, cosine_loss
+from xbt.losses import contrastive_loss, cosine_loss
 from xbt.projections.base import LinearProjection
 from xbt.projections.fitting import fit_projection
 from xbt.projections.head_projection import HeadProjection
-from xbt.run_dir import RunDirectory
 from xbt.space import PROBE_TEXTS, EmbeddingSpace, draw_probe_images
-from xbt.training.args import TrainArgs
 from xbt.training.batches import PairBatches
-from xbt.training.cached_vectors import PairVectors, cross_recall, embed_pairs, require_enough
-from xbt.training.loop import TrainingLoop, make_accelerator
+from xbt.training.cached_vectors import EncodedPairs, begin_on_pairs, cross_recall, embed_pairs
+from xbt.training.loop import TrainingLoop
+from xbt.training.lora_finetuning import LoraObjective, LoraTraining
 
 _DEFAULTS: dict[str, dict[str, float]] = {
     "bct": {"contrastive": 1.0, "influence": 1.0, "old": 0.0, "own": 0.0},
@@ -62,7 +59,7 @@ class CrossModalWeights:
         return _DEFAULTS[method] | {name: value for name, value in given.items() if value is not None}
 
 
-class CrossModalObjective(nn.Module):
+class CrossModalObjective(LoraObjective):
     """BCT, BT² and OCA over a batch of image–text pairs.
 
     With F the whole vectors of both towers behind one head, c their compatible parts, z the vectors that the
@@ -88,21 +85,13 @@ class CrossModalObjective(nn.Module):
         temperature: τ at the start, learned.
     """
 
+    projection: HeadProjection
+
     def __init__(
         self, encoder: DualEncoder, projection: HeadProjection, weights: dict[str, float], temperature: float
     ) -> None:
-        super().__init__()
-        self._encoder = encoder
-        self.towers = encoder.module
-        self.projection = projection
-        self.temperature = Temperature(temperature)
+        super().__init__(encoder, projection, temperature)
         self.weights = weights
-
-    def train(self, mode: bool = True) -> CrossModalObjective:
-        """Set training mode, except for the frozen layers of the towers."""
-        super().train(mode)
-        set_lora_mode(self.towers, mode)
-        return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts.
@@ -141,7 +130,7 @@ class CrossModalObjective(nn.Module):
 
 
 def head_at_procrustes(
-    method: str, new: PairVectors, old: PairVectors, extra_dims: int | None = None, scale: float = 2.0
+    method: str, new: EncodedPairs, old: EncodedPairs, extra_dims: int | None = None, scale: float = 2.0
 ) -> HeadProjection:
     """Create a head with its compatible part at the Procrustes fit to texts and images.
 
@@ -151,9 +140,6 @@ def head_at_procrustes(
         old: The old model's vectors of the same pairs.
         extra_dims: See :class:`~xbt.training.compatible_clip.CompatibleClipConfig`.
         scale: BT²'s C.
-
-    Raises:
-        ConfigError: If the dimensions do not fit together.
     """
     new_dim, old_dim = new.texts.shape[1], old.texts.shape[1]
     targets = torch.cat([old.texts, old.images])
@@ -195,8 +181,8 @@ def _options(method: str, new_dim: int, old_dim: int, extra_dims: int | None, sc
     return {"new_dim": new_dim, "old_dim": old_dim, "extra_dims": extra, "scale": scale}
 
 
-@dataclass
-class CompatibleClipConfig:
+@dataclass(kw_only=True)
+class CompatibleClipConfig(LoraTraining):
     """Fine-tune a new CLIP behind a BCT, BT² or OCA head that both towers share, on image–text pairs.
 
     Writes ``compatible/``, a compatible encoder whose vectors lie in the old space (load it with
@@ -206,12 +192,6 @@ class CompatibleClipConfig:
 
     old: str
     """The encoder of the gallery."""
-    new: str
-    """The new encoder."""
-    pairs: PairSource
-    """The image–text pairs."""
-    output_dir: str
-    """Output directory of the run."""
     method: Literal["bct", "bt2", "oca"] = "oca"
     """Method of the head."""
     extra_dims: int | None = None
@@ -221,26 +201,9 @@ class CompatibleClipConfig:
     """Scale C of BT²: weight of the new model's features in a vector."""
     weights: CrossModalWeights = field(default_factory=CrossModalWeights)
     """Weights of the parts of the loss."""
-    training: TrainArgs = field(
-        default_factory=lambda: TrainArgs(
-            steps=200, batch_size=64, lr=5e-4, warmup_steps=20, eval_every=50, checkpoint_every=50
-        )
-    )
-    """Settings of the training."""
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    """The LoRA of the new model; the head is trained whole."""
-    temperature: float = 0.05
-    """Temperature of the contrastive losses at the start; it is learned."""
-    held_out: float = 0.2
-    """Fraction of the pairs held out to choose the best step."""
-    overwrite: bool = False
-    """Replace another run in the output directory."""
 
     def __post_init__(self) -> None:
-        if not 0.01 <= self.temperature <= 1:
-            raise ConfigError(f"--temperature must lie in [0.01, 1], got {self.temperature}")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"--held_out must lie between 0 and 1, got {self.held_out}")
+        super().__post_init__()
         if self.extra_dims is not None and self.extra_dims < 0:
             raise ConfigError(f"--extra_dims must not be negative, got {self.extra_dims}")
 
@@ -260,18 +223,44 @@ def train_compatible_clip(config: CompatibleClipConfig) -> CompatibleEncoder:
     Raises:
         XbtError: If an encoder, the pairs or a setting cannot be used.
     """
-    run = RunDirectory(config.output_dir, config, config.overwrite)
-    accelerator = make_accelerator(config.training, run, config, "train_compatible_clip")
-    pairs, _ = load_readable_pairs(config.pairs, progress=accelerator.is_main_process)
-    train, held_out = pairs.split(config.held_out, config.training.seed)
-    require_enough(train, config.training.batch_size)
+    run, accelerator, train, held_out = begin_on_pairs(config, "train_compatible_clip")
     new = load_encoder(config.new, accelerator.device)
     check_lora(new, config.lora)
     old = load_encoder(config.old, accelerator.device)
     targets, gallery = (embed_pairs(accelerator, old, part) for part in (train, held_out))
-    compatible = _start(accelerator, config, new, old.space, train, targets)
+    own, old_space = embed_pairs(accelerator, new, train), old.space
     del old
-    _train(accelerator, run, config, compatible, train, targets, held_out, gallery)
+    torch.manual_seed(config.training.seed)
+    projection = head_at_procrustes(config.method, own, targets, config.extra_dims, config.scale)
+    projection.set_spaces(new.space, old_space)
+    compatible = CompatibleEncoder(new, projection)
+    add_lora(new, config.lora)
+    projection.requires_grad_(True)
+
+    def evaluate() -> dict[str, float]:
+        vectors = embed_pairs(accelerator, new, held_out)
+        with torch.no_grad():
+            old_face, full = (
+                EncodedPairs(*(face(side.to(accelerator.device)).cpu() for side in vectors))
+                for face in (projection, projection.full())
+            )
+        across, itself = cross_recall(old_face, gallery, held_out), cross_recall(full, full, held_out)
+        parts = {f"{name}_{key}": value for name, cell in (("new_old", across), ("new_new", itself))
+                 for key, value in cell.items()}  # fmt: skip
+        return {"score": (across["score"] + itself["score"]) / 2, **parts}
+
+    dataset = PairBatches(
+        train,
+        compatible,
+        config.training.seed,
+        per_text={"old_texts": targets.texts, "own_texts": own.texts},
+        per_image={"old_images": targets.images, "own_images": own.images},
+    )
+    weights = config.weights.of(config.method)
+    objective = CrossModalObjective(new, projection, weights, config.temperature)
+    TrainingLoop(
+        accelerator, run, config.training, objective, dataset, evaluate=evaluate, no_decay=("projection.",)
+    ).fit()
     if accelerator.is_main_process:
         compatible.save_pretrained(run.path / "compatible")
         whole_encoder(compatible, f"xbt:{run.path.name}").save_pretrained(run.path / "full")
@@ -285,9 +274,6 @@ def whole_encoder(compatible: CompatibleEncoder, name: str) -> CompatibleEncoder
     Args:
         compatible: An encoder behind a :class:`~xbt.projections.HeadProjection`.
         name: What to call the space of the whole vectors.
-
-    Raises:
-        ConfigError: If its projection has no head.
     """
     projection = compatible.projection
     if not isinstance(projection, HeadProjection):
@@ -305,70 +291,3 @@ def whole_encoder(compatible: CompatibleEncoder, name: str) -> CompatibleEncoder
         probe = torch.cat([encoder.encode_texts(PROBE_TEXTS), encoder.encode_images(draw_probe_images())])
     full.set_spaces(projection.new_space, EmbeddingSpace(name, full.old_dim, preprocessing, probe))
     return encoder
-
-
-def _start(
-    accelerator: Accelerator,
-    config: CompatibleClipConfig,
-    new: DualEncoder,
-    old_space: EmbeddingSpace,
-    train: ImageTextPairs,
-    targets: PairVectors,
-) -> CompatibleEncoder:
-    """New encoder without LoRA behind a head at the Procrustes fit."""
-    vectors = embed_pairs(accelerator, new, train)
-    torch.manual_seed(config.training.seed)
-    projection = head_at_procrustes(config.method, vectors, targets, config.extra_dims, config.scale)
-    projection.set_spaces(new.space, old_space)
-    return CompatibleEncoder(new, projection)
-
-
-def _train(
-    accelerator: Accelerator,
-    run: RunDirectory,
-    config: CompatibleClipConfig,
-    compatible: CompatibleEncoder,
-    train: ImageTextPairs,
-    targets: PairVectors,
-    held_out: ImageTextPairs,
-    gallery: PairVectors,
-) -> None:
-    own = embed_pairs(accelerator, compatible.new, train)
-    add_lora(compatible.new, config.lora)
-    projection = compatible.projection
-    assert isinstance(projection, HeadProjection)
-    projection.requires_grad_(True)
-
-    def evaluate() -> dict[str, float]:
-        new = embed_pairs(accelerator, compatible.new, held_out)
-        with torch.no_grad():
-            faces = {
-                name: PairVectors(*(face(side.to(accelerator.device)).cpu() for side in new))
-                for name, face in (("old", projection), ("full", projection.full()))
-            }
-        across = cross_recall(faces["old"], gallery, held_out)
-        itself = cross_recall(faces["full"], faces["full"], held_out)
-        parts = {f"{name}_{key}": value for name, cell in (("new_old", across), ("new_new", itself))
-                 for key, value in cell.items()}  # fmt: skip
-        return {"score": (across["score"] + itself["score"]) / 2, **parts}
-
-    objective = CrossModalObjective(
-        compatible.new, projection, config.weights.of(config.method), config.temperature
-    )
-    dataset = PairBatches(
-        train,
-        compatible,
-        config.training.seed,
-        per_text={"old_texts": targets.texts, "own_texts": own.texts},
-        per_image={"old_images": targets.images, "own_images": own.images},
-    )
-    loop = TrainingLoop(
-        accelerator,
-        run,
-        config.training,
-        objective,
-        dataset,
-        evaluate=evaluate,
-        no_decay=("projection.",),
-    )
-    loop.fit()

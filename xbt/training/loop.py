@@ -42,9 +42,6 @@ def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str)
 
     Batches are split, so ``batch_size`` is global. Precision, devices and processes come from
     ``accelerate launch``.
-
-    Raises:
-        ConfigError: If the batch cannot be split, or Accelerate is set to divide the loss.
     """
     accumulated = os.environ.get(_ACCUMULATION, "1").strip()
     if accumulated != "1":
@@ -68,8 +65,10 @@ def make_accelerator(args: TrainArgs, run: RunDirectory, config: Any, name: str)
         run.prepare()
     accelerator.wait_for_everyone()
     if args.log_with:
-        flat = {key: _trackable(value) for key, value in flatten(config_to_dict(config)).items()}
-        accelerator.init_trackers(name, config=flat)
+        flat = flatten(config_to_dict(config)).items()
+        accelerator.init_trackers(
+            name, config={key: v if isinstance(v, int | float | str) else str(v) for key, v in flat}
+        )
     return accelerator
 
 
@@ -122,11 +121,11 @@ class TrainingLoop:
 
         Returns:
             The final state; ``best_step`` says which step's weights were kept.
-
-        Raises:
-            DataError: If the loss becomes NaN or infinite.
         """
-        self._resume()
+        if found := self._found_checkpoints():
+            self.accelerator.load_state(str(found[-1]))
+            self.after_step()
+            self.accelerator.print(f"{self.run_dir.path}: continues from step {self.state.step}")
         if self.state.step == 0:
             self._evaluate_and_keep()
         size = len(self.dataset)  # type: ignore[arg-type]
@@ -155,7 +154,10 @@ class TrainingLoop:
         for tracker in self.accelerator.trackers:
             # Not end_training(): it would also end the process group, which what follows still needs.
             tracker.finish()
-        self._record()
+        if self.accelerator.is_main_process:
+            self.run_dir.write_json("result.json", self.result())
+        score = f": held-out score {self.state.best_score:.4f}" if self.evaluate else ", the last one"
+        self.accelerator.print(f"kept step {self.state.best_step}{score}")
         return self.state
 
     def result(self) -> dict[str, Any]:
@@ -165,13 +167,6 @@ class TrainingLoop:
             "history": self.state.history,
             "processes": self.accelerator.num_processes,
         }
-
-    def _record(self) -> None:
-        """Write ``result.json``."""
-        if self.accelerator.is_main_process:
-            self.run_dir.write_json("result.json", self.result())
-        score = f": held-out score {self.state.best_score:.4f}" if self.evaluate else ", the last one"
-        self.accelerator.print(f"kept step {self.state.best_step}{score}")
 
     def _step(self, batch: Any) -> dict[str, Tensor]:
         self.model.train()
@@ -188,7 +183,9 @@ class TrainingLoop:
     def _after(self, metrics: dict[str, Tensor], bar: Any) -> None:
         step, args = self.state.step, self.args
         if step % args.log_every == 0 or step == args.steps:
-            values = self._mean_over_processes(metrics)
+            stacked = torch.stack([value.float() for value in metrics.values()])
+            means = self.accelerator.reduce(stacked, reduction="mean").tolist()  # over processes
+            values = dict(zip(metrics, means, strict=True))
             if not math.isfinite(values["loss"]):
                 raise DataError(
                     f"the loss is {values['loss']} at step {step}; lower --training.lr (now {args.lr}) or "
@@ -200,11 +197,6 @@ class TrainingLoop:
             self._evaluate_and_keep()
         if args.checkpoint_every and (step % args.checkpoint_every == 0 or step == args.steps):
             self._checkpoint()
-
-    def _mean_over_processes(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        stacked = torch.stack([value.float() for value in metrics.values()])
-        mean: Tensor = self.accelerator.reduce(stacked, reduction="mean")
-        return dict(zip(metrics, mean.tolist(), strict=True))
 
     def _evaluate_and_keep(self) -> None:
         if self.evaluate is None:
@@ -236,13 +228,6 @@ class TrainingLoop:
             for outdated in self._found_checkpoints()[: -self.args.keep_checkpoints]:
                 shutil.rmtree(outdated)
         self.accelerator.wait_for_everyone()
-
-    def _resume(self) -> None:
-        found = self._found_checkpoints()
-        if found:
-            self.accelerator.load_state(str(found[-1]))
-            self.after_step()
-            self.accelerator.print(f"{self.run_dir.path}: continues from step {self.state.step}")
 
     def _found_checkpoints(self) -> list[Path]:
         return sorted(path for path in self.run_dir.checkpoints.glob("step_????????") if path.is_dir())
@@ -286,10 +271,6 @@ def _has_adapted_attention(module: nn.Module) -> bool:
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _trackable(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | bool) else str(value)
 
 
 @dataclass
@@ -348,9 +329,6 @@ class TrainedTensors:
         Args:
             values: By name.
             source: Where they come from, for the error.
-
-        Raises:
-            DataError: If one is missing or has another shape.
         """
         with torch.no_grad():
             for name, tensor in self._all.items():

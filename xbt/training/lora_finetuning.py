@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from xbt.compatible.encoder import CompatibleEncoder
-from xbt.data import ImageTextPairs, PairSource, load_readable_pairs
 from xbt.encoders import DualEncoder, LoraSettings, add_lora, check_lora, load_encoder, set_lora_mode
 from xbt.errors import ConfigError
 from xbt.losses import Temperature, contrastive_loss, cosine_loss
 from xbt.projections.base import Projection
-from xbt.run_dir import RunDirectory
+from xbt.projections.trainer import NO_DECAY
 from xbt.training.args import TrainArgs
 from xbt.training.batches import PairBatches
-from xbt.training.cached_vectors import cross_recall, embed_pairs, embed_texts_once, require_enough
-from xbt.training.loop import TrainingLoop, make_accelerator
+from xbt.training.cached_vectors import (
+    PairTraining,
+    begin_on_pairs,
+    cross_recall,
+    embed_pairs,
+    embed_texts_once,
+)
+from xbt.training.loop import TrainingLoop
 
 
-@dataclass
-class LoraFinetuningConfig:
-    """Stage 2: fine-tune the new model with LoRA on image–text pairs, behind stage 1's projection.
-
-    Writes ``compatible/`` (load it with ``xbt.CompatibleEncoder.from_pretrained``), which holds the adapters
-    and the projection but nothing of the base model, and ``result.json`` to the output directory.
-    """
+@dataclass(kw_only=True)
+class LoraTraining(PairTraining):
+    """Settings of every training of a new encoder with LoRA on image–text pairs."""
 
     new: str
-    """The new encoder, as in stage 1."""
-    projection: str
-    """Stage 1's projection: its directory or Hub repository."""
-    pairs: PairSource
-    """The image–text pairs."""
-    output_dir: str
-    """Output directory of the run."""
+    """The new encoder."""
     training: TrainArgs = field(
         default_factory=lambda: TrainArgs(
             steps=200, batch_size=64, lr=5e-4, warmup_steps=20, eval_every=50, checkpoint_every=50
@@ -44,28 +39,61 @@ class LoraFinetuningConfig:
     )
     """Settings of the training."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """The LoRA."""
+    """The LoRA of the new encoder; what lies behind it is trained whole."""
+    temperature: float = 0.05
+    """Temperature of the contrastive loss at the start; it is learned."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.01 <= self.temperature <= 1:
+            raise ConfigError(f"--temperature must lie in [0.01, 1], got {self.temperature}")
+
+
+@dataclass(kw_only=True)
+class LoraFinetuningConfig(LoraTraining):
+    """Stage 2: fine-tune the new model with LoRA on image–text pairs, behind stage 1's projection.
+
+    Writes ``compatible/`` (load it with ``xbt.CompatibleEncoder.from_pretrained``), which holds the adapters
+    and the projection but nothing of the base model, and ``result.json`` to the output directory.
+    """
+
+    projection: str
+    """Stage 1's projection: its directory or Hub repository."""
     train_projection: bool = True
     """Also train the projection."""
     anchor_weight: float = 1.0
     """Weight of the anchor, which keeps projected texts near their vectors of stage 1."""
-    temperature: float = 0.05
-    """Temperature of the contrastive loss at the start; it is learned."""
-    held_out: float = 0.2
-    """Fraction of the pairs held out to choose the best step."""
-    overwrite: bool = False
-    """Replace another run in the output directory."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.anchor_weight < 0:
             raise ConfigError(f"--anchor_weight must not be negative, got {self.anchor_weight}")
-        if not 0.01 <= self.temperature <= 1:
-            raise ConfigError(f"--temperature must lie in [0.01, 1], got {self.temperature}")
-        if not 0 < self.held_out < 1:
-            raise ConfigError(f"--held_out must lie between 0 and 1, got {self.held_out}")
 
 
-class CompatibleObjective(nn.Module):
+class LoraObjective(nn.Module):
+    """The parts of a loss on the towers of an encoder with LoRA, and on what lies behind them.
+
+    Args:
+        encoder: The new encoder, with LoRA.
+        projection: What lies behind it.
+        temperature: τ at the start, learned.
+    """
+
+    def __init__(self, encoder: DualEncoder, projection: Projection, temperature: float) -> None:
+        super().__init__()
+        self._encoder = encoder
+        self.towers = encoder.module
+        self.projection = projection
+        self.temperature = Temperature(temperature)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, except for the frozen layers of the towers."""
+        super().train(mode)
+        set_lora_mode(self.towers, mode)
+        return self
+
+
+class CompatibleObjective(LoraObjective):
     """Loss of stage 2 over a batch of pairs.
 
         p = φ(f(x)),  q = φ(g(t))
@@ -78,18 +106,8 @@ class CompatibleObjective(nn.Module):
     """
 
     def __init__(self, encoder: DualEncoder, projection: Projection, config: LoraFinetuningConfig) -> None:
-        super().__init__()
-        self._encoder = encoder
-        self.towers = encoder.module
-        self.projection = projection
-        self.temperature = Temperature(config.temperature)
+        super().__init__(encoder, projection, config.temperature)
         self.anchor_weight = config.anchor_weight
-
-    def train(self, mode: bool = True) -> CompatibleObjective:
-        """Set training mode, except for the frozen layers of the towers."""
-        super().train(mode)
-        set_lora_mode(self.towers, mode)
-        return self
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts for ``{"pixels", "tokens", "anchor": (n, old_dim)}``."""
@@ -113,29 +131,10 @@ def finetune_lora(config: LoraFinetuningConfig) -> CompatibleEncoder:
     Raises:
         XbtError: If the encoder, the projection, the pairs or a setting cannot be used.
     """
-    run = RunDirectory(config.output_dir, config, config.overwrite)
     projection = Projection.from_pretrained(config.projection)
-    accelerator = make_accelerator(config.training, run, config, "finetune_lora")
-    pairs, _ = load_readable_pairs(config.pairs, progress=accelerator.is_main_process)
-    train, held_out = pairs.split(config.held_out, config.training.seed)
-    require_enough(train, config.training.batch_size)
+    run, accelerator, train, held_out = begin_on_pairs(config, "finetune_lora")
     # Its constructor refuses an encoder that is not the one the projection was made for.
     compatible = CompatibleEncoder(load_encoder(config.new, accelerator.device), projection)
-    _train(accelerator, run, config, compatible, train, held_out)
-    if accelerator.is_main_process:
-        compatible.save_pretrained(run.path / "compatible")
-    accelerator.wait_for_everyone()
-    return compatible
-
-
-def _train(
-    accelerator: Accelerator,
-    run: RunDirectory,
-    config: LoraFinetuningConfig,
-    compatible: CompatibleEncoder,
-    train: ImageTextPairs,
-    held_out: ImageTextPairs,
-) -> None:
     check_lora(compatible.new, config.lora)
     # Embed before LoRA is added: the vectors of stage 1 replace those of the old model.
     anchors = embed_texts_once(accelerator, compatible, train.texts, run.path / "anchors")
@@ -149,13 +148,10 @@ def _train(
 
     objective = CompatibleObjective(compatible.new, compatible.projection, config)
     dataset = PairBatches(train, compatible, config.training.seed, {"anchor": anchors})
-    loop = TrainingLoop(
-        accelerator,
-        run,
-        config.training,
-        objective,
-        dataset,
-        evaluate=evaluate,
-        no_decay=("projection.weight",),
-    )
-    loop.fit()
+    TrainingLoop(
+        accelerator, run, config.training, objective, dataset, evaluate=evaluate, no_decay=NO_DECAY
+    ).fit()
+    if accelerator.is_main_process:
+        compatible.save_pretrained(run.path / "compatible")
+    accelerator.wait_for_everyone()
+    return compatible

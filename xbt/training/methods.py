@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -26,7 +27,7 @@ from xbt.heads.losses import check_smoothing
 from xbt.training.args import BackboneTraining
 
 Method = Literal["independent", "bct", "bt2", "oca"]
-_LOSSES: dict[str, type[HeadLoss]] = {
+_LOSSES: dict[str, Callable[..., HeadLoss]] = {
     "independent": ClassificationLoss, "bct": BCTLoss, "bt2": BT2Loss, "oca": OCALoss,
 }  # fmt: skip
 _EXTRA_DIMS = {"independent": 0, "bct": 0, "bt2": 32, "oca": 32}
@@ -77,130 +78,6 @@ class LossWeights:
         if known and not any(known.values()):
             raise ConfigError(f"the weights of {method} ({', '.join(known)}) are all 0; raise one")
         return {f"{name}_weight": value for name, value in known.items()}
-
-
-def make_method_head(
-    method: Method,
-    *,
-    n_classes: int,
-    old_dim: int,
-    new_dim: int,
-    extra_dims: int | None = None,
-    scale: float = 2.0,
-    orthogonal: bool = True,
-    orthogonal_map: str = "matrix_exp",
-) -> CompatibleHead:
-    """Build a method's head with a classifier and random weights.
-
-    The whole vectors have ``new_dim`` dimensions (independent), ``new_dim + extra_dims`` (BCT),
-    ``max(new_dim, old_dim) + extra_dims`` (BT²) or ``old_dim + extra_dims`` (OCA). In a series of updates
-    old_dim grows with every version, because each is compatible with the whole vectors of the one before it;
-    BT² then adds ``extra_dims`` to those.
-
-    Args:
-        method: Which.
-        n_classes: Classes of the training data.
-        old_dim: Dimension of the old model's whole vectors; 0 for none.
-        new_dim: Dimension of the new model's own features; OCA has no such thing.
-        extra_dims: Dimensions to add; ``None`` takes 32 for BT² and OCA, as their authors did, and else 0.
-        scale: BT²'s C.
-        orthogonal: Give OCA its orthogonal layer.
-        orthogonal_map: How orthogonal matrices are parametrised.
-
-    Raises:
-        ConfigError: If the numbers do not fit together.
-    """
-    extra = _EXTRA_DIMS[method] if extra_dims is None else extra_dims
-    if method == "independent":
-        if extra:
-            raise ConfigError(
-                f"--extra_dims {extra} was given, but an independent model has none; raise --new_dim instead"
-            )
-        return PlainHead(new_dim, n_classes)
-    if method == "bct":
-        return BCTHead(new_dim, old_dim, extra, n_classes)
-    if method == "bt2":
-        if extra > min(new_dim, old_dim):
-            raise ConfigError(
-                f"--extra_dims {extra} is more than BT² can use; take at most the smaller of --new_dim "
-                f"{new_dim} and the old model's {old_dim} dimensions"
-            )
-        beyond = extra + max(0, old_dim - new_dim)
-        return BT2Head(new_dim, old_dim, beyond, scale, n_classes, orthogonal_map)
-    return OCAHead(old_dim, extra, orthogonal, n_classes, orthogonal_map)
-
-
-def make_method_loss(
-    method: Method, weights: LossWeights, label_smoothing: float, prototypes: Prototypes | None
-) -> HeadLoss:
-    """Build a method's loss.
-
-    Args:
-        method: Which.
-        weights: Its weights.
-        label_smoothing: Of the cross entropies; BT² has none.
-        prototypes: The old model's class prototypes; an independent model needs none.
-
-    Raises:
-        ConfigError: If a weight or the smoothing cannot be used.
-    """
-    chosen = weights.of(method)
-    if method == "independent":
-        return ClassificationLoss(label_smoothing)
-    assert prototypes is not None
-    if method == "bct":
-        return BCTLoss(prototypes, **chosen, label_smoothing=label_smoothing)
-    if method == "bt2":
-        return BT2Loss(prototypes, **chosen)
-    return OCALoss(prototypes, **chosen, label_smoothing=label_smoothing)
-
-
-def check_method(
-    method: Method,
-    old: str | None,
-    independent: str | None,
-    weights: LossWeights,
-    label_smoothing: float,
-    tested: bool,
-) -> None:
-    """Check that a method has the models that it needs, and no others.
-
-    Args:
-        method: Which.
-        old: Where the old model is.
-        independent: Where the independent new model is.
-        weights: The loss's weights.
-        label_smoothing: Of the cross entropies.
-        tested: True if the result is evaluated.
-
-    Raises:
-        ConfigError: If a model is missing or not needed, or a weight cannot be used.
-    """
-    check_smoothing(label_smoothing)
-    chosen = weights.of(method)
-    if method == "independent":
-        for name, value in (("old", old), ("independent", independent)):
-            if value is not None:
-                raise ConfigError(
-                    f"--{name} {value} was given, but an independent model is trained without other models; "
-                    "leave it out, or choose --method bct, bt2 or oca"
-                )
-        return
-    if old is None:
-        raise ConfigError(
-            f"--method {method} needs --old, the directory or Hub repository of the trained backbone that it "
-            "is to be compatible with; train one with --method independent"
-        )
-    if method == "bt2" and chosen["new_weight"] and independent is None:
-        raise ConfigError(
-            "--method bt2 needs --independent, a backbone trained on the same data with --method "
-            "independent, which it learns from; or set --weights.new 0"
-        )
-    if independent is not None and not (method == "bt2" and chosen["new_weight"]) and not tested:
-        raise ConfigError(
-            f"--independent {independent} is needed by {method} only to measure gain and tax, and there is "
-            "no --test to measure them on; give one or leave it out"
-        )
 
 
 @dataclass
@@ -267,6 +144,77 @@ class CompatibleBackboneConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ConfigError(f"--{name} must be at least {minimum}, got {value}")
-        check_method(
-            self.method, self.old, self.independent, self.weights, self.label_smoothing, self.test is not None
-        )
+        check_smoothing(self.label_smoothing)
+        weights = self.weights.of(self.method)
+        if self.method == "independent":
+            self._refuse_models()
+        else:
+            self._require_models(weights)
+
+    def _refuse_models(self) -> None:
+        for name in ("old", "independent"):
+            if (value := getattr(self, name)) is not None:
+                raise ConfigError(
+                    f"--{name} {value} was given, but an independent model is trained without other models; "
+                    "leave it out, or choose --method bct, bt2 or oca"
+                )
+
+    def _require_models(self, weights: dict[str, float]) -> None:
+        learns = self.method == "bt2" and bool(weights["new_weight"])
+        if self.old is None:
+            raise ConfigError(
+                f"--method {self.method} needs --old, the directory or Hub repository of the trained "
+                "backbone that it is to be compatible with; train one with --method independent"
+            )
+        if learns and self.independent is None:
+            raise ConfigError(
+                "--method bt2 needs --independent, a backbone trained on the same data with --method "
+                "independent, which it learns from; or set --weights.new 0"
+            )
+        if self.independent is not None and not learns and self.test is None:
+            raise ConfigError(
+                f"--independent {self.independent} is needed by {self.method} only to measure gain and tax, "
+                "and there is no --test to measure them on; give one or leave it out"
+            )
+
+    def make_head(self, n_classes: int, old_dim: int) -> CompatibleHead:
+        """Build the method's head with a classifier and random weights.
+
+        The whole vectors have ``new_dim`` dimensions (independent), ``new_dim + extra_dims`` (BCT),
+        ``max(new_dim, old_dim) + extra_dims`` (BT²) or ``old_dim + extra_dims`` (OCA). In a series of updates
+        old_dim grows with every version, because each is compatible with the whole vectors of the one before
+        it; BT² then adds ``extra_dims`` to those.
+
+        Args:
+            n_classes: Classes of the training data.
+            old_dim: Dimension of the old model's whole vectors; 0 for none.
+
+        Raises:
+            ConfigError: If the numbers do not fit together.
+        """
+        new_dim, given = self.new_dim, self.extra_dims
+        extra = _EXTRA_DIMS[self.method] if given is None else given
+        if self.method == "independent":
+            if extra:
+                raise ConfigError(
+                    f"--extra_dims {extra} was given, but an independent model has none; raise --new_dim "
+                    "instead"
+                )
+            return PlainHead(new_dim, n_classes)
+        if self.method == "bct":
+            return BCTHead(new_dim, old_dim, extra, n_classes)
+        if self.method == "oca":
+            return OCAHead(old_dim, extra, self.orthogonal, n_classes, self.orthogonal_map)
+        if extra > min(new_dim, old_dim):
+            raise ConfigError(
+                f"--extra_dims {extra} is more than BT² can use; take at most the smaller of --new_dim "
+                f"{new_dim} and the old model's {old_dim} dimensions"
+            )
+        beyond = extra + max(0, old_dim - new_dim)
+        return BT2Head(new_dim, old_dim, beyond, self.scale, n_classes, self.orthogonal_map)
+
+    def make_loss(self, prototypes: Prototypes | None) -> HeadLoss:
+        """Build the method's loss; ``prototypes`` are the old model's, where there is one."""
+        options = {} if self.method == "bt2" else {"label_smoothing": self.label_smoothing}
+        of_old = [] if prototypes is None else [prototypes]
+        return _LOSSES[self.method](*of_old, **self.weights.of(self.method), **options)

@@ -14,14 +14,16 @@ from xbt.data import CaptionSource, read_captions
 from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError
 from xbt.projections.base import Projection
-from xbt.projections.objective import NoisyVectors, Stage1Options
-from xbt.projections.residual import STAGE1_SCHEDULE, ResidualProjection, fit_stage1
-from xbt.projections.trainer import MIN_ROWS, NO_DECAY, FitSchedule, Score
+from xbt.projections.objective import Stage1Options
+from xbt.projections.sources import random_access
+from xbt.projections.trained import STAGE1_SCHEDULE, ResidualProjection, fit_stage1
+from xbt.projections.trainer import MIN_ROWS, NO_DECAY, FitSchedule, NoisyVectors, Score
 from xbt.run_dir import RunDirectory
 from xbt.store.store import EmbeddingStore
 from xbt.training.args import TrainArgs
 from xbt.training.cached_vectors import TextVectors, embed_texts_once, open_text_stores
 from xbt.training.loop import LoopState, TrainingLoop, make_accelerator
+from xbt.vectors import as_vectors
 
 _ENCODED, _STORED = ("old", "new", "captions"), ("old_store", "new_store")
 
@@ -132,7 +134,7 @@ def embed_both(accelerator: Accelerator, config: TextProjectionConfig, texts: li
         return embed_texts_once(accelerator, encoder, distinct, folder / side, config.encode_batch_size)
 
     new, old = embed(config.new, "new"), embed(config.old, "old")
-    return TextVectors(new, old, new.space, old.space)
+    return TextVectors(new, old, None, new.space, old.space)
 
 
 def train_text_projection(
@@ -155,7 +157,12 @@ def train_text_projection(
     Raises:
         DataError: If vectors hold NaN, are not paired, or are too few to train on.
     """
-    vectors = vectors.checked()
+    if not (isinstance(vectors.new, EmbeddingStore) and isinstance(vectors.old, EmbeddingStore)):
+        # Stores are checked as they are opened and read.
+        for side, name in ((vectors.new, "new text vectors"), (vectors.old, "old text vectors")):
+            if not isinstance(side, EmbeddingStore):
+                as_vectors(side, name)
+        random_access(vectors.new, vectors.old)
     if len(vectors) < MIN_ROWS:
         raise DataError(
             f"stage 1 needs at least {MIN_ROWS} distinct captions, got {len(vectors)}; bring more text"

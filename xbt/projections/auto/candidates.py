@@ -18,8 +18,7 @@ from xbt.projections.fitting import CLOSED_FORMS, fit_projection, grouped_option
 from xbt.projections.near_duplicates import TextFinder
 from xbt.projections.pair_tuning import tune_matrices
 from xbt.projections.pairs import PairVectors
-from xbt.projections.sources import Source, paired_chunks, random_access
-from xbt.projections.statistics import TERMS, PairStatistics
+from xbt.projections.sources import TERMS, PairStatistics, Source, paired_chunks, random_access
 
 MAX_ANCHORS = 32_768
 """Most texts of the corpus that a caption forward map keeps."""

@@ -24,8 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xbt.evaluation import hits_at
 from xbt.projections.caption_map import CaptionForwardMap, Neighbours, fit_caption_map
 from xbt.projections.ensemble_fit import count_better
-from xbt.projections.hubness import mean_of_highest
-from xbt.projections.neighbours import owned
+from xbt.projections.hubness import mean_of_highest, owned
 from xbt.projections.pairs import PairVectors
 from xbt.vectors import unit_rows
 

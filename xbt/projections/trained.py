@@ -1,4 +1,4 @@
-"""Residual projections: a rotation plus an MLP, as XBT's stage 1 and Drift-Adapter train it."""
+"""Trained maps: XBT's stage 1 and Drift-Adapter, a rotation plus an MLP, and the λ-orthogonal map."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from xbt.errors import ConfigError, SpaceMismatchError
-from xbt.projections.base import Modality, Projection
-from xbt.projections.closed_form import PAIRS_WEIGHT
+from xbt.errors import ConfigError
+from xbt.projections.base import LinearProjection, Modality, Projection
+from xbt.projections.closed_form import checked_share, procrustes_start, require_same_models
 from xbt.projections.objective import (
     JointObjective,
-    NoisyVectors,
+    LambdaOrthogonalObjective,
     Stage1Options,
     TextLoss,
     TextProjectionObjective,
 )
 from xbt.projections.pairs import PairVectors
-from xbt.projections.procrustes import procrustes_start
-from xbt.projections.sources import PairedVectors, Source, random_access
-from xbt.projections.trainer import FitSchedule, Positions, Run, fit_trained
+from xbt.projections.sources import PairedRows, Source, random_access
+from xbt.projections.trainer import FitSchedule, NoisyVectors, Positions, Run, fit_trained
 from xbt.space import EmbeddingSpace
 
 
@@ -33,7 +32,7 @@ class ResidualProjection(Projection):
     well. The architecture of its φ is not public; this one is ours. The residual form makes step 0 of
     training equal to the best closed-form map, which is known to carry over from text to images; the scalar
     gate s lets training leave it only as far as the held-out data rewards. With s fixed at 1 it is
-    Drift-Adapter's residual MLP; see :func:`~xbt.projections.residual.fit_mlp`.
+    Drift-Adapter's residual MLP; see :func:`fit_mlp`.
 
     A centred one knows the mean text vector of both models, μ and ν, and maps
 
@@ -122,7 +121,7 @@ class ResidualProjection(Projection):
         return projection
 
     def init_from(self, rotation: Tensor, means: Mapping[str, Tensor]) -> Self:
-        """Takes over a closed form; see :class:`~xbt.projections.procrustes.ProcrustesStart`.
+        """Takes over a closed form; see :class:`~xbt.projections.closed_form.ProcrustesStart`.
 
         Args:
             rotation: (old_dim, new_dim) matrix W.
@@ -219,7 +218,7 @@ def fit_xbt(
 
     whose second part is in :class:`~xbt.projections.objective.JointObjective`: retrieval itself, of old
     vectors by projected new ones. Step 0 (s = 0) is the Procrustes rotation, with ω over the pairs' images
-    too (:func:`~xbt.projections.procrustes.procrustes_start`). A later step is kept if it is better on what
+    too (:func:`~xbt.projections.closed_form.procrustes_start`). A later step is kept if it is better on what
     was held out: captions, found by their own vector, by a clear gain
     (:class:`~xbt.projections.trainer.StepSelection`), or with pairs their images, found across modalities. If
     none is, the closed form of all vectors is returned, and ``scale`` is 0.
@@ -245,12 +244,15 @@ def fit_xbt(
         SpaceMismatchError: If the pairs' dimensions are not those of the texts.
     """
     rows = random_access(new, old)
-    weight = _checked_weight(pairs, pairs_weight, rows.dims)
+    if pairs is None and pairs_weight:
+        raise ConfigError(f"pairs_weight is {pairs_weight}, but there are no pairs to weigh; give pairs")
+    weight = checked_share(pairs, pairs_weight)
+    require_same_models(pairs, rows.dims)
     return fit_stage1(rows, stage1, schedule, pairs=pairs, pairs_weight=weight)
 
 
 def fit_stage1(
-    rows: PairedVectors,
+    rows: PairedRows,
     stage1: Stage1Options,
     schedule: FitSchedule,
     *,
@@ -270,9 +272,6 @@ def fit_stage1(
 
     Returns:
         The map, on the CPU in evaluation mode.
-
-    Raises:
-        DataError: As :func:`fit_xbt`.
     """
 
     def start(positions: Positions | None, seen: PairVectors | None) -> ResidualProjection:
@@ -301,17 +300,57 @@ def fit_stage1(
     return projection
 
 
-def _checked_weight(pairs: PairVectors | None, weight: float | None, dims: tuple[int, int]) -> float:
-    if pairs is None:
-        if weight:
-            raise ConfigError(f"pairs_weight is {weight}, but there are no pairs to weigh; give pairs")
-        return 0.0
-    if pairs.dims != dims:
-        raise SpaceMismatchError(
-            f"the pairs map {pairs.dims[0]} → {pairs.dims[1]} dimensions, the texts {dims[0]} → {dims[1]}; "
-            "embed both with the same two models"
+LAMBDA_LOSS, LAMBDA_SCHEDULE = TextLoss(contrastive_weight=0.0), FitSchedule(steps=500, weight_decay=0.0)
+
+
+def fit_lambda_orthogonal(
+    new: Source,
+    old: Source,
+    *,
+    lam: float = 1.0,
+    orthogonality_weight: float = 10.0,
+    loss: TextLoss = LAMBDA_LOSS,
+    schedule: FitSchedule = LAMBDA_SCHEDULE,
+) -> LinearProjection:
+    """Train an affine map φ(z) = normalise(W z + b) under a λ-orthogonality constraint.
+
+    After Ricci, Biondi, Pernici et al., "λ-orthogonality regularization for compatible representation
+    learning", NeurIPS 2025, arXiv 2509.16664. Its exact regulariser was not verified: the hinge of
+    :class:`~xbt.projections.objective.LambdaOrthogonalObjective` is ours. λ = 0 keeps W orthogonal as far as
+    the penalty's weight can, λ = ∞ sets it free. W starts at the Procrustes rotation and b at 0. A later step
+    is kept only for a clear gain on held-out rows (:class:`~xbt.projections.trainer.StepSelection`); else the
+    Procrustes rotation of all rows is returned.
+
+    Args:
+        new: Vectors of the new model: (n, new_dim) tensor, array or store. Rows are used as they are.
+        old: Vectors of the old model for the same items; unit rows.
+        lam: λ ≥ 0, the Frobenius norm of G − I that costs nothing; ``inf`` turns the penalty off.
+        orthogonality_weight: w, the cost of what is beyond λ.
+        loss: Weights of the losses on the vectors.
+        schedule: How to train.
+
+    Returns:
+        The map as matrix and bias, (old_dim, new_dim) and (old_dim,), on the CPU; without bias if step 0 was
+        kept.
+
+    Raises:
+        ConfigError: If an option cannot be used.
+        DataError: If vectors cannot be used or are too few, or the loss is not finite.
+    """
+    if not lam >= 0 or not 0 <= orthogonality_weight < float("inf"):
+        raise ConfigError(
+            f"lam and orthogonality_weight must be at least 0, got {lam} and {orthogonality_weight}"
         )
-    weight = PAIRS_WEIGHT if weight is None else weight
-    if not 0 <= weight < 1:
-        raise ConfigError(f"pairs_weight must lie in [0, 1), got {weight}")
-    return weight
+    rows = random_access(new, old)
+
+    def start(positions: Positions | None, pairs: PairVectors | None) -> LinearProjection:
+        rotation = procrustes_start(rows, positions).rotation
+        # Only what is trained has an offset; the rotation alone can be folded into the encoder.
+        return LinearProjection.from_weight(
+            rotation, None if positions is None else torch.zeros(len(rotation))
+        )
+
+    def objective(projection: LinearProjection, pairs: PairVectors | None) -> nn.Module:
+        return LambdaOrthogonalObjective(projection, loss, lam, orthogonality_weight)
+
+    return fit_trained(rows, start, objective, schedule)
