@@ -17,8 +17,8 @@ from xbt.index.calibration import (
     compare_merges,
     fit_kind,
     fit_merge,
+    isotonic_curve,
     logistic_fit,
-    pool_adjacent_violators,
 )
 from xbt.index.mixed import (
     AffineMerge,
@@ -196,9 +196,9 @@ def answers(n, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_pooling_equals_scikit_learn(seed):
+def test_isotonic_curve_equals_scikit_learn(seed):
     scores, relevant = answers(3000, seed)
-    knots, values = pool_adjacent_violators(scores, relevant)
+    knots, values = isotonic_curve(scores, relevant)
     model = IsotonicRegression(out_of_bounds="clip").fit(scores.astype(np.float64), relevant.astype(float))
     where = np.linspace(-4, 4, 1001)
     np.testing.assert_allclose(np.interp(where, knots, values), model.predict(where), atol=1e-9)

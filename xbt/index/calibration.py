@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression, minimize
+from scipy.special import expit, logit
 from torch import Tensor
 
 from xbt.errors import ConfigError, DataError
@@ -14,7 +16,6 @@ from xbt.index.ranks import MixedScores
 from xbt.vectors import Vectors
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_NEWTON_STEPS = 50
 _MIN_SPREAD = 1e-9
 
 
@@ -110,7 +111,7 @@ def fit_kind(kind: str, scores: MixedScores) -> Merge:
         raise DataError("every item answers every query, so there is nothing to distinguish; give a sample "
                         "with wrong answers")  # fmt: skip
     if kind == "isotonic":
-        curves = [pool_adjacent_violators(side, relevant) for side in (scores.old, scores.new)]
+        curves = [isotonic_curve(side, relevant) for side in (scores.old, scores.new)]
         return IsotonicMerge(*(tuple(each.tolist()) for curve in curves for each in curve))
     (old_slope, old_offset), (new_slope, new_offset) = (
         logistic_fit(side, relevant) for side in (scores.old, scores.new)
@@ -123,71 +124,39 @@ def fit_kind(kind: str, scores: MixedScores) -> Merge:
 def logistic_fit(scores: NDArray[np.float32], relevant: NDArray[np.bool_]) -> tuple[float, float]:
     """Slope a and offset b of P(relevant | s) = 1 / (1 + exp(−a s − b)), by maximum likelihood.
 
-    Newton's method with halved steps, in float64, on standardised scores, with a penalty of 1e-6 on the slope
-    that keeps it finite where the scores separate both classes. Both classes must be there.
+    Fitted in float64 on standardised scores, with a penalty of 1e-6 on the slope that keeps it finite where
+    the scores separate both classes. Both classes must be there.
     """
     values = scores.astype(np.float64).ravel()
     mean, spread = float(values.mean()), max(float(values.std()), _MIN_SPREAD)
-    x, y = (values - mean) / spread, relevant.ravel().astype(np.float64)
-    share = float(y.mean())
-    theta = np.array([0.0, np.log(share / (1 - share))])
-    penalty = 1e-6
+    x, y, penalty = (values - mean) / spread, relevant.ravel().astype(np.float64), 1e-6
 
-    def loss(at: NDArray[np.float64]) -> float:
-        logits = at[0] * x + at[1]
-        return float((np.logaddexp(0, logits) - y * logits).mean() + penalty * at[0] ** 2 / 2)
+    def loss(theta: NDArray[np.float64]) -> tuple[float, list[float]]:
+        logits = theta[0] * x + theta[1]
+        error = expit(logits) - y
+        value = (np.logaddexp(0, logits) - y * logits).mean() + penalty * theta[0] ** 2 / 2
+        return value, [(error * x).mean() + penalty * theta[0], error.mean()]
 
-    best = loss(theta)
-    for _ in range(_NEWTON_STEPS):
-        chance = 1 / (1 + np.exp(-np.clip(theta[0] * x + theta[1], -500, 500)))
-        error, weight = chance - y, chance * (1 - chance)
-        gradient = np.array([(error * x).mean() + penalty * theta[0], error.mean()])
-        curvature = np.array([[(weight * x * x).mean() + penalty, (weight * x).mean()], [0, weight.mean()]])
-        curvature[1, 0] = curvature[0, 1]
-        step = np.linalg.solve(curvature + 1e-12 * np.eye(2), gradient)
-        while (there := loss(theta - step)) > best and float(np.abs(step).max()) > 1e-10:
-            step = step / 2
-        if not there < best - 1e-13:
-            break
-        theta, best = theta - step, there
+    start = [0.0, logit(y.mean())]
+    theta = minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-10}).x
     slope = float(theta[0]) / spread
     return slope, float(theta[1]) - slope * mean
 
 
-def pool_adjacent_violators(
+def isotonic_curve(
     scores: NDArray[np.float32], relevant: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The non-decreasing curve of least squares through 0/1 answers, by pooling adjacent violators.
-
-    Ayer et al., "An empirical distribution function for sampling with incomplete information", 1955. Equal
-    scores are one point. The curve is constant over each pool; its knots are the pools' first and last
-    scores.
+    """The non-decreasing curve of least squares through 0/1 answers; equal scores are one point.
 
     Returns:
-        Knots, ascending, and the curve's values there.
+        Knots, ascending: the first and last scores of each constant stretch. And the curve's values there.
     """
     points, place = np.unique(scores.ravel(), return_inverse=True)
-    sums = np.bincount(place.ravel(), weights=relevant.ravel().astype(np.float64))
     counts = np.bincount(place.ravel()).astype(np.float64)
-    # A point lower than the one before it is pooled with it whatever follows: most are, before the loop.
-    means = sums / counts
-    opens = np.concatenate([[True], means[1:] > means[:-1]])
-    firsts = np.flatnonzero(opens)
-    stack: list[tuple[float, float, int]] = []
-    for total, count, first in zip(
-        np.add.reduceat(sums, firsts), np.add.reduceat(counts, firsts), firsts.tolist(), strict=True
-    ):
-        pool = (float(total), float(count), first)
-        while stack and stack[-1][0] * pool[1] >= pool[0] * stack[-1][1]:
-            before = stack.pop()
-            pool = (before[0] + pool[0], before[1] + pool[1], before[2])
-        stack.append(pool)
-    starts = np.array([pool[2] for pool in stack])
-    ends = np.concatenate([starts[1:], [len(points)]]) - 1
-    values = np.array([pool[0] / pool[1] for pool in stack])
-    both = np.stack([starts, ends], axis=1).ravel()
-    keep = np.concatenate([[True], both[1:] != both[:-1]])
-    return points[both[keep]].astype(np.float64), np.repeat(values, 2)[keep]
+    means = np.bincount(place.ravel(), weights=relevant.ravel().astype(np.float64)) / counts
+    fit = isotonic_regression(means, weights=counts)
+    ends = np.unique([fit.blocks[:-1], fit.blocks[1:] - 1])
+    return points[ends].astype(np.float64), fit.x[ends]
 
 
 def _folds(
