@@ -12,8 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from xbt.backfill.config import MAY_CHANGE, BackfillConfig
+from xbt.backfill.curve import NEXT, CurveLog, CurvePoint, JsonLines
 from xbt.backfill.embed import Embedded, ItemsById, RateLimiter, embed_chunks, gathered
-from xbt.backfill.measure import NEXT, CurveLog, CurvePoint, JsonLines
 from xbt.backfill.plan import (
     Chunk,
     Models,

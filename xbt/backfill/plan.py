@@ -13,9 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.backfill.config import BackfillConfig
-from xbt.backfill.fastfill import fastfill_order
-from xbt.backfill.measure import Questions
-from xbt.backfill.orders import distance_to_mean_order, oldest_first, query_log_order, random_order
+from xbt.backfill.curve import Questions
+from xbt.backfill.orders import (
+    distance_to_mean_order,
+    fastfill_order,
+    oldest_first,
+    query_log_order,
+    random_order,
+)
 from xbt.backfill.rehearsal import fit_rehearsed_order
 from xbt.compatible.encoder import CompatibleEncoder
 from xbt.compatible.saving import ENSEMBLE_DIR

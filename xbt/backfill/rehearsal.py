@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from xbt.backfill.curve import backfill_curve
-from xbt.backfill.fastfill import out_of_fold
-from xbt.backfill.orders import SCORES_AT_ONCE, require_same_dim, spread_out
+from xbt.backfill.orders import SCORES_AT_ONCE, out_of_fold, require_same_dim, spread_out
 from xbt.errors import ConfigError, DataError
-from xbt.index.calibration import logistic_fit
+from xbt.index.calibration import MixedScores, logistic_fit
 from xbt.index.mixed import Merge
 from xbt.index.neighbours import nearest_items
-from xbt.index.ranks import MixedScores
 from xbt.projections.base import Projection
 from xbt.projections.ridge import fit_ridge
 from xbt.vectors import Vectors, as_vectors

@@ -205,6 +205,18 @@ def check_positives(
     return Positives(np.concatenate([[0], np.cumsum(counts)]), keys % n_gallery)
 
 
+def require_same_counts(
+    old_queries: Vectors, new_queries: Vectors, old_gallery: Vectors, new_gallery: Vectors
+) -> None:
+    """Refuse sides that do not have as many queries and items as each other."""
+    for what, old, new in (("queries", old_queries, new_queries), ("items", old_gallery, new_gallery)):
+        if len(old) != len(new):
+            raise DataError(
+                f"there are {len(old)} {what} in the old space and {len(new)} in the new one; "
+                "give the same in both"
+            )
+
+
 def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[Any]]:
     """Check both sides and convert them to a common dtype, float32 or float64."""
     left, right = as_vectors(queries, "queries"), as_vectors(gallery, "gallery")

@@ -27,8 +27,15 @@ from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
 from xbt.index.mixed import require_same_count
-from xbt.index.on_demand import CascadeStatistics, Embedder, Embeds, fetch_present
-from xbt.index.originals import Modality, Originals, Source
+from xbt.index.on_demand import (
+    CascadeStatistics,
+    Embedder,
+    Embeds,
+    Modality,
+    Originals,
+    Source,
+    fetch_present,
+)
 from xbt.index.protocol import Hits, IndexInfo, VectorIndex
 from xbt.index.target import begin, is_complete, vector_names
 from xbt.space import EmbeddingSpace
@@ -46,7 +53,7 @@ class Cascade:
 
     Args:
         new: The new model, or anything with ``space``, ``encode_images`` and ``encode_texts``.
-        originals: See :class:`~xbt.index.originals.Originals`.
+        originals: See :class:`~xbt.index.on_demand.Originals`.
         depth: Candidates of each query that the new model scores, K.
         time_limit: Seconds per query to wait for originals; n queries at once wait n times as long.
             Candidates that are not ready by then keep their place. ``None`` waits for all.
