@@ -168,13 +168,8 @@ NEXT = 1000
 class Questions:
     """Queries in both spaces whose answers are known.
 
-    Attributes:
-        old: (n, old_dim) queries in the old space.
-        new: (n, new_dim) the same in the new space.
-        answers: Id of the item that answers each query.
-        groups: (n,) int64; queries about one image have the same number.
-        old_space: Space of the old queries.
-        new_space: Space of the new ones.
+    The (n, dim) queries are the same in both spaces; ``answers`` are the ids of the items that answer them.
+    Queries about one image have the same number in ``groups``.
     """
 
     old: Tensor
@@ -210,12 +205,9 @@ class CurvePoint:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form; every query's hits are a digit."""
         recall = {f"R@{k}": value for k, value in self.recall.items()}
-        rest = {
-            "interval": list(self.interval),
-            "seconds": self.seconds,
-            "hits": "".join(map(str, self.hits)),
-        }
-        return {"position": self.position, "fraction": self.fraction, **recall, "mean": self.mean, **rest}
+        start = {"position": self.position, "fraction": self.fraction, **recall, "mean": self.mean}
+        hits = "".join(map(str, self.hits))
+        return {**start, "interval": list(self.interval), "seconds": self.seconds, "hits": hits}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
@@ -228,13 +220,7 @@ class CurvePoint:
 
 
 class Gain(NamedTuple):
-    """The gain of some items in mean recall.
-
-    Attributes:
-        items: Number of items.
-        gain: Their gain, as a fraction.
-        standard_error: Its bootstrap standard error.
-    """
+    """The gain of some items in mean recall, as a fraction, and its bootstrap standard error."""
 
     items: int
     gain: float
@@ -256,19 +242,18 @@ def measure(
     :class:`CurvePoint`.
     """
     ranks: list[int] = []
+    spaces = questions.old_space, questions.new_space
     for start in range(0, len(questions.answers), QUERIES_AT_ONCE):
         asked = slice(start, start + QUERIES_AT_ONCE)
-        hits = search_mixed(
-            index,
-            questions.old[asked],
-            questions.new[asked],
-            max(KS) + 1,
-            merge,
-            questions.old_space,
-            questions.new_space,
-        )
-        ranks += ranks_in(hits, questions.answers[asked])
-    return _point(torch.tensor(ranks), questions, index.info().fraction_backfilled, position, seconds)
+        queries = questions.old[asked], questions.new[asked]
+        found = search_mixed(index, *queries, max(KS) + 1, merge, *spaces)
+        ranks += ranks_in(found, questions.answers[asked])
+    met = torch.tensor(ranks)[:, None] < torch.tensor(KS)
+    hits = met.sum(dim=1)
+    mean, *ends = bootstrap_interval(hits.double() / len(KS), questions.groups)
+    recall = dict(zip(KS, met.double().mean(dim=0).tolist(), strict=True))
+    fraction = index.info().fraction_backfilled
+    return CurvePoint(position, fraction, recall, mean, (ends[0], ends[1]), seconds, tuple(hits.tolist()))
 
 
 def ranks_in(hits: Hits, answers: Sequence[str]) -> list[int]:
@@ -292,7 +277,8 @@ def gain_at(points: Sequence[CurvePoint], number: int, groups: Tensor) -> Gain |
     before = [point for point in points[:number] if here.position - point.position >= NEXT]
     if not before:
         return None
-    change = (_hits(here) - _hits(before[-1])) / len(KS)
+    hits = torch.tensor([here.hits, before[-1].hits], dtype=torch.float64)
+    change = (hits[0] - hits[1]) / len(KS)
     error = float(bootstrap_means(change, groups, 1000).std())
     return Gain(here.position - before[-1].position, float(change.mean()), error)
 
@@ -310,34 +296,19 @@ def stopping_position(points: Sequence[CurvePoint], groups: Tensor) -> int | Non
     return None
 
 
-def _hits(point: CurvePoint) -> Tensor:
-    return torch.tensor(point.hits, dtype=torch.float64)
-
-
-def _point(ranks: Tensor, questions: Questions, fraction: float, position: int, seconds: float) -> CurvePoint:
-    met = ranks[:, None] < torch.tensor(KS)
-    hits = met.sum(dim=1)
-    interval = bootstrap_interval(hits.double() / len(KS), questions.groups)
-    recall = dict(zip(KS, met.double().mean(dim=0).tolist(), strict=True))
-    ends = (interval.low, interval.high)
-    return CurvePoint(position, fraction, recall, interval.estimate, ends, seconds, tuple(hits.tolist()))
-
-
 class JsonLines:
     """A file of JSON objects, one a line; appended lines are on disk, a line that a kill cut off is dropped.
 
-    Args:
-        path: The file, which need not exist.
-        keys: Keys that every object must have, and the types of their values.
-
-    Attributes:
-        entries: The objects.
+    ``keys`` are those that every object in ``entries`` must have, with the types of their values.
     """
 
     def __init__(self, path: Path, keys: Mapping[str, type] | None = None) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        content = _read(path)
+        try:
+            content = path.read_bytes() if path.is_file() else b""
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
         self._end = content.rfind(b"\n") + 1
         for number, line in enumerate(content[: self._end].split(b"\n")[:-1], start=1):
             try:
@@ -373,29 +344,20 @@ class JsonLines:
         self.entries += entries
 
 
-def _read(path: Path) -> bytes:
-    if not path.is_file():
-        return b""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
-
-
 class CurveLog:
-    """The curve of a backfill in a file; without questions nothing is measured.
-
-    Args:
-        path: The file.
-
-    Attributes:
-        points: The curve, of all runs.
-        questions: Queries to measure with; ``None`` measures nothing.
-    """
+    """The curve of a backfill, of all runs, in a file; without ``questions`` nothing is measured."""
 
     def __init__(self, path: Path) -> None:
         self._lines = JsonLines(path)
-        self.points = [_read_point(path, *entry) for entry in enumerate(self._lines.entries, start=1)]
+        self.points: list[CurvePoint] = []
+        for line, entry in enumerate(self._lines.entries, start=1):
+            try:
+                self.points.append(CurvePoint.from_dict(entry))
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise DataError(
+                    f"{path}, line {line}, is no point of a curve ({error}); restore the file, or pass "
+                    "--overwrite true"
+                ) from error
         self.questions: Questions | None = None
 
     @property
@@ -420,13 +382,3 @@ class CurveLog:
     def stopping_position(self) -> int | None:
         """See :func:`stopping_position`."""
         return None if self.questions is None else stopping_position(self.points, self.questions.groups)
-
-
-def _read_point(path: Path, line: int, entry: dict[str, Any]) -> CurvePoint:
-    try:
-        return CurvePoint.from_dict(entry)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path}, line {line}, is no point of a curve ({error}); restore the file, or pass "
-            "--overwrite true"
-        ) from error

@@ -162,12 +162,8 @@ def require_same_dim(queries: Tensor, gallery: Tensor) -> None:
 def spread_out(urgency: Tensor, neighbours: Tensor, weight: float) -> Tensor:
     """Order items by urgency minus ``weight`` times the share of their neighbours that come earlier.
 
-    The order is made greedily. Neighbours are therefore not backfilled one after the other.
-
-    Args:
-        urgency: (m,) higher is more urgent.
-        neighbours: (m, k) int64 rows of every item's neighbours.
-        weight: At least 0; 0 sorts by urgency alone. Equal items keep their order.
+    The order is made greedily. Neighbours are therefore not backfilled one after the other. A weight of 0
+    sorts by the (m,) urgency alone. Equal items keep their order. ``neighbours`` are (m, k) int64 rows.
     """
     if weight == 0 or neighbours.shape[1] == 0:
         return (-urgency).argsort(stable=True)

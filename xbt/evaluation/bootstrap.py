@@ -8,7 +8,7 @@ bootstrap; Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -138,26 +138,14 @@ def cautious_interval(
     samples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Mean change of hits with an interval that is also valid for few groups.
+    """Mean change of hits with an interval that is also valid for few groups, clipped to [-1, 1].
 
     The percentile bootstrap underestimates the spread of few groups and assumes normal tails: for 20 groups
     its interval is too narrow by a tenth. So each end is the farther one of two: the end of the bootstrap,
     moved away from the mean by √(n/(n−1)) and by the ratio of Student's quantile to the normal one, and the
     end of Student's t, mean ± quantile · standard error. For a few hundred groups or more they differ from
-    :func:`bootstrap_interval` by some hundredths of the width.
-
-    Args:
-        values: (n,) one value per query, between -1 and 1.
-        groups: (n,) integers; queries of a group are drawn together.
-        confidence: Level of the two-sided interval, between 0 and 1.
-        samples: Number of bootstrap samples.
-        seed: Seed of the samples.
-
-    Returns:
-        The mean and its interval, clipped to [-1, 1]; for one group the interval is [-1, 1].
-
-    Raises:
-        DataError, ConfigError: See :func:`bootstrap_interval`.
+    :func:`bootstrap_interval` by some hundredths of the width; arguments and errors are the same. For one
+    group the interval is [-1, 1].
     """
     plain = bootstrap_interval(values, groups, confidence, samples, seed)
     group_ids = torch.arange(len(values)) if groups is None else groups
@@ -243,18 +231,12 @@ def _means(values: Tensor, groups: Tensor | None, samples: int, seed: int) -> ND
     count = len(totals)
     means = np.empty((samples, rows.shape[1]))
     first = 0
-    for drawn in _draws(count, samples, seed):
+    draws = _kept_draws if samples * count <= _DRAWS_KEPT else _drawn
+    for drawn in draws(count, samples, seed):
         part = slice(first, first + len(drawn))
         means[part] = (drawn @ totals) / (drawn @ sizes)[:, None]
         first = part.stop
     return means
-
-
-def _draws(count: int, samples: int, seed: int) -> Iterable[NDArray[np.float64]]:
-    """Counts of how often each group is drawn, in blocks of samples; few are kept for the next call."""
-    return (
-        _kept_draws(count, samples, seed) if samples * count <= _DRAWS_KEPT else _drawn(count, samples, seed)
-    )
 
 
 @lru_cache(maxsize=2)
@@ -263,6 +245,7 @@ def _kept_draws(count: int, samples: int, seed: int) -> tuple[NDArray[np.float64
 
 
 def _drawn(count: int, samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Counts of how often each group is drawn, in blocks of samples."""
     rng, step = np.random.default_rng(seed), max(1, _DRAWS_AT_ONCE // count)
     for start in range(0, samples, step):
         size = min(step, samples - start)

@@ -60,9 +60,8 @@ class Originals:
         """Read one original completely: an RGB image, or a text.
 
         Raises:
-            MissingOriginal: If there is none.
-            ImageError: If it cannot be decoded, or is no text although texts are needed.
-            UnavailableOriginal: If the source fails.
+            MissingOriginal, ImageError, UnavailableOriginal: If there is none, it cannot be decoded (or is no
+                text although texts are needed), or the source fails.
         """
         try:
             found = self._find(item)
@@ -161,14 +160,7 @@ class CascadeStatistics:
 
 @dataclass(eq=False)
 class _Task:
-    """One row on its way to a new vector.
-
-    Attributes:
-        item: Its id.
-        waiting: Searches that wait for it.
-        done: Its outcome.
-        reading: Reads its original.
-    """
+    """One row on its way: the searches that wait for it, its outcome, the reader of its original."""
 
     item: str
     waiting: int = 0
@@ -182,14 +174,6 @@ class Embedder:
     Some threads read and decode originals. One thread embeds whatever is decoded by then, as one batch, and
     writes it to the index. A row is done once its vector is durable. A row that several threads ask for is
     embedded once.
-
-    Args:
-        index: The index, which has both vectors.
-        names: Names of its old and of its new vector.
-        encoder: The new model.
-        originals: Originals of the rows.
-        workers: Threads that read originals.
-        batch_size: Maximum originals per forward pass.
 
     Attributes:
         stored: Ids that are known to have a new vector.
@@ -221,28 +205,27 @@ class Embedder:
         self._model = ThreadPoolExecutor(1, "xbt-cascade")
 
     def embed(self, items: Iterable[str], seconds: float | None = None) -> dict[str, Outcome]:
-        """Embed rows that have no new vector, and wait for them.
+        """Embed rows that have no new vector, the most urgent first, and wait for them.
 
-        Args:
-            items: Their ids, the most urgent first.
-            seconds: Longest time to wait. Originals that nobody has begun to read by then are left for a
-                later search; the others are stored when they are ready.
+        Originals that nobody has begun to read within the ``seconds`` are left for a later search; the others
+        are stored when they are ready.
 
         Returns:
             The outcome of each row.
-
-        Raises:
-            XbtError: If the encoder fails, or the index cannot be written to.
         """
         outcomes: dict[str, Outcome] = {}
         tasks: list[_Task] = []
         with self._lock:
             for item in dict.fromkeys(items):
                 known = "stored" if item in self.stored else self.failed.get(item)
-                if known is None:
-                    tasks.append(self._task(item))
-                else:
+                if known is not None:
                     outcomes[item] = known
+                    continue
+                if item not in self._tasks:
+                    self._tasks[item] = _Task(item)
+                    self._tasks[item].reading = self._readers.submit(self._read, self._tasks[item])
+                self._tasks[item].waiting += 1
+                tasks.append(self._tasks[item])
         wait([task.done for task in tasks], seconds)
         with self._lock:
             late = [task for task in tasks if not task.done.done()]
@@ -275,14 +258,6 @@ class Embedder:
         self.closed = True
         self._readers.shutdown(cancel_futures=True)
         self._model.shutdown()
-
-    def _task(self, item: str) -> _Task:
-        task = self._tasks.get(item)
-        if task is None:
-            task = self._tasks[item] = _Task(item)
-            task.reading = self._readers.submit(self._read, task)
-        task.waiting += 1
-        return task
 
     def _read(self, task: _Task) -> None:
         self._space.acquire()
@@ -318,7 +293,9 @@ class Embedder:
 
     def _store(self, batch: Sequence[tuple[_Task, Mapping[str, int], Any]]) -> None:
         try:
-            rows = self._encode([original for _, _, original in batch])
+            texts = self._originals.modality == "text"
+            encode = self._encoder.encode_texts if texts else self._encoder.encode_images
+            rows = np.asarray(encode([original for _, _, original in batch]), np.float32)
         except ImageError:
             if len(batch) > 1:  # one of them cannot be preprocessed
                 for one in batch:
@@ -330,12 +307,6 @@ class Embedder:
         backfill_present(self.index, rows, [task.item for task, _, _ in batch], self.names, before)
         for task, _, _ in batch:
             self._finish(task, "stored")
-
-    def _encode(self, originals: list[Any]) -> NDArray[np.float32]:
-        texts = self._originals.modality == "text"
-        vectors = self._encoder.encode_texts(originals) if texts else self._encoder.encode_images(originals)
-        rows: NDArray[np.float32] = np.asarray(vectors, np.float32)
-        return rows
 
     def _finish(self, task: _Task, outcome: Outcome | Exception, remember: bool = True) -> None:
         with self._lock:
@@ -354,15 +325,9 @@ class Embedder:
 
 
 def fetch_present(index: VectorIndex, ids: Sequence[str], name: str) -> dict[str, NDArray[np.float32]]:
-    """Read the vectors of those rows that have one.
+    """Read the vectors of those rows that have one, as (dim,) float32 by id.
 
-    Args:
-        index: The index.
-        ids: Ids of rows, all of which should have the vector: the others are looked for by halving.
-        name: Name of the vector.
-
-    Returns:
-        (dim,) float32 vectors by id.
+    All of the rows should have the vector: the others are looked for by halving.
     """
     if not ids:
         return {}

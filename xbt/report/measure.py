@@ -20,6 +20,7 @@ from xbt.evaluation import (
     differences,
     recovered_gain,
 )
+from xbt.evaluation.cells import keyed
 from xbt.index.gallery import Gallery
 from xbt.projections.auto.decision import Decision
 from xbt.projections.pairs import PairVectors
@@ -98,11 +99,7 @@ class Measured:
                 for cell in self.upgrades
             },
             "difference_to_old_old": {
-                cell.name: {
-                    direction: {f"R@{k}": change.to_dict() for k, change in changes.items()}
-                    for direction, changes in differences(cell, old, self.groups).items()
-                    if changes
-                }
+                cell.name: _keyed(differences(cell, old, self.groups))
                 for cell in [*self.upgrades, *([new] if new else [])]
             },
             "decision": self.decision.to_dict(),
@@ -147,19 +144,11 @@ def _cell(measured: Measured, name: str, ks: Sequence[int]) -> Cell:
         direction: best_positive_ranks(queries, measured.gallery(name, direction), pairs.positives(direction))
         for direction, queries in measured.queries[name].items()
     }
-    recall = {
-        direction: {k: int((rank < k).sum()) / len(rank) for k in ks} for direction, rank in ranks.items()
-    }
-    n_images, n_texts = len(pairs), len(pairs.image_of_text)
-    return Cell(name, recall["T2I"], recall.get("I2T", {}), n_images, n_texts, ranks)
+    return Cell.of(name, ranks, ks, len(pairs), len(pairs.image_of_text))
 
 
 def _keyed(by_direction: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        direction: {f"R@{k}": value for k, value in values.items()}
-        for direction, values in by_direction.items()
-        if values
-    }
+    return {direction: values for direction, values in keyed(by_direction).items() if values}
 
 
 HEADS = ("", "old/old", "new/old", "gain", "fixed", "broken", "criterion", "new/new", "recovered")
