@@ -11,7 +11,7 @@ Not supported: galleries of texts; images that can only be read as a stream.
 """
 
 from xbt.backfill import BackfillConfig
-from xbt.cli.commands import backfill_and_draw
+from xbt.cli.app import backfill_and_draw
 from xbt.config import run_recipe
 from xbt.processes import is_main_process
 

@@ -11,12 +11,16 @@ import torch
 from projection_splits import ScenesConfig, Split, halves, scenes
 from torch import Tensor
 
-from xbt.backfill.fastfill import fastfill_order
-from xbt.backfill.orders import distance_to_mean_order, oldest_first, query_log_order, random_order
+from xbt.backfill.orders import (
+    distance_to_mean_order,
+    fastfill_order,
+    oldest_first,
+    query_log_order,
+    random_order,
+)
 from xbt.backfill.rehearsal import fit_rehearsed_order
-from xbt.index.calibration import compare_merges, fit_kind
+from xbt.index.calibration import MixedScores, compare_merges, fit_kind
 from xbt.index.mixed import Merge
-from xbt.index.ranks import MixedScores
 from xbt.projections import Projection, fit_projection
 
 OURS = "rehearsed (ours)"

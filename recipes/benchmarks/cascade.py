@@ -30,7 +30,7 @@ from xbt.encoders import load_encoder
 from xbt.errors import ConfigError
 from xbt.evaluation import best_positive_ranks, depth_curve
 from xbt.index import Cascade, Gallery
-from xbt.index.originals import Source
+from xbt.index.on_demand import Source
 from xbt.space import EmbeddingSpace
 
 

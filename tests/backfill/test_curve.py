@@ -11,9 +11,8 @@ from xbt.backfill.orders import random_order
 from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError
 from xbt.evaluation import recall_at_k
-from xbt.index.calibration import fit_kind
+from xbt.index.calibration import MixedScores, fit_kind, mixed_ranks
 from xbt.index.mixed import AffineMerge, RawMerge
-from xbt.index.ranks import MixedScores, mixed_ranks
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from xbt.data import CaptionSource, read_captions
 from xbt.errors import DataError
 from xbt.evaluation import recall_at_k
 from xbt.index import Gallery
-from xbt.index.ranks import mixed_ranks
+from xbt.index.calibration import mixed_ranks
 
 
 def test_every_item_is_moved_in_the_order(config, gallery, new_vectors, old_vectors, new, tmp_path):
@@ -130,7 +130,7 @@ def test_a_target_of_recall(config, tmp_path):
 
 def test_it_stops_where_a_thousand_items_no_longer_pay(config, monkeypatch, tmp_path):
     # Random models find nothing: no gain is more than its error for long.
-    monkeypatch.setattr("xbt.backfill.measure.NEXT", 20)
+    monkeypatch.setattr("xbt.backfill.curve.NEXT", 20)
     result = run_backfill(config(evaluation=scenes(), support=others(), stop_when_flat=True))
     assert "items gained" in result.why
     assert result.position < COUNT

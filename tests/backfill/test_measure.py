@@ -7,10 +7,9 @@ import torch
 from backfills import COUNT, SCENES, order_of, others, scenes
 
 from xbt.backfill import load_merge, run_backfill
-from xbt.backfill.curve import stopping_point
-from xbt.backfill.measure import CurvePoint, gain_at, ranks_in, stopping_position
+from xbt.backfill.curve import CurvePoint, gain_at, ranks_in, stopping_point, stopping_position
 from xbt.index import Hits
-from xbt.index.ranks import MixedScores
+from xbt.index.calibration import MixedScores
 
 
 def point(position, hits):
@@ -39,7 +38,7 @@ def test_a_gain_is_that_of_a_thousand_items_or_more():
 
 def test_the_stopping_position_is_the_stopping_point(config, gallery, old, new, old_vectors, new_vectors,
                                                      monkeypatch, tmp_path):  # fmt: skip
-    monkeypatch.setattr("xbt.backfill.measure.NEXT", 20)
+    monkeypatch.setattr("xbt.backfill.curve.NEXT", 20)
     result = run_backfill(config(evaluation=scenes(), support=others()))
     queries = old.encode_texts(SCENES.texts), new.encode_texts(SCENES.texts)
     scores = MixedScores(*queries, old_vectors, new_vectors, SCENES.positives_t2i)

@@ -9,9 +9,9 @@ from sklearn.cluster import KMeans
 from torch.nn.functional import normalize
 
 from xbt.backfill.curve import backfill_curve
-from xbt.backfill.fastfill import fastfill_order
 from xbt.backfill.orders import (
     distance_to_mean_order,
+    fastfill_order,
     oldest_first,
     query_log_order,
     random_order,
@@ -27,10 +27,9 @@ from xbt.backfill.rehearsal import (
 )
 from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
-from xbt.index.calibration import fit_kind
+from xbt.index.calibration import MixedScores, fit_kind
 from xbt.index.mixed import RankMerge, RawMerge
 from xbt.index.neighbours import nearest_items
-from xbt.index.ranks import MixedScores
 from xbt.projections import fit_procrustes
 
 
@@ -162,13 +161,12 @@ def test_search_statistics_by_brute_force(monkeypatch):
     np.testing.assert_allclose(found.highest, scores.max(axis=0), atol=1e-6)
 
 
-def test_features_are_percentiles_and_neighbours_exact(monkeypatch):
+def test_features_are_percentiles_and_neighbours_exact():
     items = rows(40, 6, 3)
     centred = (items - items.mean(dim=0)).numpy()
     centred /= np.linalg.norm(centred, axis=1, keepdims=True)
     cosines = centred @ centred.T
     np.fill_diagonal(cosines, -2)
-    monkeypatch.setattr("xbt.index.neighbours.SCORES_AT_ONCE", 40 * 7)
     values, near = nearest_items(items, 5)
     np.testing.assert_array_equal(near.numpy(), np.argsort(-cosines, axis=1)[:, :5])
     features = item_features(items, 2 * items, rows(30, 6, 4), rows(30, 6, 5), Slopes(3.0, 5.0), values)

@@ -11,7 +11,7 @@ from fuzzing import damaged, damaged_json, dump, fuzzed, loads_or_refuses
 from hypothesis import given
 
 from xbt.backfill import load_merge, save_merge
-from xbt.backfill.measure import CurveLog, CurvePoint, JsonLines
+from xbt.backfill.curve import CurveLog, CurvePoint, JsonLines
 from xbt.backfill.plan import read_order, write_order
 from xbt.errors import DataError, StoreError
 from xbt.index import AffineMerge, IsotonicMerge, Merge

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from xbt.cli import CommandResult, app, commands
-from xbt.cli.commands import COMMANDS, Command
+from xbt.cli import CommandResult, app
+from xbt.cli.app import COMMANDS, Command
 from xbt.errors import DataError
 from xbt.version import __version__
 
@@ -42,7 +42,7 @@ def command(monkeypatch):
     def install(function, **options):
         monkeypatch.setattr(sys.modules[__name__], "job", function, raising=False)
         monkeypatch.setattr(
-            commands,
+            app,
             "COMMANDS",
             (Command("try", "", f"{__name__}:Settings", f"{__name__}:job", "xbt try", **options),),
         )
@@ -247,9 +247,9 @@ def lost(settings):
 
 MADE = """import sys
 sys.path.insert(0, {folder!r})
-from xbt.cli import app, commands
-from xbt.cli.commands import Command
-commands.COMMANDS = (Command("try", "", "test_app:Settings", "test_app:{job}", "xbt try"),)
+from xbt.cli import app
+from xbt.cli.app import Command
+app.COMMANDS = (Command("try", "", "test_app:Settings", "test_app:{job}", "xbt try"),)
 sys.exit(app.main({words!r}))
 """
 

@@ -20,7 +20,7 @@ from xbt.evaluation import (
     evaluate_cell,
     format_table,
 )
-from xbt.evaluation.bootstrap import cautious_interval, means_and_errors, student_quantile
+from xbt.evaluation.bootstrap import cautious_interval, means_and_errors
 
 
 def test_gain_is_fixed_minus_broken():
@@ -75,13 +75,6 @@ def test_coverage():
         interval = bootstrap_interval(values, confidence=0.9, samples=500, seed=trial)
         covered += interval.low <= 0.3 <= interval.high
     assert 0.85 <= covered / 200 <= 0.95
-
-
-@pytest.mark.parametrize("probability", [0.8, 0.95, 0.975, 0.99])
-def test_student_quantile_agrees_with_scipy(probability):
-    for degrees in (5, 9, 19, 49, 299, 5000):
-        expected = stats.t.ppf(probability, degrees)
-        assert student_quantile(probability, degrees) == pytest.approx(expected, rel=1e-3)
 
 
 def test_standard_error_agrees_with_scipy():

@@ -81,9 +81,9 @@ def test_wrong_arguments():
     for depths in ([], [0, 5]):
         with pytest.raises(ConfigError, match="depths"):
             depth_curve(old_queries, new_queries, old, new, positives, depths=depths)
-    with pytest.raises(DataError, match="40 old queries and 39 new"):
+    with pytest.raises(DataError, match="40 queries in the old space and 39 in the new"):
         depth_curve(old_queries, new_queries[:39], old, new, positives)
-    with pytest.raises(DataError, match="60 old items and 59 new"):
+    with pytest.raises(DataError, match="60 items in the old space and 59 in the new"):
         depth_curve(old_queries, new_queries, old, new[:59], positives)
     with pytest.raises(SpaceMismatchError):
         depth_curve(new_queries, new_queries, old, new, positives)

@@ -51,7 +51,7 @@ def test_a_runs_projection_with_the_results_beside_it(hub, projection, tmp_path)
     )  # fmt: skip
     main = hub.repos["org/p"].refs["main"]
     assert found == PushResult(f"{hub.url}/org/p/commit/{main}", main, "LinearProjection", str(place))
-    assert found.format() == f"pushed the LinearProjection in {place}\n{found.url}"
+    assert str(found) == f"pushed the LinearProjection in {place}\n{found.url}"
     assert found.to_dict()["commit"] == main
     assert set(hub.files("org/p")) == {"README.md", "config.json", "model.safetensors"}
     assert hub.repos["org/p"].private

@@ -21,7 +21,7 @@ from xbt.encoders import load_encoder
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
 from xbt.index import Cascade, Gallery, QdrantIndex, cascaded_search
 from xbt.index.cascade import reranked
-from xbt.index.originals import Originals, UnavailableOriginal
+from xbt.index.on_demand import Originals, UnavailableOriginal
 
 COUNT, DEPTH = 90, 12
 IDS = [f"photos/{row:03d}.png" for row in range(COUNT)]

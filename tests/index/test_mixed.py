@@ -14,11 +14,13 @@ from xbt.data.synthetic import WORLDS, make_vector_world
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
 from xbt.evaluation import best_positive_ranks, recall_at_k
 from xbt.index.calibration import (
+    MixedScores,
     compare_merges,
     fit_kind,
     fit_merge,
+    isotonic_curve,
     logistic_fit,
-    pool_adjacent_violators,
+    mixed_ranks,
 )
 from xbt.index.mixed import (
     AffineMerge,
@@ -30,7 +32,6 @@ from xbt.index.mixed import (
     merge_top,
 )
 from xbt.index.protocol import Hits
-from xbt.index.ranks import MixedScores, mixed_ranks
 
 MERGES = [
     RawMerge(),
@@ -172,7 +173,7 @@ def test_ties_count_against_us(merge):
 def test_queries_are_taken_in_pieces(sample, monkeypatch):
     mask = np.arange(60) % 3 == 0
     whole = mixed_ranks(*sample, mask, AffineMerge(1.5, 0.1))
-    monkeypatch.setattr("xbt.index.ranks.QUERIES_AT_ONCE", 60 * 7)
+    monkeypatch.setattr("xbt.index.calibration.QUERIES_AT_ONCE", 60 * 7)
     assert torch.equal(mixed_ranks(*sample, mask, AffineMerge(1.5, 0.1)), whole)
 
 
@@ -196,9 +197,9 @@ def answers(n, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_pooling_equals_scikit_learn(seed):
+def test_isotonic_curve_equals_scikit_learn(seed):
     scores, relevant = answers(3000, seed)
-    knots, values = pool_adjacent_violators(scores, relevant)
+    knots, values = isotonic_curve(scores, relevant)
     model = IsotonicRegression(out_of_bounds="clip").fit(scores.astype(np.float64), relevant.astype(float))
     where = np.linspace(-4, 4, 1001)
     np.testing.assert_allclose(np.interp(where, knots, values), model.predict(where), atol=1e-9)

@@ -8,7 +8,7 @@ from galleries import as_items, assert_finds, brute_force, make_space, names, un
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
 from xbt.index import AffineMerge, Gallery, RankMerge, RawMerge
-from xbt.index.ranks import mixed_ranks
+from xbt.index.calibration import mixed_ranks
 from xbt.space import EmbeddingSpace
 from xbt.store import EmbeddingStore
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from serving import NEW_DIM, unit_rows
 
-from xbt.backfill.measure import Questions, measure
+from xbt.backfill.curve import Questions, measure
 from xbt.errors import DataError, SpaceMismatchError
 from xbt.index import AffineMerge, Gallery, QdrantIndex, RankMerge, RawMerge, VectorIndex, search_mixed
 from xbt.index.mixed import next_vector_name

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from xbt.errors import ConfigError, DataError
 from xbt.report.config import VectorSource
-from xbt.report.from_vectors import _array
+from xbt.report.sample import _array
 
 ROWS = np.random.default_rng(5).standard_normal((7, 3)).astype(np.float32)
 

@@ -15,11 +15,11 @@ from PIL import Image
 from upgrade_worlds import HOSTILE
 
 from xbt.evaluation import Interval
-from xbt.report import charts, figures
+from xbt.report import figures
 from xbt.report.curve import ExpectedCurve
-from xbt.report.page import render_page, thumbnail
+from xbt.report.page import curve_chart, render_page, thumbnail
 
-STYLE = (Path(charts.__file__).parent / "templates" / "page.css").read_text(encoding="utf-8")
+STYLE = (Path(figures.__file__).parent / "templates" / "page.css").read_text(encoding="utf-8")
 LIGHT, DARK = (
     dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", block)) for block in re.findall(r":root \{([^}]*)\}", STYLE)
 )
@@ -165,7 +165,7 @@ def test_thumbnails(size, kind, most):
 def test_a_curve_rises_upwards():
     points = tuple(Interval(value, value - 0.02, value + 0.02) for value in (0.2, 0.3, 0.5))
     curve = ExpectedCurve((0.0, 0.5, 1.0), {"random order": points}, None, 10)
-    drawn = charts.curve_chart(curve, "A curve")
+    drawn = curve_chart(curve, "A curve")
     line = re.search(r'<polyline points="([^"]*)"', drawn)[1].split()
     heights = [float(point.split(",")[1]) for point in line]
     assert heights == sorted(heights, reverse=True)

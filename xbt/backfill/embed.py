@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,10 +34,12 @@ class ItemsById:
         self._readers: dict[str, tuple[Callable[[int], ImageSource], int]] = {}
         for part in source.parts:
             if isinstance(part, ListedImages):
-                self._enter(part.ids, _from_list(part), range(len(part.ids)))
+                listed = _from_list(part)
+                self._readers |= {name: (listed, row) for row, name in enumerate(part.ids)}
             elif isinstance(part, TarImages):
                 names, places = _tar_members(part)
-                self._enter(names, _from_tar(part.url, places), range(len(names)))
+                read = _from_tar(part.url, places)
+                self._readers |= {name: (read, row) for row, name in enumerate(names)}
             else:
                 raise ConfigError(
                     f"{source.name} is a stream, which can only be read in its own order; leave out streaming"
@@ -53,10 +55,6 @@ class ItemsById:
         """The undecoded image of an item."""
         read, place = self._readers[item]
         return read(place)
-
-    def _enter(self, names: Iterable[str], read: Callable[[int], ImageSource], places: Iterable[int]) -> None:
-        for name, place in zip(names, places, strict=True):
-            self._readers[name] = (read, place)
 
 
 def _from_list(part: ListedImages) -> Callable[[int], ImageSource]:
@@ -104,12 +102,9 @@ def _tar_members(part: TarImages) -> tuple[list[str], list[tuple[int, int]]]:
 
 @dataclass
 class Embedded:
-    """The vectors of a chunk, or of one process's share of it.
+    """The (n, dim) vectors of a chunk, or of one process's share of it, and their places in the chunk.
 
-    Attributes:
-        places: Places in the chunk of the items that were embedded.
-        vectors: (n, dim) float32 of these.
-        rejected: Place → reason, of the other items.
+    ``rejected`` holds the reasons of the other items by place.
     """
 
     places: list[int]
@@ -118,20 +113,9 @@ class Embedded:
 
 
 class RateLimiter:
-    """Waits where a job would be faster than it may.
+    """Waits where a job would be faster than ``per_second`` items; ``None`` never waits.
 
     Time spent on other things is not made up for by a burst.
-
-    Args:
-        per_second: Items per second; ``None`` never waits.
-        clock: Time in seconds, from any start.
-        sleep: Waits so many seconds.
-
-    Example:
-        >>> limiter = RateLimiter(100)
-        >>> for batch in batches:
-        ...     encode(batch)
-        ...     limiter.wait(len(batch))
     """
 
     def __init__(
@@ -163,16 +147,9 @@ def embed_chunks(
     workers: int,
     limiter: RateLimiter,
 ) -> Generator[Embedded, None, None]:
-    """Embed every n-th item of every chunk; images are decoded ahead, across chunks.
+    """Embed every n-th item of every chunk of ids; images are decoded ahead, across chunks.
 
-    Args:
-        encoder: The new encoder.
-        items: The images.
-        chunks: Ids of the items of each chunk.
-        share: Number of this process, and number of processes.
-        batch_size: Images per forward pass.
-        workers: Processes that decode.
-        limiter: Limits the rate of this process.
+    ``share`` is the number of this process, and the number of processes.
 
     Yields:
         One result per chunk.

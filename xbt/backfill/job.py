@@ -12,11 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from xbt.backfill.config import MAY_CHANGE, BackfillConfig
+from xbt.backfill.curve import NEXT, CurveLog, CurvePoint, JsonLines
 from xbt.backfill.embed import Embedded, ItemsById, RateLimiter, embed_chunks, gathered
-from xbt.backfill.measure import NEXT, CurveLog, CurvePoint, JsonLines
 from xbt.backfill.plan import (
     Chunk,
-    Models,
     as_questions,
     cut,
     draw_plan,
@@ -54,7 +53,6 @@ from xbt.index.target import (
 )
 from xbt.processes import Team, cores_per_process, start_processes
 from xbt.run_dir import RunDirectory
-from xbt.space import EmbeddingSpace
 from xbt.store.lock import WriterLock
 
 ORDER, CURVE, REJECTED, RESULT = "order.json", "curve.jsonl", "rejected.jsonl", "result.json"
@@ -153,17 +151,9 @@ def _embed(
     workers = config.num_workers
     if workers is None:
         workers = choose_workers(encoder, cores_per_process(team.state))
-    rate = config.items_per_second
-    limiter = RateLimiter(None if rate is None else rate / team.count)
-    shares = embed_chunks(
-        encoder,
-        items,
-        [chunk.ids for chunk in chunks],
-        (team.rank, team.count),
-        config.batch_size,
-        workers,
-        limiter,
-    )
+    limiter = RateLimiter(config.items_per_second and config.items_per_second / team.count)
+    share, ids = (team.rank, team.count), [chunk.ids for chunk in chunks]
+    shares = embed_chunks(encoder, items, ids, share, config.batch_size, workers, limiter)
     total = sum(len(chunk.ids) for chunk in chunks)
     bar = tqdm(total=total, desc="backfilling", unit="image", disable=not team.is_main)
     with closing(shares), bar:
@@ -184,12 +174,7 @@ def _load(config: BackfillConfig, team: Team) -> DualEncoder:
 class _Coordinator:
     """The main process's part of a backfill: the index, the order, the records and the stopping rules.
 
-    Args:
-        config: Settings of the job.
-        run: The job's directory.
-        encoder: The new encoder.
-        items: The images.
-        index: The index; ``None`` opens the one that the config names.
+    It opens the index that the config names, unless one is given.
     """
 
     def __init__(
@@ -231,7 +216,12 @@ class _Coordinator:
                 "nothing to backfill; give the encoder that will replace the one it was made with"
             )
         ids = [name for batch in self._index.scan() for name in batch.ids]
-        self._require_images(ids)
+        if ids and not any(name in self._items for name in ids):
+            raise DataError(
+                f"none of the {len(ids)} items of the gallery {config.gallery}, first {ids[0]!r}, is "
+                f"among the {len(self._items)} images of {self._items.name}; give the images that it was "
+                "made of, read in the same way"
+            )
         self._lock.acquire()
         if config.overwrite:
             for name in (ORDER, CURVE, REJECTED, RESULT):
@@ -243,14 +233,17 @@ class _Coordinator:
             self._position = len(self._order)
             return []
         self._prepare_order(set(ids))
-        return self._prepare_chunks()
+        self._fingerprints = fingerprints(self._index, *self._names)
+        rejected = {entry["id"] for entry in self._rejected.entries}
+        self._position, chunks = cut(self._order, self._fingerprints.keys() - rejected, config)
+        self._earlier, self._began = self._curve.seconds, time.monotonic()
+        if not self._curve.points or self._position % config.evaluate_every == 0:
+            self._measure()
+        self._why = self._reason_to_stop()
+        return chunks if self._why is None else []
 
     def commit(self, chunk: Chunk, done: Embedded) -> str | None:
         """Write a chunk to the index and, when it is time, update the index and measure.
-
-        Args:
-            chunk: The chunk.
-            done: Its vectors and rejections.
 
         Returns:
             The reason to end the job now; ``None`` to go on.
@@ -307,14 +300,6 @@ class _Coordinator:
             )
         return None
 
-    def _require_images(self, ids: list[str]) -> None:
-        if ids and not any(name in self._items for name in ids):
-            raise DataError(
-                f"none of the {len(ids)} items of the gallery {self._config.gallery}, first {ids[0]!r}, is "
-                f"among the {len(self._items)} images of {self._items.name}; give the images that it was "
-                "made of, read in the same way"
-            )
-
     def _prepare_order(self, ids: set[str]) -> None:
         """Read the order and the merge, or make them; the index has a new vector afterwards."""
         config, index, path = self._config, self._index, self._run.path
@@ -323,7 +308,9 @@ class _Coordinator:
         old_space = index.info().vectors[old].space
         evaluation = load_questions(config, ids)
         models = load_models(config, self._encoder)
-        _require_old_space(models, old_space)
+        for encoder in filter(None, (models.old, models.query_encoder)):
+            if old_space is not None:
+                old_space.require(encoder.space, f"the encoder {encoder.name}, which makes old queries,")
         left = pending(index, new)
         require_capacity(index, len(left), self._encoder.dim)
         if evaluation is not None:
@@ -342,22 +329,6 @@ class _Coordinator:
         self._order = order
         begin(index, new, self._encoder.space)
 
-    def _prepare_chunks(self) -> list[Chunk]:
-        self._fingerprints = fingerprints(self._index, *self._names)
-        rejected = {entry["id"] for entry in self._rejected.entries}
-        self._position, chunks = cut(self._order, self._fingerprints.keys() - rejected, self._config)
-        self._earlier, self._began = self._curve.seconds, time.monotonic()
-        if not self._curve.points or self._position % self._config.evaluate_every == 0:
-            self._measure()
-        self._why = self._reason_to_stop()
-        return chunks if self._why is None else []
-
     def _measure(self) -> None:
         seconds = self._earlier + time.monotonic() - self._began
         self._curve.measure(self._index, self._merge, self._position, seconds)
-
-
-def _require_old_space(models: Models, space: EmbeddingSpace | None) -> None:
-    for encoder in filter(None, (models.old, models.query_encoder)):
-        if space is not None:
-            space.require(encoder.space, f"the encoder {encoder.name}, which makes old queries,")

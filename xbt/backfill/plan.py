@@ -13,9 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.backfill.config import BackfillConfig
-from xbt.backfill.fastfill import fastfill_order
-from xbt.backfill.measure import Questions
-from xbt.backfill.orders import distance_to_mean_order, oldest_first, query_log_order, random_order
+from xbt.backfill.curve import Questions
+from xbt.backfill.orders import (
+    distance_to_mean_order,
+    fastfill_order,
+    oldest_first,
+    query_log_order,
+    random_order,
+)
 from xbt.backfill.rehearsal import fit_rehearsed_order
 from xbt.compatible.encoder import CompatibleEncoder
 from xbt.compatible.saving import ENSEMBLE_DIR
@@ -40,13 +45,7 @@ Queries = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a backfill.
-
-    Attributes:
-        new: The new encoder.
-        old: The old encoder, if it was given.
-        query_encoder: Makes queries in the old space; ``None`` if nothing was given for that.
-    """
+    """The encoders of a backfill. The query encoder, if there is one, makes queries in the old space."""
 
     new: DualEncoder
     old: DualEncoder | None
@@ -74,14 +73,9 @@ def load_models(config: BackfillConfig, new: DualEncoder) -> Models:
 
 @dataclass(frozen=True)
 class Support:
-    """Pairs under both models, to learn from.
+    """Pairs under both models, to learn from: (n, dim) images, and (q, dim) captions as queries.
 
-    Attributes:
-        old_items: (n, old_dim) images under the old model.
-        new_items: (n, new_dim) the same under the new model.
-        old_queries: (q, old_dim) their captions as queries in the old space.
-        new_queries: (q, new_dim) the same under the new model.
-        item_of_query: (q,) int64 the image of each caption.
+    ``item_of_query`` (q,) int64 names the image of each caption.
     """
 
     old_items: Tensor
@@ -91,9 +85,10 @@ class Support:
     item_of_query: Tensor
 
     @property
-    def positives(self) -> list[list[int]]:
-        """Items that answer each query."""
-        return [[item] for item in self.item_of_query.tolist()]
+    def sides(self) -> tuple[Tensor, Tensor, Tensor, Tensor, list[list[int]]]:
+        """Old and new queries, old and new items, and the items that answer each query."""
+        answers = [[item] for item in self.item_of_query.tolist()]
+        return self.old_queries, self.new_queries, self.old_items, self.new_items, answers
 
 
 def embed_support(
@@ -121,11 +116,7 @@ def embed_support(
 
 
 def load_questions(config: BackfillConfig, ids: Collection[str]) -> ImageTextPairs | None:
-    """Load the pairs that measure recall: those whose images are among the ids of the index.
-
-    Returns:
-        The pairs; ``None`` if none are wanted.
-    """
+    """Load the pairs that measure recall, if any: those whose images are among the ids."""
     if config.evaluation is None:
         return None
     pairs = load_pairs(config.evaluation)
@@ -166,23 +157,14 @@ def _collection(source: PairSource) -> tuple[str, str | None, str | None]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Items that are written to the index at once.
-
-    Attributes:
-        ids: Items of a stretch of the order that are still to be done, most urgent first.
-        end: Position in the order after the stretch.
-    """
+    """Ids that are written at once, most urgent first, and the position in the order after them."""
 
     ids: list[str]
     end: int
 
 
 def kept_plan(path: Path, pending: Sequence[str]) -> list[str] | None:
-    """Read an earlier run's order, and append the items that were added to the index since.
-
-    Returns:
-        Ids, most urgent first; ``None`` if no order has been drawn yet.
-    """
+    """Read the order of an earlier run, if there is one, and append the items added since."""
     kept = read_order(path)
     if kept is None:
         return None
@@ -205,15 +187,7 @@ def draw_plan(
 ) -> list[str]:
     """Order the pending items of an index by the rule of the config, and write the order to disk.
 
-    Args:
-        path: File of the order.
-        config: The rule and its settings; it has checked that everything the rule needs is there.
-        index: The index.
-        old: Name of its old vector.
-        pending: Items to order.
-        models: Encoders of queries, for a query log.
-        support: Pairs to learn from.
-        merge: How both sides are merged.
+    ``old`` names the old vector. The config has checked that everything that its rule needs is there.
     """
     log = None if config.query_log is None else models.queries(read_captions(config.query_log))
     ids = list(pending)
@@ -253,16 +227,7 @@ def cut(order: Sequence[str], pending: Collection[str], config: BackfillConfig) 
 
 def fit_support_merge(support: Support, seed: int, kinds: Sequence[str] = KINDS) -> Merge:
     """Fit a merge to the support, of the kind with the best recall among these."""
-    return fit_merge(
-        support.old_queries,
-        support.new_queries,
-        support.old_items,
-        support.new_items,
-        support.positives,
-        kinds=kinds,
-        groups=support.item_of_query,
-        seed=seed,
-    )
+    return fit_merge(*support.sides, kinds=kinds, groups=support.item_of_query, seed=seed)
 
 
 def _given(value: T | None) -> T:
@@ -271,14 +236,8 @@ def _given(value: T | None) -> T:
 
 
 def _fastfill(items: NDArray[np.float32], support: Support, seed: int) -> Tensor:
-    return fastfill_order(
-        items,
-        support.old_items,
-        support.new_items,
-        support.new_queries,
-        support.item_of_query,
-        seed=seed,
-    )
+    sample = support.old_items, support.new_items, support.new_queries, support.item_of_query
+    return fastfill_order(items, *sample, seed=seed)
 
 
 def _rehearsed(
@@ -286,18 +245,8 @@ def _rehearsed(
 ) -> Tensor:
     if merge.by_rank:  # a rehearsal compares scores
         merge = fit_support_merge(support, seed, ("affine",))
-    old_sample, new_sample = log or (support.old_queries, support.new_queries)
-    learned = fit_rehearsed_order(
-        support.old_queries,
-        support.new_queries,
-        support.old_items,
-        support.new_items,
-        support.positives,
-        merge,
-        sample_old=old_sample,
-        sample_new=new_sample,
-        seed=seed,
-    )
+    old, new = log or (support.old_queries, support.new_queries)
+    learned = fit_rehearsed_order(*support.sides, merge, sample_old=old, sample_new=new, seed=seed)
     return learned.order(items)
 
 

@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from xbt.backfill.curve import backfill_curve
-from xbt.backfill.fastfill import out_of_fold
-from xbt.backfill.orders import SCORES_AT_ONCE, require_same_dim, spread_out
+from xbt.backfill.orders import SCORES_AT_ONCE, out_of_fold, require_same_dim, spread_out
 from xbt.errors import ConfigError, DataError
-from xbt.index.calibration import logistic_fit
+from xbt.index.calibration import MixedScores, logistic_fit
 from xbt.index.mixed import Merge
 from xbt.index.neighbours import nearest_items
-from xbt.index.ranks import MixedScores
 from xbt.projections.base import Projection
 from xbt.projections.ridge import fit_ridge
 from xbt.vectors import Vectors, as_vectors
@@ -67,12 +65,8 @@ class Slopes(NamedTuple):
 class Search(NamedTuple):
     """Statistics of each of m items over some queries, all (m,).
 
-    Attributes:
-        found: For every share, how often the item is among that share of the results.
-        summed: Sum over the queries of the item's share in softmax(slope · scores).
-        greatest: The greatest of these.
-        mean: Mean score.
-        highest: Greatest score.
+    ``found`` counts, for every share, how often the item is among that share of the results. ``summed`` and
+    ``greatest`` are of the item's shares in softmax(slope · scores), ``mean`` and ``highest`` of its scores.
     """
 
     found: list[Tensor]
@@ -118,13 +112,9 @@ def item_features(
 ) -> Tensor:
     """Compute features of every item, each as its percentile, so that indexes of any size compare.
 
-    Args:
-        items: (m, old_dim) old vectors.
-        mapped: (m, new_dim) old vectors under a forward map, not normalised: shorter where less certain.
-        old_queries: (n, old_dim) sample queries in the old space.
-        new_queries: (n, new_dim) the same in the new space.
-        slopes: Slopes of both sides' log-odds.
-        neighbour_cosines: (m, k) of :func:`~xbt.index.neighbours.nearest_items`.
+    ``mapped`` are the (m, new_dim) old vectors under a forward map, not normalised: shorter where less
+    certain. The (n, dim) queries are a sample in both spaces; ``neighbour_cosines`` are of
+    :func:`~xbt.index.neighbours.nearest_items`.
 
     Returns:
         (m, len(FEATURES)) float32, each column of mean 0 and variance 1.

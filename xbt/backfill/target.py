@@ -27,11 +27,9 @@ Spaces = tuple[EmbeddingSpace | None, EmbeddingSpace | None]
 
 
 def open_target(location: str, store: str | None = None) -> VectorIndex:
-    """Open the index that a config names.
+    """Open the index that a config names: the directory of a gallery, or ``qdrant://HOST:PORT/COLLECTION``.
 
-    Args:
-        location: The directory of a gallery, or ``qdrant://HOST:PORT/COLLECTION``.
-        store: A store to make the gallery from if there is none; it is not changed.
+    ``store`` makes the gallery if there is none; it is not changed.
     """
     scheme, has_scheme, rest = location.partition("://")
     if has_scheme:
@@ -133,8 +131,9 @@ def load_merge(
         raise DataError(
             f"{gallery} has no {MERGE}; run the backfill with --support, or save one with save_merge()"
         )
-    merge, fitted = _read(path)
-    own = _spaces_of(Path(gallery))
+    plain = read_record(path)
+    fitted = [_space(path, plain.pop(name, None)) for name in SPACES]  # Merge.to_dict() alone names none
+    merge, own = merge_from_dict(plain), _spaces_of(Path(gallery))
     needed = (old_space or own[0], new_space or own[1])
     for mine, its, way in zip(fitted, needed, ("from", "to"), strict=True):
         if mine is not None and its is not None and not mine.same_as(its):
@@ -152,12 +151,6 @@ def is_merge_of(directory: Path, old_space: EmbeddingSpace | None, new_space: Em
     except (DataError, SpaceMismatchError):
         return False
     return True
-
-
-def _read(path: Path) -> tuple[Merge, Spaces]:
-    plain = read_record(path)
-    spaces = [plain.pop(name, None) for name in SPACES]  # Merge.to_dict() alone names none
-    return merge_from_dict(plain), (_space(path, spaces[0]), _space(path, spaces[1]))
 
 
 def _space(path: Path, data: Any) -> EmbeddingSpace | None:

@@ -77,8 +77,7 @@ class PushResult:
         """A JSON-able form."""
         return asdict(self)
 
-    def format(self) -> str:
-        """Format the result in two lines, for a terminal."""
+    def __str__(self) -> str:
         return f"pushed the {self.kind} in {self.path}\n{self.url}"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
 from PIL import Image
@@ -54,6 +54,14 @@ class Cell:
     n_texts: int
     ranks: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    @classmethod
+    def of(
+        cls, name: str, ranks: Mapping[str, Tensor], ks: Sequence[int], n_images: int, n_texts: int
+    ) -> Self:
+        """Count the hits of ranks by direction."""
+        recall = {d: {k: int((rank < k).sum()) / len(rank) for k in ks} for d, rank in ranks.items()}
+        return cls(name, recall["T2I"], recall.get("I2T", {}), n_images, n_texts, ranks)
+
     def recall(self, direction: str) -> dict[int, float]:
         """R@k of ``"T2I"`` or ``"I2T"``.
 
@@ -93,14 +101,7 @@ def evaluate_cell(
     ks = check_ks(ks)
     t2i = best_positive_ranks(query_texts, gallery_images, pairs_positives_t2i)
     i2t = best_positive_ranks(query_images, gallery_texts, pairs_positives_i2t)
-    return Cell(
-        name,
-        t2i={k: int((t2i < k).sum()) / len(t2i) for k in ks},
-        i2t={k: int((i2t < k).sum()) / len(i2t) for k in ks},
-        n_images=len(gallery_images),
-        n_texts=len(gallery_texts),
-        ranks={"T2I": t2i, "I2T": i2t},
-    )
+    return Cell.of(name, {"T2I": t2i, "I2T": i2t}, ks, len(gallery_images), len(gallery_texts))
 
 
 def criterion(new_old: Cell, old_old: Cell) -> PerDirection:
@@ -245,25 +246,13 @@ class RetrievalReport:
                     "name": cell.name,
                     "n_images": cell.n_images,
                     "n_texts": cell.n_texts,
-                    **{direction: _named(cell.recall(direction)) for direction in DIRECTIONS},
+                    **keyed({direction: cell.recall(direction) for direction in DIRECTIONS}),
                 }
                 for cell in self.cells
             ],
-            "criterion": {
-                name: {direction: _named(values) for direction, values in verdict.items()}
-                for name, verdict in self.verdicts.items()
-            },
-            "recovered_gain": {
-                name: {direction: _named(values) for direction, values in gain.items()}
-                for name, gain in self.gains.items()
-            },
-            "difference_to_old_old": {
-                name: {
-                    direction: _named({k: change.to_dict() for k, change in values.items()})
-                    for direction, values in difference.items()
-                }
-                for name, difference in self.differences.items()
-            },
+            "criterion": {name: keyed(verdict) for name, verdict in self.verdicts.items()},
+            "recovered_gain": {name: keyed(gain) for name, gain in self.gains.items()},
+            "difference_to_old_old": {name: keyed(change) for name, change in self.differences.items()},
         }
 
 
@@ -342,5 +331,9 @@ class LazyImages(Sequence[Image.Image]):
         return self._pairs.image(index % len(self))
 
 
-def _named(values: Mapping[int, Any]) -> dict[str, Any]:
-    return {f"R@{k}": value for k, value in values.items()}
+def keyed(by_direction: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:
+    """Give values by direction and k JSON-able keys such as ``"R@1"``."""
+    return {
+        direction: {f"R@{k}": v.to_dict() if isinstance(v, Difference) else v for k, v in values.items()}
+        for direction, values in by_direction.items()
+    }

@@ -102,20 +102,16 @@ def evaluate_labels(
     checked_ks = check_ks(ks)
     if (gallery_vectors is None) != (gallery_labels is None):
         raise DataError("gallery_vectors and gallery_labels belong together; give both or neither")
-    queries, label_of_query = (
-        unit_rows(as_vectors(query_vectors, "queries")),
-        _as_labels(query_labels, "query_labels"),
-    )
+    queries = unit_rows(as_vectors(query_vectors, "queries"))
+    label_of_query = _as_labels(query_labels, "query_labels")
     if gallery_vectors is None or gallery_labels is None:
         if gallery_ids is not None:
             raise DataError("gallery_ids were given without a gallery; give query_ids alone")
         items, labels = queries, label_of_query
         gallery_ids = query_ids = range(len(queries)) if query_ids is None else query_ids
     else:
-        items, labels = (
-            unit_rows(as_vectors(gallery_vectors, "gallery")),
-            _as_labels(gallery_labels, "gallery_labels"),
-        )
+        items = unit_rows(as_vectors(gallery_vectors, "gallery"))
+        labels = _as_labels(gallery_labels, "gallery_labels")
     _check_lengths("queries", len(queries), query_labels=label_of_query, query_ids=query_ids)
     _check_lengths("gallery items", len(items), gallery_labels=labels, gallery_ids=gallery_ids)
     if queries.shape[1] != items.shape[1]:
@@ -124,7 +120,9 @@ def evaluate_labels(
             "on their common prefix with prefix_vectors, or embed the queries into the gallery's space"
         )
     excluded = _own_items(query_ids, gallery_ids, len(queries))
-    ranks, precisions = _rank(queries, label_of_query, _sorted_gallery(items, labels), excluded, chunk_size)
+    order = np.argsort(labels, kind="stable")
+    gallery = _ByClass(*retrieval.distinct_rows(items.numpy()[order]), labels[order], np.argsort(order))
+    ranks, precisions = _rank(queries, label_of_query, gallery, excluded, chunk_size)
     counted = ranks >= 0
     if not counted.any():
         raise DataError("no query has an item of its class in the gallery; check that the labels agree")
@@ -140,25 +138,15 @@ def evaluate_labels(
 
 
 class _ByClass(NamedTuple):
-    """Gallery sorted by class.
+    """Gallery sorted by class: distinct vectors, each item's column among them, and ascending labels.
 
-    Attributes:
-        distinct: (m, dim) distinct vectors.
-        columns: (n_gallery,) index of each item's vector in ``distinct``.
-        labels: (n_gallery,) labels in ascending order.
-        positions: (n_gallery,) position of each gallery row in the sorted order.
+    ``positions`` are those of the gallery rows in the sorted order.
     """
 
     distinct: NDArray[Any]
     columns: NDArray[np.int64]
     labels: NDArray[np.int64]
     positions: NDArray[np.int64]
-
-
-def _sorted_gallery(items: Tensor, labels: NDArray[np.int64]) -> _ByClass:
-    order = np.argsort(labels, kind="stable")
-    distinct, columns = retrieval.distinct_rows(items.numpy()[order])
-    return _ByClass(distinct, columns, labels[order], np.argsort(order))
 
 
 def _rank(
@@ -194,15 +182,11 @@ def _rank(
         for number, (row, class_scores) in enumerate(zip(scores, relevant, strict=True), start):
             class_scores = class_scores[np.searchsorted(class_scores, -np.inf, "right") :]
             if len(class_scores):
-                ranks[number], precisions[number] = _rank_one(row, class_scores)
+                above = size - np.searchsorted(row, class_scores, "left")
+                right_above = len(class_scores) - np.searchsorted(class_scores, class_scores, "left")
+                ranks[number] = above[-1] - right_above[-1]
+                precisions[number] = (right_above / above).mean()
     return ranks, precisions
-
-
-def _rank_one(scores: NDArray[Any], relevant: NDArray[Any]) -> tuple[int, float]:
-    """Rank of the best relevant item and average precision, from ascending scores of all and of relevant."""
-    all_above = len(scores) - np.searchsorted(scores, relevant, "left")
-    relevant_above = len(relevant) - np.searchsorted(relevant, relevant, "left")
-    return int(all_above[-1] - relevant_above[-1]), float((relevant_above / all_above).mean())
 
 
 def _as_labels(labels: Labels, name: str) -> NDArray[np.int64]:

@@ -143,9 +143,9 @@ class CompatibilityMatrix:
         # A bar in a name would open another column.
         names = [name.replace("|", chr(92) + "|") if markdown else name for name in self.names]
         head = ["query \\ gallery" + (f" ({self.metric})" if self.metric else ""), *names]
-        rows = [
-            [name, *(self._entry(i, j, verdicts, scale) for j in range(size))] for i, name in enumerate(names)
-        ]
+        rows = [[name, *[""] * size] for name in names]
+        for i, j in lower_triangle(size):
+            rows[i][1 + j] = f"{scale * self[i, j]:.1f}" + ("" if verdicts.get((i, j), True) else " x")
         notes = [f"AM {scale * self.average_metric():.2f}"]
         if size > 1:
             notes.insert(0, f"AC {self.average_compatibility()} (x: does not beat the gallery's own model)")
@@ -154,25 +154,16 @@ class CompatibilityMatrix:
             lines.insert(1, f"|---|{'---:|' * size}")
             return "\n".join([*lines, "", *(f"- {note}" for note in notes)])
         widths = [max(len(row[column]) for row in (head, *rows)) for column in range(size + 1)]
-        lines = ["  ".join(_aligned(row, widths)).rstrip() for row in (head, *rows)]
+        lines = [
+            f"{'  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])}".rstrip()
+            for row in (head, *rows)
+        ]
         return "\n".join([*lines, "", *notes])
-
-    def _entry(self, i: int, j: int, verdicts: Mapping[tuple[int, int], bool], scale: float) -> str:
-        if j > i:
-            return ""
-        return f"{scale * self[i, j]:.1f}" + ("" if verdicts.get((i, j), True) else " x")
 
 
 def lower_triangle(count: int) -> list[tuple[int, int]]:
     """Entries (query version, gallery version) of ``count`` versions, row by row."""
     return [(row, column) for row in range(count) for column in range(row + 1)]
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
-    return [
-        row[0].ljust(widths[0]),
-        *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-    ]
 
 
 def compatibility_matrix(

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xbt.errors import ConfigError, DataError
+from xbt.errors import ConfigError
 from xbt.evaluation.bootstrap import Interval, bootstrap_interval, hits_at
 from xbt.evaluation.retrieval import (
     SCORE_BYTES,
@@ -20,6 +20,7 @@ from xbt.evaluation.retrieval import (
     check_ks,
     check_positives,
     distinct_rows,
+    require_same_counts,
 )
 from xbt.vectors import Vectors, as_vectors
 
@@ -135,9 +136,7 @@ def depth_curve(
     if not depths or min(depths) < 1:
         raise ConfigError(f"depths is {list(depths)}; give depths of at least 1, such as {DEPTHS}")
     cutoffs = check_ks(ks)
-    for what, old, new in (("queries", old_queries, new_queries), ("items", old_gallery, new_gallery)):
-        if len(old) != len(new):
-            raise DataError(f"there are {len(old)} old {what} and {len(new)} new ones; give the same in both")
+    require_same_counts(old_queries, new_queries, old_gallery, new_gallery)
     alone = best_positive_ranks(new_queries, new_gallery, positives)
     first = best_positive_ranks(old_queries, old_gallery, positives)
     tried = sorted({min(depth, len(old_gallery)) for depth in depths})

@@ -80,11 +80,9 @@ def run_evaluation(
         The report; ``format_table`` prints it.
 
     Raises:
-        XbtError: If an encoder, a saved artifact or the pairs cannot be used.
-        DataError: If the pairs do not match the protocol; with ``fail_on_mismatch`` also if a published value
-            is not reproduced, after everything is written.
-        ConfigError: With ``fail_on_mismatch``, if nothing was published for these models or a published value
-            will not be measured.
+        XbtError: If an encoder, a saved artifact or the pairs cannot be used, or the pairs do not match the
+            protocol. With ``fail_on_mismatch`` also if nothing was published for these models, a published
+            value will not be measured, or one is not reproduced, after everything is written.
 
     Warns:
         UserWarning: If images are left out because they cannot be decoded.
@@ -116,7 +114,10 @@ def run_evaluation(
         [evaluate_retrieval(fold, old, new, upgraded, tuple(config.ks), True, own) for fold in folds]
     )
     report = check_report(measured, protocol, config.expected, config.old, config.new, names)
-    _write(run, report, rejected)
+    run.prepare()
+    skipped = [{"id": item.id, "reason": item.reason} for item in rejected]
+    run.write_json("retrieval.json", {**report.to_dict(), "skipped_images": skipped})
+    (run.path / "retrieval.md").write_text(format_markdown(report) + "\n", encoding="utf-8")
     if show is not None:
         show(report)
     if config.fail_on_mismatch:
@@ -152,10 +153,3 @@ def _readable(
             f"be read, first: {rejected[0].reason}; get them again, or leave the protocol out"
         )
     return folds, []
-
-
-def _write(run: RunDirectory, report: CheckedReport, rejected: list[Rejected]) -> None:
-    run.prepare()
-    skipped = [{"id": item.id, "reason": item.reason} for item in rejected]
-    run.write_json("retrieval.json", {**report.to_dict(), "skipped_images": skipped})
-    (run.path / "retrieval.md").write_text(format_markdown(report) + "\n", encoding="utf-8")

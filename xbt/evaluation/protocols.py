@@ -9,8 +9,8 @@ Vision-Language Models" (ICCV 2025).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -94,13 +94,7 @@ class Protocol:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form: the name and the counts."""
-        return {
-            "name": self.name,
-            "images": self.images,
-            "captions": self.captions,
-            "folds": self.folds,
-            "captions_per_image": self.captions_per_image,
-        }
+        return {name: value for name, value in asdict(self).items() if name != "pitfalls"}
 
 
 _NOT_COCO = (
@@ -110,12 +104,9 @@ _NOT_COCO = (
 _NOT_FLICKR = "check that this is Karpathy's {} with five captions an image: {}"
 
 
-def _by_name(protocols: Iterable[Protocol]) -> dict[str, Protocol]:
-    return {protocol.name: protocol for protocol in protocols}
-
-
-PROTOCOLS: Mapping[str, Protocol] = _by_name(
-    [
+PROTOCOLS: Mapping[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
         Protocol(
             "flickr30k_1k",
             1000,
@@ -147,8 +138,8 @@ PROTOCOLS: Mapping[str, Protocol] = _by_name(
             "check that these are the 4,500 validation images with ten captions each: its test captions are "
             "not public, and parts such as in-domain have fewer images",
         ),
-    ]
-)
+    )
+}
 """Protocols that configs can name."""
 
 
@@ -309,17 +300,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form."""
-        return {
-            "cell": self.cell,
-            "direction": self.direction,
-            "k": self.k,
-            "expected": self.expected,
-            "measured": self.measured,
-            "difference": self.difference,
-            "tolerance": self.tolerance,
-            "agrees": self.agrees,
-            "source": self.source,
-        }
+        return {**asdict(self), "difference": self.difference, "agrees": self.agrees}
 
 
 @dataclass
@@ -405,13 +386,7 @@ def require_comparable(
 ) -> None:
     """Check before the measurement that all values published for these models will be measured.
 
-    Args:
-        expected: The published values.
-        old: Specification of the old model.
-        new: Specification of the new model.
-        cells: Names of the cells that will be measured.
-        ks: The cut-offs.
-        names: See :func:`check_report`.
+    ``cells`` are the names of those that will be measured at ``ks``; the rest is as in :func:`check_report`.
 
     Raises:
         ConfigError: If a value will not be measured, or nothing was published for these models.

@@ -160,17 +160,11 @@ def check_ks(ks: Sequence[int]) -> tuple[int, ...]:
 def check_positives(
     positives: Sequence[Sequence[int]], n_queries: int, n_gallery: int, name: str = "positives"
 ) -> Positives:
-    """Convert lists of positives to CSR arrays.
-
-    Args:
-        positives: The relevant gallery rows of every query.
-        n_queries: Number of queries.
-        n_gallery: Number of gallery rows.
-        name: Name of the lists in error messages.
+    """Convert lists of positives, the relevant gallery rows of every query, to CSR arrays.
 
     Raises:
         DataError: If there is not one list per query, a list is empty, or an entry is not a row of the
-            gallery; the message names the first such query.
+            gallery; the message calls the lists ``name`` and gives the first such query.
     """
     if not isinstance(positives, Sequence | np.ndarray | Tensor) or isinstance(positives, str):
         raise DataError(f"{name} is a {type(positives).__name__}; give one list of gallery rows per query")
@@ -205,6 +199,18 @@ def check_positives(
     return Positives(np.concatenate([[0], np.cumsum(counts)]), keys % n_gallery)
 
 
+def require_same_counts(
+    old_queries: Vectors, new_queries: Vectors, old_gallery: Vectors, new_gallery: Vectors
+) -> None:
+    """Refuse sides that do not have as many queries and items as each other."""
+    for what, old, new in (("queries", old_queries, new_queries), ("items", old_gallery, new_gallery)):
+        if len(old) != len(new):
+            raise DataError(
+                f"there are {len(old)} {what} in the old space and {len(new)} in the new one; "
+                "give the same in both"
+            )
+
+
 def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[Any]]:
     """Check both sides and convert them to a common dtype, float32 or float64."""
     left, right = as_vectors(queries, "queries"), as_vectors(gallery, "gallery")
@@ -216,7 +222,11 @@ def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[
     dtype = torch.promote_types(left.dtype, right.dtype)
     # By Cauchy-Schwarz, the norms bound every partial sum. An overflow could become NaN, which compares false
     # with everything and would look like a perfect rank.
-    norms = [_longest(side) for side in (left, right)]
+    # Computed in blocks to avoid a second copy of the rows in double precision.
+    norms = [
+        max(float(rows.double().norm(dim=1).max()) for rows in torch.split(side, _BLOCK_ROWS))
+        for side in (left, right)
+    ]
     if norms[0] * norms[1] >= torch.finfo(dtype).max:
         raise DataError(
             f"scores overflow {dtype}: the longest query has norm {norms[0]:.3g} and the longest gallery row "
@@ -224,12 +234,6 @@ def _as_pair(queries: Vectors, gallery: Vectors) -> tuple[NDArray[Any], NDArray[
         )
     # numpy from here on: a torch matmul would follow the caller's autocast and float32 matmul precision.
     return left.to(dtype).contiguous().numpy(), right.to(dtype).contiguous().numpy()
-
-
-def _longest(rows: Tensor) -> float:
-    """Largest norm of a row in double precision, computed in blocks to avoid a second copy of the rows."""
-    starts = range(0, len(rows), _BLOCK_ROWS)
-    return max(float(rows[start : start + _BLOCK_ROWS].double().norm(dim=1).max()) for start in starts)
 
 
 def distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.int64]]:

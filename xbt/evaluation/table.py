@@ -104,14 +104,10 @@ def _recovered(gains: Mapping[int, float | None]) -> str:
 def _changed(changes: Mapping[int, Difference]) -> str:
     """Points gained with their 95 % interval, and the shares of queries fixed and broken."""
     return ", ".join(
-        f"{_points(change.gain.estimate)} [{_points(change.gain.low)}, {_points(change.gain.high)}] at R@{k} "
+        "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * share for share in change.gain)) + f" at R@{k} "
         f"(fixed {100 * change.fixed:.1f}, broken {100 * change.broken:.1f})"
         for k, change in changes.items()
     )
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"
 
 
 def _expected_lines(report: RetrievalReport) -> list[str]:
@@ -150,9 +146,7 @@ def _summary(report: CheckedReport) -> str:
 
 
 def _unmeasured(report: CheckedReport) -> list[str]:
-    if not report.unmeasured:
-        return []
-    return [f"published, but not measured here: {', '.join(report.unmeasured)}"]
+    return [f"published, but not measured here: {', '.join(report.unmeasured)}"] if report.unmeasured else []
 
 
 def _in_cell(text: str) -> str:

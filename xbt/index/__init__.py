@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xbt.index.calibration import fit_merge
+from xbt.index.calibration import MixedScores, fit_merge, mixed_ranks
 from xbt.index.cascade import Cascade, cascaded_search
 from xbt.index.gallery import Gallery
 from xbt.index.mixed import (
@@ -18,7 +18,6 @@ from xbt.index.on_demand import CascadeStatistics
 from xbt.index.parts import PartSummary
 from xbt.index.protocol import Batch, Hits, IndexInfo, VectorIndex, VectorInfo
 from xbt.index.qdrant import QdrantIndex
-from xbt.index.ranks import MixedScores, mixed_ranks
 
 __all__ = [
     "AffineMerge",

@@ -1,20 +1,200 @@
-"""Fitting a merge: both sides' scores on one scale, and the kind chosen on held-out queries."""
+"""Exact ranks in an index under backfill, and the merge that ranks best on held-out queries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression, minimize
+from scipy.special import expit, logit
 from torch import Tensor
 
-from xbt.errors import ConfigError, DataError
-from xbt.index.mixed import KINDS, AffineMerge, IsotonicMerge, Merge, RankMerge, RawMerge
-from xbt.index.ranks import MixedScores
-from xbt.vectors import Vectors
+from xbt.errors import ConfigError, DataError, SpaceMismatchError
+from xbt.evaluation import best_positive_ranks
+from xbt.evaluation.retrieval import (
+    Positives,
+    check_positives,
+    count_before_best,
+    distinct_rows,
+    require_same_counts,
+)
+from xbt.index.mixed import (
+    KINDS,
+    AffineMerge,
+    IsotonicMerge,
+    Merge,
+    RankMerge,
+    RawMerge,
+    Side,
+    relative_places,
+)
+from xbt.vectors import Vectors, as_vectors
+
+QUERIES_AT_ONCE = 2**24
+"""Scores of one side that :func:`mixed_ranks` holds at once."""
+
+
+def mixed_ranks(
+    old_queries: Vectors,
+    new_queries: Vectors,
+    old_gallery: Vectors,
+    new_gallery: Vectors,
+    positives: Sequence[Sequence[int]],
+    backfilled: Tensor | NDArray[np.bool_],
+    merge: Merge,
+) -> Tensor:
+    """Count, for every query, the wrong items that come at or before its best positive in a mixed index.
+
+    The counterpart of :func:`xbt.evaluation.best_positive_ranks`, which it equals where nothing or everything
+    is backfilled. A backfilled item is compared by its new vector with the new query, any other item by its
+    old vector with the old query. Ties count against us.
+
+    Args:
+        old_queries: (n, old_dim) queries in the old space: of the old model, or projected new ones.
+        new_queries: (n, new_dim) the same queries in the new space.
+        old_gallery: (m, old_dim) old vectors of all items.
+        new_gallery: (m, new_dim) new vectors of all items, ignored for those that are not backfilled.
+        positives: For every query the items that answer it.
+        backfilled: (m,) booleans.
+        merge: How the scores of both sides are compared.
+
+    Returns:
+        (n,) int64 ranks from 0.
+
+    Raises:
+        DataError: If vectors or positives cannot be used, or the sides do not have the same queries or items.
+        SpaceMismatchError: If queries and gallery of a side differ in dimension.
+    """
+    mask = _mask(backfilled, len(old_gallery))
+    step = max(1, QUERIES_AT_ONCE // max(len(old_gallery), 1))
+    require_same_counts(old_queries, new_queries, old_gallery, new_gallery)
+    if not mask.any():
+        return best_positive_ranks(old_queries, old_gallery, positives)
+    if mask.all():
+        return best_positive_ranks(new_queries, new_gallery, positives)
+    ranks = [
+        MixedScores(
+            old_queries[start : start + step],
+            new_queries[start : start + step],
+            old_gallery,
+            new_gallery,
+            positives[start : start + step],
+        ).ranks(mask, merge)
+        for start in range(0, max(len(old_queries), 1), step)
+    ]
+    return torch.cat(ranks)
+
+
+class MixedScores:
+    """The scores of some queries with all items under both models, for ranks at many states of backfilling.
+
+    It holds 8 bytes per query and item, and 16 more for the scores of the last merge; :func:`mixed_ranks`
+    takes the queries in pieces. Arguments and errors are those of :func:`mixed_ranks`.
+
+    Attributes:
+        old: (n, m) float32 scores under the old model.
+        new: (n, m) under the new one.
+        positives: The checked positives.
+    """
+
+    def __init__(
+        self,
+        old_queries: Vectors,
+        new_queries: Vectors,
+        old_gallery: Vectors,
+        new_gallery: Vectors,
+        positives: Sequence[Sequence[int]],
+    ) -> None:
+        require_same_counts(old_queries, new_queries, old_gallery, new_gallery)
+        self.old = _scores(old_queries, old_gallery, "old")
+        self.new = _scores(new_queries, new_gallery, "new")
+        self.positives: Positives = check_positives(positives, *self.old.shape)
+        self._calibrated: tuple[Merge, NDArray[np.float64], NDArray[np.float64]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.old)
+
+    def subset(self, queries: NDArray[np.int64]) -> MixedScores:
+        """The scores of some of the queries."""
+        starts, rows = self.positives
+        chosen = copy(self)
+        chosen.old, chosen.new, chosen._calibrated = self.old[queries], self.new[queries], None
+        lists = [rows[starts[query] : starts[query + 1]].tolist() for query in queries]
+        chosen.positives = check_positives(lists, *chosen.old.shape)
+        return chosen
+
+    def relevant(self) -> NDArray[np.bool_]:
+        """(n, m) booleans: whether the item answers the query."""
+        starts, rows = self.positives
+        answers = np.zeros(self.old.shape, dtype=bool)
+        answers[np.repeat(np.arange(len(self)), np.diff(starts)), rows] = True
+        return answers
+
+    def calibrated(self, merge: Merge) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(n, m) scores of both models on the merge's scale; those of the last merge are kept."""
+        if self._calibrated is None or self._calibrated[0] != merge:
+            self._calibrated = merge, merge.calibrate("old", self.old), merge.calibrate("new", self.new)
+        return self._calibrated[1:]
+
+    def ranks(self, backfilled: Tensor | NDArray[np.bool_], merge: Merge) -> Tensor:
+        """(n,) int64 ranks; see :func:`mixed_ranks`."""
+        mask = _mask(backfilled, self.old.shape[1])
+        if merge.by_rank:
+            return torch.from_numpy(count_before_best(*self._places(mask)))
+        old, new = self.calibrated(merge)
+        return torch.from_numpy(count_before_best(np.where(mask, new, old), self.positives))
+
+    def _places(self, mask: NDArray[np.bool_]) -> tuple[NDArray[np.float64], Positives, NDArray[np.float64]]:
+        """Negative places of all items with ties in their favour, the positives, and with ties against."""
+        favoured, burdened = np.empty(self.old.shape), np.empty(self.old.shape)
+        sides: tuple[tuple[Side, NDArray[np.float32], NDArray[np.bool_]], ...] = (
+            ("old", self.old, ~mask),
+            ("new", self.new, mask),
+        )
+        for side, scores, chosen in sides:
+            columns = np.flatnonzero(chosen)
+            for first, places in ((True, favoured), (False, burdened)):
+                ranks = _ranks_within(scores[:, columns], first)
+                places[:, columns] = -relative_places(side, ranks, len(columns))
+        return favoured, self.positives, burdened
+
+
+def _ranks_within(scores: NDArray[np.float32], first: bool) -> NDArray[np.int64]:
+    """(n, m) rank of every item for its query, ties all at the first or all at the last of their places."""
+    ranks = np.empty(scores.shape, dtype=np.int64)
+    for line, place in zip(scores, ranks, strict=True):
+        below = np.searchsorted(np.sort(line), line, "right" if first else "left")
+        place[:] = len(line) - below - (0 if first else 1)
+    return ranks
+
+
+def _scores(queries: Vectors, gallery: Vectors, side: str) -> NDArray[np.float32]:
+    left = as_vectors(queries, f"{side} queries").float().numpy()
+    right = as_vectors(gallery, f"{side} gallery vectors").float().numpy()
+    if left.shape[1] != right.shape[1]:
+        raise SpaceMismatchError(
+            f"the {side} queries have dimension {left.shape[1]} but the {side} gallery vectors have "
+            f"{right.shape[1]}; project the queries into the space of that side"
+        )
+    # Equal items are scored once, so that they tie.
+    distinct, column = distinct_rows(right)
+    scores: NDArray[np.float32] = (left @ distinct.T)[:, column]
+    return scores
+
+
+def _mask(backfilled: Tensor | NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    mask = np.asarray(backfilled)
+    if mask.dtype != np.bool_ or mask.shape != (count,):
+        raise DataError(
+            f"backfilled has the shape {mask.shape} and type {mask.dtype}; give one boolean per item, {count}"
+        )
+    return mask
+
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_NEWTON_STEPS = 50
 _MIN_SPREAD = 1e-9
 
 
@@ -110,7 +290,7 @@ def fit_kind(kind: str, scores: MixedScores) -> Merge:
         raise DataError("every item answers every query, so there is nothing to distinguish; give a sample "
                         "with wrong answers")  # fmt: skip
     if kind == "isotonic":
-        curves = [pool_adjacent_violators(side, relevant) for side in (scores.old, scores.new)]
+        curves = [isotonic_curve(side, relevant) for side in (scores.old, scores.new)]
         return IsotonicMerge(*(tuple(each.tolist()) for curve in curves for each in curve))
     (old_slope, old_offset), (new_slope, new_offset) = (
         logistic_fit(side, relevant) for side in (scores.old, scores.new)
@@ -123,71 +303,39 @@ def fit_kind(kind: str, scores: MixedScores) -> Merge:
 def logistic_fit(scores: NDArray[np.float32], relevant: NDArray[np.bool_]) -> tuple[float, float]:
     """Slope a and offset b of P(relevant | s) = 1 / (1 + exp(−a s − b)), by maximum likelihood.
 
-    Newton's method with halved steps, in float64, on standardised scores, with a penalty of 1e-6 on the slope
-    that keeps it finite where the scores separate both classes. Both classes must be there.
+    Fitted in float64 on standardised scores, with a penalty of 1e-6 on the slope that keeps it finite where
+    the scores separate both classes. Both classes must be there.
     """
     values = scores.astype(np.float64).ravel()
     mean, spread = float(values.mean()), max(float(values.std()), _MIN_SPREAD)
-    x, y = (values - mean) / spread, relevant.ravel().astype(np.float64)
-    share = float(y.mean())
-    theta = np.array([0.0, np.log(share / (1 - share))])
-    penalty = 1e-6
+    x, y, penalty = (values - mean) / spread, relevant.ravel().astype(np.float64), 1e-6
 
-    def loss(at: NDArray[np.float64]) -> float:
-        logits = at[0] * x + at[1]
-        return float((np.logaddexp(0, logits) - y * logits).mean() + penalty * at[0] ** 2 / 2)
+    def loss(theta: NDArray[np.float64]) -> tuple[float, list[float]]:
+        logits = theta[0] * x + theta[1]
+        error = expit(logits) - y
+        value = (np.logaddexp(0, logits) - y * logits).mean() + penalty * theta[0] ** 2 / 2
+        return value, [(error * x).mean() + penalty * theta[0], error.mean()]
 
-    best = loss(theta)
-    for _ in range(_NEWTON_STEPS):
-        chance = 1 / (1 + np.exp(-np.clip(theta[0] * x + theta[1], -500, 500)))
-        error, weight = chance - y, chance * (1 - chance)
-        gradient = np.array([(error * x).mean() + penalty * theta[0], error.mean()])
-        curvature = np.array([[(weight * x * x).mean() + penalty, (weight * x).mean()], [0, weight.mean()]])
-        curvature[1, 0] = curvature[0, 1]
-        step = np.linalg.solve(curvature + 1e-12 * np.eye(2), gradient)
-        while (there := loss(theta - step)) > best and float(np.abs(step).max()) > 1e-10:
-            step = step / 2
-        if not there < best - 1e-13:
-            break
-        theta, best = theta - step, there
+    start = [0.0, logit(y.mean())]
+    theta = minimize(loss, start, jac=True, method="BFGS", options={"gtol": 1e-10}).x
     slope = float(theta[0]) / spread
     return slope, float(theta[1]) - slope * mean
 
 
-def pool_adjacent_violators(
+def isotonic_curve(
     scores: NDArray[np.float32], relevant: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The non-decreasing curve of least squares through 0/1 answers, by pooling adjacent violators.
-
-    Ayer et al., "An empirical distribution function for sampling with incomplete information", 1955. Equal
-    scores are one point. The curve is constant over each pool; its knots are the pools' first and last
-    scores.
+    """The non-decreasing curve of least squares through 0/1 answers; equal scores are one point.
 
     Returns:
-        Knots, ascending, and the curve's values there.
+        Knots, ascending: the first and last scores of each constant stretch. And the curve's values there.
     """
     points, place = np.unique(scores.ravel(), return_inverse=True)
-    sums = np.bincount(place.ravel(), weights=relevant.ravel().astype(np.float64))
     counts = np.bincount(place.ravel()).astype(np.float64)
-    # A point lower than the one before it is pooled with it whatever follows: most are, before the loop.
-    means = sums / counts
-    opens = np.concatenate([[True], means[1:] > means[:-1]])
-    firsts = np.flatnonzero(opens)
-    stack: list[tuple[float, float, int]] = []
-    for total, count, first in zip(
-        np.add.reduceat(sums, firsts), np.add.reduceat(counts, firsts), firsts.tolist(), strict=True
-    ):
-        pool = (float(total), float(count), first)
-        while stack and stack[-1][0] * pool[1] >= pool[0] * stack[-1][1]:
-            before = stack.pop()
-            pool = (before[0] + pool[0], before[1] + pool[1], before[2])
-        stack.append(pool)
-    starts = np.array([pool[2] for pool in stack])
-    ends = np.concatenate([starts[1:], [len(points)]]) - 1
-    values = np.array([pool[0] / pool[1] for pool in stack])
-    both = np.stack([starts, ends], axis=1).ravel()
-    keep = np.concatenate([[True], both[1:] != both[:-1]])
-    return points[both[keep]].astype(np.float64), np.repeat(values, 2)[keep]
+    means = np.bincount(place.ravel(), weights=relevant.ravel().astype(np.float64)) / counts
+    fit = isotonic_regression(means, weights=counts)
+    ends = np.unique([fit.blocks[:-1], fit.blocks[1:] - 1])
+    return points[ends].astype(np.float64), fit.x[ends]
 
 
 def _folds(

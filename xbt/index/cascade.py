@@ -19,6 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,8 +28,15 @@ from numpy.typing import NDArray
 
 from xbt.errors import ConfigError, DataError
 from xbt.index.mixed import require_same_count
-from xbt.index.on_demand import CascadeStatistics, Embedder, Embeds, fetch_present
-from xbt.index.originals import Modality, Originals, Source
+from xbt.index.on_demand import (
+    CascadeStatistics,
+    Embedder,
+    Embeds,
+    Modality,
+    Originals,
+    Source,
+    fetch_present,
+)
 from xbt.index.protocol import Hits, IndexInfo, VectorIndex
 from xbt.index.target import begin, is_complete, vector_names
 from xbt.space import EmbeddingSpace
@@ -46,7 +54,7 @@ class Cascade:
 
     Args:
         new: The new model, or anything with ``space``, ``encode_images`` and ``encode_texts``.
-        originals: See :class:`~xbt.index.originals.Originals`.
+        originals: See :class:`~xbt.index.on_demand.Originals`.
         depth: Candidates of each query that the new model scores, K.
         time_limit: Seconds per query to wait for originals; n queries at once wait n times as long.
             Candidates that are not ready by then keep their place. ``None`` waits for all.
@@ -99,16 +107,10 @@ class Cascade:
     ) -> Hits:
         """Search an index through the cascade, as its ``search(..., rerank=)`` does.
 
-        Args:
-            index: The index.
-            old_queries: See :func:`cascaded_search`, as for all others.
-            new_queries: See there; required.
-            k: See there.
-            **options: See there.
+        Arguments and errors are those of :func:`cascaded_search`.
 
         Raises:
             ConfigError: If there are no new queries, or the search is restricted to one vector.
-            XbtError: As :func:`cascaded_search`.
         """
         named = [name for name in ("part", "using", "without") if options.pop(name, None) is not None]
         if named or new_queries is None:
@@ -276,16 +278,10 @@ def cascaded_search(
 def reranked(
     first: Sequence[str], others: Sequence[str], scores: Mapping[str, float], depth: int
 ) -> list[str]:
-    """Order one query's candidates; see :func:`cascaded_search`.
+    """Order one query's candidates, and the other rows of the first stage; see :func:`cascaded_search`.
 
-    Args:
-        first: Rows of the first stage, best first.
-        others: Further candidates, best first.
-        scores: Scores under the new model, by id, of the candidates that have one.
-        depth: Number of rows of the first stage that are candidates.
-
-    Returns:
-        Every candidate and every row of the first stage, once.
+    ``first`` holds rows of the first stage and ``others`` further candidates, best first; ``scores`` are
+    those under the new model, by id. The first ``depth`` rows of the first stage are candidates.
     """
     head = first[:depth]
     candidates = [item for item in dict.fromkeys([*head, *others]) if item in scores]
@@ -327,7 +323,8 @@ class _Stage:
     ) -> dict[str, NDArray[np.float32]]:
         """New vectors of the candidates; those without one are embedded, as far as time allows."""
         embedder, name = self.embedder, self.embedder.names[1]
-        ids = list(dict.fromkeys(item for place in _by_place(heads) for item in place))
+        by_place = zip_longest(*heads)  # the first candidates of all queries, then the second ones, and so on
+        ids = list(dict.fromkeys(item for place in by_place for item in place if item is not None))
         lacking = self._lacking(old_queries, heads)
         there = [item for item in ids if item not in lacking]
         vectors = fetch_present(self.index, there, name)
@@ -386,12 +383,6 @@ class _Stage:
             return line, first.scores[row, : len(line)]
         before = known[np.maximum(np.searchsorted(known, np.arange(len(line)), side="right") - 1, 0)]
         return line, values[before]
-
-
-def _by_place(heads: Sequence[Sequence[str]]) -> list[list[str]]:
-    """The first candidates of all queries, then the second ones, and so on."""
-    deepest = max(map(len, heads), default=0)
-    return [[head[place] for head in heads if place < len(head)] for place in range(deepest)]
 
 
 def _is_complete(index: VectorIndex, info: IndexInfo, space: EmbeddingSpace) -> bool:

@@ -39,15 +39,9 @@ def rescore(
     ties in order. A pair's score here depends on that pair alone: products of float32 numbers are exact in
     float64, are added up there, and the sum is rounded once. A query gives the same alone and in a batch.
 
-    Args:
-        queries: (n, dim).
-        candidates: (n, c) row numbers, c at least k; :data:`MISSING` where there is none.
-        k: Rows to keep.
-        gather: Gives the rows' vectors.
-
     Returns:
-        (n, k) scores, descending, and the (n, k) row numbers they belong to; equal scores are in the order of
-        their row numbers. A missing candidate scores −∞.
+        (n, k) scores, descending, and row numbers of the (n, c) candidates; equal scores are in the order of
+        their row numbers. A candidate :data:`MISSING` scores −∞.
     """
     scores = np.full(candidates.shape, -np.inf, np.float32)
     flat, step = scores.reshape(-1), max(1, SCRATCH_BYTES // (8 * queries.shape[1]))
@@ -72,14 +66,7 @@ def rounding(queries: NDArray[np.float32], longest: float) -> NDArray[np.float32
 
 @dataclass(frozen=True)
 class Block:
-    """Rows searched with one call.
-
-    Attributes:
-        vectors: (n, dim) float32.
-        rows: (n,) int64 row numbers, ascending.
-        longest: Length of the longest vector.
-        holes: How many of the rows are masked.
-    """
+    """Rows searched with one call: (n, dim) vectors, ascending row numbers, and how many are masked."""
 
     vectors: NDArray[np.float32]
     rows: NDArray[np.int64]
@@ -94,16 +81,7 @@ class Block:
 
 
 class ExactRows:
-    """Immutable set of numbered rows, some of which may be masked.
-
-    Args:
-        dim: Dimension of the vectors.
-        blocks: The rows, in ascending order.
-        masked: (m,) bool by row number: rows that are not to be found. Rows from m on are not masked.
-
-    Attributes:
-        count: Rows that can be found.
-    """
+    """Immutable set of numbered rows, in blocks of ascending order. Masked rows are not found."""
 
     def __init__(
         self, dim: int, blocks: tuple[Block, ...] = (), masked: NDArray[np.bool_] | None = None
@@ -123,9 +101,14 @@ class ExactRows:
         blocks = list(self._blocks)
         for start in range(0, len(rows), most):
             blocks.append(Block.of(vectors[start : start + most], rows[start : start + most]))
-            while len(blocks) > 1 and _belong_together(blocks[-2], blocks[-1], most):
-                last = blocks.pop()
-                blocks[-1] = _joined(blocks[-1], last)
+            while len(blocks) > 1:
+                large, small = blocks[-2:]
+                if len(large.rows) > 2 * len(small.rows) or len(large.rows) + len(small.rows) > most:
+                    break
+                vectors_of_both = np.concatenate([large.vectors, small.vectors])
+                rows_of_both = np.concatenate([large.rows, small.rows])
+                longest, holes = max(large.longest, small.longest), large.holes + small.holes
+                blocks[-2:] = [Block(vectors_of_both, rows_of_both, longest, holes)]
         return ExactRows(self.dim, tuple(blocks), self._masked)
 
     def masked_by(self, masked: NDArray[np.bool_]) -> ExactRows:
@@ -142,11 +125,7 @@ class ExactRows:
         return ExactRows(self.dim, tuple(blocks), masked)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Find the k rows with the largest inner product, exactly. Equal scores are ordered by row number.
-
-        Returns:
-            (n, k) scores and row numbers.
-        """
+        """Find the k best rows by inner product, exactly; equal scores are in the order of the rows."""
         scores, found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         margin = rounding(queries, max(block.longest for block in self._blocks))
         undecided, fetched = np.arange(len(queries)), min(k + OVERFETCH, self.count)
@@ -168,11 +147,7 @@ class ExactRows:
     def candidates(
         self, queries: NDArray[np.float32], wanted: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Find the best rows by the scores of FAISS.
-
-        Returns:
-            (n, wanted) scores, descending up to FAISS's rounding, and row numbers.
-        """
+        """Find (n, wanted) scores by FAISS, descending up to rounding, and their row numbers."""
         if not wanted:
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         found = [self._in_block(block, queries, wanted) for block in self._blocks]
@@ -217,20 +192,6 @@ class ExactRows:
             own[self._masked[rows]] = -np.inf
         near: NDArray[np.int64] = rows[own >= np.partition(own, -k)[-k] - margin][None]
         return near
-
-
-def _belong_together(large: Block, small: Block, most: int) -> bool:
-    sizes = len(large.rows), len(small.rows)
-    return sizes[0] <= 2 * sizes[1] and sum(sizes) <= most
-
-
-def _joined(first: Block, second: Block) -> Block:
-    return Block(
-        np.concatenate([first.vectors, second.vectors]),
-        np.concatenate([first.rows, second.rows]),
-        max(first.longest, second.longest),
-        first.holes + second.holes,
-    )
 
 
 def _take(block: Block, rows: NDArray[np.int64]) -> NDArray[np.float32]:

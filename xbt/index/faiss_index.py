@@ -168,11 +168,8 @@ def _said(error: RuntimeError) -> str:
 class ApproximateIndex:
     """Index of some rows of a part. It is immutable, so many threads may search it.
 
-    Attributes:
-        index: FAISS index.
-        rows: (n,) int64 row numbers of its entries, ascending.
-        upto: Number of rows of the part when the index was made. Later rows are not in it.
-        proposals: Proposals per requested row.
+    ``rows`` (n,) are the row numbers of its entries, ascending and below ``upto``, the number of rows of the
+    part when it was made. ``proposals`` are made per requested row.
     """
 
     index: Any
@@ -206,10 +203,7 @@ class ApproximateIndex:
 
 
 def train(plan: IndexPlan, dim: int, rows: NDArray[np.int64], upto: int, gather: Gather) -> ApproximateIndex:
-    """Make an index of ascending row numbers, trained on an evenly spaced sample.
-
-    ``upto`` is that of :class:`ApproximateIndex`. There must be :meth:`IndexPlan.fewest_rows`.
-    """
+    """Make an index of ascending row numbers below ``upto``, trained on an evenly spaced sample of them."""
     index = plan.make(dim)
     try:
         if not index.is_trained:
@@ -227,15 +221,9 @@ def train(plan: IndexPlan, dim: int, rows: NDArray[np.int64], upto: int, gather:
 
 @dataclass(frozen=True)
 class IndexCache:
-    """Files of the index of one part.
+    """Files of the index of one part in the folder ``index/`` of the gallery.
 
-    Attributes:
-        folder: Folder ``index/`` of the gallery.
-        part: Name of the part, used in file names.
-        plan: Kind of index.
-        segments_now: Function that reads the current segment names of the part from disk.
-        mmap: Whether to map the index instead of reading it; inverted files only.
-        read_only: Whether to refuse every write.
+    ``segments_now`` reads the current segment names of the part from disk.
     """
 
     folder: Path
@@ -248,9 +236,7 @@ class IndexCache:
     def load(self, segments: list[str], count: int, dim: int) -> ApproximateIndex | None:
         """Read the index of ``count`` rows of these segments.
 
-        Returns:
-            The index; ``None`` if it is missing, damaged, of another kind or of other rows. It can be made
-            again.
+        ``None`` if it is missing, damaged, of another kind or of other rows; it can be made again.
         """
         record = self._record()
         if record is None:
@@ -268,13 +254,10 @@ class IndexCache:
             return None
 
     def save(self, made: ApproximateIndex, segments: list[str]) -> bool:
-        """Write an index, and remove the files of the previous one.
+        """Write an index, and remove the files of the previous one; return whether it was written.
 
         A search makes a missing index without holding the write lock of the gallery. The index is therefore
         discarded if another process is writing one, if its rows are outdated, or if a newer index exists.
-
-        Returns:
-            Whether it was written.
         """
         if self.folder.is_symlink():
             raise StoreError(
@@ -382,15 +365,13 @@ class IndexCache:
         faiss_name, rows_name = self._names(record)
         rows = np.frombuffer((self.folder / rows_name).read_bytes(), "<i8").astype(np.int64)
         index = faiss.read_index(str(self.folder / faiss_name), flags)
-        if len(rows) != index.ntotal or index.d != dim or not _ascend(rows, record["upto"]):
+        ascending = not len(rows) or (
+            rows[0] >= 0 and rows[-1] < record["upto"] and (np.diff(rows) > 0).all()
+        )
+        if len(rows) != index.ntotal or index.d != dim or not ascending:
             raise StoreError(f"{self.folder / faiss_name} does not hold the rows on record")
         self.plan.tune(index)
         return ApproximateIndex(index, rows, int(record["upto"]), self.plan.proposals)
-
-
-def _ascend(rows: NDArray[np.int64], upto: int) -> bool:
-    """Check that row numbers ascend and are below a limit, as in a valid index."""
-    return len(rows) == 0 or bool(rows[0] >= 0 and rows[-1] < upto and (np.diff(rows) > 0).all())
 
 
 if os.name == "nt":  # pragma: no cover
@@ -407,28 +388,23 @@ else:
         """Yield ``True`` if no other process or thread is writing an index."""
         with writing_to(folder, 0):
             handle = os.open(folder, os.O_RDONLY)
+        alone = True
         try:
-            yield _taken(handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                alone = error.errno not in (errno.EAGAIN, errno.EACCES)  # some file systems have no locks
+            yield alone
         finally:
             os.close(handle)
-
-    def _taken(handle: int) -> bool:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno not in (errno.EAGAIN, errno.EACCES)  # some file systems have no locks
-        return True
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Search structures of a part.
+    """Search structures of a part: rows to compare exactly, and the index of all others, if there is one.
 
-    Attributes:
-        exact: Rows to compare exactly; ``None`` to read all rows from disk, if there are enough rows for an
-            index and none has been made yet.
-        index: Index of all other rows, if there is one.
-        due: Whether an index needs to be made.
+    ``exact`` is ``None`` to read all rows from disk, if there are enough rows for an index and none has been
+    made yet. ``due`` says that an index needs to be made.
     """
 
     exact: ExactRows | None
@@ -443,11 +419,6 @@ class IndexManager:
     made again when the newer rows exceed both :data:`LEAST_TAIL` and a quarter of the indexed rows, or when
     half of the indexed rows are masked. That takes long, so :meth:`made` may run while other threads search
     with the structures from :meth:`refreshed`.
-
-    Args:
-        dim: Dimension of the vectors.
-        plan: Kind of index.
-        cache: Files of the index, if it is kept on disk.
     """
 
     def __init__(self, dim: int, plan: IndexPlan, cache: IndexCache | None) -> None:
@@ -456,12 +427,9 @@ class IndexManager:
         self._index: ApproximateIndex | None = None
 
     def refreshed(self, gather: Gather, masked: NDArray[np.bool_], segments: list[str]) -> Kept:
-        """Bring the structures up to date. An index is read from the cache, but never made.
+        """Bring the structures up to date with an (n,) mask of all rows, and the names of their segments.
 
-        Args:
-            gather: Function that reads vectors by row number.
-            masked: (n,) bool mask of all rows.
-            segments: Names of their segments.
+        An index is read from the cache, but never made.
         """
         outdated = not self._plan.exact and self._is_outdated(masked)
         if outdated and self._cache is not None:

@@ -45,13 +45,10 @@ def create_gallery(
     plan: IndexPlan,
     dtype: str,
 ) -> tuple[Path, EmbeddingSpace | None]:
-    """Make the files of a gallery of one part, empty or with the rows of a store.
+    """Make the files of a gallery of one part; return the directory, and the space of the part.
 
     Arguments and errors are those of :meth:`Gallery.create <xbt.index.Gallery.create>`. A kill leaves the
     whole gallery or none.
-
-    Returns:
-        The directory, and the space of the part.
     """
     if store is None and space is None:
         raise DataError(
@@ -119,10 +116,6 @@ def compact(parts: Parts, storage: Storage | None) -> Parts | None:
     A store elsewhere is not written again: it stays a segment as long as one of its rows is searched, and the
     log keeps its masked rows. An old part that is wholly backfilled is dropped. A kill leaves the gallery as
     it was, or compacted.
-
-    Args:
-        parts: The gallery's parts, up to date.
-        storage: Its files, locked by the caller; ``None`` in memory.
 
     Returns:
         In memory the new parts; on disk the parts as they were, to be read again. ``None`` if there was

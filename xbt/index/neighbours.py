@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-SCORES_AT_ONCE = 2**24
-"""Scores held at once while all pairs are compared."""
+from xbt.projections.neighbours import nearest
 
 NEIGHBOURS = 20
 EXACT_ITEMS = 50_000
@@ -44,20 +43,9 @@ def nearest_items(
     centred = normalize(items - items.mean(dim=0), dim=1)
     count = min(count, len(items) - 1)
     if len(items) <= exact_items:
-        return _exact(centred, count)
+        own = torch.arange(len(items))
+        return nearest(centred, centred, count, own, own)
     return _approximate(np.ascontiguousarray(centred.numpy(), dtype=np.float32), count)
-
-
-def _exact(centred: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    cosines, rows = [], []
-    step = max(1, SCORES_AT_ONCE // len(centred))
-    for start in range(0, len(centred), step):
-        part = centred[start : start + step] @ centred.T
-        part[torch.arange(len(part)), torch.arange(start, start + len(part))] = -torch.inf
-        best = part.topk(count, dim=1)
-        cosines.append(best.values)
-        rows.append(best.indices)
-    return torch.cat(cosines), torch.cat(rows)
 
 
 def _approximate(centred: NDArray[np.float32], count: int) -> tuple[Tensor, Tensor]:

@@ -4,23 +4,106 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from xbt.errors import DataError, ImageError
+from xbt.errors import ConfigError, DataError, ImageError
+from xbt.images import ListedPath, load_image
 from xbt.index.gallery import Gallery
-from xbt.index.originals import MissingOriginal, Originals
 from xbt.index.protocol import VectorIndex
 from xbt.index.target import backfill_present, fingerprints_of
 from xbt.space import EmbeddingSpace
+
+Modality = Literal["image", "text"]
+Source = Callable[[str], Any] | Mapping[str, Any] | str | os.PathLike[str]
+"""Finds originals by id: a function, a mapping, or a folder in which the ids are names of files."""
+
+
+class MissingOriginal(DataError):
+    """An original that does not exist."""
+
+
+class UnavailableOriginal(DataError):
+    """An original that cannot be read now, through no fault of its own: a network or a disk fails."""
+
+
+class Originals:
+    """Reads the originals of rows by id, with the limits of :func:`~xbt.images.read_image`.
+
+    Args:
+        source: A function from an id to a path, a PIL image, the bytes of an encoded image, or a text;
+            ``None`` or a ``KeyError`` says that there is none. Or a mapping of these by id, such as
+            :class:`~xbt.backfill.items.ItemsById`. Or a folder, which no id may leave.
+        modality: ``"image"``, or ``"text"`` for an index of texts.
+
+    Raises:
+        ConfigError: If the source or the modality is something else.
+    """
+
+    def __init__(self, source: Source, modality: Modality = "image") -> None:
+        if modality not in ("image", "text"):
+            raise ConfigError(f"modality is {modality!r}; use 'image' or 'text'")
+        self.modality = modality
+        self._find = _finder(source, modality)
+
+    def read(self, item: str) -> Image.Image | str:
+        """Read one original completely: an RGB image, or a text.
+
+        Raises:
+            MissingOriginal, ImageError, UnavailableOriginal: If there is none, it cannot be decoded (or is no
+                text although texts are needed), or the source fails.
+        """
+        try:
+            found = self._find(item)
+        except (LookupError, FileNotFoundError):
+            found = None
+        except Exception as error:
+            raise UnavailableOriginal(f"the original of {item!r} cannot be read: {error}") from error
+        if found is None:
+            raise MissingOriginal(f"there is no original of {item!r}; add it, or remove the item")
+        if self.modality == "text":
+            if isinstance(found, str) and found.strip():
+                return found
+            raise ImageError(f"the original of {item!r} is {found!r:.40}; give a text that is not blank")
+        try:
+            return load_image(found, None if isinstance(found, str | os.PathLike) else f"of {item!r}")
+        except ImageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise MissingOriginal(str(error)) from error
+            raise
+        except DataError as error:  # the system is at fault
+            raise UnavailableOriginal(str(error)) from error
+
+
+def _finder(source: Source, modality: Modality) -> Callable[[str], Any]:
+    if isinstance(source, str | os.PathLike):
+        folder = Path(source).expanduser()
+        if modality == "text" or not folder.is_dir():
+            raise ConfigError(
+                f"originals is {str(source)!r}, which is no folder of images; give one, or a function or "
+                "mapping from ids to originals"
+            )
+        root = str(folder)
+        return lambda item: ListedPath(f"{root}/{item}", root)
+    if callable(source):
+        return source
+    if hasattr(source, "__getitem__"):
+        return source.__getitem__
+    raise ConfigError(
+        f"originals is a {type(source).__name__}; give a folder, or a function or mapping from ids to "
+        "originals"
+    )
+
 
 Outcome = Literal["stored", "missing", "broken", "late"]
 
@@ -77,14 +160,7 @@ class CascadeStatistics:
 
 @dataclass(eq=False)
 class _Task:
-    """One row on its way to a new vector.
-
-    Attributes:
-        item: Its id.
-        waiting: Searches that wait for it.
-        done: Its outcome.
-        reading: Reads its original.
-    """
+    """One row on its way: the searches that wait for it, its outcome, the reader of its original."""
 
     item: str
     waiting: int = 0
@@ -98,14 +174,6 @@ class Embedder:
     Some threads read and decode originals. One thread embeds whatever is decoded by then, as one batch, and
     writes it to the index. A row is done once its vector is durable. A row that several threads ask for is
     embedded once.
-
-    Args:
-        index: The index, which has both vectors.
-        names: Names of its old and of its new vector.
-        encoder: The new model.
-        originals: Originals of the rows.
-        workers: Threads that read originals.
-        batch_size: Maximum originals per forward pass.
 
     Attributes:
         stored: Ids that are known to have a new vector.
@@ -137,28 +205,27 @@ class Embedder:
         self._model = ThreadPoolExecutor(1, "xbt-cascade")
 
     def embed(self, items: Iterable[str], seconds: float | None = None) -> dict[str, Outcome]:
-        """Embed rows that have no new vector, and wait for them.
+        """Embed rows that have no new vector, the most urgent first, and wait for them.
 
-        Args:
-            items: Their ids, the most urgent first.
-            seconds: Longest time to wait. Originals that nobody has begun to read by then are left for a
-                later search; the others are stored when they are ready.
+        Originals that nobody has begun to read within the ``seconds`` are left for a later search; the others
+        are stored when they are ready.
 
         Returns:
             The outcome of each row.
-
-        Raises:
-            XbtError: If the encoder fails, or the index cannot be written to.
         """
         outcomes: dict[str, Outcome] = {}
         tasks: list[_Task] = []
         with self._lock:
             for item in dict.fromkeys(items):
                 known = "stored" if item in self.stored else self.failed.get(item)
-                if known is None:
-                    tasks.append(self._task(item))
-                else:
+                if known is not None:
                     outcomes[item] = known
+                    continue
+                if item not in self._tasks:
+                    self._tasks[item] = _Task(item)
+                    self._tasks[item].reading = self._readers.submit(self._read, self._tasks[item])
+                self._tasks[item].waiting += 1
+                tasks.append(self._tasks[item])
         wait([task.done for task in tasks], seconds)
         with self._lock:
             late = [task for task in tasks if not task.done.done()]
@@ -191,14 +258,6 @@ class Embedder:
         self.closed = True
         self._readers.shutdown(cancel_futures=True)
         self._model.shutdown()
-
-    def _task(self, item: str) -> _Task:
-        task = self._tasks.get(item)
-        if task is None:
-            task = self._tasks[item] = _Task(item)
-            task.reading = self._readers.submit(self._read, task)
-        task.waiting += 1
-        return task
 
     def _read(self, task: _Task) -> None:
         self._space.acquire()
@@ -234,7 +293,9 @@ class Embedder:
 
     def _store(self, batch: Sequence[tuple[_Task, Mapping[str, int], Any]]) -> None:
         try:
-            rows = self._encode([original for _, _, original in batch])
+            texts = self._originals.modality == "text"
+            encode = self._encoder.encode_texts if texts else self._encoder.encode_images
+            rows = np.asarray(encode([original for _, _, original in batch]), np.float32)
         except ImageError:
             if len(batch) > 1:  # one of them cannot be preprocessed
                 for one in batch:
@@ -246,12 +307,6 @@ class Embedder:
         backfill_present(self.index, rows, [task.item for task, _, _ in batch], self.names, before)
         for task, _, _ in batch:
             self._finish(task, "stored")
-
-    def _encode(self, originals: list[Any]) -> NDArray[np.float32]:
-        texts = self._originals.modality == "text"
-        vectors = self._encoder.encode_texts(originals) if texts else self._encoder.encode_images(originals)
-        rows: NDArray[np.float32] = np.asarray(vectors, np.float32)
-        return rows
 
     def _finish(self, task: _Task, outcome: Outcome | Exception, remember: bool = True) -> None:
         with self._lock:
@@ -270,15 +325,9 @@ class Embedder:
 
 
 def fetch_present(index: VectorIndex, ids: Sequence[str], name: str) -> dict[str, NDArray[np.float32]]:
-    """Read the vectors of those rows that have one.
+    """Read the vectors of those rows that have one, as (dim,) float32 by id.
 
-    Args:
-        index: The index.
-        ids: Ids of rows, all of which should have the vector: the others are looked for by halving.
-        name: Name of the vector.
-
-    Returns:
-        (dim,) float32 vectors by id.
+    All of the rows should have the vector: the others are looked for by halving.
     """
     if not ids:
         return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,8 @@ class Part:
     """Rows of one part. Some are masked: removed, or moved to the new part.
 
     Rows are numbered over all segments and keep their numbers. A masked row stays masked. Methods take no
-    locks, so the gallery admits one thread at a time. Views are immutable.
-
-    Args:
-        record: Description of the part.
-        make_manager: Factory of the manager of the search structures.
-
-    Attributes:
-        rows: Reader of the vectors.
-        ids: Ids of all rows, including masked ones. The list only grows.
-        removed: (n,) bool mask of removed rows, never changed in place.
-        masked: (n,) bool mask of removed or moved rows, never changed in place.
+    locks, so the gallery admits one thread at a time. Views are immutable, and so are the masks: ``removed``,
+    and ``masked`` of removed or moved rows, (n,) bool. ``ids`` are those of all rows; the list only grows.
     """
 
     def __init__(self, record: PartRecord, make_manager: Callable[[], IndexManager]) -> None:
@@ -78,7 +70,6 @@ class Part:
         self._looked_up = 0
         self._place_of: dict[int, int] = {}
         self._make_manager = make_manager
-        self._manager_made: IndexManager | None = None
         self._trusted: weakref.WeakSet[EmbeddingSpace] = weakref.WeakSet()
         self._view: PartView | None = None
         self._moved: list[PartView] | None = None
@@ -153,6 +144,10 @@ class Part:
         first = int(self.rows.starts[self._place_of[segment.number]])
         return np.arange(first, first + segment.count)
 
+    @cached_property
+    def _manager(self) -> IndexManager:
+        return self._make_manager()
+
     def emptied(self) -> Part:
         """Make an empty part with the same description."""
         return Part(self.record, self._make_manager)
@@ -160,20 +155,13 @@ class Part:
     def unmask_moved(self) -> None:
         """Make moved rows searchable again, for a part that becomes the only one."""
         self.masked, self._view, self._moved = self.removed, None, None
-        self._manager_made, self._moved_rows = None, None
-
-    @property
-    def _manager(self) -> IndexManager:
-        if self._manager_made is None:
-            self._manager_made = self._make_manager()
-        return self._manager_made
-
-    def has_segment(self, number: int) -> bool:
-        """Check for a segment of this part."""
-        return number in self._place_of
+        self._moved_rows = None
+        self.__dict__.pop("_manager", None)
 
     def numbered(self, change: Change, path: Path | None) -> NDArray[np.int64]:
         """Convert the rows of a change of one segment to row numbers over all segments."""
+        if change.segment not in self._place_of:  # it is one of the other part
+            return np.zeros(0, np.int64)
         place = self._place_of[change.segment]
         if change.rows.min() < 0 or change.rows.max() >= self.segments[place].count:
             raise damaged(path or Path(), f"a change names rows that segment {change.segment} does not have")
@@ -257,12 +245,7 @@ class Part:
 
 
 class Parts:
-    """All parts of a gallery, oldest first: one, or two during a backfill.
-
-    Args:
-        plan: Kind of index.
-        path: Directory of the gallery, for messages; ``None`` in memory.
-    """
+    """All parts of a gallery, oldest first: one, or two during a backfill."""
 
     def __init__(self, plan: IndexPlan, path: Path | None = None) -> None:
         self.plan, self._path = plan, path
@@ -369,9 +352,8 @@ class Parts:
         """Exclude rows from every search from now on."""
         for part in self:
             for moved in (False, True):
-                rows = [part.numbered(change, self._path) for change in changes
-                        if change.moved == moved and part.has_segment(change.segment)]  # fmt: skip
-                if rows:
+                rows = [part.numbered(change, self._path) for change in changes if change.moved == moved]
+                if any(map(len, rows)):
                     part.mask(np.concatenate(rows), moved)
 
     def find(self, item: str) -> tuple[Part, int] | None:

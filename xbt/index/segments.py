@@ -31,7 +31,6 @@ from xbt.store.layout import Header
 _MAPPED_BYTES = 65_536
 """Minimum size of mapped files. Smaller files are read, since the number of maps per process is limited."""
 
-
 DAMAGED = "copy the gallery again, or build it again from its vectors"
 _LARGEST = 1 << 62
 APPLICATION_ID, VERSION = 0x78627467, 4
@@ -50,16 +49,7 @@ _SETTINGS = {"identity", "generation", "index", "tuning"}
 
 @dataclass(frozen=True)
 class PartRecord:
-    """Description of a part.
-
-    Attributes:
-        name: Name such as ``"old"`` or ``"new"``.
-        space: Space of the vectors; ``None`` if undeclared.
-        dim: Dimension of the vectors.
-        modality: ``"image"`` or ``"text"``.
-        dtype: ``"float16"`` or ``"float32"``, on disk.
-        number: Number of the part in the database.
-    """
+    """Description of a part, with its number in the database; ``space`` is ``None`` if undeclared."""
 
     name: str
     space: EmbeddingSpace | None
@@ -89,13 +79,7 @@ class PartRecord:
 
 @dataclass(frozen=True)
 class Change:
-    """Rows of a segment that are no longer searched there.
-
-    Attributes:
-        segment: Number of the segment.
-        rows: (n,) row numbers within it.
-        moved: Whether the items are now searched in the new part; otherwise they are removed.
-    """
+    """Rows by number of a segment that are not searched there any more: removed, or moved to the new part."""
 
     segment: int
     rows: NDArray[np.int64]
@@ -145,11 +129,8 @@ def damaged(path: Path, reason: str) -> StoreError:
 class Segment(ABC):
     """Rows that never change.
 
-    Attributes:
-        number: Number within the gallery. Later segments have higher numbers.
-        name: Unique name of the contents, distinct from segments of other galleries.
-        count: Number of rows.
-        own: ``True`` for rows of the gallery itself, ``False`` for rows of a read-only store.
+    Later segments have higher numbers. The name is that of the contents, unlike those of segments of other
+    galleries. ``own`` is false for rows of a read-only store.
     """
 
     own = True
@@ -206,13 +187,8 @@ def npy_header(dtype: str, count: int, dim: int) -> bytes:
 class FileSegment(Segment):
     """Segment in a mapped ``.npy`` file of the gallery. The file may be removed meanwhile.
 
-    Args:
-        number: See :class:`Segment`.
-        path: The file.
-        dtype: ``"float16"`` or ``"float32"``.
-        shape: Number of rows and dimension, as recorded by the gallery.
-        sha256: Recorded checksum of the file, not verified here.
-        read_metadata: Function that reads the Parquet bytes of the columns; ``None`` if there are none.
+    ``shape`` (rows and dimension) and ``sha256`` are those on record; the checksum is not verified here.
+    ``read_metadata`` reads the Parquet bytes of the columns; it is ``None`` if there are none.
     """
 
     def __init__(
@@ -307,10 +283,7 @@ def widened(rows: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def require_finite(rows: NDArray[np.float32], path: Path, numbers: slice | NDArray[np.int64]) -> None:
-    """Refuse rows with NaN or infinity, which cannot be ranked. Fast if there are none.
-
-    ``path`` and the row ``numbers`` are for the message.
-    """
+    """Refuse rows with NaN or infinity, which cannot be ranked; the message names path and row."""
     with np.errstate(invalid="ignore", over="ignore"):
         if np.isfinite(rows.sum(dtype=np.float32)):
             return
@@ -377,12 +350,7 @@ def check_parts(parts: Sequence[PartRecord], path: Path) -> None:
 
 
 class Rows:
-    """Immutable sequence of rows, numbered over several segments.
-
-    Args:
-        segments: Segments in order.
-        dim: Dimension of the vectors.
-    """
+    """Immutable sequence of rows, numbered over several segments."""
 
     def __init__(self, segments: Sequence[Segment], dim: int) -> None:
         self.segments, self.dim = tuple(segments), dim

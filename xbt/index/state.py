@@ -26,16 +26,8 @@ class State:
     """Parts of a gallery and their views.
 
     A write holds the lock of the writer throughout, and :attr:`lock` only while the parts change. A search
-    takes immutable views and holds neither. An index is made by the thread that finds that one is due; others
-    search without it meanwhile.
-
-    Args:
-        plan: Kind of index.
-        storage: Files of the gallery; ``None`` in memory.
-
-    Attributes:
-        lock: Lock under which the parts change.
-        indexing: Lock held while an index is made.
+    takes immutable views and holds neither. An index is made by the thread that finds that one is due, under
+    :attr:`indexing`; others search without it meanwhile. ``storage`` is ``None`` in memory.
     """
 
     def __init__(self, plan: IndexPlan, storage: Storage | None) -> None:

@@ -66,14 +66,7 @@ FILE_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class NewSegment:
-    """Rows to write as one segment.
-
-    Attributes:
-        part: Record of the part.
-        ids: Ids of the rows.
-        blocks: Vectors in blocks of (m, dim) float32.
-        table: Metadata columns; ``None`` if there are none.
-    """
+    """Rows to write as one segment: ids, blocks of (m, dim) float32 vectors, and columns if there are any."""
 
     part: PartRecord
     ids: Sequence[str]
@@ -91,17 +84,18 @@ class Mark:
     segment: int
     change: int
 
+    def precedes(self, settings: Mapping[str, str], last: Sequence[int | None]) -> bool:
+        """Check for the same gallery and generation, with the same or later segments and changes."""
+        same = (self.identity, str(self.generation)) == (settings["identity"], settings["generation"])
+        return same and (last[0] or 0) >= self.segment and (last[1] or 0) >= self.change
+
 
 @dataclass(frozen=True)
 class News:
     """Updates found by a read.
 
-    Attributes:
-        mark: Position of the gallery after the read.
-        plan: Kind of index if this is the complete state, which replaces everything known before.
-        parts: All parts; empty if there is no new part.
-        segments: Part number, segment and row ids of each new segment.
-        changes: New changes.
+    ``plan`` is there if this is the complete state, which replaces everything known before. ``parts`` are all
+    parts, or none if there is no new one. ``segments`` hold the part's number, the segment and its row ids.
     """
 
     mark: Mark
@@ -115,16 +109,8 @@ class Storage:
     """Directory of a gallery.
 
     A database connection is open only while it is in use, or while this process holds the write lock (see
-    :meth:`begin_writing`). A forked process never reuses it.
-
-    Args:
-        path: The directory.
-        read_only: Whether to refuse every write.
-        mmap: Whether to map indexes from disk.
-        stores: New paths of moved stores, by the recorded paths.
-
-    Attributes:
-        refused: Whether a write has found another gallery at this path.
+    :meth:`begin_writing`). A forked process never reuses it. ``stores`` holds the new paths of moved stores
+    by the recorded ones. ``refused`` is set once a write has found another gallery at this path.
     """
 
     def __init__(
@@ -240,17 +226,9 @@ class Storage:
                 self._writer.release()
 
     def append(self, known: Mark, new: NewSegment | None, changes: Sequence[Change] = ()) -> News:
-        """Write a segment, if there is one, and commit it together with changes.
+        """Write a segment, if there is one, commit it with changes, and return the updates since ``known``.
 
         Changes with the segment number 0 are of the new segment. On an error the gallery is unchanged.
-
-        Args:
-            known: Mark of the latest state that this writer has read or written.
-            new: Rows of the segment; ``None`` commits changes alone.
-            changes: Changes of segments.
-
-        Returns:
-            Updates since ``known``.
         """
         self._require_same()
         number, row = self._next_number, None
@@ -435,8 +413,13 @@ class Storage:
             try:
                 settings = read_settings(db, path)
                 last = db.execute(_LAST).fetchone()
-                known = _still_known(known, settings, last)
-                parts = list(map(self._part_record, db.execute("SELECT * FROM part ORDER BY number")))
+                if known is not None and not known.precedes(settings, last):
+                    known = None
+                parts = []
+                for row in db.execute("SELECT * FROM part ORDER BY number"):
+                    if row not in self._part_records:  # a record is parsed once: its space includes a probe
+                        self._part_records[row] = PartRecord.from_row(row, path)
+                    parts.append(self._part_records[row])
                 columns = "number, part, count, sha256, ids, store, metadata NOTNULL"
                 query = f"SELECT {columns} FROM segment WHERE number > ?"
                 last_segment, last_change = (0, 0) if known is None else (known.segment, known.change)
@@ -461,12 +444,6 @@ class Storage:
         changes = [Change.from_row(row, path) for row in log]
         return News(mark, plan, parts, segments, changes)
 
-    def _part_record(self, row: tuple[Any, ...]) -> PartRecord:
-        """Parse the record of a part once, since its space includes a probe."""
-        if row not in self._part_records:
-            self._part_records[row] = PartRecord.from_row(row, self.path / DATABASE)
-        return self._part_records[row]
-
     def _open_segment(
         self, parts: Mapping[int, PartRecord], row: Sequence[Any]
     ) -> tuple[int, FileSegment | StoreSegment, list[str]]:
@@ -482,15 +459,15 @@ class Storage:
             opened = StoreSegment(number, place, of_part, count, record, self.path)
             return part, opened, opened.read_ids()
         file = self.path / SEGMENTS / _file_name(number)
-        if not file.is_file() and file.parent.is_dir() and self._is_compacted(number):
-            raise _Vanished(f"{self.path} is compacted faster than it can be read; wait for its writer")
+        if not file.is_file() and file.parent.is_dir():
+            with self._session() as db:
+                if not db.execute("SELECT 1 FROM segment WHERE number = ?", (number,)).fetchone():
+                    raise _Vanished(
+                        f"{self.path} is compacted faster than it can be read; wait for its writer"
+                    )
         read_metadata = self.metadata if has_metadata else None
         segment = FileSegment(number, file, of_part.dtype, (count, of_part.dim), sha256, read_metadata)
         return part, segment, ids_from_json(ids, count, path)
-
-    def _is_compacted(self, number: int) -> bool:
-        with self._session() as db:
-            return db.execute("SELECT 1 FROM segment WHERE number = ?", (number,)).fetchone() is None
 
 
 class StaleError(StoreError):
@@ -512,14 +489,6 @@ def _leave_connections_to_parent() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_connections_to_parent)
-
-
-def _still_known(known: Mark | None, settings: Mapping[str, str], last: Sequence[int | None]) -> Mark | None:
-    """Drop a mark of another gallery, another generation or a later state."""
-    if known is None:
-        return None
-    same = (known.identity, str(known.generation)) == (settings["identity"], settings["generation"])
-    return known if same and (last[0] or 0) >= known.segment and (last[1] or 0) >= known.change else None
 
 
 def insert_part(db: sqlite3.Connection, part: PartRecord) -> int:
@@ -581,9 +550,6 @@ def _parquet(table: pa.Table, part: str) -> bytes:
         ) from error
     data: bytes = sink.getvalue().to_pybytes()
     return data
-
-
-# -- names and errors ----------------------------------------------------------------------------------
 
 
 def _file_name(number: int) -> str:

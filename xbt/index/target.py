@@ -61,11 +61,7 @@ def pending(index: VectorIndex, new: str) -> list[str]:
 
 
 def fingerprints_of(index: VectorIndex, ids: Sequence[str], old: str) -> dict[str, int]:
-    """Compute a number for each of some rows, which changes when its old vector does.
-
-    Raises:
-        DataError: If a row is not there or has no old vector.
-    """
+    """Compute a number for each row, which changes when its old vector does; refuses unknown rows."""
     return dict(zip(ids, (hash(row.tobytes()) for row in index.fetch(ids, old)), strict=True))
 
 
@@ -85,15 +81,10 @@ def backfill_present(
     names: tuple[str, str],
     before: Mapping[str, int],
 ) -> int:
-    """Backfill rows, without those that somebody has removed or replaced in the meantime.
+    """Backfill rows with (n, new_dim) vectors, without those that somebody has removed or replaced meanwhile.
 
-    Args:
-        index: The index.
-        vectors: (n, new_dim) new vectors of the rows.
-        ids: The rows.
-        names: Names of the old vector and of the new one.
-        before: Result of :func:`fingerprints` before the first image was read. A row with another fingerprint
-            by now was replaced: its new vector may be of an image that it no longer has.
+    ``before`` holds the :func:`fingerprints` before the first image was read. A row with another fingerprint
+    by now was replaced: its new vector may be of an image that it no longer has.
 
     Returns:
         Number of rows that were backfilled.

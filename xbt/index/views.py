@@ -23,20 +23,10 @@ ROWS_AT_ONCE = 65_536
 class PartView:
     """Snapshot of a part. It is immutable, so any number of threads may search it.
 
-    Attributes:
-        name: Name of the part.
-        space: Space of its vectors, if it is known.
-        dim: Their dimension.
-        ids: By row number; the list may have grown since.
-        masked: (n,) bool: rows that are not to be found.
-        count: Items that are searched.
-        exact: Rows that are compared one by one: all, or those that the index does not have. ``None`` if all
-            are read from disk, a block at a time, since an index is wanted and there is none.
-        index: Proposes others, if there is one.
-        gather: Reads vectors by row number.
-        segments: Names of the segments.
-        trusted: Spaces that are known to be the part's; grows.
-        due: Whether an index is to be made.
+    ``ids`` may have grown since; ``masked`` (n,) rows are not to be found. ``exact`` rows are compared one by
+    one: all, or those that ``index`` does not have. It is ``None`` if all are read from disk, a block at a
+    time, since an index is ``due`` and there is none. ``trusted`` spaces are known to be the part's; the set
+    grows.
     """
 
     name: str
@@ -64,14 +54,12 @@ class PartView:
             raise StoreError(
                 f"the part {self.name!r} has rows that cannot be scored; see verify() for its faults"
             )
-        names = self.ids
-        return Hits([[names[row] for row in line] for line in rows.tolist()], scores)
+        return Hits([[self.ids[row] for row in line] for line in rows.tolist()], scores)
 
     def without(self, ids: Set[str]) -> PartView:
         """Exclude some items. The resulting view compares all rows, read from disk."""
-        hidden = np.array([item in ids for item in self.ids[: len(self.masked)]], np.bool_)
-        masked = self.masked | hidden
-        count = len(masked) - int(np.count_nonzero(masked))
+        masked = self.masked | np.array([item in ids for item in self.ids[: len(self.masked)]], np.bool_)
+        count = int(np.count_nonzero(~masked))
         return replace(self, masked=masked, count=count, exact=None, index=None, due=False)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -90,10 +78,9 @@ class PartView:
         wanted = self.index.proposals * k + OVERFETCH
         proposed = self.index.propose(queries, wanted, self.masked)
         _, recent = self.exact.candidates(queries, min(k + OVERFETCH, self.exact.count))
-        candidates = np.concatenate([proposed, recent], axis=1)
+        padding = np.full((len(queries), max(0, k - proposed.shape[1] - recent.shape[1])), MISSING)
+        candidates = np.concatenate([proposed, recent, padding], axis=1)
         short = (candidates != MISSING).sum(axis=1) < k
-        padding = max(0, k - candidates.shape[1])
-        candidates = np.pad(candidates, ((0, 0), (0, padding)), constant_values=MISSING)
         scores, rows = rescore(queries, candidates, k, self.gather)
         if short.any():
             scores[short], rows[short] = self.scan(queries[short], k)
@@ -110,9 +97,8 @@ class PartView:
             scores = np.concatenate([best_scores, hits[0]], axis=1)
             numbers_of_both = np.concatenate([best, hits[1]], axis=1)
             order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-            best_scores, best = (
-                np.take_along_axis(table, order, axis=1) for table in (scores, numbers_of_both)
-            )
+            best_scores = np.take_along_axis(scores, order, axis=1)
+            best = np.take_along_axis(numbers_of_both, order, axis=1)
         return best_scores, best
 
 
@@ -127,15 +113,7 @@ class MovedRows:
         self._groups: list[tuple[NDArray[np.int64], ExactRows]] = []
 
     def views(self, base: PartView, moved: NDArray[np.bool_]) -> list[PartView]:
-        """Build views of all moved rows.
-
-        Args:
-            base: A view of the part.
-            moved: (n,) bool: rows that have moved and are not removed.
-
-        Raises:
-            StoreError: If a segment cannot be read.
-        """
+        """Build views of all (n,) moved rows that are not removed; ``base`` is a view of the part."""
         fresh = moved.copy()
         for rows, _ in self._groups:
             fresh[rows] = False

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.errors import ConfigError, DataError, SpaceMismatchError
+from xbt.evaluation.retrieval import Positives, count_before_best
 from xbt.projections.base import Modality, Projection
 from xbt.projections.combinations import (
     MAX_REFERENCE,
@@ -329,7 +330,7 @@ def _folds_of(pairs: PairVectors, seed: int) -> NDArray[np.int64]:
 
 
 def count_better(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor) -> Tensor:
-    """Wrong gallery rows that score at least as high as the best answer; see ``best_positive_ranks``.
+    """Wrong gallery rows that score at least as high as the best answer; see ``count_before_best``.
 
     Args:
         scores: (n, u) scores with the distinct rows of the gallery.
@@ -340,8 +341,6 @@ def count_better(scores: Tensor, own: Tensor, is_answer: Tensor, copies: Tensor)
     Returns:
         (n,) int64 ranks, from 0 for the best.
     """
-    own_scores = scores.gather(1, own).masked_fill(~is_answer, -torch.inf)
-    best = own_scores.amax(dim=1, keepdim=True)
-    as_high = scores >= best
-    counts = as_high.sum(dim=1) if len(copies) == int(copies.sum()) else (as_high * copies).sum(dim=1)
-    return counts - (own_scores == best).sum(dim=1)
+    starts = np.concatenate([[0], is_answer.sum(dim=1).cumsum(0).numpy()])
+    positives = Positives(starts, own[is_answer].numpy())
+    return torch.from_numpy(count_before_best(scores.numpy(), positives, copies=copies.numpy()))

@@ -14,9 +14,8 @@ from xbt.backfill.orders import random_order
 from xbt.backfill.rehearsal import fit_rehearsed_order
 from xbt.data.items import choose_subset
 from xbt.evaluation import Interval, bootstrap_interval
-from xbt.index.calibration import fit_merge
+from xbt.index.calibration import MixedScores, fit_merge
 from xbt.index.mixed import Merge
-from xbt.index.ranks import MixedScores
 from xbt.projections.pairs import PairVectors
 from xbt.projections.sources import random_access
 from xbt.report.measure import Measured

@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import fields
+from typing import Any
 
 from xbt.errors import ConfigError, DataError
-from xbt.projections.auto.selection import MIN_IMAGES
+from xbt.evaluation.cells import DIRECTIONS
+from xbt.projections.auto.candidates import NEW_ALONE
+from xbt.projections.auto.choose import choose_projection
+from xbt.projections.auto.decision import Decision
+from xbt.projections.auto.selection import MIN_IMAGES, GainTest
+from xbt.projections.ensemble import QueryEnsemble
+from xbt.projections.fitting import fit_projection
 from xbt.report.config import FailUnder, UpgradeReportConfig
 from xbt.report.cost import measure_cost
 from xbt.report.curve import MIN_ITEMS, expect_curve
-from xbt.report.examples import find_flips
-from xbt.report.from_vectors import read_sample
-from xbt.report.measure import OLD, Measured, measure
+from xbt.report.measure import OLD, Measured, find_flips, measure
 from xbt.report.page import render_page
 from xbt.report.result import UpgradeReport
-from xbt.report.sample import Sample, embed_sample
+from xbt.report.sample import Sample, embed_sample, read_sample
 from xbt.report.verdict import check_thresholds, give_verdict
 from xbt.run_dir import RunDirectory
 
@@ -55,7 +60,11 @@ def write_upgrade_report(config: UpgradeReportConfig) -> UpgradeReport:
             f"measure with, and fewer than {MIN_IMAGES} show nothing",
             stacklevel=2,
         )
-    measured = measure(chosen, shown, config)
+    decision, alone = choose_method(chosen, config, config.use_old), None
+    needs_old = [d for d in shown.pairs.directions if decision.ensemble.needs_old(d) and decision.deployed(d)]
+    if len(chosen) >= MIN_IMAGES and needs_old:
+        alone = choose_method(chosen, config, use_old=False)
+    measured = measure(decision, alone, shown.pairs, config.ks, len(chosen))
     report = UpgradeReport(
         config,
         sample,
@@ -71,6 +80,75 @@ def write_upgrade_report(config: UpgradeReportConfig) -> UpgradeReport:
     run.write_json(JSON, report.to_dict())
     (run.path / HTML).write_text(render_page(report), encoding="utf-8")
     return report
+
+
+_TAKEN = "procrustes"
+
+
+class Untried(Decision):
+    """A method that was not compared with others, because the sample is too small.
+
+    ``n_texts`` is the number of texts that it was fitted to.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form: that of a decision, with ``"none"`` as evidence."""
+        return {**super().to_dict(), "evidence": "none"}
+
+    def __str__(self) -> str:
+        combinations = (f"{name}: {self.ensemble.combination(name)}" for name in DIRECTIONS)
+        return "\n".join(
+            [
+                f"{self.name} was taken without a choice: {self.n_images} images are too small a sample to "
+                f"choose by, for fewer than {MIN_IMAGES} cannot show a gain",
+                f"fitted to {self.n_texts:,} texts",
+                *combinations,
+            ]
+        )
+
+
+def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) -> Decision:
+    """Choose a method on one part of the sample.
+
+    With fewer than :data:`~xbt.projections.auto.choose.MIN_IMAGES` images, Procrustes is fitted to the corpus
+    (or else to the texts of this part), and its query is mixed in equal parts with the old one. Without
+    ``use_old``, only the new query is used at search time.
+    """
+    new, old = chosen.corpus or (None, None)
+    if len(chosen) >= MIN_IMAGES:
+        return choose_projection(
+            new,
+            old,
+            pairs=chosen.pairs,
+            thorough=config.thorough,
+            use_old=use_old,
+            ks=config.ks,
+            confidence=config.confidence,
+            seed=config.seed,
+            new_space=chosen.new.space,
+            old_space=chosen.old.space,
+        )
+    if new is None or old is None:
+        new, old = chosen.pairs.new_texts, chosen.pairs.old_texts
+    spaces = chosen.new.space, chosen.old.space
+    projection = fit_projection(new, old, _TAKEN, new_space=spaces[0], old_space=spaces[1])
+    ensemble = QueryEnsemble.midpoint(projection.old_dim, projection.old_space)
+    if not use_old:
+        ensemble = QueryEnsemble(
+            projection.old_dim, dict.fromkeys(DIRECTIONS, NEW_ALONE), old_space=projection.old_space
+        )
+    return Untried(
+        projection,
+        ensemble,
+        _TAKEN,
+        "own captions",
+        {name: GainTest.unknown(name, "the sample is too small to choose by") for name in DIRECTIONS},
+        (),
+        len(chosen),
+        len(new),  # type: ignore[arg-type]  # a sample's corpus is never a stream
+        config.confidence,
+        0,
+    )
 
 
 def _find_limits(sample: Sample, measured: Measured, gallery_size: int) -> list[str]:

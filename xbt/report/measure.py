@@ -1,11 +1,13 @@
-"""Choice of a method on one part of the sample, its cells on the other part, and the table of results."""
+"""Cells of a method on a part of the sample, the table of results, and queries that it fixes or breaks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from xbt.evaluation import (
@@ -18,85 +20,10 @@ from xbt.evaluation import (
     differences,
     recovered_gain,
 )
-from xbt.evaluation.cells import DIRECTIONS
-from xbt.projections.auto.candidates import NEW_ALONE
-from xbt.projections.auto.choose import choose_projection
+from xbt.evaluation.cells import keyed
+from xbt.index.gallery import Gallery
 from xbt.projections.auto.decision import Decision
-from xbt.projections.auto.selection import MIN_IMAGES, GainTest
-from xbt.projections.ensemble import QueryEnsemble
-from xbt.projections.fitting import fit_projection
 from xbt.projections.pairs import PairVectors
-from xbt.report.config import UpgradeReportConfig
-from xbt.report.sample import Sample
-
-_TAKEN = "procrustes"
-
-
-class Untried(Decision):
-    """A method that was not compared with others, because the sample is too small.
-
-    ``n_texts`` is the number of texts that it was fitted to.
-    """
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form: that of a decision, with ``"none"`` as evidence."""
-        return {**super().to_dict(), "evidence": "none"}
-
-    def __str__(self) -> str:
-        combinations = (f"{name}: {self.ensemble.combination(name)}" for name in DIRECTIONS)
-        return "\n".join(
-            [
-                f"{self.name} was taken without a choice: {self.n_images} images are too small a sample to "
-                f"choose by, for fewer than {MIN_IMAGES} cannot show a gain",
-                f"fitted to {self.n_texts:,} texts",
-                *combinations,
-            ]
-        )
-
-
-def choose_method(chosen: Sample, config: UpgradeReportConfig, use_old: bool) -> Decision:
-    """Choose a method on one part of the sample.
-
-    With fewer than :data:`~xbt.projections.auto.choose.MIN_IMAGES` images, Procrustes is fitted to the corpus
-    (or else to the texts of this part), and its query is mixed in equal parts with the old one. Without
-    ``use_old``, only the new query is used at search time.
-    """
-    new, old = chosen.corpus or (None, None)
-    if len(chosen) >= MIN_IMAGES:
-        return choose_projection(
-            new,
-            old,
-            pairs=chosen.pairs,
-            thorough=config.thorough,
-            use_old=use_old,
-            ks=config.ks,
-            confidence=config.confidence,
-            seed=config.seed,
-            new_space=chosen.new.space,
-            old_space=chosen.old.space,
-        )
-    if new is None or old is None:
-        new, old = chosen.pairs.new_texts, chosen.pairs.old_texts
-    spaces = chosen.new.space, chosen.old.space
-    projection = fit_projection(new, old, _TAKEN, new_space=spaces[0], old_space=spaces[1])
-    ensemble = QueryEnsemble.midpoint(projection.old_dim, projection.old_space)
-    if not use_old:
-        ensemble = QueryEnsemble(
-            projection.old_dim, dict.fromkeys(DIRECTIONS, NEW_ALONE), old_space=projection.old_space
-        )
-    return Untried(
-        projection,
-        ensemble,
-        _TAKEN,
-        "own captions",
-        {name: GainTest.unknown(name, "the sample is too small to choose by") for name in DIRECTIONS},
-        (),
-        len(chosen),
-        len(new),  # type: ignore[arg-type]  # a sample's corpus is never a stream
-        config.confidence,
-        0,
-    )
-
 
 OLD, UPGRADED, ALONE, NEW = "old/old", "new/old", "new/old (without the old model)", "new/new"
 
@@ -172,11 +99,7 @@ class Measured:
                 for cell in self.upgrades
             },
             "difference_to_old_old": {
-                cell.name: {
-                    direction: {f"R@{k}": change.to_dict() for k, change in changes.items()}
-                    for direction, changes in differences(cell, old, self.groups).items()
-                    if changes
-                }
+                cell.name: _keyed(differences(cell, old, self.groups))
                 for cell in [*self.upgrades, *([new] if new else [])]
             },
             "decision": self.decision.to_dict(),
@@ -194,14 +117,10 @@ class Measured:
         }
 
 
-def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Measured:
-    """Choose a method on one part of the sample and measure it on the other; see :func:`choose_method`."""
-    decision = choose_method(chosen, config, config.use_old)
-    alone = None
-    if len(chosen) >= MIN_IMAGES and any(decision.ensemble.needs_old(d) and decision.deployed(d)
-                                         for d in measured.pairs.directions):  # fmt: skip
-        alone = choose_method(chosen, config, use_old=False)
-    pairs = measured.pairs
+def measure(
+    decision: Decision, alone: Decision | None, pairs: PairVectors, ks: Sequence[int], n_chosen: int
+) -> Measured:
+    """Measure methods that were chosen on ``n_chosen`` other images; see :class:`Measured`."""
     queries: dict[str, Queries] = {
         OLD: {direction: pairs.queries(direction)[1] for direction in pairs.directions}
     }
@@ -213,31 +132,23 @@ def measure(chosen: Sample, measured: Sample, config: UpgradeReportConfig) -> Me
             }
     if pairs.new_images is not None:
         queries[NEW] = {direction: pairs.queries(direction)[0] for direction in pairs.directions}
-    result = Measured(decision, alone, pairs, {}, queries, len(chosen))
+    result = Measured(decision, alone, pairs, {}, queries, n_chosen)
     for name in queries:
-        result.cells[name] = _cell(result, name, config.ks)
+        result.cells[name] = _cell(result, name, ks)
     return result
 
 
-def _cell(measured: Measured, name: str, ks: list[int]) -> Cell:
+def _cell(measured: Measured, name: str, ks: Sequence[int]) -> Cell:
     pairs = measured.pairs
     ranks = {
         direction: best_positive_ranks(queries, measured.gallery(name, direction), pairs.positives(direction))
         for direction, queries in measured.queries[name].items()
     }
-    recall = {
-        direction: {k: int((rank < k).sum()) / len(rank) for k in ks} for direction, rank in ranks.items()
-    }
-    n_images, n_texts = len(pairs), len(pairs.image_of_text)
-    return Cell(name, recall["T2I"], recall.get("I2T", {}), n_images, n_texts, ranks)
+    return Cell.of(name, ranks, ks, len(pairs), len(pairs.image_of_text))
 
 
 def _keyed(by_direction: Mapping[str, Mapping[int, Any]]) -> dict[str, dict[str, Any]]:
-    return {
-        direction: {f"R@{k}": value for k, value in values.items()}
-        for direction, values in by_direction.items()
-        if values
-    }
+    return {direction: values for direction, values in keyed(by_direction).items() if values}
 
 
 HEADS = ("", "old/old", "new/old", "gain", "fixed", "broken", "criterion", "new/new", "recovered")
@@ -326,4 +237,96 @@ def aligned(table: list[list[str]]) -> list[str]:
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in table
+    ]
+
+
+TOP = 4
+"""Results shown per query and model."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query whose answer moved.
+
+    Attributes:
+        direction: ``"T2I"`` or ``"I2T"``.
+        query: Row of the text, or of the image, in the measuring part of the sample.
+        old_rank: Rank of the best right result with the old query, from 0.
+        new_rank: Rank of the best right result with the new query, from 0.
+        before: Rows of the first results of the old query.
+        after: Rows of the first results of the new query.
+        right: Rows that answer the query.
+    """
+
+    direction: str
+    query: int
+    old_rank: int
+    new_rank: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    right: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Best and worst changes of a direction.
+
+    Attributes:
+        k: The k at which a query counts as fixed or broken.
+        fixed: Queries that miss at k with the old model and hit with the new one, largest change first.
+        broken: Queries that hit with the old model and miss with the new one, largest change first.
+    """
+
+    k: int
+    fixed: list[Example]
+    broken: list[Example]
+
+
+def find_flips(measured: Measured, count: int) -> dict[str, Flips]:
+    """Find ``count`` best and worst changes per direction, at most one query an image, by exact search."""
+    flips = {}
+    k = min(measured.ks)
+    for direction in measured.directions:
+        old, new = (measured.cells[name].ranks[direction].numpy() for name in (OLD, UPGRADED))
+        groups = measured.groups[direction].numpy()
+        fixed = _spread(np.flatnonzero((old >= k) & (new < k)), new - old, groups, count)
+        broken = _spread(np.flatnonzero((old < k) & (new >= k)), old - new, groups, count)
+        examples = _examples(measured, direction, [*fixed, *broken])
+        flips[direction] = Flips(k, examples[: len(fixed)], examples[len(fixed) :])
+    return flips
+
+
+def _spread(
+    rows: np.ndarray[Any, Any], change: np.ndarray[Any, Any], groups: np.ndarray[Any, Any], count: int
+) -> list[int]:
+    """The rows with the lowest change, each of another image."""
+    chosen: dict[int, int] = {}
+    for row in rows[np.argsort(change[rows], kind="stable")]:
+        chosen.setdefault(int(groups[row]), int(row))
+    return list(chosen.values())[:count]
+
+
+def _examples(measured: Measured, direction: str, rows: list[int]) -> list[Example]:
+    if not rows:
+        return []
+    gallery = measured.gallery(OLD, direction)
+    index = Gallery.build(gallery, [str(row) for row in range(len(gallery))])
+    asked = torch.tensor(rows)
+    before, after = (
+        index.search(measured.queries[name][direction][asked], min(TOP, len(gallery))).ids
+        for name in (OLD, UPGRADED)
+    )
+    old, new = (measured.cells[name].ranks[direction] for name in (OLD, UPGRADED))
+    right = measured.pairs.positives(direction)
+    return [
+        Example(
+            direction,
+            row,
+            int(old[row]),
+            int(new[row]),
+            tuple(map(int, first)),
+            tuple(map(int, second)),
+            tuple(right[row]),
+        )
+        for row, first, second in zip(rows, before, after, strict=True)
     ]

@@ -9,8 +9,7 @@ from xbt.config import config_to_dict
 from xbt.report.config import UpgradeReportConfig
 from xbt.report.cost import Cost
 from xbt.report.curve import ExpectedCurve
-from xbt.report.examples import Example, Flips
-from xbt.report.measure import HEADS, Measured, Row, aligned, make_rows
+from xbt.report.measure import HEADS, Example, Flips, Measured, Row, aligned, make_rows
 from xbt.report.sample import Sample
 from xbt.report.verdict import Threshold, Verdict
 from xbt.version import __version__
