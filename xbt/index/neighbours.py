@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from xbt.projections.neighbours import nearest
+from xbt.projections.hubness import nearest
 
 NEIGHBOURS = 20
 EXACT_ITEMS = 50_000

@@ -18,7 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -115,26 +118,24 @@ def tune_matrices(
         for direction in pairs.directions
     }
     dim = pairs.dims[1]
-    matrices = [torch.zeros(dim, dim) for _ in range(2 if use_old else 1)]
 
-    def loss() -> float:
-        value = 0.0
+    def loss(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        matrices, value = list(torch.from_numpy(flat).float().view(-1, dim, dim)), 0.0
         for each in matrices:
             each.grad = each * (penalty * 8 / dim)
             value += penalty * 4 / dim * each.square().sum().item()
         for direction, (old, new) in queries.items():
             value += _add_gradient(pairs, direction, old, new, shares[direction], matrices, temperature)
-        return value
+        return value, np.concatenate([each.grad.flatten().double() for each in matrices])
 
+    found = np.zeros((2 if use_old else 1) * dim**2)
     if steps:
-        optimiser = torch.optim.LBFGS(
-            matrices, max_iter=steps, history_size=_HISTORY, line_search_fn="strong_wolfe"
-        )
+        options = {"maxiter": steps, "maxcor": _HISTORY}
+        # torch's own L-BFGS would load its compiler first, for seconds.
         # The caller may have set autocast to half precision.
         with torch.autocast("cpu", enabled=False):
-            optimiser.step(loss)  # type: ignore[no-untyped-call]
-    for each in matrices:
-        each.grad = None
+            found = minimize(loss, found, jac=True, method="L-BFGS-B", options=options).x
+    matrices = torch.from_numpy(found).float().view(-1, dim, dim)
     return dict(zip(("new_matrix", "old_matrix"), matrices, strict=False))
 
 
@@ -163,14 +164,14 @@ def _add_gradient(
             mixed += u @ matrices[1].T
         lengths = mixed.norm(dim=1, keepdim=True).clamp_min(1e-12)
         queries = mixed / lengths
-        logits = (queries / temperature) @ gallery.T
+        logs = ((queries / temperature) @ gallery.T).log_softmax(dim=1)
         chosen = answers[part].clamp_min(0)
-        right = logits.gather(1, chosen).masked_fill(answers[part] < 0, -torch.inf)
-        total, of_right = logits.logsumexp(dim=1, keepdim=True), right.logsumexp(dim=1, keepdim=True)
-        value += (total - of_right).sum().item() / len(old)
+        right = logs.gather(1, chosen).masked_fill(answers[part] < 0, -torch.inf)
+        of_right = right.logsumexp(dim=1, keepdim=True)
+        value -= of_right.sum().item() / len(old)
         # The gradient of the logits: all probabilities, less those among the answers.
-        logits.sub_(total).exp_().scatter_add_(1, chosen, -(right - of_right).exp())
-        of_queries = (logits @ gallery) / (temperature * len(old))
+        of_logits = logs.exp_().scatter_add_(1, chosen, -(right - of_right).exp())
+        of_queries = (of_logits @ gallery) / (temperature * len(old))
         along = (of_queries * queries).sum(dim=1, keepdim=True)
         of_mixed = (of_queries - along * queries) / lengths
         for matrix, side in zip(matrices, (v, u), strict=False):

@@ -25,7 +25,7 @@ MAX_ANCHORS = 32_768
 
 _BETAS = (0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8, 1.0)
 _TUNED_BETAS = (0.5, 0.4, 0.6, 0.3, 0.7)
-_TUNING_STEPS = 8
+_TUNING_STEPS = 7
 
 OLD_ALONE = Nlerp(0.0)
 NEW_ALONE = Nlerp(1.0)

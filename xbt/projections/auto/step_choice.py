@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -71,13 +70,13 @@ def choose_steps(
     for direction in pairs.directions:
         judged = Judged(pairs, direction, clusters, fold_of, trial.options.ks)
         anchors, bank = materials(trial, judged.pairs, direction, judged.clusters)
-        control = _control(judged, anchors, bank)
 
         def mix(fold: int, query: str, new: Tensor, old: Tensor, direction: str = direction) -> Tensor:
             return trial.mixed(choices[fold], fold, query, direction, new, old)
 
         queries = (BEST, "0.5", "0.25", OLD) if trial.options.use_old else (BEST,)
         made = StepTrial(judged, anchors, bank, mix, queries)
+        control = made.of_old()
         plain = best_positive_ranks(
             pairs.queries(direction)[1], pairs.gallery(direction), pairs.positives(direction)
         )
@@ -95,15 +94,6 @@ def choose_steps(
             settings[direction] = control.climb(None, (0.0,))
     kept = {way: each for way, each in settings.items() if each.share or each.weight}
     return StepChoice(kept, tests)
-
-
-def _control(judged: Judged, anchors: Items | None, bank: Items | None) -> StepTrial:
-    """The old query with steps of old vectors alone."""
-    pairs = judged.pairs
-    images = None if pairs.new_images is None else pairs.old_images
-    same = replace(judged, pairs=replace(pairs, new_texts=pairs.old_texts, new_images=images))
-    texts, asked = (None if items is None else items.of_old() for items in (anchors, bank))
-    return StepTrial(same, texts, asked, lambda fold, query, new, old: old, (OLD,))
 
 
 def _test(judged: Judged, trial: CrossValidation, ours: Tensor, theirs: Tensor) -> GainTest:

@@ -51,6 +51,10 @@ RULES = (
 )
 
 
+_ALL_FOLDS = -1
+"""In place of a fold, of what is the same for all of them."""
+
+
 class StepSetting(NamedTuple):
     """A query and the steps of one direction.
 
@@ -95,19 +99,27 @@ class Items(NamedTuple):
         """Some of the items, by position or by booleans."""
         return Items(self.old[chosen], self.new[chosen], self.owners[chosen])
 
-    def outside(self, fold_of: Tensor, fold: int) -> Items:
-        """Items of the other folds, and those that belong to nothing."""
-        return self.take((self.owners < 0) | (fold_of[self.owners.clamp_min(0)] != fold))
+    @property
+    def owned(self) -> bool:
+        """True if items belong to something."""
+        return bool((self.owners >= 0).any())
+
+    def outside(self, fold_of: Tensor, fold: int) -> Tensor:
+        """(n,) booleans: items of the other folds, and those that belong to nothing."""
+        return (self.owners < 0) | (fold_of[self.owners.clamp_min(0)] != fold)
 
     def spread(self, count: int) -> Items:
         """At most so many of the items, evenly spaced."""
-        if len(self.old) <= count:
-            return self
-        return self.take(torch.from_numpy(np.linspace(0, len(self.old) - 1, count).astype(np.int64)))
+        return self if len(self.old) <= count else self.take(_spread(len(self.old), count))
 
     def of_old(self) -> Items:
         """The same items with old vectors on both sides."""
         return Items(self.old, self.old, self.owners)
+
+
+def _spread(items: int, count: int) -> Tensor:
+    """At most so many positions of some items, evenly spaced."""
+    return torch.from_numpy(np.linspace(0, items - 1, min(items, count)).astype(np.int64))
 
 
 Mix = Callable[[int, str, Tensor, Tensor], Tensor]
@@ -166,16 +178,27 @@ class StepTrial:
     def __init__(
         self, judged: Judged, anchors: Items | None, bank: Items | None, mix: Mix, queries: Sequence[str]
     ) -> None:
-        self.judged, self.anchors, self.bank, self.mix, self.queries = judged, anchors, bank, mix, queries
+        self.judged, self.anchors, self.mix, self.queries = judged, anchors, mix, queries
+        self.bank = bank if bank is None or bank.owned else bank.spread(MAX_BANK)
         self.searched = judged.pairs.searched(judged.direction)
         self.own = judged.owners_of_rows()
         self.new, self.old = judged.pairs.queries(judged.direction)
         self.fold_of_query = judged.fold_of[judged.pairs.groups(judged.direction)]
         self._hits: dict[StepSetting, Tensor] = {}
         self._ranks: dict[StepSetting, Tensor] = {}
-        self._banks: dict[int, Items] = {}
         self._kept: dict[tuple[str, int, object], Tensor] = {}
-        self._maps: dict[int, tuple[CaptionForwardMap, Tensor, Tensor]] = {}
+        self._maps: dict[int, CaptionForwardMap] = {}
+        self._near: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of_old(self) -> StepTrial:
+        """The old query with steps of old vectors alone, which have the same nearest anchors."""
+        pairs = self.judged.pairs
+        images = None if pairs.new_images is None else pairs.old_images
+        judged = replace(self.judged, pairs=replace(pairs, new_texts=pairs.old_texts, new_images=images))
+        anchors, bank = (None if each is None else each.of_old() for each in (self.anchors, self.bank))
+        made = StepTrial(judged, anchors, bank, lambda fold, query, new, old: old, (OLD,))
+        made._near = self._near
+        return made
 
     def nested(self, shares: Sequence[float] = SHARES) -> Tensor:
         """(n_queries,) ranks of every query with what the other folds' queries choose."""
@@ -236,38 +259,46 @@ class StepTrial:
 
     def _hubness(self, setting: StepSetting, fold: int) -> Tensor:
         """(u,) mean of the highest scores of the rows with the bank."""
-        bank = self._bank(fold)
-        key = (setting.query, setting.share, setting.rule)
+        bank = self.bank
+        assert bank is not None
 
         def measure() -> Tensor:
             scores = self._base("bank", fold, setting.query, bank.new, bank.old).T
             if setting.rule is not None:
                 forward = self._forward("bank", fold, setting.rule, bank.new).T
                 scores = torch.lerp(scores, forward, setting.share)
-            if bool((bank.owners >= 0).any()):
-                mask = self._once("owned", fold, None, lambda: owned(self.own, bank.owners))
-                scores = scores.masked_fill(mask, -torch.inf)
+            if bank.owned:
+                scores = scores.masked_fill(self._left_out(bank, fold), -torch.inf)
             return mean_of_highest(scores, HUB_K)
 
-        return self._once("hubness", fold, key, measure)
+        fixed = setting.query == OLD and not bank.owned and (setting.rule is None or self._same_anchors)
+        key = (setting.query, setting.share, setting.rule)
+        return self._once("hubness", _ALL_FOLDS if fixed else fold, key, measure)
 
-    def _bank(self, fold: int) -> Items:
-        if fold not in self._banks:
-            assert self.bank is not None
-            self._banks[fold] = self.bank.outside(self.judged.fold_of, fold).spread(MAX_BANK)
-        return self._banks[fold]
+    def _left_out(self, bank: Items, fold: int) -> Tensor:
+        """(u, b) booleans: queries of the bank that do not count for a row while a fold is judged."""
+
+        def find() -> Tensor:
+            outside = torch.nonzero(bank.outside(self.judged.fold_of, fold)).flatten()
+            out = torch.ones(len(bank.owners), dtype=torch.bool)
+            out[outside[_spread(len(outside), MAX_BANK)]] = False
+            return owned(self.own, bank.owners) | out
+
+        return self._once("left out", fold, None, find)
 
     def _base(self, kind: str, fold: int, query: str, new: Tensor, old: Tensor) -> Tensor:
         """(n, u) scores of queries with the rows, without steps."""
         rows = self.searched.rows
+        shared = _ALL_FOLDS if kind == "bank" and query == OLD else fold
         return self._once(
-            f"{kind} base", fold, query, lambda: self._scores(kind, self.mix(fold, query, new, old), rows)
+            f"{kind} base", shared, query, lambda: self._scores(kind, self.mix(fold, query, new, old), rows)
         )
 
     def _forward(self, kind: str, fold: int, rule: Neighbours, new: Tensor) -> Tensor:
         """(n, u) scores of new queries with the estimates of the rows."""
+        shared = _ALL_FOLDS if kind == "bank" and self._same_anchors else fold
         return self._once(
-            f"{kind} forward", fold, rule, lambda: self._scores(kind, new, self._estimates(fold, rule))
+            f"{kind} forward", shared, rule, lambda: self._scores(kind, new, self._estimates(fold, rule))
         )
 
     @staticmethod
@@ -275,21 +306,26 @@ class StepTrial:
         # The bank's scores are read row by row of the gallery.
         return (rows @ queries.T).T if kind == "bank" else queries @ rows.T
 
+    @property
+    def _same_anchors(self) -> bool:
+        """True if the forward map is the same for all folds."""
+        return self.anchors is not None and not self.anchors.owned
+
     def _estimates(self, fold: int, rule: Neighbours) -> Tensor:
-        assert self.anchors is not None
-        shared = fold if bool((self.anchors.owners >= 0).any()) else -1
+        items = self.anchors
+        assert items is not None
+        shared = _ALL_FOLDS if self._same_anchors else fold
         if shared not in self._maps:
-            items = self.anchors.outside(self.judged.fold_of, fold)
-            made = fit_caption_map(items.old, items.new, owners=items.owners)
-            own = self.own if shared >= 0 else None
+            if items.owned:
+                items = items.take(items.outside(self.judged.fold_of, fold))
+            self._maps[shared] = fit_caption_map(items.old, items.new, owners=items.owners)
+        made = self._maps[shared]
+        if shared not in self._near:
             most = max(each.k for each in RULES)
-            self._maps[shared] = made, *made.neighbours(self.searched.rows, most, own)
-        made, cosines, found = self._maps[shared]
+            self._near[shared] = made.neighbours(self.searched.rows, most, self.own if items.owned else None)
+        near = self._near[shared]
         return self._once(
-            "estimates",
-            shared,
-            rule,
-            lambda: unit_rows(made.estimate(self.searched.rows, cosines, found, rule)),
+            "estimates", shared, rule, lambda: unit_rows(made.estimate(self.searched.rows, *near, rule))
         )
 
     def _once(self, kind: str, fold: int, key: object, make: Callable[[], Tensor]) -> Tensor:
