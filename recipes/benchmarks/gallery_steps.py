@@ -38,11 +38,17 @@ from xbt.projections import Decision, choose_projection, fit_caption_map, fit_pr
 from xbt.projections.auto.steps import HUB_K, MAX_BANK, Items, StepSetting
 
 KS = (1, 5, 10)
-OLD, OLD_STEPS, NEW_NEW = "old/old", "old + its best steps", "new/new"
+OLD, OLD_BIAS, OLD_STEPS, NEW_NEW = "old/old", "old + CSLS", "old + its best steps", "new/new"
 MIDPOINT, UNVERIFIED = "procrustes + midpoint", "procrustes + midpoint, unverified steps"
 AUTO, AUTO_STEPS = "auto", "auto with steps"
-METHODS = (OLD, OLD_STEPS, MIDPOINT, UNVERIFIED, AUTO, AUTO_STEPS, NEW_NEW)
-COMPARED = ((AUTO_STEPS, OLD_STEPS), (AUTO_STEPS, AUTO), (UNVERIFIED, MIDPOINT), (UNVERIFIED, OLD))
+METHODS = (OLD, OLD_BIAS, OLD_STEPS, MIDPOINT, UNVERIFIED, AUTO, AUTO_STEPS, NEW_NEW)
+COMPARED = (
+    (AUTO_STEPS, OLD_BIAS),
+    (AUTO_STEPS, OLD_STEPS),
+    (AUTO_STEPS, AUTO),
+    (UNVERIFIED, MIDPOINT),
+    (UNVERIFIED, OLD),
+)
 """Of which differences are shown."""
 
 
@@ -176,6 +182,7 @@ def ranks_of(
     control = decision.step_tests[direction].control
     found = {
         OLD: ranks(asked.old, asked.gallery),
+        OLD_BIAS: ranks(*old_with_steps(split, direction, asked, StepSetting("old", weight=0.5))),
         OLD_STEPS: ranks(*old_with_steps(split, direction, asked, control)),
         MIDPOINT: ranks(midpoint, asked.gallery),
         AUTO: ranks(decision.queries(asked.new, asked.old, direction), asked.gallery),
