@@ -130,7 +130,7 @@ def test_a_folder_is_only_read(tmp_path, unit_rows):
         ("integers", r"img_emb_1.npy holds an array of shape \(2, 8\) and type int64"),
         ("columns", r"img_emb_1.npy holds an array of shape \(2, 8\) and type float16, column by column"),
         ("parquet", r"metadata_1.parquet is not a readable parquet file"),
-        ("twice", r"shards '1' and '01' of .* have the same number"),
+        ("twice", r"shards '01' and '1' of .* have the same number"),
         ("gap", r"shard 1 of .* is missing, but there is img_emb_2.npy"),
         ("first", r"shard 0 of .* is missing"),
         ("orphan", r"metadata_3.parquet belongs to no shard: there is no img_emb/img_emb_3.npy"),

@@ -207,7 +207,8 @@ def shard_key(name: str) -> tuple[int, ...]:
 
 def require_distinct(names: Sequence[str], path: Path) -> None:
     """Refuse sorted names of shards of which two have the same number, such as 1 and 01."""
-    for first, second in pairwise(names):
+    for pair in pairwise(names):
+        first, second = sorted(pair)  # a directory lists its files in any order
         if shard_key(first) == shard_key(second):
             raise StoreError(
                 f"the shards {first!r} and {second!r} of {path} have the same number; remove or rename one"
