@@ -18,16 +18,8 @@ were embedded again, too: a backfill that is under way improves the estimate of 
 Cost: 2 · rows · anchors · old_dim floating-point operations, once per row, in blocks whose scores take 16
 MiB; a million rows beside 30,000 anchors of 512 dimensions are 3·10¹³, about ten minutes of one CPU core.
 
-Measured on the 1,000 validation photos of Flickr8k with 30,000 captions, R@1/5/10 beside the mean of the old
-and the rotated new query (k = 50, τ = 0.05, plain):
-
-    a          T2I               I2T
-    0          11.6/30.2/41.6    11.5/32.5/42.4
-    0.2        12.5/31.4/43.2    12.5/32.7/44.7
-    0.5        11.6/30.8/42.5    15.5/35.6/46.8
-
-With few captions, below about 3,000 there, the plain form does harm. The photos are those a was chosen on,
-and no script of ``recipes/benchmarks/`` repeats the table yet.
+``recipes/benchmarks/gallery_steps.py`` measures it, together with the hubness bias, on held-out data; README
+shows the table. With few captions the plain form can do harm.
 """
 
 from __future__ import annotations

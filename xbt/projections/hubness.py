@@ -14,10 +14,8 @@ caption is in the bank would be pushed down by the query that it answers. :func:
 
 Cost: 2 · rows · bank · dim floating-point operations, once per row.
 
-Measured like the table of :mod:`xbt.projections.caption_map`, c = 0.5, k = 10, banks of 2,000 captions and
-1,000 photos, R@1/5/10: the old query goes from 8.8/23.6/33.5 to 9.3/23.6/33.8 in T2I and from 11.3/26.2/36.6
-to 11.9/26.5/37.8 in I2T, the mean of both queries from 11.6/30.2/41.6 to 12.3/31.3/42.7 and from
-11.5/32.5/42.4 to 13.4/32.4/43.4. No script of ``recipes/benchmarks/`` repeats these figures yet.
+``recipes/benchmarks/gallery_steps.py`` measures it on held-out data, for the old query too; README shows the
+table.
 """
 
 from __future__ import annotations
