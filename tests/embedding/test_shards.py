@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from xbt.data.items import ItemSource, ListedTexts
-from xbt.embedding.plan import LAST, ShardPlan, even_shard_size
+from xbt.embedding.work import LAST, ShardPlan, even_shard_size
 from xbt.store import ShardRecord
 
 

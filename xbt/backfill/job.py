@@ -37,8 +37,7 @@ from xbt.backfill.target import (
     save_merge,
 )
 from xbt.data.image_collection import open_images
-from xbt.embedding.checks import require_writable
-from xbt.embedding.job import choose_workers
+from xbt.embedding.job import choose_workers, require_writable
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import DataError
 from xbt.index.mixed import Merge, RankMerge

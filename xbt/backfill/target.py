@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xbt.embedding.checks import require_free_space
+from xbt.embedding.job import require_free_space
 from xbt.errors import ConfigError, DataError, SpaceMismatchError, StoreError
 from xbt.files import write_record
 from xbt.index.gallery import Gallery

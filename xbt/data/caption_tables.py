@@ -149,9 +149,13 @@ def _delimiter(lines: list[Line], path: Path, required: bool) -> str | None:
                 "write only captions, or a .csv file with the header image,caption"
             )
         return None
+    if not count and kind_of(path) == ".txt":
+        return None  # the caller raises a more specific error
     if not count:
-        _refuse_nameless(lines, path)
-        return None
+        raise DataError(
+            f"{path} has no header with a caption column, and its first line {lines[0][1][:60]!r} does not "
+            "begin with an image's name; write image,caption on the first line"
+        )
     number, line = others[0]
     raise DataError(
         f"{path}, line {number}: {line[:60]!r} does not begin with an image's name and a delimiter, as "
@@ -163,15 +167,6 @@ def _has_id(line: str) -> bool:
     """Return True if text follows a first word that looks like an id, such as 1000268201_693b08cb0e#0."""
     first, *others = re.split(r"[\s,|;]", line, maxsplit=1)
     return bool(others) and _ID.search(first) is not None
-
-
-def _refuse_nameless(lines: list[Line], path: Path) -> None:
-    if kind_of(path) == ".txt":
-        return  # the caller raises a more specific error
-    raise DataError(
-        f"{path} has no header with a caption column, and its first line {lines[0][1][:60]!r} does not begin "
-        "with an image's name; write image,caption on the first line"
-    )
 
 
 def _rows_below(header: _Header, text: str, lines: list[Line], path: Path) -> list[TableRow]:
@@ -207,10 +202,7 @@ def _image(fields: list[str], header: _Header) -> str | None:
 
 
 def _rows_without_header(delimiter: str, text: str, lines: list[Line], path: Path) -> list[TableRow]:
-    if delimiter == "#":
-        parsed, invalid_line = None, None
-    else:
-        parsed, invalid_line = _parse_csv(text, delimiter, -1)
+    parsed, invalid_line = (None, None) if delimiter == "#" else _parse_csv(text, delimiter, -1)
     if parsed is not None and len(parsed[-1][1]) <= 3:
         numbered = all(fields[1].strip().isdecimal() for _, fields in parsed if len(fields) == 3)
         if len(parsed[-1][1]) == 2 or numbered:
@@ -228,12 +220,7 @@ def _rows_without_header(delimiter: str, text: str, lines: list[Line], path: Pat
 def _parse_csv(
     text: str, delimiter: str, caption: int
 ) -> tuple[list[tuple[int, list[str]]] | None, int | None]:
-    """Parse quoted CSV.
-
-    Returns:
-        Line number and fields of each record, or ``None`` if no CSV writer can have written the text; and the
-        first line that shows this, if there is one.
-    """
+    """Parse quoted CSV: line number and fields of each record; also the first line that is no CSV, if any."""
     lines = [f"{line}\n" for line in text.split("\n")]
     reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
     records: list[tuple[int, list[str]]] = []

@@ -47,13 +47,7 @@ _USUAL_COLUMN = "caption"
 
 
 def read_rows(path: Path, column: str, split: str | None) -> Iterator[Row]:
-    """Read ids and captions, blank ones included, of a file; errors may be raised during iteration.
-
-    Args:
-        path: A .txt, .token, .csv, .tsv, .jsonl or .json file (each may end in .gz), or a .parquet file.
-        column: Key or column of .jsonl, .parquet, .csv and .tsv that holds a caption or a list of captions.
-        split: Split of a Karpathy file.
-    """
+    """Read ids and captions, blank ones included, of a file; errors may be raised during iteration."""
     check_is_file(path)
     kind = kind_of(path)
     kinds = (".txt", *TABLE_KINDS, ".jsonl", ".json", ".parquet")
@@ -158,14 +152,9 @@ def read_karpathy(path: Path, split: str | None = None, root: Path | None = None
 def parse_karpathy(
     content: Any, path: Path, split: str | None = None, root: Path | None = None
 ) -> list[KarpathyImage]:
-    """Parse the JSON content of a split file.
+    """Parse the JSON content of a split file, all splits by default; COCO's train set is ``train+restval``.
 
-    Args:
-        content: The content; see :func:`is_karpathy`.
-        path: The file, for error messages.
-        split: Name of a split; ``+`` joins several; ``all`` or None takes all of them. COCO's train set is
-            ``train+restval``.
-        root: Base folder of the names, which a name may not leave; ``None`` if no image will be read.
+    ``root`` is the base folder of the names, which a name may not leave; ``None`` if no image will be read.
     """
     records = content["images"]
     if not isinstance(records, list) or not records:
@@ -185,15 +174,8 @@ def _parse_record(record: Any, position: int, path: Path, root: Path | None) -> 
     if root is not None:
         name_within(root, name, where)
     sentences = _field(record, "sentences", list, where)
-    raw = [
-        _field(sentence, "raw", str, f"{where}, sentence {number}")
-        for number, sentence in enumerate(sentences)
-    ]
-    return KarpathyImage(
-        name=name,
-        split=_field(record, "split", str, where),
-        sentences=tuple(text.strip() for text in raw),
-    )
+    raw = [_field(item, "raw", str, f"{where}, sentence {number}") for number, item in enumerate(sentences)]
+    return KarpathyImage(name, _field(record, "split", str, where), tuple(text.strip() for text in raw))
 
 
 def _field(record: Any, key: str, kind: type, where: str) -> Any:
@@ -360,26 +342,17 @@ def _refuse_empty(source: CaptionSource, total: int, usable: int) -> None:
 
 
 def _rows(source: CaptionSource) -> Iterator[Row]:
-    if not source.source.startswith(HUB_PREFIX):
-        refuse_options(source, ("subset", "id_column"), "but only hf: sources have {}s")
+    if source.source.startswith(HUB_PREFIX):
+        dataset = open_dataset(source.source, source.subset, source.split)
+        ids = read_ids(dataset, source.id_column, source.source)
+        values = read_column(dataset, source.column, source.source)
+        for row, (name, value) in enumerate(zip(ids, values, strict=True)):
+            yield from named_rows(value, name, f"{source.source}, row {row}")
+        return
+    refuse_options(source, ("subset", "id_column"), "but only hf: sources have {}s")
     if source.source == "scenes":
-        return _read_scenes(source)
-    return (
-        _read_hub(source)
-        if source.source.startswith(HUB_PREFIX)
-        else read_rows(Path(source.source).expanduser(), source.column, source.split)
-    )
-
-
-def _read_scenes(source: CaptionSource) -> Iterator[Row]:
-    split, count = source.split or "train", source.limit or DEFAULT_COUNT
-    for number, caption in enumerate(scene_captions(count, source.seed, split)):
-        yield f"scene-{split}-{source.seed}-{number:06d}#0", caption
-
-
-def _read_hub(source: CaptionSource) -> Iterator[Row]:
-    dataset = open_dataset(source.source, source.subset, source.split)
-    ids = read_ids(dataset, source.id_column, source.source)
-    values = read_column(dataset, source.column, source.source)
-    for row, (name, value) in enumerate(zip(ids, values, strict=True)):
-        yield from named_rows(value, name, f"{source.source}, row {row}")
+        split, count = source.split or "train", source.limit or DEFAULT_COUNT
+        for number, caption in enumerate(scene_captions(count, source.seed, split)):
+            yield f"scene-{split}-{source.seed}-{number:06d}#0", caption
+    else:
+        yield from read_rows(Path(source.source).expanduser(), source.column, source.split)

@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import posixpath
+import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
@@ -40,6 +41,7 @@ to 15."""
 FREE_UNPACKED = 64 << 20
 """Unpacked size in bytes up to which any compression ratio is accepted."""
 _BLOCK = 1 << 20
+_HALF = re.compile("[\ud800-\udfff]")
 _FORMS: tuple[Literal["NFC"], Literal["NFKC"]] = ("NFC", "NFKC")
 _ABSENT = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR)
 """Error numbers for a file that does not exist."""
@@ -158,13 +160,7 @@ def parse_json(text: str | bytes, where: str, first_line: int | None = 1) -> Any
 
 def is_unicode(text: str) -> bool:
     """Return False if the text contains half of a surrogate pair, which no encoder can read."""
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.isascii() or _HALF.search(text) is None
 
 
 def check_is_file(path: Path) -> None:
@@ -284,13 +280,10 @@ def _unpack(path: Path) -> bytes:
 
 
 def choose_splits(split: str | None, present: Sequence[str], where: str, required: bool = False) -> list[str]:
-    """Parse the option ``split``; the chosen names are in the order of ``present`` and without repetition.
+    """Parse the option ``split``: a name, several joined by ``+``, or ``"all"``; ``None`` also means all.
 
-    Args:
-        split: A name, several joined by ``+`` (``"val+restval"``), or ``"all"``; ``None`` also means all.
-        present: The existing splits.
-        where: Name of the source for the error message.
-        required: Whether a split must be named if there are several.
+    The result is in the order of the splits that are present, and without repetition. With ``required``, a
+    split must be named if there are several.
     """
     if required and split is None and len(present) > 1:
         raise DataError(f"{where} has the splits {', '.join(present)}; choose one with split")

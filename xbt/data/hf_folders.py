@@ -67,10 +67,7 @@ def open_folder(directory: Path, subset: str | None) -> Any:
 
 
 def open_builder(directory: Path, subset: str | None) -> Any:
-    """Open a directory of data files as a ``datasets.DatasetBuilder`` without reading them.
-
-    They are regular files of the directory.
-    """
+    """Open a directory of data files as a ``datasets.DatasetBuilder`` without reading them."""
     for name in _CARDS:
         _check_card(directory / name, directory)
     builder = datasets.load_dataset_builder(str(directory), subset, cache_dir=str(_cache_of(directory)))
@@ -102,11 +99,8 @@ def translated(source: str, advice: str) -> Iterator[None]:
 
 
 def _cache_of(directory: Path) -> Path:
-    """Cache directory for exactly these files.
-
-    If a directory has a data set card, datasets (5.2) keys its cache by the directory's name and card only.
-    It would then return stale data for another directory of that name, or after the files have changed.
-    """
+    # datasets (5.2) keys its cache of a directory with a card by its name and card only, and would return
+    # stale data for another directory of that name, or after the files have changed.
     resolved = directory.resolve()
     digest = hashlib.sha256(str(resolved).encode("utf-8", "surrogateescape"))
     for path in sorted(path for path in resolved.rglob("*") if path.is_file()):
@@ -170,11 +164,8 @@ def _patterns(value: Any) -> Iterator[str]:
     """Yield every string in a nested value; this includes names of splits, which do no harm."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list):
-        for item in value:
-            yield from _patterns(item)
-    elif isinstance(value, dict):
-        for item in value.values():
+    elif isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _patterns(item)
 
 
@@ -239,9 +230,7 @@ def _check_saved(folder: Path, directory: Path) -> None:
     state = _read_record(folder / _STATE, directory)
     _read_record(folder / "dataset_info.json", directory)
     items = [item for value in state.values() if isinstance(value, list) for item in value]
-    for item in items:
-        if not isinstance(item, dict):  # such as the columns of a format
-            continue
+    for item in [item for item in items if isinstance(item, dict)]:  # others are columns of a format
         name = item.get("filename")
         if not isinstance(name, str) or not name or "://" in name:
             raise DataError(f"{folder / _STATE} lists a file without a name; save the data set again")

@@ -49,11 +49,9 @@ ID_COLUMNS = ("image_id", "img_id", "imgid", "cocoid", "filename", "file_name", 
 def open_dataset(source: str, subset: str | None = None, split: str | None = None) -> Any:
     """Open one split of a data set as a ``datasets.Dataset``; nothing is decoded.
 
-    Args:
-        source: ``hf:`` and the name of a Hub data set, or a local directory that was written by
-            ``Dataset.save_to_disk`` or holds parquet or jsonl files.
-        subset: Configuration of a Hub data set.
-        split: Name of the split; optional if there is only one. ``+`` joins several, ``all`` takes all.
+    The source is ``hf:`` and the name of a Hub data set, or a local directory that was written by
+    ``Dataset.save_to_disk`` or holds parquet or jsonl files. The split is optional if there is only one;
+    ``+`` joins several, ``all`` takes all.
     """
     opened = _open(directory_of(source), source, subset, split)
     return _choose_split(opened, source, split)
@@ -139,10 +137,7 @@ def read_ids(dataset: Any, column: str | None, source: str) -> list[str]:
 
 
 class HubImages(LazyImages):
-    """An image column that returns encoded images, so that a damaged one can be reported and left out.
-
-    See :func:`undecoded` and :func:`image_roots`.
-    """
+    """An image column that returns encoded images, so that a damaged one can be reported and left out."""
 
     def __init__(self, dataset: Any, column: str, source: str, image_root: str | None = None) -> None:
         self._dataset = undecoded(dataset, column, source)
@@ -175,11 +170,8 @@ def image_roots(source: str, image_root: str | None) -> list[str]:
 def undecoded(dataset: Any, column: str, source: str, *others: str) -> Any:
     """Select the image column, encoded as stored, and the columns ``others``.
 
-    Args:
-        dataset: A ``datasets.Dataset`` or ``datasets.IterableDataset``; the result has the same type.
-        column: A column of ``datasets.Image``, of encoded bytes, or of paths, but not of URLs.
-        source: Name of the data set in error messages.
-        others: Other columns to keep.
+    The data set is a ``Dataset`` or ``IterableDataset``, and the column one of ``datasets.Image``, of encoded
+    bytes, or of paths, but not of URLs.
     """
     check_column(column, dataset.column_names, source, url_hint(dataset.column_names))
     for name in others:
@@ -294,10 +286,10 @@ def _join(source: PairSource, dataset: Any, images: HubImages, captions: list[li
     if source.id_column is not None:
         names = read_ids(dataset, source.id_column, source.source)
     else:
-        column = _repeated_id_column(dataset, source.source)
-        if column is None or not one_each:
+        found = _repeated_ids(dataset, source.source) if one_each else None
+        if found is None:
             return plain
-        names = read_ids(dataset, column, source.source)
+        column, names = found
         warnings.warn(
             f"the {len(names)} rows of {source.source} hold one caption each, and are joined to "
             f"{len(set(names))} images by the column {column!r}; if that is wrong, name another one with "
@@ -317,27 +309,24 @@ def _join(source: PairSource, dataset: Any, images: HubImages, captions: list[li
     return RawPairs(list(first), SelectedImages(images, list(first.values())), list(joined.values()))
 
 
-def _repeated_id_column(dataset: Any, source: str) -> str | None:
-    """First of the known id columns with a repeated value."""
-    for column in ID_COLUMNS:
-        if column in dataset.column_names:
-            values = read_column(dataset, column, source)
-            if None not in values and len(set(map(str, values))) < len(values):
-                return column
+def _repeated_ids(dataset: Any, source: str) -> tuple[str, list[str]] | None:
+    """First of the known id columns with a repeated value, and its values."""
+    for column in filter(set(dataset.column_names).__contains__, ID_COLUMNS):
+        values = read_column(dataset, column, source)
+        if None not in values and len(set(map(str, values))) < len(values):
+            return column, list(map(str, values))
     return None
 
 
 class StreamedImages(SourceShard):
-    """The images of one file (one shard) of a streamed data set."""
+    """The images of one file (one shard) of a streamed data set.
+
+    The name begins the ids unless a column gives them, and the state is the fingerprint of the files.
+    """
 
     def __init__(
         self, shard: Any, name: str, column: str, id_column: str | None, roots: Sequence[str], state: str = ""
     ) -> None:
-        """Keep an undecoded ``datasets.IterableDataset`` with only these columns.
-
-        ``name`` is the prefix of the ids unless a column gives them, and ``state`` the fingerprint of the
-        files; for ``roots`` see :func:`image_roots`.
-        """
         self.name, self._state = name, state
         self._shard, self._column, self._id_column, self._roots = shard, column, id_column, roots
 
@@ -379,32 +368,17 @@ def stream_images(
     id_column: str | None,
     image_root: str | None = None,
 ) -> list[StreamedImages]:
-    """Open an image column of a data set as streams, one per file of the data set, in order.
-
-    Args:
-        source: ``hf:`` and the name of a Hub data set, or a local directory with parquet or jsonl files.
-        subset: Configuration of a Hub data set.
-        split: Name of the split; optional if there is only one.
-        column: The image column.
-        id_column: A column of unique ids; by default the id is made of shard and row.
-        image_root: Base folder of relative paths in the image column; the data set's own folder by default.
-    """
+    """Open an image column of a data set as streams, one per file of the data set, in order."""
     dataset, state = _open_stream(source, subset, split)
     if dataset.column_names is None:
         raise DataError(f"{source} does not state its columns; leave out streaming")
     dataset = undecoded(dataset, column, source, *([id_column] if id_column is not None else []))
-    count = dataset.num_shards
-    width = len(str(count - 1))
+    count, roots = dataset.num_shards, image_roots(source, image_root)
+    names = [f"shard-{number:0{len(str(count - 1))}d}" for number in range(count)]
+    shards = [dataset.shard(num_shards=count, index=number) for number in range(count)]
     return [
-        StreamedImages(
-            dataset.shard(num_shards=count, index=number),
-            f"shard-{number:0{width}d}",
-            column,
-            id_column,
-            image_roots(source, image_root),
-            state,
-        )
-        for number in range(count)
+        StreamedImages(shard, name, column, id_column, roots, state)
+        for shard, name in zip(shards, names, strict=True)
     ]
 
 

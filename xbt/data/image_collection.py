@@ -97,16 +97,8 @@ class ImageCollection:
 def open_images(images: ImageCollection) -> ItemSource:
     """Open a collection of images; none is decoded, and a missing file is only noticed when it is read.
 
-    Args:
-        images: The source.
-
-    Returns:
-        The images with their ids: the path relative to the folder; the image name in a Karpathy file; the
-        tar's name and the sample's key; the value of the id column, or ``"row-17"`` (``"shard-3/row-17"`` in
-        streams).
-
-    Raises:
-        DataError: If there is no such source, it holds no image, or an id occurs twice.
+    Their ids are the path relative to the folder; the image name in a Karpathy file; the tar's name and the
+    sample's key; the value of the id column, or ``"row-17"`` (``"shard-3/row-17"`` in streams).
 
     Example:
         >>> open_images(ImageCollection("photos/"))
@@ -131,16 +123,8 @@ def open_images(images: ImageCollection) -> ItemSource:
 def open_captions(captions: CaptionSource) -> ItemSource:
     """Open a caption corpus, or the captions of WebDataset tars.
 
-    Args:
-        captions: The source.
-
-    Returns:
-        The captions with their ids; see :func:`~xbt.data.captions.read_caption_rows`. For tars, an id
-        consists of the tar's name, the sample's key and the line: ``"000/000017#0"``.
-
-    Raises:
-        ConfigError: If an option does not apply to this kind of source.
-        DataError: If the source cannot be read or holds no caption, or an id occurs twice.
+    For the ids see :func:`~xbt.data.captions.read_caption_rows`. For tars, an id consists of the tar's name,
+    the sample's key and the line: ``"000/000017#0"``.
     """
     if not is_tar(captions.source):
         return ItemSource(captions.source, "text", [ListedTexts(*read_caption_rows(captions))])

@@ -56,11 +56,10 @@ def as_spelled(path: str, root: str, name: str) -> str:
 
 
 def list_images(folder: Path, include_hidden: bool = False) -> list[str]:
-    """List the names with an image suffix in a folder and its subfolders, sorted, relative to the folder.
+    """List the names with an image suffix below a folder, sorted; hidden ones are left out with a warning.
 
     Every name with such a suffix is listed, even if it is not a file, so that unreadable entries are recorded
-    as rejected. Links to folders are followed. Hidden files (:func:`is_hidden`) are left out with a warning
-    unless ``include_hidden`` is set.
+    as rejected. Links to folders are followed.
     """
     listed = sorted(_walk(str(folder), "", ()))
     names = listed if include_hidden else [name for name in listed if not is_hidden(name)]
@@ -111,12 +110,7 @@ def find_images(names: Sequence[str], root: Path) -> list[str]:
 
 
 def refuse_urls(values: Sequence[object], where: str) -> None:
-    """Check that images are not named by URLs, so that a job fails early instead of rejecting every image.
-
-    Args:
-        values: Some of the values that name images; the first non-blank string is checked.
-        where: Name of their file or column for the error message.
-    """
+    """Check that the first non-blank string is no URL, so that a job fails early and rejects no image."""
     first = next((value for value in values if isinstance(value, str) and value.strip()), "")
     if is_url(first):
         raise DataError(

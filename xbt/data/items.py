@@ -103,17 +103,14 @@ Entry = Item | Rejected
 
 
 class SourceShard(ABC):
-    """A sequence of entries that is the same on every read.
-
-    Attributes:
-        name: Name within the source.
-        length: Number of entries; ``None`` for a stream, whose end is unknown until it is reached.
-        columns: Names of the items' metadata.
-    """
+    """A sequence of entries that is the same on every read."""
 
     name: str
+    """Name within the source."""
     length: int | None = None
+    """Number of entries; ``None`` for a stream, whose end is unknown until it is reached."""
     columns: tuple[str, ...] = ()
+    """Names of the items' metadata."""
 
     @abstractmethod
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
@@ -129,17 +126,12 @@ class SourceShard(ABC):
 
 @dataclass(frozen=True)
 class ItemSource:
-    """All items of an embedding job.
-
-    Attributes:
-        name: Name of the source in messages.
-        modality: ``"image"`` or ``"text"``.
-        parts: One shard of known length, or any number of streams.
-    """
+    """All items of an embedding job, from the source of this name in messages."""
 
     name: str
     modality: Literal["image", "text"]
     parts: Sequence[SourceShard]
+    """One shard of known length, or any number of streams."""
 
     @property
     def length(self) -> int | None:
@@ -156,12 +148,9 @@ class ListedImages(SourceShard):
     """Images with random access: files, rows of a data set, an array."""
 
     def __init__(self, ids: Sequence[str], images: Sequence[ImageSource]) -> None:
-        """Keep the lists.
+        """Keep one unique id and one path, PIL image or encoded image per image, indexed only when read.
 
-        Args:
-            ids: One unique name per image.
-            images: One path, PIL image or encoded image each; indexed only when it is read. If the first is a
-                path, all must be paths, and they become the column ``image_path``.
+        If the first is a path, all must be paths, and they become the column ``image_path``.
         """
         self.name = "images"
         self.length = len(ids)

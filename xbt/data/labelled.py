@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xbt.data.files import check_source, refuse_options
-from xbt.data.hf_folders import HUB_PREFIX
+from xbt.data.hf_folders import HUB_PREFIX, was_saved
 from xbt.data.huggingface import HubImages, check_column, open_dataset, read_column, read_ids
 from xbt.data.image_folder import JoinedPaths, is_hidden, list_images
 from xbt.data.items import SelectedImages, choose_subset
@@ -24,8 +24,6 @@ from xbt.images import ImageSource
 
 SPLIT_FOLDERS = frozenset(["train", "training", "val", "valid", "validation", "test", "testing"])
 """Folder names that are read as splits if a directory holds no other folders."""
-
-
 _MAX_CLASSES = 1 << 20
 """Number of classes above which a column of numbers is no column of classes."""
 
@@ -33,12 +31,16 @@ _MAX_CLASSES = 1 << 20
 class LabelledImages(ImagesWithIds):
     """Images with one class each; images are read on access.
 
-    Attributes:
+    Args:
         ids: One unique name per image: the path below the folder, or ``"row-17"`` for a Hub data set.
-        images: One source per image, read lazily.
-        labels: (n,) int64 tensor with values from 0 to ``n_classes - 1``.
+        images: One path, PIL image or encoded image each; indexed only when an image is read.
+        labels: One class per image, from 0 to ``n_classes - 1``; the attribute is an (n,) int64 tensor.
         class_names: Names of all classes of the data set, including those without a selected image.
-        n_classes: Number of classes in the selection, such as 50 for the first 50 of 100 classes.
+        n_classes: Number of classes in the selection, such as 50 for the first 50 of 100 classes; all by
+            default.
+
+    Raises:
+        DataError: If the lengths differ, there is no image, an id occurs twice, or a label is out of range.
 
     Example:
         >>> images = load_labelled(LabelledSource("cifar100", split="train", classes=50))
@@ -54,19 +56,6 @@ class LabelledImages(ImagesWithIds):
         class_names: Sequence[str],
         n_classes: int | None = None,
     ) -> None:
-        """Check that ids, images and labels match.
-
-        Args:
-            ids: One name per image, unique.
-            images: One path, PIL image or encoded image each; indexed only when an image is read.
-            labels: One class per image.
-            class_names: Names of all classes.
-            n_classes: Number of classes that may occur; all by default.
-
-        Raises:
-            DataError: If the lengths differ, there is no image, an id occurs twice, or a label is out of
-                range.
-        """
         super().__init__("labelled images", ids, images, labels=labels)
         values = torch.as_tensor(labels)
         if values.ndim != 1 or values.is_floating_point() or values.dtype == torch.bool:
@@ -119,13 +108,6 @@ Labelled = tuple[list[str], Sequence[ImageSource], NDArray[np.int64], list[str]]
 """Ids, unread images, (n,) class of each image, and the names of all classes."""
 
 
-class HubColumns(NamedTuple):
-    """Image column and label column of a data set; ``None`` to detect it."""
-
-    image: str | None
-    label: str | None
-
-
 def read_class_folders(directory: Path, split: str | None) -> Labelled:
     """Read a directory with one folder per class; images may be in subfolders.
 
@@ -158,15 +140,17 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def read_hub_labels(source: str, subset: str | None, split: str | None, columns: HubColumns) -> Labelled:
+def read_hub_labels(
+    source: str, subset: str | None, split: str | None, image_column: str | None, label_column: str | None
+) -> Labelled:
     """Read the classes of a Hugging Face data set; no image is decoded.
 
     Ids are ``"row-0"``, ... Class names are those of a ``ClassLabel`` column, the distinct strings of a
     string column in alphabetical order, or otherwise the numbers up to the largest label.
     """
     dataset = open_dataset(source, subset, split)
-    image = _column(dataset, columns.image, datasets.Image, "image", source)
-    label = _column(dataset, columns.label, datasets.ClassLabel, "label", source)
+    image = _column(dataset, image_column, datasets.Image, "image", source)
+    label = _column(dataset, label_column, datasets.ClassLabel, "label", source)
     labels, class_names = _labels(dataset, label, source)
     return read_ids(dataset, None, source), HubImages(dataset, image, source), labels, class_names
 
@@ -213,11 +197,11 @@ def _labels(dataset: Any, column: str, source: str) -> tuple[NDArray[np.int64], 
     return np.array(values, dtype=np.int64), class_names or [str(number) for number in range(max(values) + 1)]
 
 
-PRESETS: dict[str, tuple[str, HubColumns]] = {
-    "cifar100": ("hf:uoft-cs/cifar100", HubColumns("img", "fine_label")),
-    "imagenet-1k": ("hf:ILSVRC/imagenet-1k", HubColumns("image", "label")),
+PRESETS = {
+    "cifar100": ("hf:uoft-cs/cifar100", "img", "fine_label"),
+    "imagenet-1k": ("hf:ILSVRC/imagenet-1k", "image", "label"),
 }
-"""Data sets with a short name: their Hub repository and columns."""
+"""Data sets with a short name: their Hub repository, image column and label column."""
 
 
 @dataclass
@@ -266,11 +250,8 @@ class LabelledSource:
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}, but must not be negative")
         if self.source not in PRESETS:
-            refuse_options(
-                self,
-                ("root",),
-                f"but only {' and '.join(PRESETS)} have this option: give the directory as the source",
-            )
+            reason = f"but only {' and '.join(PRESETS)} have this option: give the directory as the source"
+            refuse_options(self, ("root",), reason)
 
 
 def load_labelled(source: LabelledSource | str) -> LabelledImages:
@@ -315,29 +296,21 @@ def load_labelled(source: LabelledSource | str) -> LabelledImages:
 
 
 def _read(source: LabelledSource) -> Labelled:
-    name, preset = PRESETS.get(source.source, (source.source, HubColumns(None, None)))
-    if source.root is not None:
-        name = source.root
+    name, *preset = PRESETS.get(source.source, (source.source, None, None))
+    name = str(name if source.root is None else source.root)
     directory = Path(name).expanduser()
-    if not name.startswith(HUB_PREFIX) and not directory.is_dir():
+    on_hub = name.startswith(HUB_PREFIX)
+    if not on_hub and not directory.is_dir():
         raise DataError(
             f"{name} is no directory; give a directory of class folders or of parquet files, hf: and a data "
             f"set, or one of {', '.join(PRESETS)}"
         )
-    if name.startswith(HUB_PREFIX) or _holds_dataset(directory):
-        columns = HubColumns(source.image_column or preset.image, source.label_column or preset.label)
-        return read_hub_labels(name, source.subset, source.split, columns)
+    if on_hub or was_saved(directory) or any(any(directory.glob(f"{at}*.parquet")) for at in ("", "*/")):
+        columns = source.image_column or preset[0], source.label_column or preset[1]
+        return read_hub_labels(name, source.subset, source.split, *columns)
     hub_options = ("subset", "image_column", "label_column")
     refuse_options(source, hub_options, "a directory of class folders, which has no such option")
     return read_class_folders(directory, source.split)
-
-
-def _holds_dataset(directory: Path) -> bool:
-    """Return True if a directory holds the files of a data set instead of class folders."""
-    names = ("state.json", "dataset_dict.json")
-    return any((directory / name).exists() for name in names) or any(
-        next(directory.glob(pattern), None) is not None for pattern in ("*.parquet", "*/*.parquet")
-    )
 
 
 def _choose(labels: NDArray[np.int64], n_classes: int, source: LabelledSource) -> NDArray[np.int64]:

@@ -80,10 +80,13 @@ class ImageTextPairs(ImagesWithIds):
     Images stay on disk, encoded, or in an array until they are accessed, so a copy for data-loading workers
     is cheap.
 
-    Attributes:
+    Args:
         ids: One unique name per image.
-        images: One source per image, read lazily.
+        images: One path, PIL image or encoded image each; indexed only when an image is read.
         captions: The captions of each image, at least one.
+
+    Raises:
+        DataError: If the lengths differ, there is no image, an id occurs twice, or an image has no caption.
 
     Example:
         >>> pairs = make_scenes(100)
@@ -93,17 +96,6 @@ class ImageTextPairs(ImagesWithIds):
     def __init__(
         self, ids: Sequence[str], images: Sequence[ImageSource], captions: Sequence[Sequence[str]]
     ) -> None:
-        """Check that ids, images and captions match.
-
-        Args:
-            ids: One name per image, unique.
-            images: One path, PIL image or encoded image each; indexed only when an image is read.
-            captions: The captions of each image.
-
-        Raises:
-            DataError: If the lengths differ, there is no image, an id occurs twice, or an image has no
-                caption.
-        """
         super().__init__("image–text pairs", ids, images, captions=captions)
         captions = as_listed(captions, "captions")
         for name, texts in zip(self.ids, captions, strict=True):
@@ -196,11 +188,8 @@ class ImageTextPairs(ImagesWithIds):
         with ThreadPoolExecutor(workers) as pool:
             checks = pool.map(self._problem, range(len(self)))
             problems = list(tqdm(checks, total=len(self), desc="checking images", disable=not progress))
-        rejected = [
-            Rejected(name, problem)
-            for name, problem in zip(self.ids, problems, strict=True)
-            if problem is not None
-        ]
+        listed = zip(self.ids, problems, strict=True)
+        rejected = [Rejected(name, problem) for name, problem in listed if problem is not None]
         if len(rejected) == len(self):
             raise DataError(f"none of the {len(self)} images can be read; the first: {rejected[0].reason}")
         if not rejected:

@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,8 +97,13 @@ class Scene:
         pen = ImageDraw.Draw(canvas)
         cell_side = canvas.width / 3
         for thing in self.objects:
-            centre = ((thing.cell % 3 + 0.5) * cell_side, (thing.cell // 3 + 0.5) * cell_side)
-            _draw_shape(pen, thing.shape, centre, RADII[thing.size] * cell_side, thing.colour)
+            x, y = (thing.cell % 3 + 0.5) * cell_side, (thing.cell // 3 + 0.5) * cell_side
+            radius, fill = RADII[thing.size] * cell_side, COLOURS[thing.colour]
+            if thing.shape == "circle":
+                pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
+            else:
+                corners = [(x + radius * dx, y + radius * dy) for dx, dy in _outline(thing.shape)]
+                pen.polygon(corners, fill=fill)
         return canvas.reduce(_SUPERSAMPLING)
 
     def describe(self, rng: random.Random) -> str:
@@ -106,7 +111,23 @@ class Scene:
 
         A caption may leave something out but is never wrong.
         """
-        return _word_scene(self.objects, self.background, rng)
+        details = _pick(rng, _DETAILS)
+        order = sorted(self.objects, key=lambda _: rng.random())
+        relation = _relation(order) if details.place else None
+        if relation is not None and rng.random() < 0.3:
+            first, second = (_name(thing, details, rng) for thing in order)
+            body = f"{first} {relation} {second}"
+        else:
+            place_first = details.place and rng.random() < 0.2
+            body = _enumerate([_locate(thing, details, place_first, rng) for thing in order])
+            if place_first:
+                return body if not details.background else f"on {_ground(self.background, rng)}, {body}"
+        if not details.background:
+            return _pick(rng, _OPENINGS) + body
+        ground = _ground(self.background, rng)
+        if rng.random() < 0.25:
+            return f"on {ground}, {body}"
+        return _pick(rng, _OPENINGS) + body + _pick(rng, (" on ", ", on ", " over ")) + ground
 
     def captions(self, count: int, rng: random.Random) -> list[str]:
         """Describe the scene ``count`` times, with distinct captions as far as the wordings allow."""
@@ -214,30 +235,13 @@ def _caption_rng(scene: Scene, seed: int) -> random.Random:
 
 
 def _random_scene(rng: random.Random) -> Scene:
-    # Use only rng.random(): Python guarantees its sequence across versions, and no other method's.
-    def pick(options: Sequence[str]) -> str:
-        return options[int(rng.random() * len(options))]
-
-    count = _COUNTS[int(rng.random() * len(_COUNTS))]
+    count = _pick(rng, _COUNTS)
     free = list(range(9))
     cells = sorted(free.pop(int(rng.random() * len(free))) for _ in range(count))
-    objects = tuple(SceneObject(pick(SHAPES), pick(_COLOURS), pick(_SIZES), cell) for cell in cells)
-    return Scene(objects, pick(BACKGROUNDS))
-
-
-def _draw_shape(
-    canvas: ImageDraw.ImageDraw, shape: str, centre: tuple[float, float], radius: float, colour: str
-) -> None:
-    """Draw one of ``SHAPES``, filled with one of ``COLOURS``.
-
-    ``centre`` is (x, y), and ``radius`` is half the shape's extent, both in the canvas's pixels.
-    """
-    x, y = centre
-    fill = COLOURS[colour]
-    if shape == "circle":
-        canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-        return
-    canvas.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _outline(shape)], fill=fill)
+    objects = [
+        SceneObject(_pick(rng, SHAPES), _pick(rng, _COLOURS), _pick(rng, _SIZES), cell) for cell in cells
+    ]
+    return Scene(tuple(objects), _pick(rng, BACKGROUNDS))
 
 
 @cache
@@ -284,8 +288,7 @@ def _background(name: str, size: int) -> Image.Image:
     return image
 
 
-@dataclass(frozen=True)
-class _Details:
+class _Details(NamedTuple):
     """Details that a caption mentions besides the colour and shape of every object."""
 
     size: bool
@@ -303,28 +306,8 @@ _DETAILS = (
 )
 
 
-def _word_scene(objects: Sequence[SceneObject], background: str, rng: random.Random) -> str:
-    """Write one lower-case English caption that mentions every object with its colour and shape."""
-    details = _pick(rng, _DETAILS)
-    order = sorted(objects, key=lambda _: rng.random())
-    relation = _relation(order) if details.place else None
-    if relation is not None and rng.random() < 0.3:
-        first, second = (_name(thing, details, rng) for thing in order)
-        body = f"{first} {relation} {second}"
-    else:
-        place_first = details.place and rng.random() < 0.2
-        body = _enumerate([_locate(thing, details, place_first, rng) for thing in order])
-        if place_first:
-            return body if not details.background else f"on {_ground(background, rng)}, {body}"
-    if not details.background:
-        return _pick(rng, _OPENINGS) + body
-    ground = _ground(background, rng)
-    if rng.random() < 0.25:
-        return f"on {ground}, {body}"
-    return _pick(rng, _OPENINGS) + body + _pick(rng, (" on ", ", on ", " over ")) + ground
-
-
 def _pick(rng: random.Random, options: Sequence[_T]) -> _T:
+    # Only rng.random() is used: Python guarantees its sequence across versions, and no other method's.
     return options[int(rng.random() * len(options))]
 
 

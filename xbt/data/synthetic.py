@@ -23,7 +23,7 @@ recover part of the new model's advantage, but not all of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,13 +35,9 @@ from xbt.errors import ConfigError
 
 @dataclass(frozen=True)
 class ClassWorld:
-    """Labelled training and test samples, sorted by class, with equal counts.
+    """Labelled training and test samples, sorted by class: (n, dim) float32 inputs and (n,) int64 labels.
 
-    Attributes:
-        train_inputs: (n_classes · train_per_class, dim) float32.
-        train_labels: (n_classes · train_per_class,) int64.
-        test_inputs: (n_classes · test_per_class, dim) float32.
-        test_labels: (n_classes · test_per_class,) int64.
+    Every class has ``train_per_class`` and ``test_per_class`` of them.
     """
 
     train_inputs: Tensor
@@ -111,41 +107,33 @@ _COMMON = 0.7
 
 @dataclass(frozen=True)
 class ModelQuality:
-    """Quality of a synthetic model.
-
-    Attributes:
-        dim: Dimension of its vectors.
-        reach: Number of the 64 latent coordinates that it uses.
-        text_noise: Noise of its text vectors, relative to their norm.
-        image_noise: Noise of its image vectors, relative to their norm.
-        bend: Weight a of the nonlinear part.
-        gap: Norm of the modality gap.
-    """
+    """Quality of a synthetic model."""
 
     dim: int = 48
     reach: int = 32
+    """Number of the 64 latent coordinates that it uses."""
     text_noise: float = 1.0
+    """Noise of its text vectors, relative to their norm; of its image vectors below."""
     image_noise: float = 1.0
     bend: float = 0.3
+    """Weight a of the nonlinear part."""
     gap: float = 0.5
+    """Norm of the modality gap."""
 
 
 @dataclass(frozen=True)
 class VectorWorld:
-    """A corpus of texts and two sets of image–text pairs under both models; all rows are unit vectors.
-
-    Attributes:
-        corpus_new: (n, new_dim) text vectors of the new model.
-        corpus_old: (n, old_dim) text vectors of the old model for the same texts.
-        support: Pairs for training or selection, as keyword arguments of
-            :class:`xbt.projections.PairVectors`, with five texts per image.
-        test: Other pairs for evaluation, in the same format.
-    """
+    """A corpus of texts and two sets of image–text pairs under both models; all rows are unit vectors."""
 
     corpus_new: Tensor
+    """(n, new_dim) text vectors of the new model."""
     corpus_old: Tensor
+    """(n, old_dim) text vectors of the old model for the same texts."""
     support: Mapping[str, Tensor]
+    """Pairs for training or selection, with five texts per image, as keyword arguments of
+    :class:`xbt.projections.PairVectors`."""
     test: Mapping[str, Tensor]
+    """Other pairs for evaluation, in the same format."""
 
 
 WORLDS: dict[str, tuple[ModelQuality, ModelQuality]] = {
@@ -158,20 +146,13 @@ WORLDS: dict[str, tuple[ModelQuality, ModelQuality]] = {
 """Name → (old model, new model)."""
 
 
-@dataclass
 class _Model:
-    quality: ModelQuality
-    rng: np.random.Generator
-    linear: NDArray[np.float64] = field(init=False)
-    bent: NDArray[np.float64] = field(init=False)
-    noise_map: NDArray[np.float64] = field(init=False)
-    gaps: dict[str, NDArray[np.float64]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        shape = (self.quality.reach, self.quality.dim)
-        self.linear, self.bent = (self.rng.normal(size=shape) / shape[0] ** 0.5 for _ in range(2))
-        self.noise_map = self.rng.normal(size=(_LATENT, shape[1]))
-        self.gaps = {modality: self._unit(self.rng.normal(size=shape[1])) for modality in ("text", "image")}
+    def __init__(self, quality: ModelQuality, rng: np.random.Generator) -> None:
+        self.quality, self.rng = quality, rng
+        shape = (quality.reach, quality.dim)
+        self.linear, self.bent = (rng.normal(size=shape) / shape[0] ** 0.5 for _ in range(2))
+        self.noise_map = rng.normal(size=(_LATENT, shape[1]))
+        self.gaps = {modality: self._unit(rng.normal(size=shape[1])) for modality in ("text", "image")}
 
     def see(self, latent: NDArray[np.float64], nuisance: NDArray[np.float64], modality: str) -> Tensor:
         quality = self.quality

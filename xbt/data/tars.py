@@ -13,7 +13,6 @@ import bz2
 import gzip
 import io
 import lzma
-import posixpath
 import re
 import tarfile
 import zlib
@@ -43,11 +42,9 @@ _MAX_REQUESTS = 16
 _UNPACK: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 _BLOCK = 1 << 20
 _UNPACKED_BLOCK = 1 << 16
-_EXTENDED_HEADERS = frozenset(
-    [
-        *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
-        *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
-    ]
+_EXTENDED_HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
 )
 """Member types that describe the next member; tarfile reads them into memory as a whole."""
 _MAX_HEADER_BYTES = 1 << 20
@@ -72,24 +69,16 @@ def is_tar(source: str) -> bool:
 
 
 class FoundTar(NamedTuple):
-    """A tar file: its path or URL, and its fingerprint, which changes when the file is replaced.
-
-    The fingerprint is the size and modification time, or an ETag or the like.
-    """
+    """A tar file: its path or URL, and a fingerprint, such as size and time, that a replacement changes."""
 
     url: str
     state: str
 
 
 def find_tars(source: str) -> list[FoundTar]:
-    """Find the tar files that a source names.
+    """Find the tar files that a path, a URL, a glob or a pattern with braces (``{000..099}.tar``) names.
 
-    Args:
-        source: A path or URL of a tar file, a glob (``*.tar``), or a pattern with braces
-            (``{000..099}.tar``).
-
-    Returns:
-        The tars: those of a glob in alphabetical order, those of a brace pattern in the order of the pattern.
+    Those of a glob are in alphabetical order, those of a brace pattern in the order of the pattern.
     """
     locations: list[_Location] = []
     try:
@@ -119,11 +108,6 @@ def find_tars(source: str) -> list[FoundTar]:
             "*.tar"
         )
     return tars
-
-
-def is_local(tar: str) -> bool:
-    """Return True if a path or URL is on a local file system."""
-    return fsspec.utils.get_protocol(tar) in ("file", "local")
 
 
 class _Location(NamedTuple):
@@ -182,16 +166,9 @@ class TarStream:
     """
 
     def __init__(self, archive: tarfile.TarFile) -> None:
-        """Keep the archive, which :func:`open_tar` opens."""
         self._archive = archive
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
-        """Iterate over the members.
-
-        Raises:
-            tarfile.TarError: If the tar is damaged; other errors of ``xbt.data.tars.DAMAGE`` mean the same.
-            DataError: If its bytes can no longer be fetched.
-        """
         while (member := self._archive.next()) is not None:
             yield member
             self._archive.members = []  # type: ignore[attr-defined]  # tarfile keeps them, and a small compressed file may hold millions
@@ -224,11 +201,7 @@ class TarStream:
 def open_tar(url: str) -> Iterator[TarStream]:
     """Open a tar; decompress gzip, bzip2 and xz.
 
-    Raises:
-        DataError: If it does not exist or cannot be reached.
-        PermissionError: If it is a local file that may not be read.
-        IsADirectoryError: If it is a folder.
-        tarfile.TarError: If it is not a tar; other errors of ``xbt.data.tars.DAMAGE`` mean the same.
+    A tar that does not exist or cannot be fetched is a DataError, a damaged one an error of :data:`DAMAGE`.
     """
     with ExitStack() as stack:
         try:
@@ -239,18 +212,16 @@ def open_tar(url: str) -> Iterator[TarStream]:
             ) from error
         except Exception as error:
             # A remote PermissionError affects all files, for example when a credential has expired.
-            if isinstance(error, PermissionError | IsADirectoryError) and is_local(url):
+            local = fsspec.utils.get_protocol(url) in ("file", "local")
+            if isinstance(error, PermissionError | IsADirectoryError) and local:
                 raise
             raise _unreachable(url, error) from error
         raw = io.BufferedReader(_Fetched(file, url), _BLOCK)
         unpack = _UNPACK.get(raw.peek(2)[:2])
         plain: Any = raw if unpack is None else _Eager(stack.enter_context(unpack(raw)))
         ending: Any = _Ending(plain)
-        yield TarStream(
-            stack.enter_context(
-                tarfile.open(fileobj=ending, mode="r|", bufsize=_BLOCK, tarinfo=_StrictHeader)
-            )
-        )
+        with tarfile.open(fileobj=ending, mode="r|", bufsize=_BLOCK, tarinfo=_StrictHeader) as archive:
+            yield TarStream(archive)
 
 
 def _unreachable(url: str, error: Exception) -> DataError:
@@ -350,10 +321,7 @@ class _Eager:
 
 
 class _Tar(SourceShard):
-    """Base of the readers of one tar.
-
-    ``name`` is the prefix of the ids, and ``state`` the fingerprint of the file.
-    """
+    """Base of the readers of one tar, with a name that begins the ids, and the file's fingerprint."""
 
     def __init__(self, url: str, name: str, state: str) -> None:
         self.url, self.name, self._state = url, name, state
@@ -387,9 +355,8 @@ class TarImages(_Tar):
             elif position < start:
                 yield Item(name, b"", {})  # skipped by read(), so its bytes are not read
             else:
-                yield Item(
-                    name, sample.read(), {"image_path": f"tar://{readable(sample.member)}::{self.url}"}
-                )
+                path = f"tar://{readable(sample.member)}::{self.url}"
+                yield Item(name, sample.read(), {"image_path": path})
 
 
 class TarCaptions(_Tar):
@@ -409,21 +376,17 @@ class TarCaptions(_Tar):
 
 
 class Sample(NamedTuple):
-    """The image or the caption file of one sample.
-
-    Attributes:
-        key: The sample's key.
-        member: Name of the file in the tar; empty if there is a fault.
-        fault: Reason why it cannot be used, if any; :func:`missing` if there is no such file.
-        range: Offset and size of its bytes in the uncompressed tar.
-        read: Returns its bytes; valid only until the next sample is requested.
-    """
+    """The image or the caption file of one sample."""
 
     key: str
     member: str
+    """Name of the file in the tar; empty if there is a fault."""
     fault: str | None
+    """Reason why it cannot be used, if any; :func:`missing` if there is no such file."""
     range: tuple[int, int]
+    """Offset and size of its bytes in the uncompressed tar."""
     read: Callable[[], bytes]
+    """Returns its bytes; valid only until the next sample is requested."""
 
 
 def missing(kind: Literal["image", "caption"]) -> str:
@@ -456,9 +419,8 @@ def _as_sample(
     archive: TarStream, member: tarfile.TarInfo, key: str, seen: dict[str, int], max_bytes: int
 ) -> Sample:
     if key in seen:
-        return _faulty(
-            key, seen, f"{member.name} has the key of an earlier sample in its tar; keys are unique"
-        )
+        fault = f"{member.name} has the key of an earlier sample in its tar; keys are unique"
+        return _faulty(key, seen, fault)
     if member.size > max_bytes:
         return _faulty(key, seen, f"{member.name} has {member.size} bytes, which no image or caption needs")
     seen[key] = 1
@@ -473,7 +435,7 @@ def _faulty(key: str, seen: dict[str, int], fault: str) -> Sample:
 
 
 def _is_meta(name: str) -> bool:
-    base = posixpath.basename(name)
+    base = name.rpartition("/")[2]
     return base.startswith("__") and base.endswith("__")
 
 

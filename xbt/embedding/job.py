@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
+
+import numpy as np
 
 from xbt.data.captions import CaptionSource
 from xbt.data.image_collection import ImageCollection, open_captions, open_images
 from xbt.data.items import ItemSource, ListedTexts, require_unique
-from xbt.embedding.checks import (
-    clear,
-    describe,
-    require_free_space,
-    require_same_job,
-    require_same_source,
-    require_writable,
-)
-from xbt.embedding.plan import ShardPlan, Task
 from xbt.embedding.rejected import (
+    NOTES,
     REJECTED,
     RETRIED,
     RejectionLimit,
@@ -32,14 +29,18 @@ from xbt.embedding.rejected import (
     still_rejected,
     write_records,
 )
-from xbt.embedding.work import embed_tasks
+from xbt.embedding.work import ShardPlan, Task, embed_tasks, even_shard_size
 from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import ConfigError, DataError
+from xbt.files import remove_leftovers, write_record
 from xbt.processes import Team, cores_per_process, start_processes
 from xbt.run_dir import RunDirectory
 from xbt.store.builder import StoreBuilder
+from xbt.store.layout import EXTRA, FOLDERS, IN_PROGRESS, MANIFEST, METADATA, read_record
+from xbt.store.shards import remove_strays
 from xbt.store.store import EmbeddingStore
 
+_JOB = "job.json"
 MAY_CHANGE = ("batch_size", "num_workers", "compile", "retry_rejected", "max_rejected")
 """Settings that may change when a job is continued. They affect at most the last digits of a vector, or the
 handling of rejected items."""
@@ -155,13 +156,18 @@ def embed(config: EmbedConfig) -> EmbeddingStore:
     run = team.together(lambda: RunDirectory(path, config, config.overwrite, MAY_CHANGE))
     source = team.together(config.open_source)
     team.main_alone(lambda: require_writable(path))
-    encoder = team.together(lambda: _load(config, team))
+
+    def load() -> DualEncoder:
+        encoder = load_encoder(config.encoder, team.state.device)
+        encoder.precision = config.precision
+        return encoder.compile_towers() if config.compile else encoder
 
     def prepare() -> None:
         if config.overwrite:
-            clear(path)
+            _clear(path)
         run.prepare()
 
+    encoder = team.together(load)
     team.main_alone(prepare)
     settings = {option.name: getattr(config, option.name) for option in fields(JobSettings)}
     return embed_source(team, source, encoder, path, JobSettings(**settings))
@@ -209,7 +215,7 @@ def embed_texts_into_store(
     team = Team(start_processes(), directory)
     source = ItemSource("the texts", "text", [ListedTexts(ids, texts)])
     if overwrite:
-        team.main_alone(lambda: clear(directory))
+        team.main_alone(lambda: _clear(directory))
     return embed_source(team, source, encoder, directory, JobSettings(shard_size, batch_size, dtype))
 
 
@@ -231,11 +237,11 @@ def embed_source(
 def _embed(team: Team, source: ItemSource, encoder: DualEncoder, path: Path, settings: JobSettings) -> None:
     """Write the missing shards of a source; every process calls this."""
     builder = StoreBuilder(path, modality=source.modality, space=encoder.space, dtype=settings.dtype)
-    job = describe(source, settings.shard_size, team.count)
+    job = _describe(source, settings.shard_size, team.count)
 
     def prepare() -> tuple[list[Task], dict[str, Any], int]:
         builder.prepare()
-        agreed = require_same_job(path, job, builder)
+        agreed = _require_same_job(path, job, builder)
         team.clear()
         if builder.finished:
             return [], agreed, 0
@@ -245,7 +251,7 @@ def _embed(team: Team, source: ItemSource, encoder: DualEncoder, path: Path, set
         return tasks, agreed, sum(record.count for record in committed.values())
 
     tasks, agreed, before = team.main_alone(prepare)
-    team.together(lambda: require_same_source(team.rank, job, agreed))
+    team.together(lambda: _require_same_source(team.rank, job, agreed))
     plan = ShardPlan(source, agreed["items_per_shard"])
     limit = RejectionLimit(settings.max_rejected, source.length is None)
     workers = settings.num_workers
@@ -264,12 +270,6 @@ def _embed(team: Team, source: ItemSource, encoder: DualEncoder, path: Path, set
     if settings.retry_rejected:
         limit.share = None  # the final share is only known after the retry
     team.main_alone(lambda: _finish(builder, plan, time.monotonic() - start, before, limit))
-
-
-def _load(config: EmbedConfig, team: Team) -> DualEncoder:
-    encoder = load_encoder(config.encoder, team.state.device)
-    encoder.precision = config.precision
-    return encoder.compile_towers() if config.compile else encoder
 
 
 def choose_workers(encoder: DualEncoder, cores: int) -> int:
@@ -312,3 +312,102 @@ def _merge_retried(path: Path, tried: int, limit: RejectionLimit) -> None:
     print(f"tried {tried} rejected items again: {tried - left} embedded, rejected {left} → {path}")
     total = len(EmbeddingStore.open(path)) + left
     replace(limit, entries=total, rejected=left).require(f"{REJECTED} says why")
+
+
+def _describe(source: ItemSource, shard_size: int, processes: int = 1) -> dict[str, Any]:
+    """Describe a job by its source and shard sizes; the description is saved next to the store."""
+    return {
+        "source": source.name,
+        "parts": len(source.parts),
+        "items": source.length,
+        "digest": source.digest(),
+        "shard_size": shard_size,
+        "items_per_shard": even_shard_size(shard_size, source.length, processes),
+    }
+
+
+def _require_same_job(path: Path, job: dict[str, Any], builder: StoreBuilder) -> dict[str, Any]:
+    """Record the job in a new directory, or compare it with the record in an existing one.
+
+    The result is the job as first started, which keeps its shard size, whatever the number of processes.
+    """
+    recorded = path / _JOB
+    if not recorded.is_file():
+        if builder.committed():
+            raise DataError(
+                f"{path} holds vectors that were not written by an embedding job; choose another directory"
+            )
+        write_record(recorded, job)
+        return job
+    started = read_record(recorded)
+    if started.get("shard_size") != job["shard_size"]:
+        raise ConfigError(
+            f"{path} was started with shard_size {started.get('shard_size')}, and now it is "
+            f"{job['shard_size']}; use the first one, or choose another directory"
+        )
+    if started.get("digest") != job["digest"]:
+        raise DataError(
+            f"{job['source']} has changed since {path} was started ({_count(started)} then, {_count(job)} "
+            "now, or others in their place); choose another directory, or start again with --overwrite true"
+        )
+    return {**job, "items_per_shard": started.get("items_per_shard", started["shard_size"])}
+
+
+def _count(job: dict[str, Any]) -> str:
+    return f"{job.get('items')} items" if job.get("items") is not None else f"{job.get('parts')} parts"
+
+
+def _require_same_source(rank: int, job: dict[str, Any], agreed: dict[str, Any]) -> None:
+    if job["digest"] != agreed["digest"]:
+        raise DataError(
+            f"process {rank} finds other items in {job['source']} ({_count(job)}) than the main process "
+            f"({_count(agreed)}); give all processes the same files"
+        )
+
+
+def require_writable(path: Path) -> None:
+    """Create the directory and check that it can be written to."""
+    # This runs before a model is loaded and leaves no file behind, since the job may still turn out to be
+    # wrong.
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--output_dir {path} cannot be written: {error.strerror}") from error
+
+
+def require_free_space(path: Path, entries: int | None, dim: int, dtype: str) -> None:
+    """Compare the size of the vectors (at most ``entries``, if known) with the free disk space."""
+    needed = (entries or 0) * dim * np.dtype(dtype).itemsize
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        raise ConfigError(
+            f"{entries} vectors of {dim} {dtype} need {needed / 1e9:.3g} GB, but {path} has only "
+            f"{free / 1e9:.3g} GB free; free some space, or choose another directory"
+        )
+
+
+def _clear(path: Path) -> None:
+    """Remove the files of an earlier job from its directory; vectors that no job has written stay."""
+    unfinished = (path / IN_PROGRESS).is_dir() and not (path / MANIFEST).exists()
+    if not unfinished and not (path / _JOB).is_file():
+        return
+    # The manifest goes first, since a store needs it. The record goes last, since it marks the files as ours.
+    for name in (MANIFEST, EXTRA, IN_PROGRESS, RETRIED):
+        _remove(path / name)
+    for modality in FOLDERS:
+        remove_strays(path, modality, ())
+    for folder in (*FOLDERS.values(), METADATA):
+        remove_leftovers(path / folder)
+        with suppress(OSError):  # a folder with other files stays
+            (path / folder).rmdir()
+    for name in (REJECTED, NOTES, _JOB):
+        _remove(path / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

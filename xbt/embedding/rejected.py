@@ -43,11 +43,7 @@ def note_repeated(extra: Mapping[str, Any], repeated: Sequence[tuple[str, str]])
 
 
 def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int, int]:
-    """Write the two files from the records of all shards, in order; each record is read once per file.
-
-    Returns:
-        The number of rejected items, and the number of notes.
-    """
+    """Write the two files from the records of all shards; return the numbers of rejected items and notes."""
     for name, (key, word) in _FIELDS.items():
         pairs = ((item, text) for record in committed.values() for item, text in record.extra.get(key, ()))
         lines = (json.dumps({"id": item, word: text}, ensure_ascii=False) + "\n" for item, text in pairs)
@@ -56,10 +52,9 @@ def write_records(path: Path, committed: Mapping[str, ShardRecord]) -> tuple[int
 
 
 class SelectedEntries(SourceShard):
-    """Selected entries of a list."""
+    """The entries of a list at some ascending positions."""
 
     def __init__(self, part: SourceShard, positions: Sequence[int]) -> None:
-        """Keep the list and the ascending positions of the selected entries."""
         self.name, self.columns, self.length = part.name, part.columns, len(positions)
         self._part, self._positions = part, positions
 
@@ -154,17 +149,12 @@ def _with_new_notes(old: Path, new: Path) -> Iterator[str]:
 
 @dataclass
 class RejectionLimit:
-    """Counter of entries that stops the job when too many were rejected.
-
-    Attributes:
-        share: Maximum share of rejected items; ``None`` for no limit.
-        streams: Whether the source consists of streams, whose items cannot be tried again.
-        entries: Number of entries so far.
-        rejected: Number of rejected entries so far.
-    """
+    """Counter of entries that stops the job when more than a share of them was rejected."""
 
     share: float | None
+    """``None`` for no limit."""
     streams: bool
+    """Whether the source consists of streams, whose items cannot be tried again."""
     entries: int = 0
     rejected: int = 0
 

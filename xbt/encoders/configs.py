@@ -11,19 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from xbt.errors import EncoderError
-from xbt.hub import LOCAL, public_name, read_json
+from xbt.hub.files import LOCAL, public_name, read_json
 
 TOKENIZER_OPTIONS = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
 """Tokenizer options that an open_clip config may set; open_clip would pass others to transformers."""
 
 _ATTENTION = (None, "eager", "sdpa")
 _FETCHING = (
-    "quantization_config",
-    "transformers_weights",
-    "kernel_config",
-    "use_kernels",
-    "experts_implementation",
-    "_experts_implementation",
+    *("quantization_config", "transformers_weights", "kernel_config", "use_kernels"),
+    *("experts_implementation", "_experts_implementation"),
 )
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _TIMM_NAME = re.compile(r"[\w.-]+")
@@ -32,14 +28,8 @@ _TIMM_NAME = re.compile(r"[\w.-]+")
 def require_plain_open_clip(config: Mapping[str, Any], what: str) -> None:
     """Refuse an open_clip model config that would run code or fetch a tower.
 
-    Args:
-        config: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and more.
-        what: Name of the config in errors.
-
-    Raises:
-        EncoderError: If a tower's description is not an object, the tokenizer gets options other than
-            :data:`TOKENIZER_OPTIONS` (such as ``trust_remote_code``), or the image tower is a repository or
-            directory.
+    The tokenizer gets only :data:`TOKENIZER_OPTIONS` (no ``trust_remote_code``), and the image tower is no
+    repository and no directory.
     """
     text, vision = (_tower(config, name, what) for name in ("text_cfg", "vision_cfg"))
     options = text.get("tokenizer_kwargs") or {}
@@ -60,15 +50,7 @@ def require_plain_open_clip(config: Mapping[str, Any], what: str) -> None:
 
 
 def require_plain_transformers(config: Mapping[str, Any], what: str) -> None:
-    """Refuse a transformers config that would fetch kernels, quantised weights or other weights.
-
-    Args:
-        config: Content of a config.json.
-        what: Name of the config in errors.
-
-    Raises:
-        EncoderError: If the config, or a config inside it, has such a setting.
-    """
+    """Refuse a config that, itself or nested, would fetch kernels, quantised weights or other weights."""
     for key, value in config.items():
         fetches = key in _FETCHING and value is not None
         if fetches or (key in _ATTENTION_KEYS and value not in _ATTENTION):
@@ -81,12 +63,7 @@ def require_plain_transformers(config: Mapping[str, Any], what: str) -> None:
 
 
 def read_plain_transformers(folder: Path) -> dict[str, Any]:
-    """Read and check the ``config.json`` of a transformers model.
-
-    Raises:
-        SavedPartError: If it is missing or not a JSON object.
-        EncoderError: As :func:`require_plain_transformers`, or if an adapter is in the same directory.
-    """
+    """Read and check the ``config.json`` of a transformers model; an adapter beside it is refused."""
     file = folder / "config.json"
     config = read_json(resolve_user_link(file))
     require_plain_transformers(config, str(file))
@@ -111,14 +88,7 @@ def resolve_user_link(file: Path) -> Path:
 
 
 def hub_repository(spec: str) -> str | None:
-    """The Hub repository ``org/name`` that an encoder's weights come from.
-
-    Args:
-        spec: A specification for :func:`load_encoder`, or the name of a space.
-
-    Returns:
-        The repository, or ``None`` for a directory, a file, or weights that are not on the Hub.
-    """
+    """The Hub repository ``org/name`` of an encoder's or space's weights, if they are there."""
     if public_name(spec) != spec or LOCAL in spec:
         return None
     backend, _, rest = spec.partition(":")

@@ -8,13 +8,18 @@ from xbt.hub.configs import NewerConfigWarning, SavedConfig, described_space
 from xbt.hub.files import (
     CARD_NAME,
     CONFIG_NAME,
+    LOCAL,
     WEIGHTS_NAME,
+    Naming,
     is_pickled,
+    is_repository,
     is_snapshot,
+    public_name,
     read_json,
     require_file,
+    require_loadable,
+    resolved_name,
 )
-from xbt.hub.names import LOCAL, Naming, is_repository, public_name, require_loadable, resolved_name
 from xbt.hub.sharing import HubArtifact, warn_about_local_models
 from xbt.hub.transfer import (
     SAFE_PATTERNS,
@@ -26,12 +31,7 @@ from xbt.hub.transfer import (
     is_commit,
     split_revision,
 )
-from xbt.hub.weights import (
-    Stored,
-    limit_allocations,
-    read_header,
-    read_tensors,
-)
+from xbt.hub.weights import Stored, limit_allocations, read_header, read_tensors
 
 __all__ = [
     "CARD_NAME",

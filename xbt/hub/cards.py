@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from xbt.errors import ConfigError
-from xbt.hub.files import read_json
-from xbt.hub.names import is_repository, public_name
+from xbt.hub.files import is_repository, public_name, read_json
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
@@ -38,16 +37,8 @@ class Report(Protocol):
         """A JSON-able form with the key ``"cells"``."""
 
 
-@dataclass(frozen=True)
-class ResultCell:
-    """R@k of one pair of query model and gallery model.
-
-    Attributes:
-        name: Query model and gallery model, such as ``"new/old"``.
-        n_images: Images in the gallery.
-        n_texts: Texts in the gallery.
-        recall: Direction → ``"R@1"`` → fraction.
-    """
+class ResultCell(NamedTuple):
+    """R@k of one pair of query model and gallery model, such as ``"new/old"``, by direction and ``"R@1"``."""
 
     name: str
     n_images: int
@@ -86,31 +77,23 @@ class CardData:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """Card content that a saved artifact provides itself.
-
-    Attributes:
-        title: The heading.
-        summary: A paragraph on what it is.
-        snippet: Python code that uses it, with ``{source}`` as a placeholder for the repository.
-        method: A paragraph on how it was made, with the paper.
-        limits: Sentences on its limits.
-        spaces: Name of a space in the card → the space.
-        base: Hub repository of the model that it adapts, if it has one.
-        tags: Tags on the Hub.
-        pipeline_tag: Task on the Hub.
-        packages: Python packages whose versions matter, besides xbt and torch.
-    """
+    """Card content that a saved artifact provides itself."""
 
     title: str
     summary: str
+    """A paragraph on what it is."""
     snippet: str
+    """Python code that uses it, with ``{source}`` as a placeholder for the repository."""
     method: str
+    """A paragraph on how it was made, with the paper."""
     limits: Sequence[str]
     spaces: Mapping[str, EmbeddingSpace | None] = field(default_factory=dict)
     base: str | None = None
+    """Hub repository of the model that it adapts, if it has one."""
     tags: Sequence[str] = ()
     pipeline_tag: str | None = None
     packages: Sequence[str] = ()
+    """Python packages whose versions matter, besides xbt and torch."""
 
 
 def make_card(facts: CardFacts, data: CardData | None = None, source: str | None = None) -> ModelCard:
@@ -120,9 +103,6 @@ def make_card(facts: CardFacts, data: CardData | None = None, source: str | None
         facts: The artifact's own content.
         data: The owner's content.
         source: The repository that the usage snippet loads.
-
-    Raises:
-        ConfigError, SavedPartError: If the report cannot be read.
     """
     data = data or CardData()
     cells = [] if data.report is None else read_cells(data.report)
@@ -156,12 +136,7 @@ def quoted(text: str) -> str:
 
 
 def read_cells(report: Report | Mapping[str, Any] | str | Path) -> list[ResultCell]:
-    """Read the cells of a report, of its dictionary, or of the ``retrieval.json`` it was written to.
-
-    Raises:
-        SavedPartError: If a file is missing or is not JSON.
-        ConfigError: If there are no cells, or one is malformed.
-    """
+    """Read the cells of a report, of its dictionary, or of the ``retrieval.json`` it was written to."""
     source = str(report) if isinstance(report, str | Path) else "the report"
     if isinstance(report, str | Path):
         report = read_json(Path(report))

@@ -12,8 +12,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from xbt.errors import SavedPartError
-from xbt.hub.files import check_digests, read_json
-from xbt.hub.names import Naming
+from xbt.hub.files import Naming, check_digests, read_json
 from xbt.space import EmbeddingSpace
 from xbt.version import __version__
 
@@ -56,12 +55,7 @@ class SavedConfig:
         optional: Keys that the format may have.
 
     Attributes:
-        file: The config's file.
         values: Its content, without the keys that only a newer xbt knows.
-
-    Raises:
-        SavedPartError: If the file is missing, is not a JSON object, is of another format, lacks a key, or
-            has an unknown one that no newer xbt wrote.
     """
 
     def __init__(
@@ -83,16 +77,7 @@ class SavedConfig:
         self.values = self.only(self.values, {*COMMON_KEYS, *keys, *optional, DIGESTS_KEY})
 
     def only(self, values: Mapping[str, Any], keys: Collection[str], where: str = "") -> dict[str, Any]:
-        """A section of the config without the keys that only a newer xbt knows.
-
-        Args:
-            values: The section.
-            keys: Every key it may have.
-            where: Name of the section, such as ``"options"``.
-
-        Raises:
-            SavedPartError: If it is not an object, or has unknown keys and no newer xbt wrote it.
-        """
+        """A section ``where`` of the config without the keys that only a newer xbt knows."""
         if not isinstance(values, Mapping):
             raise SavedPartError(
                 f"{self.file} lacks or misnames a key: {where or 'it'} must be an object, got {values!r:.80}"
@@ -103,11 +88,7 @@ class SavedConfig:
         return {key: value for key, value in values.items() if key in keys}
 
     def space(self, name: str) -> EmbeddingSpace | None:
-        """Read a space from the config; ``None`` for null.
-
-        Raises:
-            SavedPartError: If it is malformed.
-        """
+        """Read a space from the config; ``None`` for null."""
         described = self.values[name]
         if described is None:
             return None
@@ -130,11 +111,7 @@ class SavedConfig:
         return space
 
     def check_files(self) -> None:
-        """Compare the files beside the config with the digests that it records, if it does.
-
-        Raises:
-            SavedPartError: If a file is missing or was changed.
-        """
+        """Compare the files beside the config with the digests that it records, if it does."""
         check_digests(self.file.parent, self.values.get(DIGESTS_KEY))
 
     def _drop(self, unknown: list[str]) -> None:

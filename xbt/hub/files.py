@@ -1,11 +1,16 @@
-"""Files of a saved artifact, read without running code or following links out of its directory."""
+"""Files of a saved artifact, and the names of repositories and models in them.
+
+Files are read without running code or following links out of their directory. Models are public, or paths of
+this machine.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from xbt.errors import SavedPartError
@@ -32,6 +37,14 @@ MAX_DEPTH = 32
 _PICKLED = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".msgpack")
 _AGAIN = "save or download it again"
 
+Naming = Callable[[str], str]
+"""From a model's specification to the form that is written to a file, such as :func:`public_name`."""
+
+LOCAL = "local:"
+"""Prefix for models that were local paths on the uploader's machine."""
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
 
 def is_pickled(name: str) -> bool:
     """True if files with this ending may hold pickled objects."""
@@ -44,15 +57,9 @@ def is_snapshot(directory: Path) -> bool:
 
 
 def require_file(path: Path, directory: Path | None = None) -> Path:
-    """Check that a file exists inside its directory, and return its path.
+    """Check that a file exists inside its directory (by default its parent), and return its path.
 
-    Args:
-        path: The file.
-        directory: The artifact's directory; by default the file's parent.
-
-    Raises:
-        SavedPartError: If it is missing, or a symbolic link that leaves the directory. A link in a snapshot
-            of the Hub cache may lead anywhere within its repository's cache folder.
+    A symbolic link must not leave the directory, or in a snapshot of the Hub cache its repository's folder.
     """
     root = (directory or path.parent).absolute()
     if not path.is_file():
@@ -69,12 +76,7 @@ def require_file(path: Path, directory: Path | None = None) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        SavedPartError: If the file is missing, larger than :data:`MAX_JSON`, not a JSON object, nested too
-            deeply, or holds NaN or Infinity.
-    """
+    """Read a JSON object that is neither too large nor nested too deeply, and holds no NaN or Infinity."""
     size = require_file(path).stat().st_size
     if size > MAX_JSON:
         raise SavedPartError(f"{path} has {size:,} bytes, but at most {MAX_JSON:,} are read of a JSON file")
@@ -115,12 +117,7 @@ def digests(directory: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def check_digests(directory: Path, recorded: object) -> None:
-    """Compare files with the digests that were recorded when they were saved, if any were.
-
-    Raises:
-        SavedPartError: If a file is missing or was changed, or the record names a file that no saved artifact
-            has.
-    """
+    """Compare files with the digests that were recorded when they were saved, if any were."""
     if recorded is None:
         return
     if not isinstance(recorded, dict) or not set(recorded) <= set(PART_FILES):
@@ -153,3 +150,72 @@ def _why_missing(directory: Path) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def is_repository(name: str) -> bool:
+    """True if a name has the form of a Hub repository, ``org/name``."""
+    return bool(_REPO_ID.fullmatch(name)) and not name.startswith(".") and ".." not in name
+
+
+def public_name(model: str) -> str:
+    """A specification without paths: ``"local:NAME"`` for a directory or file of this machine.
+
+    Args:
+        model: A specification of an encoder or backbone, or the name of a space.
+
+    Example:
+        >>> public_name("open_clip:local-dir:/data/models/our-clip")
+        'local:our-clip'
+        >>> public_name("transformers:openai/clip-vit-large-patch14")
+        'transformers:openai/clip-vit-large-patch14'
+    """
+    path = local_path(model)
+    if path is None:
+        return model
+    prefix = "clip:" if model.startswith("clip:") else ""
+    return f"{prefix}{LOCAL}{PurePosixPath(path.replace(chr(92), '/')).name or 'model'}"
+
+
+def local_path(model: str) -> str | None:
+    """The path in a specification, or ``None`` for a public name."""
+    backend, _, rest = model.removeprefix("clip:").partition(":")
+    if backend == "open_clip":
+        if rest.startswith("local-dir:"):
+            return rest.removeprefix("local-dir:")
+        tag = rest.partition("/")[2]
+        is_file = not rest.startswith("hf-hub:") and ("/" in tag or tag.endswith(_WEIGHTS) or _is_path(tag))
+        return tag if is_file else None
+    if backend == "transformers":
+        return rest if _is_path(rest) or rest.count("/") > 1 or Path(rest).is_dir() else None
+    return model if _is_path(model) else None
+
+
+def resolved_name(model: str) -> str:
+    """A specification with an absolute path in place of one that contains ``..``."""
+    path = local_path(model)
+    if path is None or ".." not in Path(path).parts:
+        return model
+    return model.replace(path, str(Path(path).expanduser().resolve()))
+
+
+def require_loadable(model: str, what: str, option: str, foreign: bool) -> None:
+    """Refuse a recorded specification that cannot, or must not, be loaded on this machine.
+
+    That is a directory of the uploader's machine, a path that contains ``..``, or any path in a ``foreign``
+    config, which came from the Hub. Errors name the model as ``what``, and the ``option`` that replaces it.
+    """
+    path = local_path(model)
+    if model.startswith(LOCAL):
+        name = model.removeprefix(LOCAL)
+        reason = f"is '{name}', a directory of the machine that uploaded it"
+    elif path is not None and ".." in re.split(r"[/\\]", path):
+        reason = f"is '{model}', a path that leaves its directory and is not followed"
+    elif path is not None and foreign:
+        reason = f"is '{model}', a path of another machine and is not followed"
+    else:
+        return
+    raise SavedPartError(f"{what} {reason}; pass {option} to name it here")
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "~", "./", "../", "\\")) or bool(re.match(r"[A-Za-z]:[\\/]", text))

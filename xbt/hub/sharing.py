@@ -15,9 +15,18 @@ from torch import nn
 from xbt.errors import SavedPartError, XbtError
 from xbt.hub.cards import MARK, CardData, CardFacts, make_card
 from xbt.hub.configs import DIGESTS_KEY, SavedConfig, combined_warning
-from xbt.hub.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, digests, write_config
-from xbt.hub.names import LOCAL, Naming, public_name, resolved_name
-from xbt.hub.transfer import HubAccess, fetch, require_repository, upload
+from xbt.hub.files import (
+    CARD_NAME,
+    CONFIG_NAME,
+    LOCAL,
+    WEIGHTS_NAME,
+    Naming,
+    digests,
+    public_name,
+    resolved_name,
+    write_config,
+)
+from xbt.hub.transfer import HubAccess, fetch_repository, require_repository, upload
 from xbt.hub.weights import SPARE_BYTES, build_and_load, save_weights
 from xbt.version import __version__
 
@@ -44,12 +53,7 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
 
     @abstractmethod
     def _config(self, naming: Naming, card: CardData) -> dict[str, Any]:
-        """JSON-able description: a value for each of :attr:`config_keys`.
-
-        Args:
-            naming: Form of model names: with paths for this machine, or without for others.
-            card: The owner's content, of which only ``base`` matters here.
-        """
+        """JSON-able value for each of :attr:`config_keys`; of the card, only ``base`` matters."""
 
     @classmethod
     def _build(cls, config: SavedConfig) -> nn.Module:
@@ -177,15 +181,7 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
         with TemporaryDirectory() as folder:
             self._save(Path(folder), public_name, data, repo_id)
             message = commit_message or f"Upload {type(self).__name__} with xbt"
-            return upload(
-                Path(folder),
-                repo_id,
-                commit_message=message,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return upload(Path(folder), repo_id, message, private, token, revision, create_pr)
 
     @classmethod
     def from_pretrained(
@@ -226,17 +222,13 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
         Warns:
             NewerConfigWarning: If a newer xbt wrote settings that this version does not know.
         """
-        directory = fetch(
-            pretrained_model_name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        access = HubAccess(None, cache_dir, token, local_files_only)
+        access = HubAccess(revision, cache_dir, token, local_files_only)
+        directory = Path(pretrained_model_name_or_path).expanduser()
+        if not directory.is_dir():
+            name = str(pretrained_model_name_or_path)
+            directory = fetch_repository(name, access, force_download=force_download)
         with combined_warning():
-            return cls._read(directory, device, access, **options)
+            return cls._read(directory, device, access.at(None), **options)
 
     def generate_model_card(self, card: CardData | None = None, repo_id: str | None = None) -> ModelCard:
         """Make the card that is saved beside the weights; see :func:`~xbt.hub.cards.make_card`."""
@@ -244,15 +236,7 @@ class HubArtifact(ModelHubMixin, library_name="xbt"):
         return make_card(self._facts(data), data, repo_id)
 
     def refresh_card(self, directory: Path, card: CardData | None = None) -> None:
-        """Write the card in a directory again; a card that xbt did not write is kept.
-
-        Args:
-            directory: The directory that it was saved in.
-            card: Further content of the card.
-
-        Raises:
-            ConfigError, SavedPartError: If the card's report cannot be read.
-        """
+        """Write the card in its directory again; a card that xbt did not write is kept."""
         _write_card(directory / CARD_NAME, self.generate_model_card(card), card)
 
     def _save(self, directory: Path, naming: Naming, card: CardData, repo_id: str | None) -> None:
@@ -277,9 +261,7 @@ def _write_card(file: Path, page: ModelCard, card: CardData | None) -> None:
 def warn_about_local_models(names: dict[str, str], naming: Naming) -> None:
     """Warn, when names are made public, about models that others must name themselves.
 
-    Args:
-        names: Option of ``from_pretrained`` → specification of the model.
-        naming: The form in which names are written.
+    ``names`` gives the specification of the model for each option of ``from_pretrained``.
     """
     for option, name in names.items():
         if naming(name) != name and naming(name).startswith(LOCAL):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, is_offline_mode, snapshot_download, try_to_load_from_cache
@@ -21,8 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from xbt.errors import SavedPartError
-from xbt.hub.files import CONFIG_NAME, PART_FILES, is_pickled
-from xbt.hub.names import is_repository
+from xbt.hub.files import CONFIG_NAME, PART_FILES, is_pickled, is_repository
 
 SAFE_PATTERNS = ("*.json", "*.txt", "*.model")
 """Files that are downloaded from any model's repository besides its weights: configs and tokenizer files, no
@@ -53,35 +52,29 @@ class HubAccess:
         return replace(self, revision=revision)
 
 
-class LoadOptions(TypedDict, total=False):
-    """Options of :meth:`~xbt.hub.HubArtifact.from_pretrained`, which describes them."""
+class AccessOptions(TypedDict, total=False):
+    """The options of a :class:`HubAccess`."""
 
-    device: str | torch.device
     revision: str | None
     cache_dir: str | Path | None
     token: str | bool | None
-    force_download: bool
     local_files_only: bool
 
 
-def fetch(
-    repo_or_dir: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-    token: str | bool | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
-) -> Path:
+class LoadOptions(AccessOptions, total=False):
+    """Options of :meth:`~xbt.hub.HubArtifact.from_pretrained`, which describes them."""
+
+    device: str | torch.device
+    force_download: bool
+
+
+def fetch(repo_or_dir: str | Path, *, force_download: bool = False, **access: Unpack[AccessOptions]) -> Path:
     """Return a local directory of a saved artifact, downloaded if need be.
 
     Args:
         repo_or_dir: A directory, or a Hub repository ``org/name``.
-        revision: Branch, tag or commit on the Hub.
-        cache_dir: The Hub cache to use instead of the default one.
-        token: Hub access token, for private repositories.
         force_download: Download again what the cache already holds.
-        local_files_only: Use the cache alone.
+        **access: See :class:`HubAccess`.
 
     Returns:
         The directory itself, or a snapshot in the Hub cache with the files that xbt saves.
@@ -93,8 +86,7 @@ def fetch(
     path = Path(repo_or_dir).expanduser()
     if path.is_dir():
         return path
-    access = HubAccess(revision, cache_dir, token, local_files_only)
-    return fetch_repository(str(repo_or_dir), access, force_download=force_download)
+    return fetch_repository(str(repo_or_dir), HubAccess(**access), force_download=force_download)
 
 
 def fetch_repository(
@@ -112,10 +104,6 @@ def fetch_repository(
         patterns: Files to download; by default those that xbt saves.
         needed: Files of which at least one must exist.
         force_download: Download again what the cache already holds.
-
-    Raises:
-        SavedPartError: If there is no such repository or revision, the Hub cannot be reached, a download is
-            cut short, or the repository has none of the needed files.
     """
     if not is_repository(name) and (patterns is PART_FILES or not _LEGACY_ID.fullmatch(name)):
         raise SavedPartError(
@@ -199,14 +187,7 @@ def is_commit(revision: object) -> bool:
 def cached_commit(
     repo: str, filename: str, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> str | None:
-    """The commit that a file of the Hub cache belongs to, or ``None`` if the file is not in the cache.
-
-    Args:
-        repo: Hub repository ``org/name``.
-        filename: A file of it.
-        revision: Branch, tag or commit; the default branch if left out.
-        cache_dir: The Hub cache to look in instead of the default one.
-    """
+    """The commit that a file of the Hub cache belongs to, or ``None`` if the file is not in the cache."""
     try:
         path = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
     except HFValidationError:
@@ -219,30 +200,15 @@ def cached_commit(
 def upload(
     directory: Path,
     repo_id: str,
-    *,
-    commit_message: str,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
+    message: str,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    create_pr: bool,
 ) -> CommitInfo:
-    """Upload the files of a saved artifact in one commit, and delete files of an earlier one.
+    """Upload :data:`~xbt.hub.PART_FILES` of a directory in one commit, and delete those of an earlier one.
 
-    Args:
-        directory: The artifact's directory; only :data:`~xbt.hub.PART_FILES` in it are uploaded.
-        repo_id: Hub repository ``org/name``, made if it does not exist.
-        commit_message: The commit's summary.
-        private: Whether to make a new repository private; an existing one must be private then.
-        token: Hub access token with write access; by default the one of ``hf auth login`` or ``HF_TOKEN``.
-        revision: Branch to commit to, made if it does not exist.
-        create_pr: Open a pull request instead of committing to the branch.
-
-    Returns:
-        The commit, whose string is its URL.
-
-    Raises:
-        SavedPartError: If the name, the token or the repository is not accepted, or the Hub cannot be
-            reached.
+    See :meth:`~xbt.hub.HubArtifact.push_to_hub`.
     """
     require_repository(repo_id)
     if create_pr and revision not in (None, DEFAULT_BRANCH):
@@ -263,7 +229,7 @@ def upload(
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,
-            commit_message=commit_message,
+            commit_message=message,
             revision=revision,
             create_pr=create_pr,
             allow_patterns=list(PART_FILES),

@@ -29,37 +29,21 @@ _BUDGET_FACTOR = 8
 """A build may allocate this many times the size and number of the saved tensors."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _DTYPES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
+    **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"},
+    **{torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16"},
+    **{torch.int32: "I32", torch.int64: "I64"},
 }
 
 
 class Stored(NamedTuple):
-    """Shape and type of a tensor in the header of a safetensors file.
-
-    Attributes:
-        shape: The tensor's shape.
-        dtype: Name of its type in safetensors, such as ``"F32"``.
-    """
+    """Shape and type, such as ``"F32"``, of a tensor in the header of a safetensors file."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's state as safetensors.
-
-    Raises:
-        SavedPartError: If a weight is NaN or infinite, or not a plain dense tensor: it could not be loaded.
-    """
+    """Write a module's state as safetensors; NaN and other than plain dense tensors are refused."""
     for name, tensor in module.state_dict().items():
         if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
             raise SavedPartError(
@@ -73,12 +57,7 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Read names, shapes and types of the tensors of a safetensors file, without their values.
-
-    Raises:
-        SavedPartError: If the file is missing or links elsewhere, its header is longer than
-            :data:`MAX_HEADER`, or its header does not agree with its size.
-    """
+    """Read names, shapes and types of the tensors of a safetensors file, without their values."""
     require_file(path)
     try:
         with path.open("rb") as start:
@@ -106,20 +85,8 @@ def build_and_load(
 
     A config is not trusted. While the module is built, tensors that are far larger than the saved weights are
     refused, so that a width of a thousand million allocates nothing. Names, shapes and types are then
-    compared with the file's header, and only after that the weights are read.
-
-    Args:
-        path: The safetensors file.
-        build: Makes the module; torch's global random state is not changed.
-        config: The config's file, for messages.
-        spare_bytes: Bytes that may be allocated beyond eight times the weights' size.
-
-    Returns:
-        The module in evaluation mode.
-
-    Raises:
-        SavedPartError: If the file is missing, damaged, does not fit its config, or holds NaN or infinite
-            values; or the config cannot be used.
+    compared with the file's header, and only after that the weights are read. ``config`` is the config's
+    file, for messages. The module is in evaluation mode.
     """
     # The random weights are overwritten, so drawing them must not change the caller's random state.
     with torch.random.fork_rng(devices=[]), limit_allocations([path], config, spare_bytes):
@@ -132,13 +99,8 @@ def build_and_load(
 def limit_allocations(files: Sequence[Path], config: Path, spare_bytes: int = SPARE_BYTES) -> Iterator[None]:
     """Refuse tensors within the block that are far larger than the weights in the files.
 
-    Args:
-        files: The weights files; safetensors are only read up to their headers.
-        config: The file that describes the module, for messages.
-        spare_bytes: Bytes that may be allocated beyond eight times the files' size.
-
-    Raises:
-        SavedPartError: If a file is missing or damaged, or the block allocates too much.
+    That is more than eight times the files' size and ``spare_bytes``. ``config`` is the file that describes
+    the module, for messages.
     """
     n_bytes = sum(file.stat().st_size for file in map(require_file, files))
     n_tensors = sum(len(read_header(file)) for file in files if file.suffix == ".safetensors")
@@ -156,57 +118,38 @@ def limit_allocations(files: Sequence[Path], config: Path, spare_bytes: int = SP
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load safetensors into a module, strictly: every name, shape and type must agree.
+    """Load safetensors into a module, strictly, or leave it as it was.
 
-    Raises:
-        SavedPartError: If the file is missing, damaged, does not fit the module, or holds NaN or infinite
-            values; the module is left as it was.
+    Every name, shape and type must agree, but any float type is accepted for a float. All values are finite.
     """
-    expected = {name: stored(tensor) for name, tensor in module.state_dict().items()}
-    check_fit(path, read_header(path), expected)
-    module.load_state_dict(read_tensors(path))
-
-
-def stored(tensor: Tensor) -> Stored:
-    """The header entry of a tensor."""
-    return Stored(tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
-
-
-def check_fit(path: Path, header: Mapping[str, Stored], expected: Mapping[str, Stored]) -> None:
-    """Compare a header with the tensors that a config implies.
-
-    Raises:
-        SavedPartError: If a tensor is missing, unexpected, or of another shape or type. Any float type is
-            accepted for a float.
-    """
-    missing, extra = sorted(expected.keys() - header.keys()), sorted(header.keys() - expected.keys())
+    needed = {
+        name: Stored(tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
+        for name, tensor in module.state_dict().items()
+    }
+    header = read_header(path)
+    missing, extra = sorted(needed.keys() - header.keys()), sorted(header.keys() - needed.keys())
     if missing or extra:
         raise SavedPartError(
             f"{path} does not fit its config: missing tensors {_some(missing)}, unexpected {_some(extra)}"
         )
-    for name, saved in header.items():
-        needed = expected[name]
-        if saved.shape != needed.shape:
+    for name, (shape, dtype) in header.items():
+        if shape != needed[name].shape:
             raise SavedPartError(
-                f"{path} does not fit its config: tensor {name} has the shape {saved.shape}, "
-                f"the config needs {needed.shape}"
+                f"{path} does not fit its config: tensor {name} has the shape {shape}, the config needs "
+                f"{needed[name].shape}"
             )
-        if saved.dtype != needed.dtype and not {saved.dtype, needed.dtype} <= set(_FLOATS):
+        if dtype != needed[name].dtype and not {dtype, needed[name].dtype} <= set(_FLOATS):
             raise SavedPartError(
-                f"{path} does not fit its config: tensor {name} has the type {saved.dtype}, the config needs "
-                f"{needed.dtype}"
+                f"{path} does not fit its config: tensor {name} has the type {dtype}, the config needs "
+                f"{needed[name].dtype}"
             )
+    module.load_state_dict(read_tensors(path))
 
 
 def read_tensors(path: Path, *, unused: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file and check that all values are finite.
+    """Read the tensors of a safetensors file; all values must be finite.
 
-    Args:
-        path: The file.
-        unused: Prefixes of the names of tensors whose values do not matter, which are not checked.
-
-    Raises:
-        SavedPartError: If the file is missing, damaged, or holds NaN or infinite values.
+    ``unused`` are prefixes of the names of tensors whose values do not matter.
     """
     require_file(path)
     try:

@@ -285,7 +285,13 @@ class StoreBuilder:
             if faults:
                 raise StoreError(faults[0])
             remove_strays(self.path, self.header.modality, records)
-            manifest = Manifest(self.header, tuple(records), self._write_extra())
+            notes = ({"name": r.name, "extra": r.extra} for r in self.committed().values() if r.extra)
+            lines = (json.dumps(note) + "\n" for note in notes)
+            first = next(lines, None)
+            extra = None
+            if first is not None:
+                extra = write_lines(self.path / layout.EXTRA, chain([first], lines))
+            manifest = Manifest(self.header, tuple(records), extra)
             write_record(self.path / layout.MANIFEST, manifest.to_dict())
         shutil.rmtree(self.path / layout.IN_PROGRESS, ignore_errors=True)
         self._lock.release()
@@ -310,12 +316,6 @@ class StoreBuilder:
             )
         layout.require_distinct(expected, self.path)
         return [_without_note(committed[name]) for name in expected]
-
-    def _write_extra(self) -> FileRecord | None:
-        records = self.committed().values()
-        notes = (json.dumps({"name": r.name, "extra": r.extra}) + "\n" for r in records if r.extra)
-        first = next(notes, None)
-        return None if first is None else write_lines(self.path / layout.EXTRA, chain([first], notes))
 
     def _refuse_foreign_files(self) -> None:
         for folder in (*layout.FOLDERS.values(), layout.METADATA):

@@ -52,20 +52,17 @@ _MAX_HEADER = 12_000
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """Record of one shard.
-
-    Attributes:
-        name: Its name; shards are in the numerical order of their names.
-        count: Number of rows.
-        files: Size and checksum of each file, by its path relative to the store.
-        extra: JSON note of the writer, such as the items that it left out. In a finished store it is in
-            ``extra.jsonl``; see ``EmbeddingStore.extra``.
-    """
+    """Record of one shard."""
 
     name: str
+    """Its name; shards are in the numerical order of their names."""
     count: int
+    """Number of rows."""
     files: Mapping[str, FileRecord]
+    """Size and checksum of each file, by its path relative to the store."""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    """JSON note of the writer, such as the items that it left out. In a finished store it is in
+    ``extra.jsonl``; see ``EmbeddingStore.extra``."""
 
     def to_dict(self, with_extra: bool = True) -> dict[str, Any]:
         """A JSON-able form."""
@@ -88,18 +85,14 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class Header:
-    """Properties that all shards of a store share.
-
-    Attributes:
-        modality: ``"image"`` or ``"text"``.
-        space: The space of the vectors; ``None`` in folders that do not record it.
-        dtype: ``"float16"`` or ``"float32"``, on disk.
-        dim: Dimension of the vectors.
-    """
+    """Properties that all shards of a store share."""
 
     modality: str
+    """``"image"`` or ``"text"``."""
     space: EmbeddingSpace | None
+    """The space of the vectors; ``None`` in folders that do not record it."""
     dtype: str
+    """``"float16"`` or ``"float32"``, on disk."""
     dim: int
 
     def __post_init__(self) -> None:

@@ -213,15 +213,10 @@ class Repetition(NamedTuple):
 
 
 def repetitions(read: Callable[[], Iterable[Sequence[str]]], count: int) -> Iterator[Repetition]:
-    """Find repeated strings; takes 8 bytes of memory per string, and at most 1 GiB.
+    """Find every occurrence but the first of ``count`` strings, in order within each 134 million of them.
 
-    Args:
-        read: Function that yields all strings, part by part. It is called once per 134 million strings, and
-            once more if two hashes are equal, to compare the strings.
-        count: Number of strings.
-
-    Yields:
-        Every occurrence but the first, in order (within each pass over 134 million).
+    This takes 8 bytes of memory per string, and at most 1 GiB. ``read`` yields all strings, part by part. It
+    is called once per 134 million strings, and once more if two hashes are equal, to compare the strings.
     """
     passes = max(1, -(-count // _HASHES_PER_PASS))
     for number in range(passes):

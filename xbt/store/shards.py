@@ -53,7 +53,10 @@ def write_shard(
     where = f"shard {name!r} of {path}"
     rows = as_rows(vectors, header, where)
     table = as_table(ids, metadata, len(rows), where)
-    data = _parquet(table, where)
+    buffer = pa.BufferOutputStream()
+    with _storing(f"{where}: the metadata"):
+        pq.write_table(table, buffer)
+    data = buffer.getvalue()
     vectors_path, metadata_path = layout.vectors_file(header.modality, name), layout.metadata_file(name)
     files = {
         vectors_path: write_whole(
@@ -143,13 +146,6 @@ def _column(values: Any, name: str, where: str, kind: Any = None) -> Any:
         return values
     with _storing(f"{where}: column {name!r}"):
         return pa.array(values, type=kind)
-
-
-def _parquet(table: pa.Table, where: str) -> Any:
-    sink = pa.BufferOutputStream()
-    with _storing(f"{where}: the metadata"):
-        pq.write_table(table, sink)
-    return sink.getvalue()
 
 
 @contextmanager
