@@ -42,14 +42,7 @@ from xbt.encoders import DualEncoder, load_encoder
 from xbt.errors import DataError
 from xbt.index.mixed import Merge, RankMerge
 from xbt.index.protocol import VectorIndex
-from xbt.index.target import (
-    backfill_present,
-    begin,
-    fingerprints,
-    is_complete,
-    pending,
-    vector_names,
-)
+from xbt.index.target import backfill_present, begin, fingerprints, is_complete, pending, vector_names
 from xbt.processes import Team, cores_per_process, start_processes
 from xbt.run_dir import RunDirectory
 from xbt.store.lock import WriterLock

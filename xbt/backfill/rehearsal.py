@@ -296,12 +296,7 @@ STATES = 20
 
 
 def moving_gains(
-    scores: MixedScores,
-    merge: Merge,
-    *,
-    ks: Sequence[int] = (1, 5, 10),
-    states: int = STATES,
-    seed: int = 0,
+    scores: MixedScores, merge: Merge, *, ks: Sequence[int] = (1, 5, 10), states: int = STATES, seed: int = 0
 ) -> Tensor:
     """Measure what backfilling each item adds to the queries' hits, on average over random states: (m,).
 

@@ -105,9 +105,7 @@ def save_merge(
 
 
 def load_merge(
-    gallery: str | Path,
-    old_space: EmbeddingSpace | None = None,
-    new_space: EmbeddingSpace | None = None,
+    gallery: str | Path, old_space: EmbeddingSpace | None = None, new_space: EmbeddingSpace | None = None
 ) -> Merge:
     """Read the merge that was fitted to a gallery's two models.
 

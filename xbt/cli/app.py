@@ -72,11 +72,7 @@ def _overview_or_command(words: list[str]) -> int:
 
 
 def run_command(command: Command, flags: list[str]) -> int:
-    """Parse the flags of a command, run it and print its result.
-
-    Returns:
-        The exit status.
-    """
+    """Parse the flags of a command, run it, print its result, and return the exit status."""
     from xbt.config import run_guarded  # slow to import, and not needed by --help
     from xbt.processes import is_main_process
 
@@ -112,11 +108,7 @@ def run_command(command: Command, flags: list[str]) -> int:
 
 
 def parse(command: Command, flags: Sequence[str]) -> Any:
-    """Parse the flags of a command into its config.
-
-    Raises:
-        ConfigError: As :func:`~xbt.config.parse_config`.
-    """
+    """Parse the flags of a command into its config, with the errors of :func:`~xbt.config.parse_config`."""
     from xbt.config import make_parser, parse_flags
 
     rest = list(flags)
@@ -292,10 +284,7 @@ COMMANDS = (
 
 
 def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
-    """Find the command at the start of a command line.
-
-    Returns:
-        The command, and the rest of the line.
+    """Find the command at the start of a command line; return it, and the rest of the line.
 
     Raises:
         ConfigError: If there is no such command; the message suggests the closest name.

@@ -26,14 +26,8 @@ from xbt.run_dir import RunDirectory
 from xbt.store.store import EmbeddingStore
 
 AUTO, CLOSED_FORM = "auto", "procrustes"
-_AUTO_ALONE = {
-    "thorough": False,
-    "use_old": True,
-    "ks": [1, 5, 10],
-    "confidence": 0.95,
-    "every_k": False,
-    "folds": 5,
-}
+_AUTO_ALONE = {"thorough": False, "use_old": True, "ks": [1, 5, 10], "confidence": 0.95, "every_k": False,
+               "folds": 5}  # fmt: skip
 
 
 @dataclass
@@ -130,13 +124,8 @@ CAPTION = "caption"
 class FitResult:
     """Result of a fit and where it is saved.
 
-    Attributes:
-        method: Name of the method.
-        items: Items the projection was fitted to.
-        dims: Dimension of the new and of the old vectors.
-        decision: The choice of ``auto``.
-        projection: Directory of the projection.
-        compatible: Directory of the compatible encoder; ``None`` if the new encoder was not given.
+    ``items`` were fitted to; ``dims`` are those of the new and of the old vectors. There is a ``decision`` of
+    ``auto``, and a ``compatible`` encoder if the new encoder was given.
     """
 
     method: str
@@ -175,14 +164,9 @@ class FitResult:
 
 @dataclass(frozen=True)
 class _FitData:
-    """Vectors and encoders of a fit.
+    """Vectors of the same items of the new and of the old model, and of the pairs; the encoders, if given.
 
-    Attributes:
-        sides: Vectors of the same items of the new and of the old model.
-        items: Number of items.
-        pairs: Vectors of the pairs under both models.
-        encoders: The new and the old encoder, if given.
-        skipped: Images of the pairs that cannot be decoded.
+    ``skipped`` images of the pairs cannot be decoded.
     """
 
     sides: tuple[Source, Source]
@@ -194,9 +178,6 @@ class _FitData:
 
 def run_fit(config: FitConfig) -> FitResult:
     """Fit or choose a projection and save it, with its compatible encoder if the new encoder is given.
-
-    Returns:
-        The result; print it.
 
     Raises:
         XbtError: If an encoder, a store, the captions, the pairs or a setting cannot be used.
@@ -213,19 +194,16 @@ def run_fit(config: FitConfig) -> FitResult:
         SelectionOptions.of(options)
     run = RunDirectory(config.output_dir, config, config.overwrite)
     data = _gather(config)
-    new_space, old_space = (None if encoder is None else encoder.space for encoder in data.encoders)
-    new, old = data.sides
+    for name, encoder in zip(("new_space", "old_space"), data.encoders, strict=True):
+        options[name] = None if encoder is None else encoder.space
+    decision = None
     if method == AUTO:
-        decision = choose_projection(
-            new, old, pairs=data.pairs, new_space=new_space, old_space=old_space, **options
-        )
-        run.prepare()
-        return _save(run, method, data, decision.projection, decision)
-    fitted = fit_projection(
-        new, old, method, pairs=data.pairs, new_space=new_space, old_space=old_space, **options
+        decision = choose_projection(*data.sides, pairs=data.pairs, **options)
+    fitted = (
+        decision.projection if decision else fit_projection(*data.sides, method, pairs=data.pairs, **options)
     )
     run.prepare()
-    return _save(run, method, data, fitted, None)
+    return _save(run, method, data, fitted, decision)
 
 
 def _method_options(config: FitConfig) -> dict[str, Any]:

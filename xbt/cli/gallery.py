@@ -117,13 +117,8 @@ def describe_gallery(gallery: Gallery, path: Path) -> dict[str, Any]:
         "merge": read_record(merge).get("kind") if merge.is_file() else None,
         "bytes": size_of(path),
         "parts": [
-            {
-                "name": part.name,
-                "items": part.count,
-                "modality": part.modality,
-                "dtype": part.dtype,
-                **describe_space(part.space, part.dim),
-            }
+            {"name": part.name, "items": part.count, "modality": part.modality, "dtype": part.dtype}
+            | describe_space(part.space, part.dim)
             for part in gallery.parts
         ],
     }
@@ -165,16 +160,8 @@ def _format(name: str, value: Any) -> str:
 def create(config: CreateConfig) -> CommandResult:
     """Create a gallery."""
     space = None if config.encoder is None else load_encoder(config.encoder).space
-    gallery = Gallery.create(
-        config.gallery,
-        space=space,
-        store=config.store,
-        modality=config.modality,
-        index=config.index,
-        tuning=config.tuning,
-        dtype=config.dtype,
-    )
-    return _description(gallery)
+    kind = {name: getattr(config, name) for name in ("modality", "index", "tuning", "dtype")}
+    return _description(Gallery.create(config.gallery, space=space, store=config.store, **kind))
 
 
 def add(config: AddConfig) -> CommandResult:

@@ -57,14 +57,9 @@ def show(text: str) -> None:
 
 
 def read_lines(file: str, what: str) -> list[str]:
-    """Read the non-blank lines of a UTF-8 file or of standard input.
+    """Read the non-blank lines of a UTF-8 file or of standard input (``-``), stripped.
 
-    Args:
-        file: A path, or ``-`` for standard input.
-        what: Name of the lines in error messages, such as ``"ids"``.
-
-    Returns:
-        The lines, stripped. Only line feeds end a line.
+    Only line feeds end a line. ``what`` names the lines in error messages, such as ``"ids"``.
 
     Raises:
         DataError: If the file does not exist, cannot be read, is too long, is not UTF-8 (the message gives

@@ -59,14 +59,7 @@ class PushConfig:
 
 @dataclass(frozen=True)
 class PushResult:
-    """Result of a push.
-
-    Attributes:
-        url: Address of the commit, or of the pull request.
-        commit: Hash of the commit.
-        kind: Class of the artifact, such as ``"CompatibleEncoder"``.
-        path: Its directory.
-    """
+    """Result of a push: address and hash of the commit or pull request, and the pushed artifact."""
 
     url: str
     commit: str
@@ -85,9 +78,8 @@ def push(config: PushConfig) -> PushResult:
     """Find, load and push an artifact; vectors and checkpoints of a run are never uploaded.
 
     Raises:
-        SavedPartError: If there is no artifact or more than one, it is damaged, or the repository cannot be
-            used.
-        XbtError: If a compatible encoder's base model, or the results, cannot be read.
+        XbtError: If there is no artifact or more than one, it is damaged, the repository cannot be used, or a
+            compatible encoder's base model, or the results, cannot be read.
 
     Warns:
         UserWarning: If a model was loaded from a local directory, which others do not have.
@@ -95,22 +87,13 @@ def push(config: PushConfig) -> PushResult:
     directory = Path(config.directory).expanduser()
     path, kind = find_artifact(directory)
     results = config.results or _results_beside(directory, path)
-    card = CardData(
-        report=results,
-        evaluated_on=config.evaluated_on,
-        license=config.license,
-        datasets=tuple(config.datasets),
-        base=config.base,
-    )
+    about = {name: getattr(config, name) for name in ("evaluated_on", "license", "base")}
+    card = CardData(report=results, datasets=tuple(config.datasets), **about)
     options: dict[str, Any] = {"load_old": False} if kind is CompatibleEncoder else {}
     artifact = kind.from_pretrained(path, **options)
+    access: dict[str, Any] = {"private": config.private, "revision": config.revision}
     commit = artifact.push_to_hub(
-        config.repo,
-        card=card,
-        commit_message=config.message,
-        private=config.private,
-        revision=config.revision,
-        create_pr=config.create_pr,
+        config.repo, card=card, commit_message=config.message, create_pr=config.create_pr, **access
     )
     # Keep the local card equal to the pushed one.
     if (path / CARD_NAME).is_file() and card != CardData():

@@ -92,14 +92,7 @@ _MERGES = {"raw": RawMerge, "rank": RankMerge}
 
 @dataclass(frozen=True)
 class Answer:
-    """Result of a search.
-
-    Attributes:
-        gallery: Path of the gallery.
-        queries: Texts, then the paths of images.
-        n_texts: Number of texts.
-        hits: Items and scores of each query.
-    """
+    """Items and scores of each query: the texts, of which there are ``n_texts``, then the paths of images."""
 
     gallery: str
     queries: list[str]
@@ -137,17 +130,16 @@ class Answer:
 
 
 def run_search(config: SearchConfig) -> Answer:
-    """Search a gallery or a store.
-
-    Returns:
-        The k best items of every query; print it.
+    """Search a gallery or a store for the k best items of every query.
 
     Raises:
         XbtError: If there is no query, the gallery, an encoder or an image cannot be used, or the queries
             are in another space.
     """
     queries = read_queries(config.queries)
-    gallery = _open(config.gallery)
+    gallery = open_source(config.gallery)
+    if isinstance(gallery, EmbeddingStore):  # it is searched in memory
+        gallery = Gallery.build(gallery.read(), gallery.ids, gallery.space)
     parts = _parts(gallery, config.part)
     merge = _merge(config, gallery) if len(parts) > 1 else None
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -196,14 +188,6 @@ def read_queries(queries: Queries) -> Queries:
     return replace(queries, texts=texts, file=None, images=paths)
 
 
-def _open(path: str) -> Gallery:
-    """Open a gallery for reading; load a store as a gallery in memory."""
-    source = open_source(path)
-    if isinstance(source, EmbeddingStore):
-        return Gallery.build(source.read(), source.ids, source.space)
-    return source
-
-
 def _parts(gallery: Gallery, chosen: str | None) -> list[PartSummary]:
     """Parts to search: the one asked for, or all that have items."""
     if chosen is not None:
@@ -248,12 +232,10 @@ def _encoders(config: SearchConfig, parts: list[PartSummary], device: str) -> li
 
 
 def _fitting(encoders: list[DualEncoder], part: PartSummary) -> DualEncoder | None:
-    space = part.space
-    if space is None:
-        return encoders[0] if encoders[0].dim == part.dim else None
-    return next(
-        (encoder for encoder in encoders if encoder.dim == space.dim and space.same_as(encoder.space)), None
-    )
+    for encoder in encoders if part.space is not None else encoders[:1]:
+        if encoder.dim == part.dim and (part.space is None or part.space.same_as(encoder.space)):
+            return encoder
+    return None
 
 
 def load_searcher(config: SearchConfig, device: str) -> DualEncoder:
@@ -269,10 +251,5 @@ def load_searcher(config: SearchConfig, device: str) -> DualEncoder:
 
 def _embed(encoder: DualEncoder, queries: Queries, batch_size: int) -> Tensor:
     """(n, dim) vectors: texts first, then images."""
-    texts, images = list(queries.texts), list(queries.images)
-    blocks = []
-    if texts:
-        blocks.append(encoder.encode_texts(texts, batch_size))
-    if images:
-        blocks.append(encoder.encode_images(images, batch_size))
-    return torch.cat(blocks)
+    sides = (encoder.encode_texts, list(queries.texts)), (encoder.encode_images, list(queries.images))
+    return torch.cat([encode(given, batch_size) for encode, given in sides if given])

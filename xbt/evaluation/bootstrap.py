@@ -105,11 +105,7 @@ def compare_ranks(
 
 
 def bootstrap_interval(
-    values: Tensor,
-    groups: Tensor | None = None,
-    confidence: float = 0.95,
-    samples: int = 2000,
-    seed: int = 0,
+    values: Tensor, groups: Tensor | None = None, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> Interval:
     """Mean of one value per query with its percentile bootstrap interval.
 
@@ -132,11 +128,7 @@ def bootstrap_interval(
 
 
 def cautious_interval(
-    values: Tensor,
-    groups: Tensor | None = None,
-    confidence: float = 0.95,
-    samples: int = 2000,
-    seed: int = 0,
+    values: Tensor, groups: Tensor | None = None, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> Interval:
     """Mean change of hits with an interval that is also valid for few groups, clipped to [-1, 1].
 
@@ -199,11 +191,7 @@ def bootstrap_means(
 
 
 def bootstrap_intervals(
-    values: Tensor,
-    groups: Tensor | None = None,
-    confidence: float = 0.95,
-    samples: int = 2000,
-    seed: int = 0,
+    values: Tensor, groups: Tensor | None = None, confidence: float = 0.95, samples: int = 2000, seed: int = 0
 ) -> list[Interval]:
     """Intervals of :func:`bootstrap_interval` for every column of (n, m) values, drawn once for all."""
     tail = (1 - confidence) / 2

@@ -55,11 +55,7 @@ class LabelRetrieval:
 
     def to_dict(self) -> dict[str, float | int]:
         """A JSON-able form: the metrics and the two counts."""
-        return {
-            **self.metrics(),
-            "n_queries": self.n_queries,
-            "n_without_positive": self.n_without_positive,
-        }
+        return {**self.metrics(), "n_queries": self.n_queries, "n_without_positive": self.n_without_positive}
 
 
 def evaluate_labels(

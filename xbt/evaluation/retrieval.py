@@ -36,10 +36,7 @@ class Positives(NamedTuple):
 
 
 def recall_at_k(
-    queries: Vectors,
-    gallery: Vectors,
-    positives: Sequence[Sequence[int]],
-    ks: Sequence[int] = (1, 5, 10),
+    queries: Vectors, gallery: Vectors, positives: Sequence[Sequence[int]], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[int, float]:
     """Share of the queries that have a positive among their first k gallery rows (CLIP-style R@k).
 
@@ -62,10 +59,7 @@ def recall_at_k(
 
 
 def best_positive_ranks(
-    queries: Vectors,
-    gallery: Vectors,
-    positives: Sequence[Sequence[int]],
-    chunk_size: int | None = None,
+    queries: Vectors, gallery: Vectors, positives: Sequence[Sequence[int]], chunk_size: int | None = None
 ) -> Tensor:
     """Count, for every query, the other gallery rows that score at least as high as its best positive.
 

@@ -144,13 +144,7 @@ class VectorIndex(Protocol):
         ...
 
     def search(
-        self,
-        queries: Vectors,
-        k: int,
-        *,
-        using: str,
-        without: str | None = None,
-        filter: Any = None,
+        self, queries: Vectors, k: int, *, using: str, without: str | None = None, filter: Any = None
     ) -> Hits:
         """Find the k rows with the largest scores for every query.
 

@@ -230,11 +230,7 @@ def present(client: Any, collection: str, ids: Sequence[str], vector: str | None
 
 
 def insert(
-    client: Any,
-    collection: str,
-    vectors: NDArray[np.float32],
-    payloads: Sequence[dict[str, Any]],
-    name: str,
+    client: Any, collection: str, vectors: NDArray[np.float32], payloads: Sequence[dict[str, Any]], name: str
 ) -> None:
     """Write points with one named vector; one that is there is replaced with all its vectors.
 

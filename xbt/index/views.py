@@ -132,11 +132,7 @@ class MovedRows:
 
 
 def require_space(
-    space: EmbeddingSpace,
-    own: EmbeddingSpace | None,
-    dim: int,
-    trusted: WeakSet[EmbeddingSpace],
-    what: str,
+    space: EmbeddingSpace, own: EmbeddingSpace | None, dim: int, trusted: WeakSet[EmbeddingSpace], what: str
 ) -> None:
     """Refuse vectors of another space than a part has, or of another dimension if it declares none.
 

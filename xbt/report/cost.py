@@ -62,15 +62,9 @@ Timings = dict[str, Spread]
 
 
 def side_by_side(contenders: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1) -> Timings:
-    """Time contenders in turns; every round starts with the next one.
+    """Time contenders in turns, ``rounds`` times after the ``warmup``; every round starts with the next one.
 
-    Args:
-        contenders: Functions by name. On CUDA the timer waits for each to finish.
-        rounds: Measured rounds; every contender runs once in each.
-        warmup: Rounds before them that are not measured.
-
-    Returns:
-        Seconds per contender and round.
+    On CUDA the timer waits for each to finish.
 
     Raises:
         ConfigError: If there is no contender, or ``rounds`` is less than 1 or ``warmup`` negative.
@@ -84,18 +78,13 @@ def side_by_side(contenders: Mapping[str, Callable[[], object]], rounds: int = 5
     for number in range(-warmup, rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            taken = _seconds(contenders[name])
+            _wait()
+            start = time.perf_counter()
+            contenders[name]()
+            _wait()
             if number >= 0:
-                seconds[name].append(taken)
+                seconds[name].append(time.perf_counter() - start)
     return {name: Spread(tuple(values)) for name, values in seconds.items()}
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    _wait()
-    start = time.perf_counter()
-    run()
-    _wait()
-    return time.perf_counter() - start
 
 
 def _wait() -> None:
@@ -107,14 +96,10 @@ def _wait() -> None:
 class Cost:
     """Cost, measured on this machine.
 
-    Attributes:
-        gallery_size: Number of items for hours and bytes.
-        device: Device of the encoders; ``None`` without encoders.
-        images_per_second: Rates of the old and the new model, including decoding; ``None`` without encoders.
-        query: Milliseconds of a single text query: the tower of each model, and the method.
-        needs_old: Whether the method also runs the old model, in any direction.
-        dims: Dimension of the old and the new vectors.
-        method_bytes: Size of the projection and the ensemble.
+    ``gallery_size`` is the number of items for hours and bytes, ``images_per_second`` the rates of both
+    models with decoding, ``query`` the milliseconds of a single text query: the tower of each model, and the
+    method. Without encoders there is no device and no rate. ``dims`` are those of the old and the new
+    vectors.
     """
 
     gallery_size: int

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from xbt.backfill.curve import BackfillCurve, backfill_curve
+from xbt.backfill.curve import backfill_curve
 from xbt.backfill.orders import random_order
 from xbt.backfill.rehearsal import fit_rehearsed_order
 from xbt.data.items import choose_subset
@@ -36,11 +35,7 @@ MIN_ITEMS = 40
 class ExpectedCurve:
     """Recall of text queries in a partly backfilled gallery.
 
-    Attributes:
-        fractions: Fractions of the images that are backfilled.
-        recall: By order, the mean of R@k over the ks with its 95 % bootstrap interval at each fraction.
-        merge: How the scores of both sides are compared.
-        n_queries: Number of texts that it was measured with.
+    ``recall`` holds, by order, the mean of R@k over the ks with its 95 % bootstrap interval at each fraction.
     """
 
     fractions: tuple[float, ...]
@@ -68,42 +63,21 @@ def expect_curve(chosen: Sample, measured: Measured, seed: int) -> ExpectedCurve
         return None
     learned = _limited(chosen.pairs, MAX_REHEARSAL)
     tested = _limited(measured.pairs, MAX_SCORES)
-    old_learned, old_tested = (_old_queries(measured, pairs) for pairs in (learned, tested))
-    merge = fit_merge(
-        old_learned,
-        learned.new_texts,
-        learned.old_images,
-        _new(learned),
-        learned.positives("T2I"),
-        kinds=("affine", "isotonic", "raw"),
-        groups=learned.groups("T2I"),
-        ks=measured.ks,
-        seed=seed,
-    )
-    asked = _unlabelled(chosen, measured, seed) or (old_learned, learned.new_texts)
+    kinds, groups = ("affine", "isotonic", "raw"), learned.groups("T2I")
+    merge = fit_merge(*_sides(measured, learned), kinds=kinds, groups=groups, ks=measured.ks, seed=seed)
+    old, new = _unlabelled(chosen, measured, seed) or _sides(measured, learned)[:2]
     rehearsed = fit_rehearsed_order(
-        old_learned,
-        learned.new_texts,
-        learned.old_images,
-        _new(learned),
-        learned.positives("T2I"),
-        merge,
-        sample_old=asked[0],
-        sample_new=asked[1],
-        seed=seed,
+        *_sides(measured, learned), merge, sample_old=old, sample_new=new, seed=seed
     )
-    scores = MixedScores(
-        old_tested, tested.new_texts, tested.old_images, _new(tested), tested.positives("T2I")
-    )
+    scores = MixedScores(*_sides(measured, tested))
     orders = {
         "random order": random_order(len(tested), seed),
         "rehearsed": rehearsed.order(tested.old_images),
     }
-    groups = tested.groups("T2I")
-    recall = {
-        name: _points(backfill_curve(scores, order, merge, fractions=FRACTIONS, ks=measured.ks), groups)
-        for name, order in orders.items()
-    }
+    recall = {}
+    for name, order in orders.items():
+        curve = backfill_curve(scores, order, merge, fractions=FRACTIONS, ks=measured.ks)
+        recall[name] = tuple(bootstrap_interval(hits, tested.groups("T2I")) for hits in curve.hits)
     return ExpectedCurve(FRACTIONS, recall, merge, len(scores))
 
 
@@ -114,8 +88,11 @@ def _limited(pairs: PairVectors, max_scores: int) -> PairVectors:
     return pairs if count == len(pairs) else pairs.subset(range(count))
 
 
-def _old_queries(measured: Measured, pairs: PairVectors) -> Tensor:
-    return measured.decision.queries(*pairs.queries("T2I"), "T2I")
+def _sides(measured: Measured, pairs: PairVectors) -> tuple[Tensor, Tensor, Tensor, Tensor, list[list[int]]]:
+    """Old and new text queries, old and new images, and the images that answer each query."""
+    assert pairs.new_images is not None
+    old = measured.decision.queries(*pairs.queries("T2I"), "T2I")
+    return old, pairs.new_texts, pairs.old_images, pairs.new_images, pairs.positives("T2I")
 
 
 def _unlabelled(chosen: Sample, measured: Measured, seed: int) -> tuple[Tensor, Tensor] | None:
@@ -125,12 +102,3 @@ def _unlabelled(chosen: Sample, measured: Measured, seed: int) -> tuple[Tensor, 
     rows = random_access(*chosen.corpus)
     new, old = rows.take(np.array(choose_subset(len(rows), SAMPLE_QUERIES, seed)))
     return measured.decision.queries(new, old, "T2I"), new
-
-
-def _new(pairs: PairVectors) -> Tensor:
-    assert pairs.new_images is not None
-    return pairs.new_images
-
-
-def _points(curve: BackfillCurve, groups: Tensor) -> tuple[Interval, ...]:
-    return tuple(bootstrap_interval(hits, groups) for hits in torch.unbind(curve.hits))

@@ -33,16 +33,11 @@ Queries = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Measured:
-    """Cells on the part of the sample that was not used for the choice.
+    """Cells on the part of the sample that was not used for the choice, by name, with their query vectors.
 
-    Attributes:
-        decision: The method, chosen on the other part.
-        alone: The method chosen without the old model at search time; ``None`` if the first choice does not
-            need the old model.
-        pairs: Pairs of the measuring part.
-        cells: Cells by name; without image queries they have no I2T. ``new/new`` needs new image vectors.
-        queries: Query vectors by cell and direction.
-        n_chosen: Number of images that chose the method.
+    ``alone`` is the method chosen without the old model at search time, if the first choice needs it. Without
+    image queries, cells have no I2T; ``new/new`` needs new image vectors. ``n_chosen`` images chose the
+    method.
     """
 
     decision: Decision
@@ -156,19 +151,10 @@ HEADS = ("", "old/old", "new/old", "gain", "fixed", "broken", "criterion", "new/
 
 @dataclass(frozen=True)
 class Row:
-    """Row of the main table: one direction and k.
+    """Row of the main table: one direction and k, with the R@k of the cells, as far as they were measured.
 
-    Attributes:
-        direction: ``"T2I"`` or ``"I2T"``.
-        k: The cut-off.
-        old: R@k of old/old.
-        upgraded: R@k of new/old.
-        change: Difference of new/old to old/old.
-        counts: Number of queries fixed, broken, and in total.
-        met: Whether the criterion is met.
-        new: R@k of new/new, if known.
-        recovered: Share of the gain of re-embedding; ``None`` if that gain is not positive or not known.
-        alone: R@k of new/old without the old model at search time, if measured.
+    ``counts`` are the numbers of queries fixed, broken, and in total. ``recovered`` is the share of the gain
+    of re-embedding; ``None`` if that gain is not positive or not known.
     """
 
     direction: str
@@ -246,16 +232,10 @@ TOP = 4
 
 @dataclass(frozen=True)
 class Example:
-    """One query whose answer moved.
+    """One query whose answer moved: a row of the measuring part of the sample, a text or an image.
 
-    Attributes:
-        direction: ``"T2I"`` or ``"I2T"``.
-        query: Row of the text, or of the image, in the measuring part of the sample.
-        old_rank: Rank of the best right result with the old query, from 0.
-        new_rank: Rank of the best right result with the new query, from 0.
-        before: Rows of the first results of the old query.
-        after: Rows of the first results of the new query.
-        right: Rows that answer the query.
+    The ranks of its best right result, from 0, are those with the old and the new query; ``before`` and
+    ``after`` are the rows of their first results, and ``right`` those that answer it.
     """
 
     direction: str
@@ -269,12 +249,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Flips:
-    """Best and worst changes of a direction.
+    """Best and worst changes of a direction, the largest first.
 
-    Attributes:
-        k: The k at which a query counts as fixed or broken.
-        fixed: Queries that miss at k with the old model and hit with the new one, largest change first.
-        broken: Queries that hit with the old model and miss with the new one, largest change first.
+    ``fixed`` queries miss at k with the old model and hit with the new one; ``broken`` ones do the opposite.
     """
 
     k: int
@@ -319,14 +296,7 @@ def _examples(measured: Measured, direction: str, rows: list[int]) -> list[Examp
     old, new = (measured.cells[name].ranks[direction] for name in (OLD, UPGRADED))
     right = measured.pairs.positives(direction)
     return [
-        Example(
-            direction,
-            row,
-            int(old[row]),
-            int(new[row]),
-            tuple(map(int, first)),
-            tuple(map(int, second)),
-            tuple(right[row]),
-        )
+        Example(direction, row, int(old[row]), int(new[row]), tuple(map(int, first)), tuple(map(int, second)),
+                tuple(right[row]))
         for row, first, second in zip(rows, before, after, strict=True)
-    ]
+    ]  # fmt: skip

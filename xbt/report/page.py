@@ -164,17 +164,9 @@ def _changes(report: UpgradeReport) -> list[dict[str, Any]]:
             title: [_example(report, thumbnails, example) for example in shown]
             for title, shown in (("Best changes", flips.fixed), ("Worst changes", flips.broken))
         }
-        changes.append(
-            {
-                "direction": direction,
-                "queries": QUERIES[direction],
-                "k": flips.k,
-                "count": count,
-                "n_fixed": n_fixed,
-                "n_broken": n_broken,
-                "examples": examples,
-            }
-        )
+        counts = {"k": flips.k, "count": count, "n_fixed": n_fixed, "n_broken": n_broken}
+        named = {"direction": direction, "queries": QUERIES[direction]}
+        changes.append({**named, **counts, "examples": examples})
     return changes
 
 
@@ -187,13 +179,9 @@ def _example(report: UpgradeReport, thumbnails: Thumbnails, example: Example) ->
         ]
         return [{**result, "right": row in example.right} for row, result in zip(rows, results, strict=True)]
 
-    return {
-        "query": thumbnails.of(example.query) if texts else report.name_query(example),
-        "old_rank": example.old_rank,
-        "new_rank": example.new_rank,
-        "before": shown(example.before),
-        "after": shown(example.after),
-    }
+    query = thumbnails.of(example.query) if texts else report.name_query(example)
+    ranks = {"old_rank": example.old_rank, "new_rank": example.new_rank}
+    return {"query": query, **ranks, "before": shown(example.before), "after": shown(example.after)}
 
 
 class Thumbnails:
@@ -207,19 +195,14 @@ class Thumbnails:
         """The ``source`` of an image (``None`` without a picture), its ``words``, and if it is ``tiny``."""
         if row not in self._made:
             image = self._sample.shown.picture(row)
+            shown, owner = self._sample.shown, self._sample.pairs.image_of_text
+            first = int((owner == row).nonzero()[0])
             self._made[row] = {
                 "source": None if image is None else thumbnail(image),
                 "tiny": image is not None and max(image.size) <= _TINY,
-                "words": self._words(row),
+                "words": shown.ids[row] if shown.texts is None else shown.texts[first],
             }
         return self._made[row]
-
-    def _words(self, row: int) -> str:
-        """First text of an image, or its id if no text is known."""
-        shown, owner = self._sample.shown, self._sample.pairs.image_of_text
-        if shown.texts is None:
-            return shown.ids[row]
-        return shown.texts[int((owner == row).nonzero()[0])]
 
 
 def thumbnail(image: Image.Image) -> str:

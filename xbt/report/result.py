@@ -111,24 +111,15 @@ class UpgradeReport:
             for row in self.rows
             if row.direction == direction
         }
-        return {
-            "counts": counts,
-            "k": flips.k,
-            "fixed": [self._named(example) for example in flips.fixed],
-            "broken": [self._named(example) for example in flips.broken],
-        }
+        fixed, broken = (list(map(self._named, examples)) for examples in (flips.fixed, flips.broken))
+        return {"counts": counts, "k": flips.k, "fixed": fixed, "broken": broken}
 
     def _named(self, example: Example) -> dict[str, Any]:
         """Example with ids and texts instead of rows."""
-        query, answer = self.name_query, self.name_answer
-        return {
-            "query": query(example),
-            "old_rank": example.old_rank,
-            "new_rank": example.new_rank,
-            "before": [answer(example, row) for row in example.before],
-            "after": [answer(example, row) for row in example.after],
-            "right": [answer(example, row) for row in example.right],
-        }
+        rows = {"before": example.before, "after": example.after, "right": example.right}
+        ranks = {"old_rank": example.old_rank, "new_rank": example.new_rank}
+        answers = {key: [self.name_answer(example, row) for row in named] for key, named in rows.items()}
+        return {"query": self.name_query(example), **ranks, **answers}
 
     def name_query(self, example: Example) -> str:
         """Text of the query, or id of its image."""

@@ -38,13 +38,7 @@ from xbt.vectors import unit_rows
 
 @dataclass(frozen=True)
 class Shown:
-    """Images and texts of a sample for display.
-
-    Attributes:
-        ids: A name per image.
-        texts: The texts, or ``None`` if only their vectors are known.
-        images: The images, or ``None`` if only their vectors are known.
-    """
+    """Images and texts of a sample for display: a name per image; ``None`` where only vectors are known."""
 
     ids: list[str]
     texts: list[str] | None = None
@@ -65,26 +59,14 @@ class Shown:
 
     def subset(self, images: list[int], texts: list[int]) -> Self:
         """Select images and their texts."""
-        chosen = self.images
-        return replace(
-            self,
-            ids=[self.ids[row] for row in images],
-            texts=None if self.texts is None else [self.texts[row] for row in texts],
-            images=None if chosen is None else [chosen[row] for row in images],
-        )
+        drawn = None if self.images is None else [self.images[row] for row in images]
+        words = None if self.texts is None else [self.texts[row] for row in texts]
+        return replace(self, ids=[self.ids[row] for row in images], texts=words, images=drawn)
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two models.
-
-    Attributes:
-        name: Its specification, or the source of its vectors.
-        dim: Dimension of its vectors.
-        space: Its space, if known.
-        encoder: The model, if it was loaded.
-        seconds_per_image: Mean time to embed an image of the sample, including decoding.
-    """
+    """One of the two models: its specification or the source of its vectors, and what is known of it."""
 
     name: str
     dim: int
@@ -95,17 +77,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of the user's images and texts.
+    """A sample of the user's images and texts, drawn from ``available`` images.
 
-    Attributes:
-        pairs: Vectors of images and texts.
-        shown: Images and texts for display.
-        old: The old model.
-        new: The new model.
-        corpus: New and old vectors of texts to fit maps to; ``None`` if only the pairs' texts can be used.
-        available: Number of images the sample was drawn from.
-        notes: Notes for the user on the source of the data, a sentence each.
-        skipped: Images that could not be read, with the reason.
+    ``corpus`` holds new and old vectors of texts to fit maps to; ``None`` if only the pairs' texts can be
+    used. ``notes`` on the source of the data are a sentence each. ``skipped`` images could not be read.
     """
 
     pairs: PairVectors

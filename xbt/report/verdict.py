@@ -26,14 +26,11 @@ QUERIES = {"T2I": "text queries", "I2T": "image queries"}
 
 @dataclass(frozen=True)
 class DirectionVerdict:
-    """Effect of new queries in one direction.
+    """Effect of new queries in one direction, with the reason in one sentence.
 
-    Attributes:
-        outcome: ``"gain"`` and ``"loss"`` are shown with confidence; ``"no gain"`` excludes a gain that is
-            worth it; ``"open"`` is everything else.
-        deployed: Whether new queries are used; if not, the old query stays.
-        why: Reason in one sentence.
-        mean_gain: Mean gain over the ks with the interval that decided, if there is one.
+    The outcomes ``"gain"`` and ``"loss"`` are shown with confidence; ``"no gain"`` excludes a gain that is
+    worth it; ``"open"`` is everything else. If new queries are not ``deployed``, the old query stays.
+    ``mean_gain`` over the ks has the interval that decided, if there is one.
     """
 
     outcome: Outcome
@@ -44,14 +41,10 @@ class DirectionVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer.
+    """The answer in a sentence with its reason, by the verdicts of the directions.
 
-    Attributes:
-        answer: ``"yes"``, ``"ensemble"`` (yes, but only if the old model runs beside the new one), ``"no"``,
-            or ``"unknown"``.
-        sentence: The answer with its reason.
-        directions: Verdict of each direction.
-        without_old_model: Verdicts without the old model at search time; empty if that was not measured.
+    ``"ensemble"`` is yes, but only if the old model runs beside the new one. ``without_old_model`` has the
+    verdicts without it; empty if that was not measured.
     """
 
     answer: Answer
@@ -78,16 +71,12 @@ def give_verdict(measured: Measured, confidence: float, worthwhile: float, seed:
     Otherwise it has no gain if the interval is below ``worthwhile`` points of R@k. Where the old query stayed
     because no gain was shown, the interval is that of the choice. ``confidence`` is one-sided.
     """
-    judged = {
-        direction: _judge(measured, UPGRADED, direction, confidence, worthwhile, seed)
-        for direction in measured.directions
-    }
-    alone = {}
-    if ALONE in measured.cells:
-        alone = {
-            direction: _judge(measured, ALONE, direction, confidence, worthwhile, seed)
-            for direction in measured.directions
-        }
+    judged, alone = (
+        {d: _judge(measured, cell, d, confidence, worthwhile, seed) for d in measured.directions}
+        if cell in measured.cells
+        else {}
+        for cell in (UPGRADED, ALONE)
+    )
     needs_old = [
         direction
         for direction, verdict in judged.items()
@@ -190,15 +179,7 @@ def _clause(verdict: DirectionVerdict) -> str:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold and the measured value.
-
-    Attributes:
-        name: Its flag.
-        what: Description of the measured value.
-        needed: Minimum value that passes.
-        found: Measured value; ``None`` if there is no gain to recover.
-        met: Whether it passes.
-    """
+    """A threshold (its flag and minimum) and the measured value; ``None`` if there is no gain to recover."""
 
     name: str
     what: str

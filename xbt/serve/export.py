@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from xbt.data.files import is_unicode
 from xbt.errors import ConfigError, DataError
 from xbt.files import whole_file, write_record
 from xbt.index.gallery import Gallery
@@ -121,10 +122,7 @@ class ExportConfig:
 
 
 def run_export(config: ExportConfig) -> str:
-    """Export a store or gallery.
-
-    Returns:
-        A sentence on the written files.
+    """Export a store or gallery, and return a sentence on the written files.
 
     Raises:
         XbtError: If the source or an option cannot be used, or the files cannot be written.
@@ -286,20 +284,12 @@ def _rows(items: Items) -> Iterator[tuple[str, str, str | None]]:
             "with plain values"
         ) from error
     for item, vector, values in zip(items.ids, items.vectors, metadata, strict=True):
-        if "\0" in item or not _is_unicode(item):
+        if "\0" in item or not is_unicode(item):
             raise DataError(
                 f"the id {item!r} holds the character NUL or a lone surrogate, which PostgreSQL cannot "
                 "store; rename it"
             )
         yield item, vector_text(vector), None if values is None else _json(values, item)
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _json(values: dict[str, Any], item: str) -> str:

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -76,19 +76,11 @@ def _plain(layer: nn.Module) -> nn.Linear:
 class QueryGraph(nn.Module):
     """Traceable module from encoder vectors to queries, as in :class:`~xbt.compatible.CompatibleEncoder`.
 
-    Projection and ensemble are copied to float32 on the CPU; the originals do not change.
-
-    Args:
-        projection: The map.
-        ensemble: Combination with old queries, or ``None``.
-        modality: ``"text"`` or ``"image"``.
+    Projection and ensemble are copied to float32 on the CPU; the originals do not change. The graph takes new
+    vectors, old vectors, or both: old ones come last.
 
     Raises:
         ConfigError: If the ensemble was not made for queries of this modality.
-
-    Attributes:
-        takes_new: Whether new vectors are an input.
-        takes_old: Whether old vectors are an input; it comes last.
     """
 
     def __init__(self, projection: Projection, ensemble: QueryEnsemble | None, modality: Modality) -> None:
@@ -101,7 +93,9 @@ class QueryGraph(nn.Module):
         self.names: list[str] = []
         if ensemble is not None:
             direction = direction_of(modality)
-            self.combination = _traceable(ensemble.combination(direction))
+            self.combination = ensemble.combination(direction)
+            if isinstance(self.combination, Adaptive):
+                self.combination = WholeAdaptive(**asdict(self.combination))
             self.takes_new = self.combination.needs_new
             self.takes_old = self.combination.needs_old
             for name, tensor in ensemble.tensors(direction).items():
@@ -117,12 +111,6 @@ class QueryGraph(nn.Module):
         old = normalize(vectors[-1], dim=-1) if self.takes_old else None
         tensors = {name: self.get_buffer(name) for name in self.names}
         return normalize(self.combination.combine(old, new, tensors), dim=-1)
-
-
-def _traceable(combination: Combination) -> Combination:
-    if not isinstance(combination, Adaptive):
-        return combination
-    return WholeAdaptive(**{field.name: getattr(combination, field.name) for field in fields(combination)})
 
 
 def _confidence(queries: Tensor, reference: Tensor) -> Tensor:
