@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 from xbt.config import config_to_yaml
-from xbt.demo import DemoConfig, run_demo
+from xbt.demo import DemoConfig, run_demo, stage2_verdict
 from xbt.training import TrainArgs
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,7 @@ def test_the_whole_path_ends_in_a_table_and_pictures(config, capsys):
     assert names == ["old/old", "new/old (stage 1)", "new/old (stage 1+2)", "new/new"]
     assert all(name in shown for name in names)
     assert "criterion" in shown
+    assert "R@1 on held-out pairs" in shown
     out = Path(config.output_dir)
     for picture in ("search.png", "recall.png"):
         assert min(Image.open(out / picture).size) > 200
@@ -45,6 +46,15 @@ def test_the_whole_path_ends_in_a_table_and_pictures(config, capsys):
     assert (out / "stage2/compatible/config.json").is_file()
     # Everything is there: a second run trains nothing and gives the same cells.
     assert run_demo(config).to_dict() == report.to_dict()
+
+
+def test_stage_2_says_what_it_gained_or_why_it_kept_its_start():
+    history = [{"step": 0.0, "score": 0.5}, {"step": 20.0, "score": 0.25}, {"step": 40.0, "score": 0.5}]
+    kept = stage2_verdict({"best_step": 0, "history": history})
+    assert "keeps its start" in kept
+    assert "50.0% before LoRA and at most 50.0% after it" in kept
+    gained = stage2_verdict({"best_step": 60, "history": [*history, {"step": 60.0, "score": 0.75}]})
+    assert "rises from 50.0% to 75.0%" in gained
 
 
 def test_benchmark_over_seeds(config, tmp_path, monkeypatch, capsys):
