@@ -210,6 +210,17 @@ def test_fuzz_folders(name, data, clip, tmp_path_factory):
     loads_or_refuses(lambda: load_encoder(f"transformers:{folder}").encode_texts(["a dog"]))
 
 
+def test_a_tokenizer_whose_library_panics_is_refused(tmp_path):
+    tiny.tiny_siglip(tmp_path, layers=1)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"] = {}  # of which the template needs one
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        EncoderError, match=r"the tokenizer of .* is damaged or of another version \(no entry"
+    ):
+        load_encoder(f"transformers:{tmp_path}")
+
+
 @fuzzed
 @given(data=st.data())
 def test_fuzz_fast_tokenizers(data, tmp_path_factory):

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel
 
 from xbt.encoders.base import DualEncoder
 from xbt.encoders.configs import resolve_user_link
-from xbt.encoders.text_batching import TextTransform, Tokenized, require_known
+from xbt.encoders.text_batching import TextTransform, Tokenized, refusing_panics, require_known
 from xbt.encoders.transformers_files import (
     WEIGHTS,
     Pixels,
@@ -99,6 +99,10 @@ class _Texts:
         if not texts:
             tokens = torch.zeros(0, self._context, dtype=torch.int64)
             return Tokenized(tokens, torch.zeros(0, dtype=torch.bool))
+        with refusing_panics(self._name):
+            return self._tokenised(texts)
+
+    def _tokenised(self, texts: list[str]) -> Tokenized:
         encoded = self._tokenizer(
             texts,
             padding="max_length",

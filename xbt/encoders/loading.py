@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from xbt.encoders.base import DualEncoder, Precision
 from xbt.encoders.image_batching import EncodedImages, NamedImage, require_positive
 from xbt.encoders.quiet import brief, quiet
-from xbt.encoders.text_batching import DistinctTexts, ShortContext, TextTransform
+from xbt.encoders.text_batching import DistinctTexts, ShortContext, TextTransform, refusing_panics
 from xbt.errors import ConfigError, EncoderError, ImageError
 from xbt.hub import HubAccess, SavedPartError
 from xbt.images import read_image
@@ -69,7 +69,7 @@ def load_encoder(
     """
     loader, rest = _parse(spec)
     try:
-        with quiet():
+        with quiet(), refusing_panics(spec):
             encoder = loader(rest, spec, HubAccess(revision, cache_dir, token, local_files_only))
     except EncoderError:
         raise

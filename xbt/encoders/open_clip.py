@@ -23,7 +23,7 @@ from xbt.encoders.open_clip_loading import (
     write_config,
 )
 from xbt.encoders.quiet import quiet
-from xbt.encoders.text_batching import TextTransform, Tokenized, require_known
+from xbt.encoders.text_batching import TextTransform, Tokenized, refusing_panics, require_known
 from xbt.encoders.towers import at_path, shared_copy
 from xbt.errors import EncoderError
 from xbt.hub import HubAccess
@@ -172,9 +172,14 @@ class OpenClipTexts:
 
     def __call__(self, texts: list[str]) -> Tokenized:
         """Tokenise n texts and find those that are cut."""
-        tokenizer, context = self._tokenizer, int(self._tokenizer.context_length)
         if not texts:
-            return Tokenized(torch.zeros(0, context, dtype=torch.int64), torch.zeros(0, dtype=torch.bool))
+            tokens = torch.zeros(0, int(self._tokenizer.context_length), dtype=torch.int64)
+            return Tokenized(tokens, torch.zeros(0, dtype=torch.bool))
+        with refusing_panics(self._name):
+            return self._tokenised(texts)
+
+    def _tokenised(self, texts: list[str]) -> Tokenized:
+        tokenizer, context = self._tokenizer, int(self._tokenizer.context_length)
         tokens = require_known(tokenizer(texts), self._vocab_size, self._name)
         pad = 0
         if not isinstance(tokenizer, SimpleTokenizer):

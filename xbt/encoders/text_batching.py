@@ -135,6 +135,19 @@ TextTransform = Callable[[list[str]], Tokenized]
 """Function from texts to tokens; picklable, without weights."""
 
 
+@contextmanager
+def refusing_panics(name: str) -> Iterator[None]:
+    """Turn a panic of the tokenizers' Rust code, which is no ``Exception``, into an ``EncoderError``."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise EncoderError(
+            f"the tokenizer of '{name}' is damaged or of another version ({error}); download it again"
+        ) from error
+
+
 def require_known(tokens: Tensor, vocab_size: int, name: str) -> Tensor:
     """Return the tokens if the model has an embedding for each of them."""
     highest = int(tokens.max())
