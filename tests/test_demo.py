@@ -51,8 +51,8 @@ def test_the_whole_path_ends_in_a_table_and_pictures(config, capsys):
 def test_stage_2_says_what_it_gained_or_why_it_kept_its_start():
     history = [{"step": 0.0, "score": 0.5}, {"step": 20.0, "score": 0.25}, {"step": 40.0, "score": 0.5}]
     kept = stage2_verdict({"best_step": 0, "history": history})
-    assert "keeps its start" in kept
-    assert "50.0% before LoRA and at most 50.0% after it" in kept
+    assert "keeps the weights of stage 1" in kept
+    assert "50.0% before LoRA and at most 50.0% with it" in kept
     gained = stage2_verdict({"best_step": 60, "history": [*history, {"step": 60.0, "score": 0.75}]})
     assert "rises from 50.0% to 75.0%" in gained
 

@@ -113,10 +113,10 @@ def stage2_verdict(result: dict[str, Any]) -> str:
     first, *later = (entry["score"] for entry in result["history"])
     best = max(later, default=first)
     if result["best_step"]:
-        return f"stage 2 gains: R@1 on held-out pairs rises from {first:.1%} to {best:.1%} with LoRA"
+        return f"stage 2 helps: R@1 on held-out pairs rises from {first:.1%} to {best:.1%} with LoRA"
     return (
-        f"stage 2 keeps its start, which is stage 1: R@1 on held-out pairs was {first:.1%} before LoRA and "
-        f"at most {best:.1%} after it, and no gain is shown"
+        f"stage 2 keeps the weights of stage 1: R@1 on held-out pairs was {first:.1%} before LoRA and at "
+        f"most {best:.1%} with it, so there is no gain"
     )
 
 

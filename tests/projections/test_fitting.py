@@ -128,6 +128,17 @@ def test_statistics_are_all_a_closed_form_needs(method):
     torch.testing.assert_close(found(new), fit_projection(new, old, method)(new), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", sorted({*CLOSED_FORMS} - {"identity"}))
+def test_statistics_are_not_mixed_with_vectors(method):
+    new, old = related(40, 10, 6)
+    texts = PairStatistics.of(new, old, TERMS)
+    for given, options in ((old, {}), (None, {"pairs": as_pairs()})):
+        with pytest.raises(
+            ConfigError, match="beside statistics of texts give statistics of images, or None"
+        ):
+            CLOSED_FORMS[method](texts, given, **options)
+
+
 # Where vectors come from
 
 

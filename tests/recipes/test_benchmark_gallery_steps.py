@@ -60,17 +60,17 @@ def test_the_old_query_with_steps_is_what_the_formula_says(module):
 
 
 def test_the_script(monkeypatch, tmp_path):
-    concepts = unit(130, 16) * 3
-    words, photos = concepts + unit(130, 17)[:, :16], concepts + 2 * unit(130, 18)[:, :16]
+    concepts = unit(160, 16) * 3
+    words, photos = concepts + unit(160, 17)[:, :16], concepts + 2 * unit(160, 18)[:, :16]
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((16, 16)))[0].astype(np.float32)
-    articles = np.arange(130) // 2
+    articles = np.arange(160) // 2
     np.savez(
         tmp_path / "news.npz",
         old_text=words,
         new_text=words @ turn,
         old_image=photos,
         new_image=concepts @ turn,
-        pairs=np.stack([np.arange(120), np.arange(120)], axis=1),
+        pairs=np.stack([np.arange(150), np.arange(150)], axis=1),
         text_article=articles,
     )
     flags = ["--verite", str(tmp_path / "news.npz"), "--results", str(tmp_path / "r")]
@@ -81,9 +81,9 @@ def test_the_script(monkeypatch, tmp_path):
     assert set(rows["auto with steps"]) == {"method", "verite T2I", "verite I2T"}
     # All folds together ask every pair once: an independent number.
     expected = recall_at_k(
-        words[:120] / np.linalg.norm(words[:120], axis=1, keepdims=True),
+        words[:150] / np.linalg.norm(words[:150], axis=1, keepdims=True),
         photos / np.linalg.norm(photos, axis=1, keepdims=True),
-        [[row] for row in range(120)],
+        [[row] for row in range(150)],
         (1, 5),
     )
     found = record["intervals"]["recall"]["verite T2I old/old"]
@@ -91,3 +91,4 @@ def test_the_script(monkeypatch, tmp_path):
     gains = record["intervals"]["gains"]["verite I2T auto with steps minus old + its best steps"]
     assert set(gains) == {"R@1", "R@5", "R@10"}
     assert len(record["settings"]) == 5
+    assert any("weight=0.0" not in each for one in record["settings"] for each in one["control"].values())

@@ -261,3 +261,11 @@ def test_two_million_pairs_need_no_more_memory_than_a_batch(tmp_path):
     peak = float(done.stdout.split("PEAK ")[1].split()[0])
     print(done.stdout)
     assert peak < 2.0  # GiB; the vectors themselves are 4.8
+
+
+def test_stores_of_another_length_are_not_paired(tmp_path):
+    two_stores(tmp_path)
+    write_store(tmp_path / "short", OLD, unit_rows(399, 16, 0), [f"text {row}" for row in range(399)], None)
+    new, short = EmbeddingStore.open(tmp_path / "new"), EmbeddingStore.open(tmp_path / "short")
+    with pytest.raises(DataError, match="there are 400 new and 399 old rows"):
+        train_in_memory(settings(tmp_path), new, short)

@@ -130,8 +130,9 @@ def load_merge(
             f"{gallery} has no {MERGE}; run the backfill with --support, or save one with save_merge()"
         )
     plain = read_record(path)
-    fitted = [_space(path, plain.pop(name, None)) for name in SPACES]  # Merge.to_dict() alone names none
+    spaces = [plain.pop(name, None) for name in SPACES]  # Merge.to_dict() alone names none
     merge, own = merge_from_dict(plain), _spaces_of(Path(gallery))
+    fitted = [_space(path, space) for space in spaces]
     needed = (old_space or own[0], new_space or own[1])
     for mine, its, way in zip(fitted, needed, ("from", "to"), strict=True):
         if mine is not None and its is not None and not mine.same_as(its):

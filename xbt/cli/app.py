@@ -163,7 +163,8 @@ class Command:
         name: Name on the command line, one or two words.
         help: Description in one line.
         config: Location of the config dataclass, as ``"module:name"``.
-        function: Location of the function of the config; its result has ``to_dict()`` and a text.
+        function: Location of the function of the config. Its result is a :class:`CommandResult`, or has
+            ``to_dict()`` and a text.
         example: A working command, with line breaks.
         first: Key of the first positional argument.
         words: Key of the list that takes further positional arguments.

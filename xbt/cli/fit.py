@@ -124,8 +124,8 @@ CAPTION = "caption"
 class FitResult:
     """Result of a fit and where it is saved.
 
-    ``items`` were fitted to; ``dims`` are those of the new and of the old vectors. There is a ``decision`` of
-    ``auto``, and a ``compatible`` encoder if the new encoder was given.
+    ``items`` is the number of items that the projection was fitted to; ``dims`` are the new and the old
+    dimension. ``decision`` is set for ``auto``, and ``compatible`` if the new encoder was given.
     """
 
     method: str

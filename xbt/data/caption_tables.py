@@ -220,7 +220,10 @@ def _rows_without_header(delimiter: str, text: str, lines: list[Line], path: Pat
 def _parse_csv(
     text: str, delimiter: str, caption: int
 ) -> tuple[list[tuple[int, list[str]]] | None, int | None]:
-    """Parse quoted CSV: line number and fields of each record; also the first line that is no CSV, if any."""
+    """Parse quoted CSV: line number and fields of each record, or ``None`` if the text is not CSV.
+
+    The second result is the first line that shows that it is not, if any.
+    """
     lines = [f"{line}\n" for line in text.split("\n")]
     reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
     records: list[tuple[int, list[str]]] = []

@@ -110,7 +110,7 @@ def find_images(names: Sequence[str], root: Path) -> list[str]:
 
 
 def refuse_urls(values: Sequence[object], where: str) -> None:
-    """Check that the first non-blank string is no URL, so that a job fails early and rejects no image."""
+    """Check that the first non-blank string is no URL: else a job would reject every image, one by one."""
     first = next((value for value in values if isinstance(value, str) and value.strip()), "")
     if is_url(first):
         raise DataError(

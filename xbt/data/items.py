@@ -126,9 +126,10 @@ class SourceShard(ABC):
 
 @dataclass(frozen=True)
 class ItemSource:
-    """All items of an embedding job, from the source of this name in messages."""
+    """All items of an embedding job."""
 
     name: str
+    """Name of the source in messages."""
     modality: Literal["image", "text"]
     parts: Sequence[SourceShard]
     """One shard of known length, or any number of streams."""
@@ -148,7 +149,7 @@ class ListedImages(SourceShard):
     """Images with random access: files, rows of a data set, an array."""
 
     def __init__(self, ids: Sequence[str], images: Sequence[ImageSource]) -> None:
-        """Keep one unique id and one path, PIL image or encoded image per image, indexed only when read.
+        """Keep a unique id per image, and its path, PIL image or encoded image, accessed when it is read.
 
         If the first is a path, all must be paths, and they become the column ``image_path``.
         """

@@ -37,7 +37,7 @@ from xbt.errors import ConfigError
 class ClassWorld:
     """Labelled training and test samples, sorted by class: (n, dim) float32 inputs and (n,) int64 labels.
 
-    Every class has ``train_per_class`` and ``test_per_class`` of them.
+    Every class has equally many training samples, and equally many test samples.
     """
 
     train_inputs: Tensor
@@ -113,8 +113,9 @@ class ModelQuality:
     reach: int = 32
     """Number of the 64 latent coordinates that it uses."""
     text_noise: float = 1.0
-    """Noise of its text vectors, relative to their norm; of its image vectors below."""
+    """Noise of its text vectors, relative to their norm."""
     image_noise: float = 1.0
+    """The same for its image vectors."""
     bend: float = 0.3
     """Weight a of the nonlinear part."""
     gap: float = 0.5

@@ -57,7 +57,7 @@ class DecodedImages(NamedTuple):
 
 
 def as_images(images: Sequence[ImageSource]) -> Sequence[ImageSource]:
-    """The images as a sequence; a single image, or a Dataset without a right length, is refused."""
+    """The images as a sequence; a single image, or a Dataset without a correct length, is refused."""
     if isinstance(images, str | bytes | os.PathLike | Image.Image):
         raise DataError(f"images must be a list, got a single {type(images).__name__}; write [image]")
     # A sequence is not copied: it may read its images lazily.

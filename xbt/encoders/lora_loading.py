@@ -311,7 +311,10 @@ def _is_expression(pattern: str) -> bool:
 
 
 def _resolve(patterns: Mapping[str, Any], default: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Name → value of the first pattern that matches it, as peft chooses it; no other expression is run."""
+    """Name → value of the first pattern that matches it, as peft chooses it.
+
+    A regular expression with more than names and wildcards is refused and never run.
+    """
     matchers: list[tuple[re.Pattern[str], Any]] = []
     for pattern, value in patterns.items():
         globs = _globs(pattern)

@@ -206,7 +206,7 @@ class OpenClipTexts:
 
 
 def encode_tokens(clip: Any, tokens: Tensor) -> Tensor:
-    """Call ``clip.encode_text``, without peft's wrapper, on tokens that may be shorter than the context."""
+    """Call ``encode_text`` of a CLIP without peft's wrapper, also on fewer tokens than the context has."""
     tower, length = getattr(clip, "text", clip), tokens.shape[1]
     # Text models of transformers handle positions themselves and take any length.
     if hasattr(tower, "positional_embedding") and length < tower.context_length:

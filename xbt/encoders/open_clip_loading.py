@@ -84,7 +84,10 @@ class OpenClipSource:
 
 
 def find_open_clip(rest: str, name: str, access: HubAccess) -> OpenClipSource:
-    """Find, and download if need be, the files of a specification; see :func:`load_open_clip`."""
+    """Find, and download if need be, the files of a specification.
+
+    See :func:`~xbt.encoders.open_clip.load_open_clip`.
+    """
     if rest.startswith("local-dir:"):
         folder = Path(rest.removeprefix("local-dir:")).expanduser()
         if not folder.is_dir():

@@ -178,7 +178,7 @@ def as_texts(texts: Sequence[str]) -> list[str]:
 def text_cleaning(transform: TextTransform) -> str:
     """Test the cleaning of texts, in open_clip's words: ``"lower"``, ``"canonicalize"`` or ``"none"``.
 
-    Capitals make no difference in the first, nor punctuation in the second.
+    ``"lower"``: capitals make no difference. ``"canonicalize"``: neither capitals nor punctuation do.
     """
     texts = ["A Red DOG", "a red dog", "a dog, a cat.", "a dog a cat"]
     rows = transform(texts).tokens.tolist()

@@ -203,10 +203,10 @@ def load_image_processor(folder: Path, name: str) -> Any:
 
 
 def describe(processor: Any, image_size: int, name: str) -> dict[str, Any]:
-    """Describe an image processor's settings, after a check that its images have the model's side in pixels.
+    """Describe an image processor's settings, after a check that its images have the model's input size.
 
-    The result are JSON-able settings of the steps that are applied. Pixels are ``(x / 255 - mean) / std`` for
-    values x, and must be finite.
+    The result holds JSON-able settings of the steps that are applied. Pixels are ``(x / 255 - mean) / std``
+    for values x, and must be finite.
     """
     try:
         settings = _settings(processor)

@@ -210,7 +210,10 @@ def build_head(config: SavedConfig, section: Mapping[str, Any], where: str = "op
 
 
 def known_options(config: SavedConfig, kind: object, options: Any, where: str) -> Any:
-    """A head's options without those of newer versions of xbt; :func:`make_head` refuses what is none."""
+    """A head's options without those of newer versions of xbt.
+
+    What is no mapping is returned as it is; :func:`make_head` refuses it.
+    """
     head = CompatibleHead._kinds.get(kind) if isinstance(kind, str) else None
     if head is None or not isinstance(options, dict):
         return options

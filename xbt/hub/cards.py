@@ -38,7 +38,7 @@ class Report(Protocol):
 
 
 class ResultCell(NamedTuple):
-    """R@k of one pair of query model and gallery model, such as ``"new/old"``, by direction and ``"R@1"``."""
+    """R@k, by direction and ``"R@1"``, of a pair of query model and gallery model such as ``"new/old"``."""
 
     name: str
     n_images: int

@@ -1,7 +1,7 @@
 """Files of a saved artifact, and the names of repositories and models in them.
 
-Files are read without running code or following links out of their directory. Models are public, or paths of
-this machine.
+Files are read without running code or following links out of their directory. Models have
+public names, or are paths on this machine.
 """
 
 from __future__ import annotations

@@ -206,7 +206,9 @@ def upload(
     revision: str | None,
     create_pr: bool,
 ) -> CommitInfo:
-    """Upload :data:`~xbt.hub.PART_FILES` of a directory in one commit, and delete those of an earlier one.
+    """Upload the files of an artifact in one commit, and delete those of an earlier one.
+
+    The files are those of :data:`~xbt.hub.files.PART_FILES` in the directory.
 
     See :meth:`~xbt.hub.HubArtifact.push_to_hub`.
     """

@@ -43,7 +43,7 @@ class Stored(NamedTuple):
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
-    """Write a module's state as safetensors; NaN and other than plain dense tensors are refused."""
+    """Write a module's state as safetensors; only plain dense tensors with finite values are accepted."""
     for name, tensor in module.state_dict().items():
         if tensor.is_meta or tensor.layout != torch.strided or tensor.dtype not in _DTYPES:
             raise SavedPartError(
@@ -120,7 +120,8 @@ def limit_allocations(files: Sequence[Path], config: Path, spare_bytes: int = SP
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load safetensors into a module, strictly, or leave it as it was.
 
-    Every name, shape and type must agree, but any float type is accepted for a float. All values are finite.
+    Every name, shape and type must agree, but any float type is accepted for a float. All values must be
+    finite.
     """
     needed = {
         name: Stored(tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))

@@ -43,7 +43,7 @@ class Originals:
     Args:
         source: A function from an id to a path, a PIL image, the bytes of an encoded image, or a text;
             ``None`` or a ``KeyError`` says that there is none. Or a mapping of these by id, such as
-            :class:`~xbt.backfill.items.ItemsById`. Or a folder, which no id may leave.
+            :class:`~xbt.backfill.embed.ItemsById`. Or a folder, which no id may leave.
         modality: ``"image"``, or ``"text"`` for an index of texts.
 
     Raises:

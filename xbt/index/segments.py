@@ -79,7 +79,7 @@ class PartRecord:
 
 @dataclass(frozen=True)
 class Change:
-    """Rows by number of a segment that are not searched there any more: removed, or moved to the new part."""
+    """Row numbers within a segment that are no longer searched there: removed, or moved to the new part."""
 
     segment: int
     rows: NDArray[np.int64]
@@ -129,8 +129,8 @@ def damaged(path: Path, reason: str) -> StoreError:
 class Segment(ABC):
     """Rows that never change.
 
-    Later segments have higher numbers. The name is that of the contents, unlike those of segments of other
-    galleries. ``own`` is false for rows of a read-only store.
+    Later segments have higher numbers. ``name`` identifies the contents uniquely, also among segments of
+    other galleries. ``own`` is false for rows of a read-only store.
     """
 
     own = True

@@ -246,7 +246,7 @@ def fit_caption_map(
         The map. Attach the spaces with ``set_spaces(old_space, new_space)``, the one that comes in first.
 
     Raises:
-        DataError: If vectors are empty, not of the same items, or hold NaN.
+        DataError: If vectors are empty, not of the same items, hold NaN, or are all zero on one side.
     """
     incoming, target = as_vectors(old, "old vectors").float(), as_vectors(new, "new vectors").float()
     if len(incoming) != len(target):

@@ -1,7 +1,8 @@
 """Closed forms: what they have in common, the baselines, and the Procrustes rotation.
 
 Every closed form takes vectors, or :class:`PairStatistics` that were gathered for several fits: those of the
-texts in place of the new vectors, and of the images, or ``None``, in place of the old ones.
+texts in place of the new vectors, and of the images, or ``None``, in place of the old ones. ω is then 0
+unless it is given.
 
 Where pairs are given, their images take part: the objective is (1 − ω) times its mean over the texts plus ω
 times its mean over the images, each photo under both models. ω = 0 leaves the images out.
@@ -91,6 +92,8 @@ def prepare(
         raise ConfigError(f"centring {centring!r} is not known; use 'none', 'joint' or 'modality'")
     weight = checked_share(pairs, pairs_weight)
     given = isinstance(new, PairStatistics)
+    if given and (pairs is not None or not isinstance(old, PairStatistics | None)):
+        raise ConfigError("beside statistics of texts give statistics of images, or None, and no pairs")
     if (weight > 0 or centring == "modality") and (old if given else pairs) is None:
         wanted = f"pairs_weight={weight}" if weight > 0 else "centring='modality'"
         also = "their statistics as well" if given else "pairs=PairVectors(...)"
@@ -309,7 +312,7 @@ def procrustes_rotation(new: Source, old: Source) -> Tensor:
     """The (old_dim, new_dim) float32 matrix W of :func:`fit_procrustes` without options.
 
     Raises:
-        DataError: If the row counts differ, or there are no rows, or NaN.
+        DataError: If the row counts differ, there are no rows, a value is NaN, or one side is all zero.
     """
     return fit_procrustes(new, old).weight.detach()
 
@@ -325,7 +328,7 @@ def procrustes_rotation_of_chunks(chunks: Iterable[tuple[Tensor, Tensor]]) -> Te
         (old_dim, new_dim) float32 matrix W.
 
     Raises:
-        DataError: If there is no piece, or a value is NaN or infinite.
+        DataError: If there is no piece, a value is NaN or infinite, or one side is all zero.
     """
     return fit_procrustes(PairStatistics.from_chunks(chunks)).weight.detach()
 

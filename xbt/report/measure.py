@@ -36,8 +36,8 @@ class Measured:
     """Cells on the part of the sample that was not used for the choice, by name, with their query vectors.
 
     ``alone`` is the method chosen without the old model at search time, if the first choice needs it. Without
-    image queries, cells have no I2T; ``new/new`` needs new image vectors. ``n_chosen`` images chose the
-    method.
+    image queries, cells have no I2T; ``new/new`` needs new image vectors. The method was chosen on
+    ``n_chosen`` images.
     """
 
     decision: Decision

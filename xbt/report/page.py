@@ -196,11 +196,12 @@ class Thumbnails:
         if row not in self._made:
             image = self._sample.shown.picture(row)
             shown, owner = self._sample.shown, self._sample.pairs.image_of_text
-            first = int((owner == row).nonzero()[0])
             self._made[row] = {
                 "source": None if image is None else thumbnail(image),
                 "tiny": image is not None and max(image.size) <= _TINY,
-                "words": shown.ids[row] if shown.texts is None else shown.texts[first],
+                "words": shown.ids[row]
+                if shown.texts is None
+                else shown.texts[int((owner == row).nonzero()[0])],
             }
         return self._made[row]
 

@@ -75,8 +75,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, list[str]]]:
         refuse_irregular(path, path.parent.parent)
         with pq.ParquetFile(path) as file:
             names = list(file.schema_arrow.names)
-            repeated = next((name for name in names if names.count(name) > 1), None)
-            if repeated is not None:
+            if len(set(names)) < len(names):
+                repeated = next(name for name in names if names.count(name) > 1)
                 raise StoreError(
                     f"{path} has two columns of the name {repeated!r}; write it again with one of them"
                 )
@@ -263,7 +263,10 @@ def read_ids(path: Path, record: ShardRecord) -> list[str]:
 
 
 def choose_id_column(columns: MetadataColumns, counts: Sequence[int]) -> str | None:
-    """Choose the ids of a clip-retrieval folder: ``id`` or ``image_path``, without gap and repetition."""
+    """Choose the ids of a clip-retrieval folder: ``id``, else ``image_path``.
+
+    ``None`` if both have gaps or repetitions.
+    """
     ranges = list(pairwise(accumulate(counts, initial=0)))
 
     def read(name: str) -> Iterator[list[str | None]]:

@@ -187,7 +187,8 @@ class CompatibleClipConfig(LoraTraining):
 
     Writes ``compatible/``, a compatible encoder whose vectors lie in the old space (load it with
     ``xbt.CompatibleEncoder.from_pretrained``), ``full/``, the same model with its whole vectors for a gallery
-    of its own, and ``result.json`` to the output directory. Unlike stage 2 of XBT it needs the old model.
+    of its own, and ``result.json`` to the output directory. The head is trained whole. Unlike stage 2 of
+    XBT it needs the old model.
     """
 
     old: str

@@ -39,7 +39,7 @@ class LoraTraining(PairTraining):
     )
     """Settings of the training."""
     lora: LoraSettings = field(default_factory=LoraSettings)
-    """The LoRA of the new encoder; what lies behind it is trained whole."""
+    """The LoRA of the new encoder."""
     temperature: float = 0.05
     """Temperature of the contrastive loss at the start; it is learned."""
 

@@ -163,6 +163,11 @@ def train_text_projection(
             if not isinstance(side, EmbeddingStore):
                 as_vectors(side, name)
         random_access(vectors.new, vectors.old)
+    if len(vectors.new) != len(vectors.old):
+        raise DataError(
+            f"new and old vectors must be of the same texts: there are {len(vectors.new)} new and "
+            f"{len(vectors.old)} old rows"
+        )
     if len(vectors) < MIN_ROWS:
         raise DataError(
             f"stage 1 needs at least {MIN_ROWS} distinct captions, got {len(vectors)}; bring more text"
